@@ -106,7 +106,10 @@ def test_planted_bug_is_caught(bug):
     source = inspect.getsource(objectives) + "\n" + textwrap.dedent(inspect.getsource(distances.pseudo_huber))
     assert source.count(original) == 1, f"the source changed: {original!r} stands {source.count(original)} times"
     namespace: dict = {"partial": distances.partial}
-    exec(compile(source.replace(original, planted).replace("from __future__ import annotations", ""), bug, "exec"), namespace)
+    exec(
+        compile(source.replace(original, planted).replace("from __future__ import annotations", ""), bug, "exec"),
+        namespace,
+    )
     level, huber = (0.6, 0.8), namespace["pseudo_huber"]
 
     def mutant(*args, distance, **kwargs):
@@ -133,7 +136,9 @@ def test_norm_runs_over_the_whole_sample_and_c_is_per_root_dimension():
 
 def test_pseudo_huber_tends_to_squared_for_large_c():
     y = torch.randn(3, 7, dtype=torch.float64)
-    torch.testing.assert_close(2e4 * 7**0.5 * distance("pseudo_huber", 1e4)(y), distance("squared", 0)(y), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        2e4 * 7**0.5 * distance("pseudo_huber", 1e4)(y), distance("squared", 0)(y), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_guidance_in_is_the_gradient_against_the_guided_score():

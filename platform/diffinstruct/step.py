@@ -121,7 +121,13 @@ class Draws:
 
 
 def alternating_round(
-    players: Players, settings: Settings, schedule: Schedule, draws: Draws, prompts: Sequence[str], c: Conditions, send: Send
+    players: Players,
+    settings: Settings,
+    schedule: Schedule,
+    draws: Draws,
+    prompts: Sequence[str],
+    c: Conditions,
+    send: Send,
 ) -> Metrics:
     """The score network's K_TA updates, then the generator's one. Returns this worker's means.
 
@@ -165,7 +171,9 @@ def alternating_round(
     metrics |= {
         "gradient_norm/sample_regularizer": _rms_norm(pull),
         "gradient_norm/sample_reward": _rms_norm(push),
-        "gradient_norm/generator": _clipped(players.generator, settings.generator_max_grad_norm, draws.step, "generator"),
+        "gradient_norm/generator": _clipped(
+            players.generator, settings.generator_max_grad_norm, draws.step, "generator"
+        ),
     }
     players.generator_optimizer.step()
     update_ema(players.ema, unwrapped(players.generator), min(settings.ema_decay, (1 + draws.step) / (10 + draws.step)))

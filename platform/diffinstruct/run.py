@@ -1,0 +1,273 @@
+"""A run, whoever runs it: build the players of an Experiment, go round, and keep journal, pictures and checkpoints.
+
+`local.py` calls `train` once in this process, `cluster/train.py` once in each Ray Train worker; all that differs is handed in
+(where rewards are computed, how modules are wrapped, how numbers are averaged), so both give the same numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffinstruct.checkpoint import CheckpointStore
+from diffinstruct.distances import distance
+from diffinstruct.experiment import Experiment, UserError
+from diffinstruct.guidance import guided
+from diffinstruct.objectives import diff_instruct_star
+from diffinstruct.pretrained import Reference, load_reference
+from diffinstruct.prompts import read_prompts
+from diffinstruct.rewards import LatentRewards, Send
+from diffinstruct.step import Draws, Metrics, Players, Settings, alternating_round
+from diffinstruct.tracking import Tracker
+
+GRID_NOISES = 3
+EVALUATION_SEED = 1_000_000
+"""Grids and evaluations draw their noise from seeds at and above this one, training from those below."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One training process among equals, and what it does differently from a lonely one."""
+
+    rank: int = 0
+    world: int = 1
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module  # data parallelism
+    average: Callable[[Metrics], Metrics] = lambda metrics: metrics  # over the workers
+    on_metrics: Callable[[int, Metrics], None] = lambda step, metrics: None  # at every logging interval, on every rank
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run leaves: its folder, the exported pipeline in it, the last metrics, the tracker's address."""
+
+    folder: Path
+    export: Path
+    metrics: Metrics
+    tracking: str
+
+
+def train(
+    experiment: Experiment, folder: Path, send: Send, worker: Worker = Worker(), parent_run_id: str | None = None
+) -> Result | None:
+    """Run or resume `experiment` in `folder`; the result on rank 0, None elsewhere.
+
+    Raises NonFinite or RewardError with the run resumable: weights on disk are from the last checkpoint.
+    """
+    device = resolve_device(experiment.device)
+    reference = load_reference(experiment.reference.model, device=device)
+    players = make_players(experiment, reference, worker.wrap)
+    settings = make_settings(experiment)
+    prompts = read_prompts(experiment.prompts.train)["prompt"].tolist()
+    store = CheckpointStore(folder / "checkpoints")
+    output = Output(experiment, folder, reference, players, parent_run_id) if worker.rank == 0 else None
+    done = restore(store, players, experiment)
+    per_worker = experiment.global_batch_size // worker.world
+    rows = slice(worker.rank * per_worker, (worker.rank + 1) * per_worker)
+    window = Window(experiment)
+    try:
+        for step in range(done, experiment.steps):
+            draws = Draws(experiment.seed, step, experiment.global_batch_size, reference.latent_shape, rows, device)
+            chosen = [prompts[i] for i in draws.prompts(len(prompts))]
+            c = reference.encode_prompts(chosen)
+            window.add(alternating_round(players, settings, reference.schedule, draws, chosen, c, send))
+            at = step + 1
+            if at % experiment.logging.every == 0 or at == experiment.steps:
+                metrics = worker.average(window.mean())
+                if output:
+                    output.metrics(at, metrics)
+                worker.on_metrics(at, metrics)
+            if output and (at % experiment.logging.grid_every == 0 or at == experiment.steps):
+                output.grid(at)
+            if output and (at % experiment.logging.checkpoint_every == 0 or at == experiment.steps):
+                store.save(at, {"experiment": experiment.derived_id, "players": players.state_dict()})
+    except BaseException as error:
+        if output:
+            output.failed(error)
+        raise
+    return output.finished() if output else None
+
+
+# --------------------------------------------------------------------------------------------------- building
+def resolve_device(name: str) -> torch.device:
+    """ "auto" is a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda' asked for, but torch sees no GPU here")
+    return torch.device(name)
+
+
+def make_players(experiment: Experiment, reference: Reference, wrap: Callable[[nn.Module], nn.Module]) -> Players:
+    """Generator, score network and reference as full copies; the score network starts from the reference (method: Roles)."""
+    generator = reference.generator(
+        experiment.generator.timestep, experiment.generator.start, experiment.generator.input_scale
+    )
+    score_network = reference.denoiser()
+    frozen = reference.denoiser().requires_grad_(False).eval()
+    ema = copy.deepcopy(generator).requires_grad_(False).eval()
+
+    def adam(module: nn.Module, of: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(module.parameters(), of.learning_rate, betas=of.betas, weight_decay=of.weight_decay)
+
+    return Players(
+        generator=wrap(generator),
+        score_network=wrap(score_network),
+        reference=guided(frozen, reference.encode_prompts([""]), experiment.reference.cfg_scale),
+        ema=ema,
+        generator_optimizer=adam(generator, experiment.generator),
+        score_optimizer=adam(score_network, experiment.score_network),
+    )
+
+
+def make_settings(experiment: Experiment) -> Settings:
+    """The configuration as the step wants it."""
+    e = experiment.objective
+    objective = partial(diff_instruct_star, distance=distance(e.distance, e.huber_c), space=e.space)
+    return Settings(
+        objective=objective if e.name == "di_star" else None,
+        regularization_weight=e.regularization_weight,
+        reward_scale=e.reward_scale,
+        score_updates=experiment.score_network.updates_per_step,
+        reuse_sample=experiment.score_network.reuse_sample,
+        t_min=e.t_min,
+        t_max=e.t_max,
+        generator_max_grad_norm=experiment.generator.max_grad_norm,
+        score_max_grad_norm=experiment.score_network.max_grad_norm,
+        ema_decay=experiment.generator.ema_decay,
+        precision=experiment.precision,
+    )
+
+
+def make_rewards(experiment: Experiment, decode: Callable[[Tensor], Tensor], device: torch.device) -> LatentRewards:
+    """The in-process scorer of the configured rewards, frozen, on one device."""
+    from reward_models import load
+
+    trained = {r.name: (load(r.name).to(device), r.weight) for r in experiment.rewards.trained}
+    held_out = {name: load(name).to(device) for name in experiment.rewards.held_out}
+    return LatentRewards(decode, trained, held_out)
+
+
+def restore(store: CheckpointStore, players: Players, experiment: Experiment) -> int:
+    """Load the newest good checkpoint into `players`; the number of rounds already done."""
+    found = store.latest()
+    if found is None:
+        return 0
+    step, state = found
+    if state["experiment"] != experiment.derived_id:
+        raise UserError(
+            f"{store.folder}: belongs to another configuration ({state['experiment']}, this one is {experiment.derived_id}); "
+            "resume with the run's own experiment.yaml"
+        )
+    players.load_state_dict(state["players"])
+    return step
+
+
+# ----------------------------------------------------------------------------------------------------- output
+class Window:
+    """Metrics since the last row of the journal, and the pace."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.rows: list[Metrics] = []
+        self.since = time.perf_counter()
+
+    def add(self, metrics: Metrics) -> None:
+        held_out = {f"reward/{name}": f"held_out/{name}" for name in self.experiment.rewards.held_out}
+        self.rows.append({held_out.get(key, key): value for key, value in metrics.items()})
+
+    def mean(self) -> Metrics:
+        """The mean of each metric and images per second over the window, which starts anew."""
+        now = time.perf_counter()
+        mean = {key: sum(row[key] for row in self.rows) / len(self.rows) for key in self.rows[0]}
+        mean["throughput/images_per_second"] = len(self.rows) * self.experiment.global_batch_size / (now - self.since)
+        self.rows, self.since = [], now
+        return mean
+
+
+class Output:
+    """What rank 0 shows and keeps: the progress line, the journal, the picture grid, the exported model."""
+
+    def __init__(
+        self, experiment: Experiment, folder: Path, reference: Reference, players: Players, parent_run_id: str | None
+    ) -> None:
+        self.experiment, self.folder, self.reference, self.players = experiment, folder, reference, players
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "experiment.yaml").write_text(experiment.to_yaml())
+        self.tracker = Tracker(
+            experiment.tracking.uri,
+            experiment.tracking.experiment,
+            folder.name,
+            folder,
+            params=experiment.to_params(),
+            tags={"diffinstruct.experiment_id": experiment.derived_id},
+            parent_run_id=parent_run_id,
+        )
+        self.started = time.perf_counter()
+        self.first_step: int | None = None
+        self.last: Metrics = {}
+        table = read_prompts(experiment.prompts.grid)["prompt"].tolist()
+        self.grid_prompts = table[: experiment.logging.grid_prompts]
+        noise = torch.Generator().manual_seed(EVALUATION_SEED)
+        self.grid_noise = torch.randn(GRID_NOISES, len(self.grid_prompts), *reference.latent_shape, generator=noise)
+        self.start_column = self._pictures(0)
+        print(f"run {folder}  tracking {self.tracker.url}", flush=True)
+
+    def metrics(self, step: int, metrics: Metrics) -> None:
+        self.last = metrics
+        self.tracker.metrics(step, metrics)
+        now = time.perf_counter()
+        self.first_step = step if self.first_step is None else self.first_step
+        pace = (now - self.started) / max(1, step - self.first_step + self.experiment.logging.every)
+        left = pace * (self.experiment.steps - step)
+        line = (
+            f"step {step}/{self.experiment.steps}"
+            + "".join(f"  {key} {metrics[key]:.4g}" for key in metrics if key.startswith(("reward/", "held_out/")))
+            + (f"  divergence {metrics['divergence']:.4g}" if "divergence" in metrics else "")
+            + f"  {metrics['throughput/images_per_second']:.1f} images/s  ETA {int(left // 60)}:{int(left % 60):02d}"
+        )
+        live = sys.stdout.isatty() and step < self.experiment.steps
+        print(f"\r\x1b[K{line}" if sys.stdout.isatty() else line, end="" if live else "\n", flush=True)
+
+    def grid(self, step: int) -> None:
+        """Rows are prompts; the first column is the starting generator, then the current one on the same and on more noise."""
+        columns = [self.start_column, *(self._pictures(i) for i in range(GRID_NOISES))]
+        self.tracker.image("grid", step, tile(columns))
+
+    @torch.no_grad()
+    def _pictures(self, noise: int) -> Tensor:
+        device = next(self.players.ema.parameters()).device
+        z = self.grid_noise[noise].to(device)
+        return self.reference.decode(self.players.ema(z, self.reference.encode_prompts(self.grid_prompts))).cpu()
+
+    def finished(self) -> Result:
+        """Export the averaged generator as a stock pipeline, hand model and last metrics to the tracker."""
+        from diffinstruct.export import export
+
+        folder = export(self.experiment.reference.model, self.players.ema, self.folder / "export")
+        table = self.folder / "metrics.json"
+        table.write_text(json.dumps({"step": self.experiment.steps, **self.last}, indent=2) + "\n")
+        self.tracker.artifact(folder)
+        self.tracker.artifact(table)
+        self.tracker.finish("FINISHED")
+        print(f"done: run {self.folder}  model {folder}  tracking {self.tracker.url}", flush=True)
+        return Result(self.folder, folder, self.last, self.tracker.url)
+
+    def failed(self, error: BaseException) -> None:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        self.tracker.finish(status, f"{type(error).__name__}: {error}")
+
+
+def tile(columns: Sequence[Tensor]) -> Any:
+    """Columns of pictures, each [rows, 3, H, W] in [0, 1] -> one uint8 array [rows * H, columns * W, 3]."""
+    rows = torch.cat([torch.cat(list(column), dim=1) for column in columns], dim=2)
+    return (rows.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
