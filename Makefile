@@ -1,0 +1,21 @@
+# `make quickstart` and `make test` need Python 3.11 and make, nothing else: whichever comes first creates .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: quickstart test
+
+quickstart: $(READY)
+	$(BIN)/python experiments/quickstart.py
+
+test: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+# torch goes first and alone: whatever build of it pip is set up to find here, CPU or CUDA, stays.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install torch==2.13.0
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,7 @@
+"""`python -m diffinstruct ...`: the same face as the `diffinstruct` command."""
+
+import sys
+
+from diffinstruct.cli import main
+
+sys.exit(main())

@@ -1,0 +1,129 @@
+"""What a run takes, said before it starts: memory and passes of each role, payloads, placement.
+
+Counted on the models themselves, one after the other, in fp32 as a run holds them. Activations come on top: they depend on
+batch and precision and are not counted here.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+import reward_models
+from diffinstruct.experiment import Experiment, UserError
+from diffinstruct.pretrained import load_reference
+
+
+@dataclass(frozen=True)
+class Role:
+    """One model of a training process or of a reward actor: parameters, bytes, and passes per sample and step."""
+
+    name: str
+    parameters: int
+    weights: int
+    trained: bool = False  # then it has gradients and two Adam states beside its weights
+    averaged: bool = False
+    forwards: int = 0
+    backwards: int = 0
+
+    @property
+    def memory(self) -> int:
+        return self.weights * (1 + 3 * self.trained + self.averaged)
+
+    @property
+    def row(self) -> str:
+        sizes = [self.weights, self.weights * self.trained, 2 * self.weights * self.trained, self.weights * self.averaged]
+        cells = [f"{self.parameters / 1e6:.2f}", *(_mib(size) if size else "-" for size in sizes)]
+        cells += [str(passes) if passes else "-" for passes in (self.forwards, self.backwards)]
+        return f"{self.name:<24}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+HEADER = f"{'role':<24}" + "".join(
+    f"{title:>12}" for title in ("parameters/M", "weights", "gradients", "Adam", "average", "forwards", "backwards")
+)
+
+
+def report(experiment: Experiment) -> tuple[str, str | None]:
+    """What `experiment` takes, as text, and one line on what does not fit this machine, or None.
+
+    Raises UserError where a model cannot be read.
+    """
+    reference = load_reference(experiment.reference.model)
+    generator, score = experiment.generator, experiment.score_network
+    k = score.updates_per_step if experiment.objective.name == "di_star" else 0
+    guided = 1 + (experiment.reference.cfg_scale != 0)  # conditional and null
+    unet = _count(reference.denoiser())
+    worker = [
+        Role(
+            "generator",
+            *_count(reference.generator(generator.timestep, generator.start)),
+            trained=True,
+            averaged=True,
+            forwards=1 + (0 if score.reuse_sample else k),
+            backwards=1,
+        ),
+        Role("score network", *unet, trained=k > 0, forwards=k + (k > 0), backwards=k + (k > 0)),
+        Role("reference", *unet, forwards=guided * (k > 0), backwards=guided * (k > 0)),
+        Role("text encoder", *_count(reference.text_encoder)),
+    ]
+    trained = [reward.name for reward in experiment.rewards.trained]
+    actor = [Role("decoder", *_count(reference.vae), forwards=1, backwards=1)]
+    for name in [*trained, *experiment.rewards.held_out]:
+        actor.append(Role(name, *_count(_reward(name)), forwards=1, backwards=int(name in trained)))
+
+    # In forward passes of one network: a backward that reaches the weights costs two, one to the input alone costs one.
+    work = worker[0].forwards + 2 + (k > 0) * (3 * k + 2 + 2 * guided)
+    per_sample = 4 * prod(reference.latent_shape)
+    asked = experiment.cluster
+    cpus = asked.workers * asked.cpus_per_worker + asked.reward_replicas * asked.reward_cpus
+    gpus = asked.workers * asked.use_gpu + asked.reward_replicas * asked.reward_gpus
+    have_cpus, have_gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    per_worker, per_actor = (sum(role.memory for role in roles) for roles in (worker, actor))
+    in_ram = asked.workers * per_worker * (not asked.use_gpu) + asked.reward_replicas * per_actor * (asked.reward_gpus == 0)
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = [
+        HEADER,
+        f"each of {asked.workers} training processes, {_mib(per_worker)}",
+        *(role.row for role in worker),
+        f"each of {asked.reward_replicas} reward actors, {_mib(per_actor)}",
+        *(role.row for role in actor),
+        f"work       {work} U-Net forwards' worth per sample and step, {experiment.global_batch_size} samples a step",
+        f"payload    {_mib(experiment.global_batch_size * per_sample)} of latents to the reward actors a step, as much back",
+        f"placement  {asked.workers} x {asked.cpus_per_worker} + {asked.reward_replicas} x {asked.reward_cpus} = {cpus} CPUs "
+        f"and {gpus:g} GPUs; this machine has {have_cpus} and {have_gpus}",
+        f"memory     {_mib(in_ram)} before activations; this machine has {_mib(ram)}",
+    ]
+    problem = None
+    if cpus > have_cpus or gpus > have_gpus:
+        problem = f"cluster: asks for {cpus} CPUs and {gpus:g} GPUs, this machine has {have_cpus} and {have_gpus}"
+    elif experiment.device == "cuda" and not have_gpus:
+        problem = "device: 'cuda' asked for, but torch sees no GPU here"
+    elif in_ram > ram:
+        problem = f"memory: takes {_mib(in_ram)} before activations, this machine has {_mib(ram)}"
+    elif have_gpus:
+        of_gpu = torch.cuda.get_device_properties(0).total_memory
+        on_gpu = max(per_worker * asked.use_gpu, per_actor * (asked.reward_gpus > 0))
+        if on_gpu > of_gpu:
+            problem = f"memory: one process takes {_mib(on_gpu)} before activations, a GPU here has {_mib(of_gpu)}"
+    return "\n".join(lines), problem
+
+
+def _count(model: object) -> tuple[int, int]:
+    """(parameters, bytes of weights); a reward may be a plain function that has none."""
+    tensors = list(model.parameters()) if isinstance(model, nn.Module) else []
+    return sum(p.numel() for p in tensors), sum(p.numel() * p.element_size() for p in tensors)
+
+
+def _reward(name: str) -> object:
+    try:
+        return reward_models.load(name)
+    except (ValueError, ImportError, OSError) as error:
+        raise UserError(f"rewards: cannot load {name!r}: {' '.join(str(error).split())}") from None
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"

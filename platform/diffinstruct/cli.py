@@ -1,0 +1,149 @@
+"""The command line, a thin face: read the configuration, call one function, say in one line what the user can mend.
+
+Heavy packages are imported inside the commands: `--help` and a mistake in the configuration answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffinstruct.experiment import Experiment
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 0, or 2 where the user has to mend something (said on stderr)."""
+    arguments = parser().parse_args(argv)
+    from diffinstruct.experiment import UserError
+
+    try:
+        arguments.command(arguments)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="diffinstruct", description="Diff-Instruct*: one-step text-to-image generators aligned with human preference."
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: object, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(command=function)
+        return sub
+
+    def takes_experiment(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("file", type=Path, metavar="FILE", help="an experiment in YAML, see experiments/recipes")
+        sub.add_argument(
+            "-s", dest="overrides", action="append", default=[], metavar="key=value", help="change one key, e.g. -s steps=10"
+        )
+
+    sub = command("train", train, "train a generator on Ray")
+    takes_experiment(sub)
+    sub.add_argument("--local", action="store_true", help="in this process, without Ray")
+    sub.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+
+    sub = command("check", check, "say what a run takes, and whether it fits this machine, without starting it")
+    takes_experiment(sub)
+
+    sub = command("generate", generate, "make pictures with a trained generator, in one step")
+    sub.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    sub.add_argument("prompt")
+    sub.add_argument("-o", dest="out", type=Path, required=True, metavar="out.png", help="the picture to write")
+    sub.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next one (default 0)")
+    sub.add_argument("--n", type=int, default=1, help="how many, side by side (default 1)")
+    return top
+
+
+def train(arguments: argparse.Namespace) -> None:
+    experiment = _experiment(arguments)
+    folder = new_run_folder(experiment) if arguments.resume is None else _existing_run(arguments.resume)
+    if arguments.local:
+        from diffinstruct.local import run as run_here
+
+        run_here(experiment, folder)
+    else:
+        from diffinstruct.cluster.train import run as run_on_ray
+
+        run_on_ray(experiment, folder)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    experiment = _experiment(arguments)
+    from diffinstruct.check import report
+    from diffinstruct.experiment import UserError
+
+    text, problem = report(experiment)
+    print(experiment.to_yaml())
+    print(text)
+    if problem:
+        raise UserError(problem)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    from diffinstruct.experiment import UserError, load
+
+    folder = _existing_run(arguments.run)
+    model = folder / "export"
+    if not model.is_dir():
+        raise UserError(f"{folder}: no exported model in it, the run has not finished")
+    if arguments.n < 1:
+        raise UserError(f"--n: should be at least 1, got {arguments.n}")
+    if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"-o: should be a .png, .jpg or .webp file, got {str(arguments.out)!r}")
+    experiment = load(folder / "experiment.yaml")
+
+    import torch
+    from PIL import Image
+
+    from diffinstruct.pretrained import load_reference
+
+    reference = load_reference(experiment.reference.model)
+    generator = reference.generator(experiment.generator.timestep, str(model), experiment.generator.input_scale)
+    seeds = range(arguments.seed, arguments.seed + arguments.n)
+    # One generator for each picture, as a pipeline draws it: a picture depends on its seed, not on its neighbours.
+    z = torch.stack([torch.randn(reference.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    with torch.no_grad():
+        images = reference.decode(generator(z, reference.encode_prompts([arguments.prompt] * arguments.n)))
+    row = torch.cat(list(images), dim=2).permute(1, 2, 0)
+    try:
+        Image.fromarray((row * 255).round().byte().numpy()).save(arguments.out)
+    except OSError as error:
+        raise UserError(f"{arguments.out}: {error.strerror}") from None
+    print(arguments.out)
+
+
+def new_run_folder(experiment: Experiment) -> Path:
+    """An absolute path that no other run has: <runs>/<name>-<UTC time>-<4 hex digits>. It is not created here."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    return Path(experiment.runs).expanduser().absolute() / f"{experiment.name}-{stamp}-{secrets.token_hex(2)}"
+
+
+def _experiment(arguments: argparse.Namespace) -> Experiment:
+    """The configuration, checked as far as can be without torch, so that mistakes show before anything starts."""
+    from diffinstruct.experiment import load
+    from diffinstruct.prompts import read_prompts
+
+    experiment = load(arguments.file, arguments.overrides)
+    for source in {experiment.prompts.train, experiment.prompts.grid}:
+        read_prompts(source)
+    return experiment
+
+
+def _existing_run(folder: Path) -> Path:
+    """`folder`, absolute, if a run has begun in it."""
+    from diffinstruct.experiment import UserError, did_you_mean
+
+    if not (folder / "experiment.yaml").is_file():
+        siblings = [str(path.parent) for path in folder.parent.glob("*/experiment.yaml")]
+        raise UserError(f"{folder}: no run there (it has no experiment.yaml){did_you_mean(folder, siblings)}")
+    return folder.absolute()

@@ -1,0 +1,471 @@
+"""A run as one value: what is trained, on what, against what, and where; frozen, typed, written and read as YAML.
+
+`Experiment()` is the pocket recipe. `load` reads a file with overrides and reports every mistake at once, each with its
+file and line. Each field says its unit and where its default comes from: a section of arXiv 2410.20898 or "ours".
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from reward_models import NAMES
+
+POCKET_SPLITS = ("train", "eval", "open", "grid")
+"""Of the built-in prompts: for training, held-out combinations, face-free ones, and those of the picture grid."""
+
+
+class UserError(Exception):
+    """A mistake the user can mend: the command line prints it as it is, without a traceback, and exits with 2."""
+
+
+class ConfigErrors(UserError):
+    """Every mistake of a configuration; `errors` holds one line for each."""
+
+    def __init__(self, errors: list[str]) -> None:
+        super().__init__("\n".join(errors))
+        self.errors = errors
+
+    def __reduce__(self) -> tuple[type[ConfigErrors], tuple[list[str]]]:
+        return ConfigErrors, (self.errors,)
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """Ends a message: `, did you mean 'x'?` where a known name is near to `word`, else nothing."""
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.7)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _wrong(what: str, hint: str = "") -> PydanticCustomError:
+    """A mistake found by our own rules; the hint ends up after "got ...". Braces would be read as a template."""
+    return PydanticCustomError("rule", "{what}", {"what": what, "hint": hint})
+
+
+def _at(key: str | int, value: object, error: PydanticCustomError) -> ValidationError:
+    """The same, said of one key or item of what is under validation."""
+    return ValidationError.from_exception_data("section", [InitErrorDetails(type=error, loc=(key,), input=value)])
+
+
+def _no_repeats(names: Iterable[str], taken: Iterable[str]) -> None:
+    seen = set(taken)
+    for i, name in enumerate(names):
+        if name in seen:
+            raise _at(i, name, _wrong("is named twice: a reward is either trained on or held out, and once"))
+        seen.add(name)
+
+
+def _known_reward(name: str) -> str:
+    if name not in NAMES and ":" not in name:
+        raise _wrong("should be a reward's short name or 'module:callable'", did_you_mean(name, NAMES))
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------- the fields
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+RewardName = Annotated[str, AfterValidator(_known_reward)]
+
+
+class Section(BaseModel):
+    # Strict: `steps: yes` or `steps: 1.5` is a mistake, never a 1. Tuples alone are read from YAML's lists.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class Reference(Section):
+    """The frozen diffusion model that the generator is held close to."""
+
+    model: Text = Field("pocket", description="diffusers folder, hub id, or 'pocket', the built-in world (ours)")
+    cfg_scale: NotNegative = Field(
+        1.0,
+        description="guidance of the reference; 0 is none, diffusers' guidance_scale is 1 + this (section 3.4; ours)",
+    )
+    guidance: Literal["in"] = Field("in", description="where guidance enters: inside the divergence (section 3.4)")
+
+
+class Player(Section):
+    """How one of the two trained networks is optimised (Adam)."""
+
+    learning_rate: Positive = Field(description="of Adam, per step")
+    betas: tuple[Beta, Beta] = Field((0.0, 0.99), strict=False, description="of Adam (neighbours' choice; ours)")
+    weight_decay: NotNegative = Field(0.0, description="of AdamW, per step and learning rate (ours)")
+    max_grad_norm: Positive = Field(10.0, description="the gradient's L2 norm is clipped to this (ours)")
+
+
+class Generator(Player):
+    """The one-step network z -> x0."""
+
+    start: Text = Field(
+        "pocket-distilled",
+        description="initial weights: 'pocket-distilled', 'reference', a diffusers folder or hub id (section 4; ours)",
+    )
+    timestep: int = Field(625, ge=0, description="the t it is fed, index into the reference's schedule (v1 of the paper: 625)")
+    input_scale: Literal["unit", "sigma"] = Field(
+        "unit", description="what it is fed: z ~ N(0, I) as it is (DMD2's way), or sigma_T z (SiD's)"
+    )
+    learning_rate: Positive = Field(1e-4, description="of Adam, per step (ours)")
+    ema_decay: float = Field(
+        0.99, ge=0, lt=1, description="per step, of the averaged weights that are shown and exported (ours)"
+    )
+
+
+class ScoreNetwork(Player):
+    """The network that follows the generator's own distribution (the paper's TA)."""
+
+    learning_rate: Positive = Field(2e-4, description="of Adam, per update (ours)")
+    updates_per_step: Count = Field(1, description="denoising updates before each generator update (K_TA; left open, ours)")
+    reuse_sample: bool = Field(True, description="the generator's update goes on with the sample of the score phase (ours)")
+
+
+class Objective(Section):
+    """What the generator minimises: -reward_scale * reward + regularization_weight * divergence."""
+
+    name: Literal["di_star", "reward_only"] = Field("di_star", description="DI* (section 3) or the reward term alone")
+    distance: Literal["pseudo_huber", "squared"] = Field("pseudo_huber", description="between two scores (section 3.2)")
+    huber_c: Positive = Field(
+        0.1, description="pseudo-Huber's c per square root of a dimension, in the units of `space` (left open, ours)"
+    )
+    space: Literal["x0", "eps", "score"] = Field("x0", description="what the distance compares (left open, ours)")
+    regularization_weight: NotNegative = Field(
+        1.0, description="of the divergence: sum over a sample's dimensions, mean over the batch (ours)"
+    )
+    reward_scale: NotNegative = Field(
+        100.0, description="of the weighted sum of rewards, mean over the batch (the paper's 100)"
+    )
+    t_min: int = Field(20, ge=0, description="lowest t drawn, index into the schedule (neighbours' choice; ours)")
+    t_max: int = Field(980, description="t is drawn below this (neighbours' choice; ours)")
+
+    @field_validator("t_max")
+    @classmethod
+    def _after_t_min(cls, value: int, info: ValidationInfo) -> int:
+        t_min = info.data.get("t_min", 0)
+        if value <= t_min:
+            raise _wrong(f"should be greater than t_min ({t_min})")
+        return value
+
+
+class TrainedReward(Section):
+    """A reward that the generator climbs."""
+
+    name: RewardName = Field(description="a short name of `reward_models.NAMES`, or your own 'module:callable'")
+    weight: float = Field(1.0, description="multiplies its score and its gradient, before reward_scale (ours)")
+
+
+class Rewards(Section):
+    """What is climbed and what only watches."""
+
+    trained: tuple[TrainedReward, ...] = Field(
+        (TrainedReward(name="pocket_preference"),),
+        strict=False,
+        description="rewards with gradient (ours)",
+    )
+    held_out: tuple[RewardName, ...] = Field(
+        ("pocket_judge",), strict=False, description="rewards that are measured and never trained on (ours)"
+    )
+
+    @field_validator("trained")
+    @classmethod
+    def _distinct(cls, value: tuple[TrainedReward, ...]) -> tuple[TrainedReward, ...]:
+        if not value:
+            raise _wrong("should name a reward (objective.reward_scale 0 trains without)")
+        _no_repeats([reward.name for reward in value], ())
+        return value
+
+    @field_validator("held_out")
+    @classmethod
+    def _not_trained(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        _no_repeats(value, [reward.name for reward in info.data.get("trained", ())])
+        return value
+
+
+class Prompts(Section):
+    """Where the captions come from; the only data."""
+
+    train: Text = Field("pocket:train", description="'pocket:<split>', a .csv with a column `prompt`, or a .txt (ours)")
+    grid: Text = Field("pocket:grid", description="the prompts of the picture grid, in the same form (ours)")
+
+    @field_validator("train", "grid")
+    @classmethod
+    def _known_split(cls, value: str) -> str:
+        name, _, split = value.partition(":")
+        if name == "pocket" and split not in POCKET_SPLITS:
+            raise _wrong("unknown split", hint=did_you_mean(value, [f"pocket:{known}" for known in POCKET_SPLITS]))
+        return value
+
+
+class Logging(Section):
+    """How often something is written down, in steps."""
+
+    every: Count = Field(5, description="steps between two rows of metrics (ours)")
+    grid_every: Count = Field(50, description="steps between two picture grids (ours)")
+    grid_prompts: Count = Field(8, description="rows of the grid: this many first prompts of prompts.grid (ours)")
+    checkpoint_every: Count = Field(50, description="steps between two checkpoints (ours)")
+
+
+class Cluster(Section):
+    """What the Ray runner asks for; `--local` ignores it."""
+
+    workers: Count = Field(1, description="training processes; each takes global_batch_size / workers samples (ours)")
+    use_gpu: bool = Field(False, description="one GPU per training process (ours)")
+    cpus_per_worker: Count = Field(1, description="CPUs per training process (ours)")
+    reward_replicas: Count = Field(1, description="reward actors, each with its own decoder and reward models (ours)")
+    reward_cpus: Count = Field(1, description="CPUs per reward actor (ours)")
+    reward_gpus: NotNegative = Field(0.0, description="GPUs per reward actor, fractions allowed (ours)")
+    reward_deadline_s: Positive = Field(300.0, description="seconds after which a silent reward actor is replaced (ours)")
+
+
+class Tracking(Section):
+    """Where MLflow keeps the run."""
+
+    uri: Text | None = Field(
+        None,
+        description="of the tracking server; none is MLFLOW_TRACKING_URI, else sqlite in the folder of runs (ours)",
+    )
+    experiment: Text = Field("diffinstruct", description="MLflow's name for the group of runs (ours)")
+
+
+class Experiment(Section):
+    """One run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        "pocket", description="of the run, part of its folder's name (ours)"
+    )
+    seed: int = Field(0, ge=0, description="z, t, eps and prompts are functions of (seed, step, sample index) (ours)")
+    steps: Count = Field(150, description="alternating rounds (ours)")
+    global_batch_size: Count = Field(32, description="samples per round over all workers (ours)")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the networks' arithmetic; weights stay fp32 (ours)")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one (ours)")
+    reference: Reference = Reference()
+    generator: Generator = Generator()
+    score_network: ScoreNetwork = ScoreNetwork()
+    objective: Objective = Objective()
+    rewards: Rewards = Rewards()
+    prompts: Prompts = Prompts()
+    logging: Logging = Logging()
+    cluster: Cluster = Cluster()
+    tracking: Tracking = Tracking()
+    runs: Text = Field("runs", description="folder of run folders, relative to where the command is typed (ours)")
+
+    @field_validator("generator")
+    @classmethod
+    def _same_world(cls, value: Generator, info: ValidationInfo) -> Generator:
+        reference = info.data.get("reference", Reference())
+        if value.start == "pocket-distilled" and reference.model != "pocket":
+            raise _at("start", value.start, _wrong(f"belongs to the pocket world, but reference.model is {reference.model!r}"))
+        return value
+
+    @field_validator("cluster")
+    @classmethod
+    def _fits_the_batch(cls, value: Cluster, info: ValidationInfo) -> Cluster:
+        batch = info.data.get("global_batch_size", 0)
+        if batch % value.workers:
+            raise _at("workers", value.workers, _wrong(f"should divide global_batch_size ({batch})"))
+        if value.use_gpu and info.data.get("device") == "cpu":
+            raise _at("use_gpu", value.use_gpu, _wrong("should be false where device is 'cpu'"))
+        return value
+
+    @property
+    def derived_id(self) -> str:
+        """12 hex digits that name the configuration; where runs are kept and tracked is no part of it."""
+        content = self.model_dump(mode="json", exclude={"runs", "tracking"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+
+    def to_params(self) -> dict[str, str | int | float | bool | None]:
+        """The whole configuration as one flat dictionary, "objective.t_min" -> 20; lists as JSON text."""
+        return dict(_flat(self.model_dump(mode="json"), ""))
+
+    def to_yaml(self) -> str:
+        """The whole configuration, defaults included; `load` reads it back to an equal value."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _flat(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, json.dumps(value) if isinstance(value, list) else value
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+Loc = tuple[str | int, ...]
+"""The keys and indices that lead to a value: ("rewards", "trained", 0, "weight")."""
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
+    """The experiment of a YAML file with `a.b=value` overrides, whose values are YAML too.
+
+    Raises ConfigErrors with every mistake, one line each: `file:line: key: what, got ..., did you mean ...`. The file of
+    an override is `-s`.
+    """
+    source = _Source()
+    source.read_file(Path(path))
+    for override in overrides:
+        source.override(override)
+    try:
+        experiment = Experiment.model_validate(source.values)
+    except ValidationError as error:
+        for mistake in error.errors(include_url=False):
+            source.mistake(mistake["loc"], _describe(mistake["type"], mistake))
+    else:
+        if not source.mistakes:
+            return experiment
+    raise ConfigErrors([line for _, line in sorted(source.mistakes, key=lambda mistake: mistake[0])])
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose `1e-4` is a number, as in YAML 1.2 and everywhere else."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+class _Source:
+    """Values as they were written, and where: what a mistake in them is reported with."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.places: dict[Loc, tuple[int, str]] = {}  # (line, "file:line"); overrides come after every line
+        self.mistakes: list[tuple[int, str]] = []
+
+    def read_file(self, path: Path) -> None:
+        """Raises ConfigErrors where there is no file or no YAML in it: nothing more can be said then."""
+        self.places[()] = (1, f"{path}:1")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            what = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            siblings = [str(p) for p in path.parent.glob("*.y*ml")]
+            raise ConfigErrors([f"{path}: {what}{did_you_mean(path, siblings)}"]) from None
+        values = self._parse(text, (), lambda line: (line, f"{path}:{line}"))
+        if isinstance(values, dict):
+            self.values = values
+        elif values is not None:
+            raise ConfigErrors([f"{path}:1: should hold `key: value` lines, got {_short(values)}"])
+
+    def override(self, override: str) -> None:
+        key, equals, text = override.partition("=")
+        *parents, last = key.split(".")
+        if not (equals and last and all(parents)):
+            self.mistakes.append((_LAST, f"-s: {override}: should be key=value"))
+            return
+        section: Any = self.values
+        for depth, parent in enumerate(parents, start=1):
+            section = section.setdefault(parent, {})
+            self.places.setdefault(tuple(parents[:depth]), (_LAST, "-s"))
+            if not isinstance(section, dict):
+                self.mistakes.append((_LAST, f"-s: {key}: {_dotted(parents[:depth])!r} is no section"))
+                return
+        loc = (*parents, last)
+        try:
+            value = self._parse(text, loc, lambda line: (_LAST, "-s"))
+        except ConfigErrors as error:
+            self.mistakes += [(_LAST, line) for line in error.errors]
+            return
+        self.places = {place: where for place, where in self.places.items() if place[: len(loc)] != loc}
+        self.places[loc] = (_LAST, "-s")
+        section[last] = value
+
+    def mistake(self, loc: Loc, what: str) -> None:
+        """Note a mistake at the line of its key or, where that was not written, of the section around it."""
+        written = next(loc[:n] for n in range(len(loc), -1, -1) if loc[:n] in self.places)
+        line, place = self.places[written]
+        self.mistakes.append((line, f"{place}: {_dotted(loc)}: {what}"))
+
+    def _parse(self, text: str, loc: Loc, place: Callable[[int], tuple[int, str]]) -> Any:
+        try:
+            loader = _Loader(text)
+            node = loader.get_single_node()
+            return None if node is None else self._construct(loader, node, loc, place)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = place(mark.line + 1 if mark else 1)[1]
+            key = f"{_dotted(loc)}: " if loc else ""
+            what = " ".join(str(getattr(error, "problem", None) or error).split())
+            raise ConfigErrors([f"{where}: {key}not YAML: {what}"]) from None
+
+    def _construct(self, loader: _Loader, node: yaml.Node, loc: Loc, place: Callable[[int], tuple[int, str]]) -> Any:
+        if isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                self.places[*loc, i] = place(item.start_mark.line + 1)
+            return [self._construct(loader, item, (*loc, i), place) for i, item in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            try:
+                return loader.construct_object(node)
+            except ValueError as error:  # it looks like a date and is none
+                raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
+        values = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            line, where = place(key_node.start_mark.line + 1)
+            if key in values:
+                self.mistakes.append((line, f"{where}: {_dotted((*loc, key))}: written twice"))
+                continue
+            self.places[*loc, key] = (line, where)
+            values[key] = self._construct(loader, value_node, (*loc, key), place)
+        return values
+
+
+_LAST = sys.maxsize
+
+
+def _dotted(loc: Iterable[str | int]) -> str:
+    return ".".join(map(str, loc))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _known(loc: Loc) -> Any:
+    """The type at `loc`: a section, a Literal, ..."""
+    kind: Any = Experiment
+    for key in loc:
+        kind = get_args(kind)[0] if isinstance(key, int) else kind.model_fields[key].annotation
+    return kind
+
+
+def _keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """The dotted names of all fields below a section."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+
+
+def _describe(kind: str, mistake: Any) -> str:
+    """What is wrong in words, what was got, and the nearest name that would be right."""
+    loc, got, context = mistake["loc"], f", got {_short(mistake['input'])}", mistake.get("ctx", {})
+    match kind:
+        case "extra_forbidden":
+            here = did_you_mean(loc[-1], _known(loc[:-1]).model_fields)
+            elsewhere = [key for key in _keys(Experiment) if key.rpartition(".")[2] == loc[-1]]
+            there = f", did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else ""
+            return f"unknown key{here or there}"
+        case "missing":
+            return "is missing"
+        case "literal_error":
+            return f"should be {context['expected']}{got}{did_you_mean(mistake['input'], get_args(_known(loc)))}"
+        case "model_type":
+            return f"should be a section with keys of its own{got}"
+        case "string_pattern_mismatch":
+            return f"should be letters, digits, '.', '_' and '-' only{got}"
+        case "rule":
+            return f"{context['what']}{got}{context['hint']}"
+    what = mistake["msg"][mistake["msg"].find("should") :]  # "Input should be greater than 0"
+    return what.replace("valid integer", "whole number").replace("valid ", "") + got

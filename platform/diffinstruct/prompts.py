@@ -1,0 +1,47 @@
+"""Prompt sets: tables with a column `prompt` and, where the truth is known, one column for each attribute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffinstruct.experiment import POCKET_SPLITS, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+POCKET_CSV = Path(__file__).parent / "pocket" / "prompts.csv"
+
+
+def read_prompts(source: str | Path) -> pd.DataFrame:
+    """The prompts of "pocket:<split>", of a .csv with a column `prompt`, or of a .txt with one prompt a line.
+
+    The built-in table has the columns split, prompt, kind, subject, colour, background, mouth; an empty string is an
+    attribute that the prompt leaves open. Rows are numbered from 0. Raises UserError in one line that names the source.
+    """
+    import pandas as pd
+
+    name, _, split = str(source).partition(":")
+    path = POCKET_CSV if name == "pocket" else Path(source)
+    if name == "pocket" and split not in POCKET_SPLITS:
+        raise UserError(f"{source}: unknown split{did_you_mean(source, [f'pocket:{known}' for known in POCKET_SPLITS])}")
+    if path.suffix not in (".csv", ".txt"):
+        raise UserError(f"{source}: prompts are 'pocket:<split>', a .csv or a .txt")
+    try:
+        if path.suffix == ".txt":
+            table = pd.DataFrame({"prompt": path.read_text(encoding="utf-8").splitlines()}, dtype=str)
+        else:
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)  # "" and "None" are what they look like
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{did_you_mean(path, map(str, path.parent.glob('*')))}") from None
+    except (OSError, ValueError) as error:  # pandas' parser and decoding errors are ValueErrors
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    if "prompt" not in table:
+        raise UserError(f"{path}: no column 'prompt', columns are {', '.join(table.columns)}")
+    if name == "pocket":
+        table = table[table["split"] == split]
+    else:
+        table = table[table["prompt"].str.strip() != ""]
+    if table.empty:
+        raise UserError(f"{source}: no prompts in it")
+    return table.reset_index(drop=True)

@@ -1,0 +1,248 @@
+"""The face: answers at once, says in one line what the user can mend, and hands the rest to the runners."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from diffinstruct.cli import main
+from diffinstruct.experiment import Experiment, load
+
+TINY = """\
+name: tiny
+global_batch_size: 4
+reference: {{model: {model}, cfg_scale: 1.0}}
+generator: {{start: reference}}
+rewards: {{trained: [{{name: "torch.nn:Identity"}}], held_out: ["torch.nn:ReLU"]}}
+prompts: {{train: {prompts}, grid: {prompts}}}
+runs: {runs}
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny.build(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def file(tmp_path, model) -> Path:
+    """An experiment that needs nothing but the tiny reference."""
+    (tmp_path / "prompts.txt").write_text("red cat\nred dog\n")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(model=model, prompts=tmp_path / "prompts.txt", runs=tmp_path / "runs"))
+    return path
+
+
+@pytest.fixture
+def runners(monkeypatch) -> dict[str, list]:
+    """Stand-ins for both runners; what they were called with."""
+    calls: dict[str, list] = {"local": [], "cluster": []}
+    for name, module in {"local": "diffinstruct.local", "cluster": "diffinstruct.cluster.train"}.items():
+        run = lambda *arguments, name=name: calls[name].append(arguments)  # noqa: E731
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(run=run))
+    monkeypatch.setitem(sys.modules, "diffinstruct.cluster", SimpleNamespace())
+    return calls
+
+
+def complaint(capsys, *arguments: object) -> str:
+    """What is said on stderr by a command that ends 2."""
+    assert main([str(argument) for argument in arguments]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return err.removesuffix("\n")
+
+
+def imported(*arguments: object) -> tuple[int, set[str]]:
+    """Exit status and packages imported by `python -m diffinstruct ...` in a fresh process."""
+    command = [sys.executable, "-X", "importtime", "-m", "diffinstruct", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+
+
+# ----------------------------------------------------------------------------------------------------- at once
+def test_help_answers_in_half_a_second():
+    def seconds() -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "diffinstruct", "--help"], check=True, capture_output=True)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) < 0.5
+    code, packages = imported("train", "--help")
+    assert code == 0
+    assert "argparse" in packages
+    assert packages.isdisjoint({"pydantic", "torch", "ray", "mlflow", "pandas"})
+
+
+def test_mistakes_end_2_before_torch_or_ray_start(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("step: 1\n")
+    code, packages = imported("train", path)
+    assert code == 2
+    assert "pydantic" in packages
+    assert packages.isdisjoint({"torch", "ray", "mlflow", "pandas", "diffusers"})
+
+
+# ------------------------------------------------------------------------------------------------------- train
+def test_train_calls_the_runner_with_value_and_folder(file, tmp_path, runners):
+    assert main(["train", str(file), "-s", "steps=3", "-s", "seed=4", "--local"]) == 0
+    assert main(["train", str(file)]) == 0
+    (local, folder), (cluster, other) = *runners["local"], *runners["cluster"]
+    assert local == load(file, ["steps=3", "seed=4"])
+    assert cluster == load(file)
+    for f in (folder, other):
+        assert f.parent == tmp_path / "runs"
+        assert re.fullmatch(r"tiny-\d{8}T\d{6}-[0-9a-f]{4}", f.name)
+    assert folder != other
+
+
+def test_run_folders_are_absolute(file, tmp_path, runners, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(file), "-s", "runs=here"]) == 0
+    assert runners["cluster"][0][1].parent == tmp_path / "here"
+
+
+def test_resume_goes_on_in_the_folder_of_a_run_and_nowhere_else(file, tmp_path, runners, capsys, monkeypatch):
+    run = tmp_path / "runs" / "tiny-1"
+    run.mkdir(parents=True)
+    (run / "experiment.yaml").write_text(Experiment().to_yaml())
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(file), "--resume", "runs/tiny-1"]) == 0
+    assert runners["cluster"][0][1] == run
+    said = complaint(capsys, "train", file, "--resume", "runs/tiny-2")
+    assert said == "runs/tiny-2: no run there (it has no experiment.yaml), did you mean 'runs/tiny-1'?"
+    assert len(runners["cluster"]) == 1
+
+
+def test_prompts_are_read_before_a_runner_starts(file, tmp_path, runners, capsys):
+    said = complaint(capsys, "train", file, "-s", f"prompts.grid={tmp_path}/promtps.txt")
+    assert said == f"{tmp_path}/promtps.txt: no such file, did you mean '{tmp_path}/prompts.txt'?"
+    assert runners == {"local": [], "cluster": []}
+
+
+def test_a_bug_is_no_user_error(file, runners, monkeypatch):
+    def run(*arguments):
+        raise ValueError("a bug")
+
+    monkeypatch.setitem(sys.modules, "diffinstruct.local", SimpleNamespace(run=run))
+    with pytest.raises(ValueError, match="a bug"):
+        main(["train", str(file), "--local"])
+
+
+# ------------------------------------------------------------------------------------------------------- check
+def rows(text: str) -> dict[str, list[str]]:
+    return {line[:24].strip(): line[24:].split() for line in text.splitlines()}
+
+
+def test_check_counts_what_a_run_takes(file, model, capsys, monkeypatch):
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert main(["check", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert load(file).to_yaml() in out
+    unet = sum(t.numel() for t in load_file(model / "unet" / "diffusion_pytorch_model.safetensors").values())
+    size, adam = f"{unet * 4 / 2**20:.2f}", f"{unet * 8 / 2**20:.2f}"
+    table = rows(out)
+    million = f"{unet / 1e6:.2f}"
+    assert table["generator"] == [million, size, "MiB", size, "MiB", adam, "MiB", size, "MiB", "1", "1"]
+    assert table["score network"] == [million, size, "MiB", size, "MiB", adam, "MiB", "-", "2", "2"]
+    assert table["reference"] == [million, size, "MiB", "-", "-", "-", "2", "2"]
+    text = sum(t.numel() for t in load_file(model / "text_encoder" / "model.safetensors").values())
+    total = 4 * ((5 + 4 + 1) * unet + text) / 2**20  # weights, gradients, two Adam states, average
+    assert f"each of 1 training processes, {total:.2f} MiB" in out
+    assert table["torch.nn:Identity"] == ["0.00", "-", "-", "-", "-", "1", "1"]
+    assert table["torch.nn:ReLU"] == ["0.00", "-", "-", "-", "-", "1", "-"]
+    assert "work       12 U-Net forwards' worth per sample and step, 4 samples a step" in out  # 9 F + 3 F
+    assert f"payload    {4 * 4 * 8 * 8 * 4 / 2**20:.2f} MiB" in out
+    assert "1 x 1 + 1 x 1 = 2 CPUs and 0 GPUs; this machine has 2 and" in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "work"),
+    [
+        (["reference.cfg_scale=0"], 10),
+        (["score_network.updates_per_step=3"], 18),
+        (["score_network.updates_per_step=3", "score_network.reuse_sample=false"], 21),
+        (["objective.name=reward_only"], 3),
+    ],
+)
+def test_check_counts_the_work(file, capsys, overrides, work):
+    main(["check", str(file), *(f"-s{override}" for override in overrides)])
+    assert f"work       {work} U-Net forwards' worth" in capsys.readouterr().out
+
+
+def test_check_says_in_one_line_what_does_not_fit(file, capsys, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert main(["check", str(file), "-s", "cluster.workers=2", "-s", "cluster.reward_cpus=2"]) == 0
+    said = complaint(capsys, "check", file, "-s", "cluster.workers=4")
+    assert said == "cluster: asks for 5 CPUs and 0 GPUs, this machine has 4 and 0"
+    said = complaint(capsys, "check", file, "-s", "cluster.reward_gpus=0.5")
+    assert said == "cluster: asks for 2 CPUs and 0.5 GPUs, this machine has 4 and 0"
+    said = complaint(capsys, "check", file, "-s", "device=cuda")
+    assert said == "device: 'cuda' asked for, but torch sees no GPU here"
+    said = complaint(capsys, "check", file, "-s", "reference.model=/nowhere")
+    assert "/nowhere" in said
+    assert "\n" not in said
+
+
+# ---------------------------------------------------------------------------------------------------- generate
+@pytest.fixture
+def run(file, model, tmp_path) -> Path:
+    """The folder of a finished run, as far as `generate` looks at it."""
+    from diffinstruct.export import export
+    from diffinstruct.pretrained import load_reference
+
+    folder = tmp_path / "runs" / "tiny-1"
+    folder.mkdir(parents=True)
+    (folder / "experiment.yaml").write_text(load(file).to_yaml())
+    export(str(model), load_reference(str(model)).generator(625), folder / "export")
+    return folder
+
+
+def picture(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_generate_makes_the_picture_of_the_stock_pipeline(run, tmp_path, capsys):
+    from diffusers import DiffusionPipeline
+
+    out = tmp_path / "out.png"
+    assert main(["generate", str(run), "red cat", "-o", str(out), "--seed", "3", "--n", "2"]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    pair = picture(out)
+    assert pair.shape == (32, 64, 3)
+    pipe = DiffusionPipeline.from_pretrained(run / "export")
+    pipe.set_progress_bar_config(disable=True)
+    for i, half in enumerate((pair[:, :32], pair[:, 32:])):
+        noise = torch.Generator().manual_seed(3 + i)
+        stock = pipe("red cat", num_inference_steps=1, guidance_scale=0.0, generator=noise, output_type="np").images[0]
+        assert np.abs(half - (stock * 255).round()).max() <= 1
+        assert half.std() > 5  # a picture, and not the same flat grey on both sides
+    assert np.abs(pair[:, :32] - pair[:, 32:]).max() > 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["{run}-x", "a", "-o", "x.png"], r"\S*tiny-1-x: no run there .*, did you mean '\S*tiny-1'\?"),
+        (["{run}", "a", "-o", "x.pgn"], r"-o: should be a .png, .jpg or .webp file, got 'x.pgn'"),
+        (["{run}", "a", "-o", "/nowhere/x.png"], "/nowhere/x.png: No such file or directory"),
+        (["{run}", "a", "-o", "x.png", "--n", "0"], "--n: should be at least 1, got 0"),
+    ],
+)
+def test_generate_says_what_is_wrong(run, capsys, arguments, expected):
+    assert re.fullmatch(expected, complaint(capsys, "generate", *(a.format(run=run) for a in arguments)))
+
+
+def test_generate_wants_a_finished_run(run, capsys):
+    (run / "export").rename(run / "elsewhere")
+    assert "the run has not finished" in complaint(capsys, "generate", run, "a", "-o", "x.png")

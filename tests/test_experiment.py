@@ -1,0 +1,254 @@
+"""The configuration: one value that survives every form it takes, and mistakes that say where and what."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import yaml
+
+from diffinstruct.experiment import POCKET_SPLITS, ConfigErrors, Experiment, Section, UserError, load
+from diffinstruct.prompts import POCKET_CSV, read_prompts
+
+RECIPE = Path(__file__).parents[1] / "experiments" / "recipes" / "pocket.yaml"
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def errors(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    """The mistakes, with the file's folder cut off."""
+    with pytest.raises(ConfigErrors) as caught:
+        load(written(tmp_path, text), overrides)
+    assert str(caught.value) == "\n".join(caught.value.errors)
+    return [line.replace(f"{tmp_path}/", "") for line in caught.value.errors]
+
+
+# ----------------------------------------------------------------------------------------------------- the value
+CHANGED = [
+    "name=my.run-2",
+    "reference={model: some/model, cfg_scale: 3}",
+    "generator.start=reference",
+    "generator.betas=[0, 0.999]",
+    "objective={name: reward_only, huber_c: 1e-3}",
+    "rewards.trained=[{name: pickscore, weight: 0.5}, {name: 'my.module:Reward', weight: 1e2}]",
+    "cluster.workers=4",
+    "tracking.uri=http://localhost:5000",
+    "runs=/tmp/é",
+]
+
+
+@pytest.mark.parametrize("overrides", [[], CHANGED])
+def test_every_form_gives_the_same_value(tmp_path, overrides):
+    experiment = load(written(tmp_path, ""), overrides)
+    assert load(written(tmp_path, experiment.to_yaml())) == experiment
+    assert pickle.loads(pickle.dumps(experiment)) == experiment
+    assert Experiment.model_validate_json(experiment.model_dump_json()) == experiment
+    assert Experiment.model_validate(experiment.model_dump()) == experiment
+
+
+def test_overrides_arrive_typed(tmp_path):
+    e = load(written(tmp_path, "generator: {betas: [0, 0.5]}\nsteps: 7"), CHANGED)
+    assert (e.steps, e.name, e.runs) == (7, "my.run-2", "/tmp/é")
+    assert e.reference.cfg_scale == 3.0
+    assert e.generator.betas == (0.0, 0.999)
+    assert isinstance(e.generator.betas[0], float)  # torch's Adam refuses (int, float)
+    assert [(r.name, r.weight) for r in e.rewards.trained] == [("pickscore", 0.5), ("my.module:Reward", 100.0)]
+    assert e.objective.huber_c == 1e-3
+
+
+def test_the_recipe_is_the_default_and_names_every_key():
+    recipe = yaml.safe_load(RECIPE.read_text())
+    assert load(RECIPE) == Experiment()
+
+    def keys(value: Any) -> Any:
+        return {k: keys(v) for k, v in value.items()} if isinstance(value, dict) else None
+
+    assert keys(recipe) == keys(Experiment().model_dump())
+
+
+def test_it_is_frozen_and_every_field_is_described():
+    experiment = Experiment()
+    with pytest.raises(pydantic.ValidationError):
+        experiment.steps = 3  # type: ignore[misc]
+    sections = [Experiment, *(type(getattr(experiment, name)) for name in Experiment.model_fields)]
+    for section in [s for s in sections if issubclass(s, Section)]:
+        for name, field in section.model_fields.items():
+            if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+                assert field.description, f"{section.__name__}.{name}"
+
+
+def test_params_are_flat_and_complete():
+    params = Experiment().to_params()
+    assert {key.partition(".")[0] for key in params} == set(Experiment.model_fields)
+    assert params["objective.t_min"] == 20
+    assert params["generator.betas"] == "[0.0, 0.99]"
+    assert params["rewards.trained"] == '[{"name": "pocket_preference", "weight": 1.0}]'
+    assert params["tracking.uri"] is None
+    assert all(isinstance(value, str | int | float | None) for value in params.values())
+
+
+def test_the_id_follows_the_configuration_and_not_its_whereabouts(tmp_path):
+    path = written(tmp_path, "")
+    same = load(path, ["runs=elsewhere", "tracking.experiment=x", "generator.betas=[0, 0.99]"])
+    assert same.derived_id == Experiment().derived_id
+    assert len(same.derived_id) == 12
+    assert int(same.derived_id, 16)
+    assert load(path, ["objective.huber_c=0.2"]).derived_id != same.derived_id
+
+
+# ---------------------------------------------------------------------------------------------------- its mistakes
+def test_all_mistakes_at_once_in_the_order_of_the_lines(tmp_path):
+    text = """\
+name: pocket
+step: 10
+steps: yes
+steps: 20
+learning_rate: 3
+generator:
+  learning_rate: -1e-4
+  betas: [0, 1.5]
+objective:
+  distance: pseudo_hubr
+  t_min: 990
+score_network: 3
+rewards:
+  trained:
+    - {weight: .nan}
+    - name: pocket_preferense
+prompts: {train: "pocket:trian"}
+cluster:
+  workers: 3
+"""
+    overrides = ["logging.evry=2", "x", "seed=[1", "generator.ema_decay=1.0", "name.x=1"]
+    assert errors(tmp_path, text, *overrides) == [
+        "run.yaml:2: step: unknown key, did you mean 'steps'?",
+        "run.yaml:3: steps: should be a whole number, got True",
+        "run.yaml:4: steps: written twice",
+        "run.yaml:5: learning_rate: unknown key, did you mean 'generator.learning_rate' or 'score_network.learning_rate'?",
+        "run.yaml:7: generator.learning_rate: should be greater than 0, got -0.0001",
+        "run.yaml:8: generator.betas.1: should be less than 1, got 1.5",
+        "run.yaml:9: objective.t_max: should be greater than t_min (990), got 980",  # not written: its section's line
+        "run.yaml:10: objective.distance: should be 'pseudo_huber' or 'squared', got 'pseudo_hubr', "
+        "did you mean 'pseudo_huber'?",
+        "run.yaml:12: score_network: should be a section with keys of its own, got 3",
+        "run.yaml:15: rewards.trained.0.name: is missing",
+        "run.yaml:15: rewards.trained.0.weight: should be a finite number, got nan",
+        "run.yaml:16: rewards.trained.1.name: should be a reward's short name or 'module:callable', "
+        "got 'pocket_preferense', did you mean 'pocket_preference'?",
+        "run.yaml:17: prompts.train: unknown split, got 'pocket:trian', did you mean 'pocket:train'?",
+        "run.yaml:19: cluster.workers: should divide global_batch_size (32), got 3",
+        "-s: x: should be key=value",
+        "-s: seed: not YAML: expected ',' or ']', but got '<stream end>'",
+        "-s: name.x: 'name' is no section",
+        "-s: generator.ema_decay: should be less than 1, got 1.0",
+        "-s: logging.evry: unknown key, did you mean 'every'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("steps: [1\nseed: 2", "run.yaml:2: not YAML: expected ',' or ']', but got ':'"),
+        ("steps: 1\nname: 2024-99-99", "run.yaml:2: not YAML: month must be in 1..12"),
+        ("- 1", "run.yaml:1: should hold `key: value` lines, got [1]"),
+        ("steps: !x 1", "run.yaml:1: not YAML: could not determine a constructor for the tag '!x'"),
+        (
+            "rewards:\n  held_out: [pickscore,\n    pocket_preference]",
+            "run.yaml:3: rewards.held_out.1: is named twice: a reward is either trained on or held out, and once, "
+            "got 'pocket_preference'",
+        ),
+        (
+            "rewards: {trained: []}",
+            "run.yaml:1: rewards.trained: should name a reward (objective.reward_scale 0 trains without), got []",
+        ),
+        (
+            "steps: 3\nreference: {model: some/model}",
+            "run.yaml:1: generator.start: belongs to the pocket world, but reference.model is 'some/model', "
+            "got 'pocket-distilled'",
+        ),
+        (
+            "device: cpu\ncluster:\n  use_gpu: true",
+            "run.yaml:3: cluster.use_gpu: should be false where device is 'cpu', got True",
+        ),
+        ("steps: 1.5", "run.yaml:1: steps: should be a whole number, got 1.5"),
+        ("steps: '5'", "run.yaml:1: steps: should be a whole number, got '5'"),
+        ("name: a/b", "run.yaml:1: name: should be letters, digits, '.', '_' and '-' only, got 'a/b'"),
+        ("device: gpu", "run.yaml:1: device: should be 'auto', 'cpu' or 'cuda', got 'gpu'"),
+    ],
+)
+def test_one_mistake(tmp_path, text, expected):
+    assert errors(tmp_path, text) == [expected]
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    written(tmp_path, "")
+    with pytest.raises(ConfigErrors, match=r"rum.yaml: No such file or directory, did you mean '.*run.yaml'\?$"):
+        load(tmp_path / "rum.yaml")
+
+
+def test_errors_survive_pickling():
+    error = pickle.loads(pickle.dumps(ConfigErrors(["a", "b"])))
+    assert error.errors == ["a", "b"]
+
+
+# ------------------------------------------------------------------------------------------------------- prompts
+def test_prompts_of_a_csv_and_a_txt(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,mouth\n"a, b",None\nc,\n')
+    (tmp_path / "a.txt").write_text("a cat\n\na dog, red\n")
+    table = read_prompts(tmp_path / "a.csv")
+    assert table.to_dict("list") == {"prompt": ["a, b", "c"], "mouth": ["None", ""]}
+    table = read_prompts(str(tmp_path / "a.txt"))
+    assert table["prompt"].tolist() == ["a cat", "a dog, red"]
+    assert table.index.tolist() == [0, 1]
+
+
+def test_the_pocket_splits(tmp_path, monkeypatch):
+    path = tmp_path / "prompts.csv"
+    path.write_text(
+        "split,prompt,kind,subject,colour,background,mouth\n"
+        "train,a bud,sprout,bud,,,\neval,a pink critter,critter,,pink,,\ntrain,a palm,sprout,palm,,,\n"
+    )
+    monkeypatch.setattr("diffinstruct.prompts.POCKET_CSV", path)
+    table = read_prompts("pocket:train")
+    assert table["prompt"].tolist() == ["a bud", "a palm"]
+    assert table.index.tolist() == [0, 1]
+    assert table["colour"].tolist() == ["", ""]
+    with pytest.raises(UserError, match="pocket:open: no prompts in it"):
+        read_prompts("pocket:open")
+
+
+@pytest.mark.skipif(not POCKET_CSV.exists(), reason="the pocket world is not built yet")
+@pytest.mark.parametrize("split", POCKET_SPLITS)
+def test_the_pocket_world_has_every_split(split):
+    table = read_prompts(f"pocket:{split}")
+    assert list(table.columns) == ["split", "prompt", "kind", "subject", "colour", "background", "mouth"]
+    assert (table["prompt"] != "").all()
+    assert (table["split"] == split).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("pocket:evl", r"pocket:evl: unknown split, did you mean 'pocket:eval'\?"),
+        ("pocket", "pocket: unknown split.*"),
+        ("{}/prompst.csv", r".*prompst.csv: no such file, did you mean '.*prompts.csv'\?"),
+        ("{}/prompts.parquet", ".*prompts.parquet: prompts are 'pocket:<split>', a .csv or a .txt"),
+        ("{}/prompts.csv", ".*prompts.csv: no column 'prompt', columns are text"),
+        ("{}/ragged.csv", ".*ragged.csv: .*Expected 1 fields in line 3, saw 2.*"),
+        ("{}/empty.csv", ".*empty.csv: No columns to parse from file"),
+        ("{}/latin.txt", ".*latin.txt: .*codec can't decode.*"),
+    ],
+)
+def test_prompts_that_cannot_be_read(tmp_path, source, message):
+    (tmp_path / "prompts.csv").write_text("text\nx\n")
+    (tmp_path / "ragged.csv").write_text("prompt\nx\ny,z\n")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(UserError, match=f"^{message}$") as caught:
+        read_prompts(source.format(tmp_path))
+    assert "\n" not in str(caught.value)
