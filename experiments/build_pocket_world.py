@@ -3,7 +3,7 @@
     python experiments/build_pocket_world.py --work runs/pocket_world            every stage, in order
     python experiments/build_pocket_world.py --work runs/pocket_world unet       one stage
 
-Stages: render, vae, classifier, unet, preference, judge, distill, package, measure. Each is seeded, writes into the work
+Stages: render, vae, unet, classifier, preference, judge, prompts, package, reference, distill. Each is seeded, writes into the work
 folder when it is done, goes on from its last checkpoint when interrupted, and is skipped once finished. Rendering needs
 `dicebear-core dicebear-styles resvg-py` (the `world` extra). The result replaces `platform/diffinstruct/pocket/`.
 """
@@ -15,7 +15,9 @@ import copy
 import io
 import itertools
 import json
+import math
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -23,11 +25,12 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 SIZE = 64
 TOKENS = 16
+GUIDANCE_SCALE = 3.0  # diffusers' convention: 1 + cfg_scale
+POCKET = Path(__file__).resolve().parents[1] / "platform" / "diffinstruct" / "pocket"
 N_RENDERS, N_HELD_OUT_RENDERS = 24_000, 2_000
 
 # ------------------------------------------------------------------------------------------------ the world
@@ -52,13 +55,16 @@ ATTRIBUTES = ("subject", "colour", "background", "mouth")
 
 def caption(kind: str, subject: str | None, colour: str | None, background: str | None, mouth: str | None) -> str:
     """A true caption; None leaves the attribute open. Sprouts carry their face on the pot, critters on the body."""
-    colour_ = f"{colour} " if colour else ""
-    mouth_ = f"{mouth} " if mouth else ""
+    face = [word for word in (mouth, colour) if word]
     if kind == "sprout":
-        text = f"a {subject or 'plant'} in a {mouth_}{colour_}pot"
+        text = f"{_a(subject or 'plant')} in {_a(' '.join([*face, 'pot']))}"
     else:
-        text = f"a {mouth_}{colour_}{subject + ' ' if subject else ''}critter"
-    return text + (f" on a {background} background" if background else "")
+        text = _a(" ".join([*face, *([subject] if subject else []), "critter"]))
+    return text + (f" on {_a(background)} background" if background else "")
+
+
+def _a(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def held_out(kind: str, subject: str, colour: str, background: str) -> bool:
@@ -158,7 +164,7 @@ class Resumable:
 
 
 def cosine(optimizer: torch.optim.Optimizer, peak: float, progress: float, warmup: float = 0.02) -> None:
-    scale = min(1.0, (progress + 1e-4) / warmup) * (0.5 + 0.5 * np.cos(np.pi * progress))
+    scale = min(1.0, (progress + 1e-4) / warmup) * (0.5 + 0.5 * math.cos(math.pi * progress))
     for group in optimizer.param_groups:
         group["lr"] = peak * (scale + 0.01)
 
@@ -177,7 +183,7 @@ def make_vae():
         num_decoder_blocks=(2, 2, 1), latent_channels=4, scaling_factor=1.0, force_upcast=False)
 
 
-def stage_vae(work: Path, steps: int = 2400, batch: int = 24) -> None:
+def stage_vae(work: Path, steps: int = 1800, batch: int = 24) -> None:
     """Autoencoder, 64 px -> [4, 16, 16]. Noise on the latents while training makes the decoder snap to crisp shapes."""
     x, _ = pictures(work, "train")
     torch.manual_seed(0)
@@ -291,7 +297,7 @@ def latents(work: Path) -> Tensor:
     return torch.from_numpy(np.load(path))
 
 
-def stage_unet(work: Path, steps: int = 9_000, batch: int = 48) -> None:
+def stage_unet(work: Path, steps: int = 4_200, batch: int = 32) -> None:
     """The reference: text encoder and U-Net together, v-prediction, min-SNR-5 weights, EMA."""
     from transformers import CLIPTextModel
 
@@ -345,7 +351,254 @@ def save_pipeline(work: Path, unet, text, tokenizer, scale: float) -> None:
     pipeline.to(torch.float16).save_pretrained(work / "pipeline")
 
 
-STAGES = {"render": stage_render, "vae": stage_vae, "unet": stage_unet}
+def blurred(x: Tensor) -> Tensor:
+    return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+
+
+def decoded(work: Path, count: int = 4000) -> Tensor:
+    """uint8 [count, 3, 64, 64]: the first training pictures through the autoencoder with noisy latents, as samples look."""
+    from diffusers import AutoencoderTiny
+
+    path = work / "decoded.npy"
+    if not path.exists():
+        vae = AutoencoderTiny.from_pretrained(work / "pipeline" / "vae").eval()
+        torch.manual_seed(1)
+        x, _ = pictures(work, "train")
+        out = []
+        with torch.no_grad():
+            for batch in x[:count].split(100):
+                z = vae.encode(in_unit_range(batch) * 2 - 1).latents
+                y = vae.decode(z + 0.25 * torch.rand(len(z), 1, 1, 1) * torch.randn_like(z)).sample
+                out.append(((y * 0.5 + 0.5).clamp(0, 1) * 255).round().byte())
+        np.save(path, torch.cat(out).numpy())
+    return torch.from_numpy(np.load(path))
+
+
+def stage_classifier(work: Path, steps: int = 700, batch: int = 64) -> None:
+    """The judge of truth: which attributes a picture shows. At least 98 % right on held-out renders, each attribute."""
+    from diffinstruct.evaluation import AttributeClassifier
+
+    x, table = pictures(work, "train")
+    x = torch.cat([x, decoded(work)])
+    table = pd.concat([table, table[: len(x) - len(table)]])
+    classes = {"kind": ["sprout", "critter"], "subject": [*PLANTS, *BODIES], "colour": list(COLOURS),
+               "background": list(BACKGROUNDS), "mouth": list(MOUTHS)}
+    truth = {a: torch.tensor([names.index(v) for v in table[a]]) for a, names in classes.items()}
+    torch.manual_seed(0)
+    model = AttributeClassifier(classes)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
+    n_renders = len(x) - len(decoded(work))
+    for step, progress in Resumable(work / "classifier_training", steps, {"model": model}, optimizer, every=100):
+        cosine(optimizer, 1e-3, progress)
+        index = torch.cat([torch.randint(n_renders, (batch // 2,)), torch.randint(n_renders, len(x), (batch // 2,))])
+        images = in_unit_range(x[index])
+        images[::4] = blurred(images[::4])
+        images = (images + 0.08 * torch.rand(batch, 1, 1, 1) * torch.randn_like(images)).clamp(0, 1)
+        _, logits = model(images)
+        loss = sum(F.cross_entropy(logits[a], truth[a][index], label_smoothing=0.02) for a in classes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            print(f"classifier {step}/{steps} loss {loss:.4f}", flush=True)
+    x, table = pictures(work, "held_out")
+    with torch.no_grad():
+        logits = [model(in_unit_range(b))[1] for b in x.split(200)]
+    scores = {}
+    for a, names in classes.items():
+        predicted = torch.cat([part[a] for part in logits]).argmax(1)
+        scores[a] = float((predicted == torch.tensor([names.index(v) for v in table[a]])).float().mean())
+    print("classifier on held-out renders", scores, flush=True)
+    (work / "classifier.json").write_text(json.dumps({"held_out_renders": len(x), "accuracy": scores}, indent=2))
+    if min(scores.values()) < 0.98:
+        raise SystemExit(f"the classifier is no judge of truth yet: {scores}")
+    model.save(work / "classifier")
+
+
+def utility(wants: list[dict[str, str | None]], shows: pd.DataFrame, damage: Tensor) -> Tensor:
+    """[P, N]: what the simulated annotator likes. A point for each attribute as asked, one for a smile where the prompt
+    leaves the face open, and a loss of up to two for a damaged picture."""
+    columns = {a: shows[a].to_numpy() for a in ("kind", *ATTRIBUTES)}
+    rows = []
+    for want in wants:
+        right = sum((columns[a] == v).astype(np.float32) for a, v in want.items() if v is not None)
+        rows.append(right + (columns["mouth"] == "smiling") * (want["mouth"] is None))
+    return torch.from_numpy(np.stack(rows).astype(np.float32)) - 2 * damage
+
+
+def damaged(images: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """A third of the pictures noisy, smeared over one another or blurred; (images, severity in [0, 1])."""
+    severity = torch.zeros(len(images))
+    out = images.clone()
+    for i in rng.choice(len(images), len(images) // 3, replace=False):
+        severity[i] = strength = 0.3 + 0.7 * float(rng.random())
+        kind = rng.integers(4)
+        if kind == 0:
+            out[i] = (images[i] + 0.3 * strength * torch.randn_like(images[i])).clamp(0, 1)
+        elif kind == 1:
+            for _ in range(1 + int(5 * strength)):
+                out[i] = blurred(out[i : i + 1])[0]
+        elif kind == 2:
+            out[i] = torch.lerp(images[i], images[int(rng.integers(len(images)))], 0.5 * strength)
+        else:  # colours shifted and contrast gone
+            out[i] = (0.5 + (images[i] - 0.5) * (1 - 0.7 * strength) + 0.25 * strength * torch.randn(3, 1, 1)).clamp(0, 1)
+    return out, severity
+
+
+def train_preference(work: Path, name: str, seed: int, width: int, layers: int, sharpness: float, half: int, steps: int) -> None:
+    """A CLIPModel on noisy choices with the Bradley-Terry loss; `half` says which renders it sees, even or odd."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
+
+    x, table = pictures(work, "train")
+    extra = decoded(work)
+    x, table = torch.cat([x, extra])[half::2], pd.concat([table, table[: len(extra)]])[half::2].reset_index(drop=True)
+    rows = list(table.itertuples())
+    tokenizer = CLIPTokenizer.from_pretrained(work / "pipeline" / "tokenizer")
+    vision = CLIPVisionConfig(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+                              num_attention_heads=4, image_size=SIZE, patch_size=8, projection_dim=128, hidden_act="gelu")
+    torch.manual_seed(seed)
+    config = CLIPConfig(text_config=text_config(tokenizer, 128, 2).to_dict(), vision_config=vision.to_dict(),
+                        projection_dim=128, logit_scale_init_value=2.3)
+    model = CLIPModel(config)
+    optimizer = torch.optim.AdamW(model.parameters(), 6e-4, betas=(0.9, 0.98), weight_decay=0.02)
+    alike = table.groupby(["kind", "subject"]).indices
+    prompts_, batch = 32, 96
+    for step, progress in Resumable(work / f"{name}_training", steps, {"model": model}, optimizer, every=100):
+        cosine(optimizer, 6e-4, progress)
+        rng = np.random.default_rng([seed, step])
+        anchors = rng.integers(len(rows), size=prompts_)
+        neighbours = [rng.choice(alike[(rows[i].kind, rows[i].subject)]) for i in anchors]
+        index = np.concatenate([anchors, neighbours, rng.integers(len(rows), size=batch - 2 * prompts_)])
+        wants = []
+        for i in anchors:
+            want = {a: getattr(rows[i], a) for a in ("kind", *ATTRIBUTES)}
+            for a, share in (("subject", 0.15), ("colour", 0.15), ("background", 0.15), ("mouth", 0.45)):
+                want[a] = None if rng.random() < share else want[a]
+            wants.append(want)
+        texts = [caption(w["kind"], w["subject"], w["colour"], w["background"], w["mouth"]) for w in wants]
+        images = in_unit_range(x[torch.from_numpy(index)])
+        shift = rng.integers(-2, 3, size=2)
+        images = torch.roll(F.pad(images, (2, 2, 2, 2), mode="replicate"), tuple(shift), (2, 3))[..., 2:-2, 2:-2]
+        images, severity = damaged(images, rng)
+        images = (images + 0.04 * torch.rand(batch, 1, 1, 1) * torch.randn_like(images)).clamp(0, 1)
+        liked = utility(wants, table.iloc[index], severity)
+        out = model(input_ids=tokenize(tokenizer, texts), pixel_values=(images - 0.5) / 0.25)
+        scores = out.logits_per_text  # [prompts, images], logit_scale * cos
+        a = torch.from_numpy(rng.integers(batch, size=(prompts_, 96)))
+        b = torch.from_numpy(rng.integers(batch, size=(prompts_, 96)))
+        a[:, :16] = torch.arange(prompts_)[:, None]  # the picture the prompt describes, against
+        b[:, :8] = prompts_ + torch.arange(prompts_)[:, None]  # one of the same subject, and against others
+        chosen = torch.from_numpy(rng.random((prompts_, 96)).astype(np.float32)) < torch.sigmoid(
+            sharpness * (liked.gather(1, a) - liked.gather(1, b)))
+        loss = F.binary_cross_entropy_with_logits(scores.gather(1, a) - scores.gather(1, b), chosen.float())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            clear = (liked.gather(1, a) - liked.gather(1, b)).abs() > 0.5
+            agree = ((scores.gather(1, a) > scores.gather(1, b)) == (liked.gather(1, a) > liked.gather(1, b)))[clear]
+            print(f"{name} {step}/{steps} loss {loss:.4f} agrees {agree.float().mean():.3f} "
+                  f"scale {model.logit_scale.exp():.1f}", flush=True)
+    model.save_pretrained(work / name)
+    tokenizer.save_pretrained(work / name)
+    (work / name / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"shortest_edge": SIZE}}))
+
+
+def stage_preference(work: Path, steps: int = 1500) -> None:
+    """The reward to train on."""
+    train_preference(work, "preference", seed=1, width=128, layers=3, sharpness=2.0, half=0, steps=steps)
+
+
+def stage_judge(work: Path, steps: int = 1500) -> None:
+    """The held-out judge: other pictures, other width and depth, other seed, choices of another sharpness."""
+    train_preference(work, "judge", seed=2, width=96, layers=4, sharpness=1.5, half=1, steps=steps)
+
+
+def stage_prompts(work: Path) -> None:
+    """prompts.csv. train: combinations seen in training, with and without a face; eval: held-out combinations with their
+    face; open: face-free, held-out combinations first, then two attributes only; grid: eight to look at."""
+    rng = random.Random(3)
+    rows = []
+
+    def row(split: str, kind: str, *attributes: str | None) -> None:
+        rows.append((split, caption(kind, *attributes), kind, *(value or "" for value in attributes)))
+
+    combos = list(itertools.product(SUBJECTS, COLOURS, BACKGROUNDS))
+    for (kind, subject), colour, background in [c for c in combos if not held_out(*c[0], *c[1:])]:
+        row("train", kind, subject, colour, background, None)
+        row("train", kind, subject, colour, background, rng.choice(list(MOUTHS)))
+    unseen = [c for c in combos if held_out(*c[0], *c[1:])]
+    named = list(itertools.product(unseen, MOUTHS))
+    rng.shuffle(named)
+    for ((kind, subject), colour, background), mouth in itertools.islice(itertools.cycle(named), 500):
+        row("eval", kind, subject, colour, background, mouth)  # 490 there are: the last ten come again, with other noise
+    open_ = [(s, c, b) for s in SUBJECTS for c, b in [*((c, None) for c in COLOURS), *((None, b) for b in BACKGROUNDS)]]
+    for (kind, subject), colour, background in [*unseen, *rng.sample(open_, 256 - len(unseen))]:
+        row("open", kind, subject, colour, background, None)
+    for i, ((kind, subject), colour, background) in enumerate(rng.sample(unseen, 8)):
+        row("grid", kind, subject, colour, background, None if i % 2 else list(MOUTHS)[i // 2 + 1])
+    pd.DataFrame(rows, columns=["split", "prompt", "kind", *ATTRIBUTES]).to_csv(work / "prompts.csv", index=False)
+
+
+def stage_package(work: Path) -> None:
+    """Everything but the one-step start into the package, in fp16 where weights are large."""
+    for name in ("pipeline", "preference", "judge", "classifier"):
+        shutil.rmtree(POCKET / name, ignore_errors=True)
+        shutil.copytree(work / name, POCKET / name)
+    shutil.copy(work / "prompts.csv", POCKET / "prompts.csv")
+
+
+def stage_reference(work: Path) -> None:
+    """The reference at 50 guided steps: what distances are measured to, its own examination, the quality of the world."""
+    from diffinstruct.evaluation import AttributeClassifier, image_features
+    from diffinstruct.pocket_world import examination_prompts, examine, store_reference_examination
+    from diffinstruct.pretrained import load_reference
+
+    reference = load_reference("pocket")
+
+    @torch.no_grad()
+    def sample(prompts: list[str], noise: Tensor) -> Tensor:
+        print(f"reference, 50 steps: {len(prompts)} pictures", flush=True)
+        return reference.decode(reference.sample(prompts, noise, 50, GUIDANCE_SCALE))
+
+    others = examination_prompts()["prompt"][::2].tolist()
+    noise = torch.randn(len(others), *reference.latent_shape, generator=torch.Generator().manual_seed(3_000_000))
+    pictures_ = torch.cat([sample(others[i : i + 54], noise[i : i + 54]) for i in range(0, len(others), 54)])
+    features = image_features(AttributeClassifier.load(POCKET / "classifier"), pictures_)
+    evaluation = examine(sample, features)
+    store_reference_examination(evaluation)
+    named = evaluation.table[evaluation.table["mouth"] != ""]
+    right = named.groupby("kind")[[f"accuracy/{a}" for a in ATTRIBUTES]].mean()
+    print(f"reference, 50 steps, {len(named)} held-out prompts\n{right}", flush=True)
+    (work / "reference.json").write_text(json.dumps(
+        {"prompts": len(named), "guidance_scale": GUIDANCE_SCALE, "accuracy": right.to_dict()}, indent=2))
+
+
+def stage_distill(work: Path, steps: int = 600) -> None:
+    """The one-step start: the reference distilled by DI* with reward scale 0 (SIM), by the project's own trainer."""
+    from diffinstruct.experiment import Experiment
+    from diffinstruct.local import run
+
+    base = Experiment().model_dump(mode="json")
+    base |= {"name": "distill", "steps": steps, "precision": "bf16", "rewards": {"trained": [], "held_out": []}}
+    base["generator"] |= {"start": "reference", "learning_rate": 2e-4, "ema_decay": 0.98}
+    base["score_network"] |= {"learning_rate": 4e-4}
+    base["objective"] |= {"reward_scale": 0.0}
+    base["logging"] |= {"every": 20, "checkpoint_every": 50}
+    result = run(Experiment.model_validate(base), (work / "distill").absolute())
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(result.export / "unet")
+    unet.to(torch.float16).save_pretrained(POCKET / "generator")
+
+
+STAGES = {
+    "render": stage_render, "vae": stage_vae, "unet": stage_unet, "classifier": stage_classifier,
+    "preference": stage_preference, "judge": stage_judge, "prompts": stage_prompts, "package": stage_package,
+    "reference": stage_reference, "distill": stage_distill,
+}
 
 
 def main() -> None:

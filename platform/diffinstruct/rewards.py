@@ -58,6 +58,8 @@ class LatentRewards:
         self.decode, self.trained, self.held_out, self.micro_batch = decode, trained, held_out, micro_batch
 
     def __call__(self, latents: Tensor, prompts: Sequence[str]) -> Scores:
+        if not self.trained and not self.held_out:  # reward scale 0 and nobody watching: no reason to decode
+            return Scores({}, torch.zeros_like(latents), 0.0)
         started = time.perf_counter()
         rows = range(0, len(latents), self.micro_batch)
         parts = [self._score(latents[i : i + self.micro_batch], prompts[i : i + self.micro_batch]) for i in rows]

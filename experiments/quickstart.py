@@ -1,0 +1,123 @@
+"""The main job: see a one-step generator become preferred. `make quickstart`, or `python experiments/quickstart.py`.
+
+Trains the pocket world's one-step generator twice, on the reward alone and with Diff-Instruct*, through Ray Train, reward
+actors and MLflow, then measures both beside what they started from. Writes table.md and grid.png into its run folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+from datetime import UTC, datetime
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from diffinstruct.evaluation import Evaluation
+    from diffinstruct.experiment import Experiment
+
+RECIPE = Path(__file__).parent / "recipes" / "pocket.yaml"
+REFERENCE = "reference, 50 steps"
+SHOWN = {  # measure -> what the table calls it
+    "reward/pocket_preference": "trained preference",
+    "reward/pocket_judge": "held-out preference",
+    "accuracy/subject": "subject right",
+    "accuracy/colour": "colour right",
+    "accuracy/background": "background right",
+    "accuracy/mouth": "mouth right, where named",
+    "smiling": "smiling, where open",
+    "kid": "KID to the reference",
+    "diversity": "diversity",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe")
+    arguments = parser.parse_args()
+
+    from diffinstruct.cluster.train import run
+    from diffinstruct.experiment import UserError, load
+
+    try:
+        recipe = load(RECIPE, arguments.set)
+        folder = Path(recipe.runs).absolute() / f"quickstart-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+        reward_only = load(RECIPE, [*arguments.set, "name=reward-only", "objective.name=reward_only"])
+        trained = {
+            "reward only": run(reward_only, folder / "reward-only").export,
+            "DI*": run(recipe, folder / "di-star").export,
+        }
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    report(recipe, trained, folder)
+
+
+def report(recipe: Experiment, trained: dict[str, Path], folder: Path) -> None:
+    """Measure the starting points and the trained generators on the same prompts and noise; print, and write to `folder`."""
+    import torch
+
+    from diffinstruct.evaluation import compare, markdown, table
+    from diffinstruct.pocket_world import examine, reference_examination
+    from diffinstruct.pretrained import load_reference
+    from diffinstruct.prompts import read_prompts
+
+    reference = load_reference(recipe.reference.model)
+    one_step = {"raw one step": "reference", "distilled start": recipe.generator.start}
+    one_step |= {name: str(export) for name, export in trained.items()}
+    prompts = read_prompts("pocket:grid")["prompt"].tolist()
+    noise = torch.randn(len(prompts), *reference.latent_shape, generator=torch.Generator().manual_seed(0))
+    examinations: dict[str, Evaluation] = {}
+    pictures: dict[str, Tensor] = {}
+    for name, start in one_step.items():
+        generator = reference.generator(recipe.generator.timestep, start, recipe.generator.input_scale)
+
+        @torch.no_grad()
+        def sample(prompts: list[str], z: Tensor, generator: nn.Module = generator) -> Tensor:
+            return reference.decode(generator(z, reference.encode_prompts(prompts)))
+
+        print(f"measuring {name}", flush=True)
+        examinations[name], pictures[name] = examine(sample), sample(prompts, noise)
+        if name == "distilled start":  # the reference's figures are stored, its pictures are drawn
+            examinations[REFERENCE] = reference_examination()
+            pictures[REFERENCE] = reference.decode(reference.sample(prompts, noise, 50, 1 + recipe.reference.cfg_scale))
+
+    summaries = {n: {SHOWN[k]: v for k, v in e.summary().items() if k in SHOWN} for n, e in examinations.items()}
+    print(table(summaries).T.to_string())
+    lines = [markdown(summaries)]
+    for other in ("distilled start", REFERENCE):
+        difference = compare(examinations["DI*"], examinations[other])
+        judge, right = difference["reward/pocket_judge"], difference["accuracy"]
+        wins = difference["wins/pocket_judge"]
+        lines.append(
+            f"DI* minus {other}, paired over {judge.n} prompts: held-out preference {judge}, wins {wins}, "
+            f"attributes right {right}"
+        )
+        print(lines[-1])
+    (folder / "table.md").write_text("\n\n".join(lines) + "\n")
+    draw(prompts, pictures, folder / "grid.png")
+    print(f"table {folder / 'table.md'}  pictures {folder / 'grid.png'}")
+
+
+def draw(prompts: list[str], pictures: dict[str, Tensor], path: Path) -> None:
+    """A row for each prompt, a column for each generator, the same noise in a row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(prompts), len(pictures), figsize=(1.5 * len(pictures) + 2.4, 1.35 * len(prompts)))
+    for column, (name, images) in enumerate(pictures.items()):
+        axes[0, column].set_title(name, fontsize=9)
+        for row, image in enumerate(images):
+            axes[row, column].imshow(image.permute(1, 2, 0).numpy())
+            axes[row, column].set(xticks=[], yticks=[])
+    for row, prompt in enumerate(prompts):
+        axes[row, 0].set_ylabel("\n".join(wrap(prompt, 24)), rotation=0, ha="right", va="center", fontsize=7)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
