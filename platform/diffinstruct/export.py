@@ -1,0 +1,102 @@
+"""A trained one-step generator as a stock diffusers folder: whoever has diffusers can use it, without this package.
+
+The generator's timestep T and its input scale are written into the configuration of a scheduler that diffusers ships:
+
+    unit    LCMScheduler cut off at T: one step from z at T is x0_hat, and another step count raises.
+    sigma   EulerDiscreteScheduler cut off at T: it feeds sigma_T z and returns x0_hat. Its betas keep sigma_T and make
+            sigma 0 below T - 1, where its exponential spacing takes a logarithm: more than one step raises there
+            ("math domain error") instead of quietly sampling with a network that knows one step. The price is that
+            numpy warns once of a division by zero.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from diffusers import EulerDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
+
+from diffinstruct.pretrained import InputScale, OneStepGenerator, load_reference, quiet
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# {name}: a one-step text-to-image generator
+
+Trained with Diff-Instruct* (arXiv 2410.20898) against the reference `{reference}`, whose licence applies.
+It makes a picture in one step, at timestep {timestep}, without guidance; any other step count raises an error.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("path/to/{name}")
+pipe("a prompt", num_inference_steps=1, guidance_scale=0.0).images[0]
+```
+"""
+
+
+def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
+    """Write `generator` with the other parts of the reference `model` as a StableDiffusionPipeline folder; returns it.
+
+    Everything is stored in the generator's own dtype, so that the pictures are the trainer's. The folder appears whole
+    or not at all, and replaces one that is already there.
+    """
+    folder = Path(folder).absolute()
+    unet, schedule_end = generator.denoiser.unet, generator.timestep + 1
+    reference = load_reference(model, unet.dtype)
+    pipeline = StableDiffusionPipeline(
+        vae=reference.vae,
+        text_encoder=reference.text_encoder,
+        tokenizer=reference.tokenizer,
+        unet=unet,
+        scheduler=one_step_scheduler(reference.betas[:schedule_end], reference.prediction, generator.input_scale),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    partial, previous = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "previous"))
+    try:
+        with quiet():
+            pipeline.save_pretrained(partial)
+        for config in partial.glob("*/config.json"):  # where this machine keeps the reference is nobody's business
+            values = json.loads(config.read_text())
+            values.pop("_name_or_path", None)
+            config.write_text(json.dumps(values, indent=2) + "\n")
+        origin = Path(model).name if Path(model).is_dir() else model
+        card = CARD.format(name=folder.name, reference=origin, timestep=generator.timestep)
+        (partial / "README.md").write_text(card)
+        if folder.exists():
+            folder.rename(previous)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
+    return folder
+
+
+def one_step_scheduler(betas: list[float], prediction: str, input_scale: InputScale) -> LCMScheduler | EulerDiscreteScheduler:
+    """The stock scheduler whose only step is the generator's, at T: `betas` are the reference's up to and with T."""
+    if input_scale == "unit":
+        return LCMScheduler(
+            num_train_timesteps=len(betas),
+            trained_betas=betas,
+            prediction_type=prediction,
+            original_inference_steps=1,
+            timestep_scaling=1e6,  # so that the boundary condition's c_out is 1 and its c_skip 0 in float32
+            clip_sample=False,
+            steps_offset=1,  # not used; the pipeline insists on it
+        )
+    alphas_cumprod = 1.0
+    for beta in betas:
+        alphas_cumprod *= 1 - beta
+    return EulerDiscreteScheduler(
+        num_train_timesteps=len(betas),
+        trained_betas=[0.0] * (len(betas) - 2) + [betas[-2], 1 - alphas_cumprod / (1 - betas[-2])],
+        prediction_type=prediction,
+        timestep_spacing="trailing",
+        use_exponential_sigmas=True,
+        steps_offset=1,
+    )
