@@ -10,7 +10,7 @@ images [B, 3, H', W'] in [0, 1]; prompt_embeds [B, L, D].
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -178,7 +178,7 @@ class Reference:
 
     def _part(self, kind: type, source: str, subfolder: str | None) -> Any:
         load = kind.from_pretrained  # type: ignore[attr-defined]
-        with quiet():
+        with quiet() if Path(source).is_dir() else nullcontext():  # a download keeps its progress bar
             part = _read(load, source, subfolder=subfolder or "", use_safetensors=True, dtype=self.dtype)
         return part.to(self.device).eval()
 
