@@ -51,9 +51,9 @@ def test_bootstrap_is_the_normal_interval_of_a_large_sample():
 
 
 def test_bootstrap_covers_the_true_mean_of_a_skewed_law(monkeypatch):
-    monkeypatch.setattr(evaluation, "RESAMPLES", 400)
+    monkeypatch.setattr(evaluation, "RESAMPLES", 300)
     rng = np.random.default_rng(0)
-    figures = [bootstrap_mean(rng.exponential(1.0, 150), seed) for seed in range(600)]
+    figures = [bootstrap_mean(rng.exponential(1.0, 150), seed) for seed in range(500)]
     covered = np.mean([f.low <= 1 <= f.high for f in figures])
     assert 0.915 <= covered <= 0.97  # 95 % give or take four standard errors of the simulation
 
