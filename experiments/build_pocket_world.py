@@ -3,8 +3,8 @@
     python experiments/build_pocket_world.py --work runs/pocket_world            every stage, in order
     python experiments/build_pocket_world.py --work runs/pocket_world unet       one stage
 
-Stages: render, vae, unet, classifier, preference, judge, prompts, package, reference, distill. Each is seeded, writes into the work
-folder when it is done, goes on from its last checkpoint when interrupted, and is skipped once finished. Rendering needs
+Stages: render, vae, unet, classifier, preference, judge, prompts, package, reference, distill. Each is seeded,
+writes into the work folder when it is done, goes on from its last checkpoint when interrupted, and is skipped once finished. Rendering needs
 `dicebear-core dicebear-styles resvg-py` (the `world` extra). The result replaces `platform/diffinstruct/pocket/`.
 """
 
@@ -297,7 +297,7 @@ def latents(work: Path) -> Tensor:
     return torch.from_numpy(np.load(path))
 
 
-def stage_unet(work: Path, steps: int = 4_200, batch: int = 32) -> None:
+def stage_unet(work: Path, steps: int = 3_200, batch: int = 32) -> None:
     """The reference: text encoder and U-Net together, v-prediction, min-SNR-5 weights, EMA."""
     from transformers import CLIPTextModel
 
@@ -445,7 +445,9 @@ def damaged(images: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     return out, severity
 
 
-def train_preference(work: Path, name: str, seed: int, width: int, layers: int, sharpness: float, half: int, steps: int) -> None:
+def train_preference(
+    work: Path, name: str, seed: int, width: int, layers: int, sharpness: float, half: int, steps: int
+) -> None:
     """A CLIPModel on noisy choices with the Bradley-Terry loss; `half` says which renders it sees, even or odd."""
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
@@ -506,12 +508,12 @@ def train_preference(work: Path, name: str, seed: int, width: int, layers: int, 
         json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"shortest_edge": SIZE}}))
 
 
-def stage_preference(work: Path, steps: int = 1500) -> None:
+def stage_preference(work: Path, steps: int = 1000) -> None:
     """The reward to train on."""
     train_preference(work, "preference", seed=1, width=128, layers=3, sharpness=2.0, half=0, steps=steps)
 
 
-def stage_judge(work: Path, steps: int = 1500) -> None:
+def stage_judge(work: Path, steps: int = 1000) -> None:
     """The held-out judge: other pictures, other width and depth, other seed, choices of another sharpness."""
     train_preference(work, "judge", seed=2, width=96, layers=4, sharpness=1.5, half=1, steps=steps)
 

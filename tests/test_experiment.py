@@ -164,7 +164,7 @@ cluster:
         ),
         (
             "rewards: {trained: []}",
-            "run.yaml:1: rewards.trained: should name a reward (objective.reward_scale 0 trains without), got []",
+            "run.yaml:1: rewards.trained: should name a reward (only di_star at objective.reward_scale 0 goes without), got []",
         ),
         (
             "steps: 3\nreference: {model: some/model}",

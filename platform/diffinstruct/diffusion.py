@@ -1,6 +1,6 @@
 """The forward process and the one face of every network: `Denoiser`, from a noisy sample to its clean prediction.
 
-    x_t = alpha_t x0 + sigma_t eps                       (method: forward process; arXiv 2410.20898, section 2)
+    x_t = alpha_t x0 + sigma_t eps                       (forward process, arXiv 2410.20898)
     score(x_t) = -(x_t - alpha_t x0_hat) / sigma_t^2     so a difference of scores is alpha_t / sigma_t^2 times one of x0_hat
 
 Shapes: samples x0, xt, eps [B, ...]; t [B] whole numbers into the schedule.
@@ -58,7 +58,7 @@ def per_sample_sum(x: Tensor) -> Tensor:
 
 
 def denoising_loss(denoiser: Denoiser, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, c: Conditions) -> Tensor:
-    """[B]: the score network's loss, ||eps_hat - eps||^2 averaged over dimensions (eq. 2.3 with lambda_t = 1 in eps).
+    """[B]: the score network's loss, ||eps_hat - eps||^2 averaged over dimensions (arXiv 2410.20898, with weight 1 in eps).
 
     eps_hat - eps = -(alpha_t / sigma_t) (x0_hat - x0), so this is the x0 error weighted by the signal-to-noise ratio.
     `x0` is a constant here: the caller passes samples cut from the generator's graph.

@@ -1,4 +1,4 @@
-"""Distances d between two scores, given as d'(y): all that the objective's gradient needs (arXiv 2410.20898, section 3.2).
+"""Distances d between two scores, given as d'(y): all that the objective's gradient needs (arXiv 2410.20898).
 
 A distance maps y [B, ...] to d'(y) [B, ...]; norms run over a whole sample. Any callable of that shape is a distance.
 """

@@ -90,9 +90,9 @@ class Reference(Section):
     model: Text = Field("pocket", description="diffusers folder, hub id, or 'pocket', the built-in world (ours)")
     cfg_scale: NotNegative = Field(
         1.0,
-        description="guidance of the reference; 0 is none, diffusers' guidance_scale is 1 + this (section 3.4; ours)",
+        description="guidance of the reference; 0 is none, diffusers' guidance_scale is 1 + this (the paper; ours)",
     )
-    guidance: Literal["in"] = Field("in", description="where guidance enters: inside the divergence (section 3.4)")
+    guidance: Literal["in"] = Field("in", description="where guidance enters: inside the divergence (the paper)")
 
 
 class Player(Section):
@@ -109,7 +109,7 @@ class Generator(Player):
 
     start: Text = Field(
         "pocket-distilled",
-        description="initial weights: 'pocket-distilled', 'reference', a diffusers folder or hub id (section 4; ours)",
+        description="initial weights: 'pocket-distilled', 'reference', a diffusers folder or hub id (ours)",
     )
     timestep: int = Field(625, ge=0, description="the t it is fed, index into the reference's schedule (v1 of the paper: 625)")
     input_scale: Literal["unit", "sigma"] = Field(
@@ -132,8 +132,8 @@ class ScoreNetwork(Player):
 class Objective(Section):
     """What the generator minimises: -reward_scale * reward + regularization_weight * divergence."""
 
-    name: Literal["di_star", "reward_only"] = Field("di_star", description="DI* (section 3) or the reward term alone")
-    distance: Literal["pseudo_huber", "squared"] = Field("pseudo_huber", description="between two scores (section 3.2)")
+    name: Literal["di_star", "reward_only"] = Field("di_star", description="DI* (the paper) or the reward term alone")
+    distance: Literal["pseudo_huber", "squared"] = Field("pseudo_huber", description="between two scores (the paper)")
     huber_c: Positive = Field(
         0.1, description="pseudo-Huber's c per square root of a dimension, in the units of `space` (left open, ours)"
     )
@@ -169,7 +169,7 @@ class Rewards(Section):
     trained: tuple[TrainedReward, ...] = Field(
         (TrainedReward(name="pocket_preference"),),
         strict=False,
-        description="rewards with gradient (ours)",
+        description="rewards with gradient; may be empty at reward_scale 0 (ours)",
     )
     held_out: tuple[RewardName, ...] = Field(
         ("pocket_judge",), strict=False, description="rewards that are measured and never trained on (ours)"
@@ -178,8 +178,6 @@ class Rewards(Section):
     @field_validator("trained")
     @classmethod
     def _distinct(cls, value: tuple[TrainedReward, ...]) -> tuple[TrainedReward, ...]:
-        if not value:
-            raise _wrong("should name a reward (objective.reward_scale 0 trains without)")
         _no_repeats([reward.name for reward in value], ())
         return value
 
@@ -264,6 +262,14 @@ class Experiment(Section):
         reference = info.data.get("reference", Reference())
         if value.start == "pocket-distilled" and reference.model != "pocket":
             raise _at("start", value.start, _wrong(f"belongs to the pocket world, but reference.model is {reference.model!r}"))
+        return value
+
+    @field_validator("rewards")
+    @classmethod
+    def _something_to_climb(cls, value: Rewards, info: ValidationInfo) -> Rewards:
+        objective = info.data.get("objective", Objective(reward_scale=0.0))
+        if not value.trained and (objective.reward_scale or objective.name == "reward_only"):
+            raise _at("trained", [], _wrong("should name a reward (only di_star at objective.reward_scale 0 goes without)"))
         return value
 
     @field_validator("cluster")

@@ -1,4 +1,4 @@
-"""Classifier-free guidance as a function from denoiser to denoiser (guidance IN: arXiv 2410.20898, section 3.4)."""
+"""Classifier-free guidance as a function from denoiser to denoiser (guidance IN of arXiv 2410.20898)."""
 
 from __future__ import annotations
 

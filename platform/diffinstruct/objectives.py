@@ -1,6 +1,6 @@
 """The page of the paper: what the generator minimises, each objective one function from a sample to its loss.
 
-    min_theta  E[-reward_scale r(x0, c)] + regularization_weight D(p_theta, p_ref)          (arXiv 2410.20898, eq. 3.1)
+    min_theta  E[-reward_scale r(x0, c)] + regularization_weight D(p_theta, p_ref)          (arXiv 2410.20898)
 
 Legend. x0 [B, ...] the generator's sample, carrying gradient; t [B]; eps [B, ...]; f = score network's x0 prediction,
 r = the (guided) reference's; both networks' *parameters* are constants, their *inputs* are not: gradient flows through
@@ -39,7 +39,7 @@ def diff_instruct_star(
     distance: Distance,
     space: str,
 ) -> tuple[Tensor, Tensor]:
-    """DI*'s loss [B], whose gradient in theta is that of the score-based divergence (Theorem 3.1, eq. 3.4),
+    """DI*'s loss [B], whose gradient in theta is that of the score-based divergence,
     and the divergence [B] for the record: ||m_t (f - r)||^2 per dimension.
 
         L = - w_t < d'(y), s_psi(x_t) - grad log q(x_t | x0) >,     y = s_psi(x_t) - s_ref(x_t)

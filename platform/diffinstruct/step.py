@@ -1,4 +1,4 @@
-"""One alternating round of Diff-Instruct* (arXiv 2410.20898, algorithm 1): torch only, knows neither Ray nor MLflow.
+"""One alternating round of Diff-Instruct* (arXiv 2410.20898): torch only, knows neither Ray nor MLflow.
 
 Everything that wants something of the generator says so as a gradient at its sample x0. The regulariser and the rewards are
 computed on detached leaves, wherever that is cheapest, and the generator's graph is walked once:
