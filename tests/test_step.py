@@ -1,0 +1,225 @@
+"""One alternating round on tiny players: against one graph, in slices, resumed, and where it has to stop. No Ray."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from diffinstruct.checkpoint import CheckpointStore
+from diffinstruct.diffusion import Schedule
+from diffinstruct.distances import distance
+from diffinstruct.objectives import diff_instruct_star
+from diffinstruct.rewards import LatentRewards, Scores
+from diffinstruct.step import Draws, NonFinite, Players, Settings, alternating_round
+
+BATCH, SHAPE = 8, (2, 4, 4)
+ALPHAS = torch.linspace(0.999, 0.05, 1000)
+SCHEDULE = Schedule(ALPHAS, (1 - ALPHAS**2).sqrt())
+PROMPTS = [f"prompt {i}" for i in range(BATCH)]
+
+
+class Network(nn.Module):
+    """Two convolutions that see the noise level and the condition; a Denoiser, and with t left out a generator."""
+
+    def __init__(self, seed):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.enter, self.leave = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 2, 3, padding=1)
+            self.condition = nn.Linear(3, 8)
+
+    def forward(self, x, *rest):
+        *t, c = rest
+        level = t[0].float().view(-1, 1, 1, 1) / 1000 if t else 0
+        hidden = self.enter(x) + self.condition(c["prompt_embeds"]).view(len(x), 8, 1, 1) + level
+        return x + self.leave(torch.tanh(hidden))
+
+
+def decode(latents):
+    return torch.sigmoid(nn.functional.interpolate(latents.mean(1, keepdim=True).expand(-1, 3, -1, -1), scale_factor=2))
+
+
+def contrast(images, prompts):
+    weight = torch.tensor([1.0 + int(prompt.split()[-1]) for prompt in prompts])
+    return weight * images.flatten(1).var(1)
+
+
+def brightness(images, prompts):
+    return images.flatten(1).mean(1)
+
+
+def make_players(adam=True):
+    generator, score_network = Network(1), Network(2)
+    optimizer = torch.optim.AdamW if adam else torch.optim.SGD
+    return Players(
+        generator=generator,
+        score_network=score_network,
+        reference=Network(3).requires_grad_(False),
+        ema=copy.deepcopy(generator).requires_grad_(False),
+        generator_optimizer=optimizer(generator.parameters(), 1e-2 if adam else 0.0),
+        score_optimizer=optimizer(score_network.parameters(), 1e-2 if adam else 0.0),
+    )
+
+
+def make_settings(**changes):
+    objective = partial(diff_instruct_star, schedule=SCHEDULE, distance=distance("pseudo_huber", 0.1), space="x0")
+    settings = {
+        "objective": objective, "regularization_weight": 0.7, "reward_scale": 30.0, "score_updates": 1, "reuse_sample": True,
+        "t_min": 20, "t_max": 980, "generator_max_grad_norm": 1e9, "score_max_grad_norm": 1e9, "ema_decay": 0.9,
+        "precision": "fp32",
+    }  # fmt: skip
+    return Settings(**settings | changes)
+
+
+def condition(rows=slice(0, BATCH)):
+    return {"prompt_embeds": torch.randn(BATCH, 3, generator=torch.Generator().manual_seed(9))[rows]}
+
+
+REWARDS = LatentRewards(decode, {"contrast": (contrast, 1.0), "brightness": (brightness, -0.5)}, {}, micro_batch=3)
+
+
+def round_(players, settings=None, step=0, rows=slice(0, BATCH), send=REWARDS.send):
+    draws = Draws(0, step, BATCH, SHAPE, rows, torch.device("cpu"))
+    return alternating_round(players, settings or make_settings(), SCHEDULE, draws, PROMPTS[rows], condition(rows), send)
+
+
+def weights(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def equal(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_generators_gradient_is_that_of_one_graph():
+    """Decoder, rewards, score network, reference and generator in one graph, against the leaves of the round."""
+    players, settings = make_players(), make_settings(score_updates=2)
+    generator = copy.deepcopy(players.generator)
+    round_(players, settings)
+
+    draws, c = Draws(0, 0, BATCH, SHAPE, slice(0, BATCH), torch.device("cpu")), condition()
+    x0 = generator(draws.normal(draws.GENERATOR), c)
+    t, eps = draws.t(draws.GENERATOR + 1, 20, 980), draws.normal(draws.GENERATOR + 2)
+    loss, _ = settings.objective(x0, t, eps, c, score_network=players.score_network, reference=players.reference)
+    images = decode(x0)
+    reward = contrast(images, PROMPTS) - 0.5 * brightness(images, PROMPTS)
+    (0.7 * loss - 30.0 * reward).mean().backward()
+
+    for ours, exact in zip(players.generator.parameters(), generator.parameters(), strict=True):
+        assert (ours.grad - exact.grad).norm() <= 1e-5 * exact.grad.norm()
+        assert exact.grad.norm() > 0
+
+
+def test_two_halves_average_to_the_whole():
+    """Noise, t and prompts belong to a sample's index in the global batch; players that stand still keep the halves equal."""
+    whole, left, right = (make_players(adam=False) for _ in range(3))
+    settings = make_settings(reuse_sample=False, score_updates=2)
+    metrics = [
+        round_(players, settings, rows=rows)
+        for players, rows in [(whole, slice(0, 8)), (left, slice(0, 4)), (right, slice(4, 8))]
+    ]
+    for player in ("generator", "score_network"):
+        parameters = (getattr(players, player).parameters() for players in (whole, left, right))
+        for all_, first, second in zip(*parameters, strict=True):
+            assert (all_.grad - (first.grad + second.grad) / 2).norm() <= 1e-5 * all_.grad.norm()
+    for key in ("loss/regularizer", "loss/score_network", "divergence", "reward/contrast"):
+        assert metrics[0][key] == pytest.approx((metrics[1][key] + metrics[2][key]) / 2, rel=1e-5)
+    draws = Draws(3, 5, BATCH, SHAPE, slice(0, BATCH), torch.device("cpu"))
+    half = Draws(3, 5, BATCH, SHAPE, slice(4, 8), torch.device("cpu"))
+    assert draws.prompts(1000)[4:] == half.prompts(1000)
+
+
+def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path):
+    """Six rounds in one go against three, a checkpoint on disk, other players, and three more."""
+    straight, before, after = make_players(), make_players(), make_players()
+    losses = [round_(straight, step=step)["loss/regularizer"] for step in range(6)]
+    for step in range(3):
+        round_(before, step=step)
+    store = CheckpointStore(tmp_path)
+    store.save(3, before.state_dict())
+    step, state = CheckpointStore(tmp_path).latest()
+    assert step == 3
+    round_(after, step=0)  # whatever the process did before is forgotten
+    after.load_state_dict(state)
+    assert [round_(after, step=step)["loss/regularizer"] for step in range(3, 6)] == losses[3:]
+    for role in ("generator", "score_network", "ema"):
+        assert equal(weights(getattr(straight, role)), weights(getattr(after, role)))
+    for optimizer in ("generator_optimizer", "score_optimizer"):
+        ours, theirs = (getattr(players, optimizer).state_dict()["state"] for players in (straight, after))
+        assert len(ours) == 6
+        assert all(torch.equal(ours[i][key], theirs[i][key]) for i in ours for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize(("updates", "reuse"), [(1, True), (3, True), (3, False)])
+def test_the_score_network_is_updated_k_times_on_the_same_or_on_fresh_samples(updates, reuse):
+    players, updated, noises, sent = make_players(), [], [], []
+    players.score_optimizer.register_step_post_hook(lambda *_: updated.append(1))
+    players.generator.register_forward_pre_hook(lambda module, arguments: noises.append(arguments[0]))
+    players.score_network.register_forward_pre_hook(lambda module, arguments: sent.append(arguments[:2]))
+    round_(players, make_settings(score_updates=updates, reuse_sample=reuse))
+    assert len(updated) == updates
+    assert len(noises) == (1 if reuse else 1 + updates)
+    assert all(not torch.equal(noises[i], noises[j]) for i in range(len(noises)) for j in range(i))
+    assert len(sent) == updates + 1  # and once more, in the objective
+    assert all(not torch.equal(sent[i][1], sent[j][1]) for i in range(len(sent)) for j in range(i))  # t of its own
+
+
+def test_reward_only_leaves_the_score_network_alone():
+    players = make_players()
+    before = weights(players.score_network)
+    metrics = round_(players, make_settings(objective=None))
+    assert equal(before, weights(players.score_network))
+    assert "divergence" not in metrics and metrics["gradient_norm/generator"] > 0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_round_before_the_update():
+    def spoiled(latents, prompts):
+        scores = REWARDS(latents, prompts)
+        gradient = scores.gradient.clone()
+        gradient[2, 0, 1, 1] = float("nan")
+        return lambda: Scores(scores.scores, gradient, 0.0)
+
+    players = make_players()
+    before, averaged = weights(players.generator), weights(players.ema)
+    with pytest.raises(NonFinite, match=r"step 4: the generator's gradient is not finite"):
+        round_(players, step=4, send=spoiled)
+    assert equal(before, weights(players.generator)) and equal(averaged, weights(players.ema))
+    assert not players.generator_optimizer.state
+
+    players = make_players()
+    with torch.no_grad():
+        players.score_network.leave.weight.mul_(1e30)
+    before, start = weights(players.score_network), weights(players.generator)
+    with pytest.raises(NonFinite, match="score network"):
+        round_(players)
+    assert equal(before, weights(players.score_network)) and equal(start, weights(players.generator))
+
+
+def test_a_held_out_reward_is_measured_and_never_pulls():
+    seen = []
+
+    def judge(images, prompts):
+        seen.append(images.requires_grad)
+        return 1000 * images.flatten(1).mean(1)
+
+    trained = {"contrast": (contrast, 1.0)}
+    alone, judged = make_players(), make_players()
+    round_(alone, send=LatentRewards(decode, trained, {}).send)
+    metrics = round_(judged, send=LatentRewards(decode, trained, {"judge": judge}).send)
+    assert equal(weights(alone.generator), weights(judged.generator))
+    assert metrics["reward/judge"] > 0 and seen == [False]
+
+
+@pytest.mark.parametrize(("step", "decay"), [(0, 0.1), (5, 6 / 15), (1000, 0.9)])
+def test_the_average_follows_its_formula(step, decay):
+    """ema <- d ema + (1 - d) generator, with d warmed up as min(decay, (1 + step) / (10 + step))."""
+    players = make_players()
+    before = weights(players.ema)
+    round_(players, step=step)
+    for name, now in players.generator.state_dict().items():
+        torch.testing.assert_close(players.ema.state_dict()[name], decay * before[name] + (1 - decay) * now)
+        assert not torch.equal(before[name], now)
