@@ -3,9 +3,10 @@
     python experiments/build_pocket_world.py --work runs/pocket_world            every stage, in order
     python experiments/build_pocket_world.py --work runs/pocket_world unet       one stage
 
-Stages: render, vae, unet, classifier, preference, judge, prompts, package, reference, distill. Each is seeded,
-writes into the work folder when it is done, goes on from its last checkpoint when interrupted, and is skipped once finished. Rendering needs
-`dicebear-core dicebear-styles resvg-py` (the `world` extra). The result replaces `platform/diffinstruct/pocket/`.
+Stages: render, vae, unet, classifier, preference, judge, prompts, package, reference, distill. Each is seeded, writes
+into the work folder when it is done, goes on from its last checkpoint when interrupted, and is skipped once finished.
+Rendering needs `dicebear-core dicebear-styles resvg-py` (the `world` extra). The result replaces the folder
+`platform/diffinstruct/pocket/`.
 """
 
 from __future__ import annotations
@@ -297,7 +298,7 @@ def latents(work: Path) -> Tensor:
     return torch.from_numpy(np.load(path))
 
 
-def stage_unet(work: Path, steps: int = 3_200, batch: int = 32) -> None:
+def stage_unet(work: Path, steps: int = 5_200, batch: int = 32) -> None:
     """The reference: text encoder and U-Net together, v-prediction, min-SNR-5 weights, EMA."""
     from transformers import CLIPTextModel
 
@@ -313,6 +314,11 @@ def stage_unet(work: Path, steps: int = 3_200, batch: int = 32) -> None:
     averages = [*ema_unet.parameters(), *ema_text.parameters()]
     optimizer = torch.optim.AdamW(parameters, 8e-4, betas=(0.9, 0.99), weight_decay=0.01)
     acp = make_scheduler().alphas_cumprod
+    # Faces are a tenth of the latents and carry all of the mouth: they count six times. (Each element's own optimum, the
+    # posterior mean, is the same under any weights.)
+    face = torch.ones(16, 16)
+    face[9:16, 5:11] = 6
+    face = face / face.mean()
     modules = {"unet": unet, "text": text, "ema_unet": ema_unet, "ema_text": ema_text}
     for step, progress in Resumable(work / "unet", steps, modules, optimizer):
         trapezoid(optimizer, 8e-4, progress)
@@ -327,7 +333,7 @@ def stage_unet(work: Path, steps: int = 3_200, batch: int = 32) -> None:
             v = unet(a * x0 + s * eps, t, encoder_hidden_states=text(tokens).last_hidden_state).sample
         snr = (a / s) ** 2
         weight = snr.clamp(max=5) / (snr + 1)
-        loss = (weight * (v.float() - (a * eps - s * x0)) ** 2).mean()
+        loss = (weight * face * (v.float() - (a * eps - s * x0)) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -460,13 +466,19 @@ def train_preference(
                               num_attention_heads=4, image_size=SIZE, patch_size=8, projection_dim=128, hidden_act="gelu")
     torch.manual_seed(seed)
     config = CLIPConfig(text_config=text_config(tokenizer, 128, 2).to_dict(), vision_config=vision.to_dict(),
-                        projection_dim=128, logit_scale_init_value=2.3)
+                        projection_dim=128, logit_scale_init_value=2.7)
+    classes = {"subject": [*PLANTS, *BODIES], "colour": list(COLOURS), "background": list(BACKGROUNDS), "mouth": list(MOUTHS)}
+    # Choices alone teach the towers colours long before mouths: while they learn, each also names what it sees and reads.
     model = CLIPModel(config)
-    optimizer = torch.optim.AdamW(model.parameters(), 6e-4, betas=(0.9, 0.98), weight_decay=0.02)
+    sees = nn.ModuleDict({a: nn.Linear(128, len(names)) for a, names in classes.items()})
+    reads = nn.ModuleDict({a: nn.Linear(128, len(names) + 1) for a, names in classes.items()})
+    parameters = [*model.parameters(), *sees.parameters(), *reads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, 1e-3, betas=(0.9, 0.98), weight_decay=0.02)
     alike = table.groupby(["kind", "subject"]).indices
     prompts_, batch = 32, 96
-    for step, progress in Resumable(work / f"{name}_training", steps, {"model": model}, optimizer, every=100):
-        cosine(optimizer, 6e-4, progress)
+    modules = {"model": model, "sees": sees, "reads": reads}
+    for step, progress in Resumable(work / f"{name}_training", steps, modules, optimizer, every=100):
+        cosine(optimizer, 1e-3, progress, warmup=0.05)
         rng = np.random.default_rng([seed, step])
         anchors = rng.integers(len(rows), size=prompts_)
         neighbours = [rng.choice(alike[(rows[i].kind, rows[i].subject)]) for i in anchors]
@@ -479,8 +491,8 @@ def train_preference(
             wants.append(want)
         texts = [caption(w["kind"], w["subject"], w["colour"], w["background"], w["mouth"]) for w in wants]
         images = in_unit_range(x[torch.from_numpy(index)])
-        shift = rng.integers(-2, 3, size=2)
-        images = torch.roll(F.pad(images, (2, 2, 2, 2), mode="replicate"), tuple(shift), (2, 3))[..., 2:-2, 2:-2]
+        shift = rng.integers(-1, 2, size=2)
+        images = torch.roll(F.pad(images, (1, 1, 1, 1), mode="replicate"), tuple(shift), (2, 3))[..., 1:-1, 1:-1]
         images, severity = damaged(images, rng)
         images = (images + 0.04 * torch.rand(batch, 1, 1, 1) * torch.randn_like(images)).clamp(0, 1)
         liked = utility(wants, table.iloc[index], severity)
@@ -488,20 +500,29 @@ def train_preference(
         scores = out.logits_per_text  # [prompts, images], logit_scale * cos
         a = torch.from_numpy(rng.integers(batch, size=(prompts_, 96)))
         b = torch.from_numpy(rng.integers(batch, size=(prompts_, 96)))
-        a[:, :16] = torch.arange(prompts_)[:, None]  # the picture the prompt describes, against
-        b[:, :8] = prompts_ + torch.arange(prompts_)[:, None]  # one of the same subject, and against others
+        a[:, :24] = torch.arange(prompts_)[:, None]  # the picture the prompt describes, against
+        b[:, :12] = prompts_ + torch.arange(prompts_)[:, None]  # one of the same subject, and against others
         chosen = torch.from_numpy(rng.random((prompts_, 96)).astype(np.float32)) < torch.sigmoid(
             sharpness * (liked.gather(1, a) - liked.gather(1, b)))
-        loss = F.binary_cross_entropy_with_logits(scores.gather(1, a) - scores.gather(1, b), chosen.float())
+        loss = choices = F.binary_cross_entropy_with_logits(scores.gather(1, a) - scores.gather(1, b), chosen.float())
+        shown, good = table.iloc[index], severity == 0
+        named = {}
+        for attribute, names in classes.items():
+            target = torch.tensor([names.index(v) for v in shown[attribute]])
+            logits = sees[attribute](out.vision_model_output.pooler_output)
+            named[attribute] = (logits.argmax(1) == target)[good].float().mean()
+            wanted = torch.tensor([names.index(w[attribute]) if w[attribute] else len(names) for w in wants])
+            read = reads[attribute](out.text_model_output.pooler_output)
+            loss = loss + (1 - progress) * (F.cross_entropy(logits[good], target[good]) + F.cross_entropy(read, wanted))
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 50 == 0:
             clear = (liked.gather(1, a) - liked.gather(1, b)).abs() > 0.5
             agree = ((scores.gather(1, a) > scores.gather(1, b)) == (liked.gather(1, a) > liked.gather(1, b)))[clear]
-            print(f"{name} {step}/{steps} loss {loss:.4f} agrees {agree.float().mean():.3f} "
-                  f"scale {model.logit_scale.exp():.1f}", flush=True)
+            print(f"{name} {step}/{steps} choices {choices:.4f} agrees {agree.float().mean():.3f} "
+                  + " ".join(f"{k} {v:.2f}" for k, v in named.items()), flush=True)
     model.save_pretrained(work / name)
     tokenizer.save_pretrained(work / name)
     (work / name / "preprocessor_config.json").write_text(
@@ -545,10 +566,14 @@ def stage_prompts(work: Path) -> None:
 
 
 def stage_package(work: Path) -> None:
-    """Everything but the one-step start into the package, in fp16 where weights are large."""
+    """What was trained, but the one-step start, into the package: all weights in fp16, to be loaded as fp32."""
+    from safetensors.torch import load_file, save_file
+
     for name in ("pipeline", "preference", "judge", "classifier"):
         shutil.rmtree(POCKET / name, ignore_errors=True)
         shutil.copytree(work / name, POCKET / name)
+        for path in (POCKET / name).rglob("*.safetensors"):
+            save_file({k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}, path, {"format": "pt"})
     shutil.copy(work / "prompts.csv", POCKET / "prompts.csv")
 
 
@@ -578,17 +603,18 @@ def stage_reference(work: Path) -> None:
         {"prompts": len(named), "guidance_scale": GUIDANCE_SCALE, "accuracy": right.to_dict()}, indent=2))
 
 
-def stage_distill(work: Path, steps: int = 600) -> None:
+def stage_distill(work: Path, steps: int = 240) -> None:
     """The one-step start: the reference distilled by DI* with reward scale 0 (SIM), by the project's own trainer."""
     from diffinstruct.experiment import Experiment
     from diffinstruct.local import run
 
     base = Experiment().model_dump(mode="json")
-    base |= {"name": "distill", "steps": steps, "precision": "bf16", "rewards": {"trained": [], "held_out": []}}
+    base |= {"name": "distill", "steps": steps, "global_batch_size": 24, "precision": "bf16"}
+    base |= {"rewards": {"trained": [], "held_out": []}}
     base["generator"] |= {"start": "reference", "learning_rate": 2e-4, "ema_decay": 0.98}
     base["score_network"] |= {"learning_rate": 4e-4}
     base["objective"] |= {"reward_scale": 0.0}
-    base["logging"] |= {"every": 20, "checkpoint_every": 50}
+    base["logging"] |= {"every": 20, "checkpoint_every": 40, "grid_every": 40}
     result = run(Experiment.model_validate(base), (work / "distill").absolute())
     from diffusers import UNet2DConditionModel
 

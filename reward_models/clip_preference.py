@@ -33,7 +33,7 @@ class ClipPreference(nn.Module):
 
         super().__init__()
         processor = processor or model
-        self.clip = CLIPModel.from_pretrained(model, use_safetensors=True).eval().requires_grad_(False)
+        self.clip = CLIPModel.from_pretrained(model, use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(processor)
         self.size: int = self.clip.config.vision_config.image_size
         mean, std = _mean_and_std(processor)

@@ -89,7 +89,7 @@ class Reference(Section):
 
     model: Text = Field("pocket", description="diffusers folder, hub id, or 'pocket', the built-in world (ours)")
     cfg_scale: NotNegative = Field(
-        1.0,
+        2.0,
         description="guidance of the reference; 0 is none, diffusers' guidance_scale is 1 + this (the paper; ours)",
     )
     guidance: Literal["in"] = Field("in", description="where guidance enters: inside the divergence (the paper)")
@@ -142,7 +142,9 @@ class Objective(Section):
         1.0, description="of the divergence: sum over a sample's dimensions, mean over the batch (ours)"
     )
     reward_scale: NotNegative = Field(
-        100.0, description="of the weighted sum of rewards, mean over the batch (the paper's 100)"
+        2.0,
+        description="of the weighted sum of rewards, mean over the batch; it is read against the reward's own range: the "
+        "paper's 100 is for one of about 0.2, the pocket preference spans about 3 (ours)",
     )
     t_min: int = Field(20, ge=0, description="lowest t drawn, index into the schedule (neighbours' choice; ours)")
     t_max: int = Field(980, description="t is drawn below this (neighbours' choice; ours)")
@@ -241,7 +243,7 @@ class Experiment(Section):
         "pocket", description="of the run, part of its folder's name (ours)"
     )
     seed: int = Field(0, ge=0, description="z, t, eps and prompts are functions of (seed, step, sample index) (ours)")
-    steps: Count = Field(150, description="alternating rounds (ours)")
+    steps: Count = Field(100, description="alternating rounds (ours)")
     global_batch_size: Count = Field(32, description="samples per round over all workers (ours)")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the networks' arithmetic; weights stay fp32 (ours)")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one (ours)")
