@@ -21,12 +21,19 @@ import random
 import shutil
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SIZE = 64
 TOKENS = 16
@@ -152,13 +159,13 @@ class Resumable:
                 module.load_state_dict(state[name])
             optimizer.load_state_dict(state["optimizer"])
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[int, float]]:
         for step in range(self.start, self.steps):
             torch.manual_seed(step)
             progress = step / self.steps
             yield step, progress
             if (step + 1) % self.every == 0 or step + 1 == self.steps:
-                state = {name: module.state_dict() for name, module in self.modules.items()}
+                state: dict[str, Any] = {name: module.state_dict() for name, module in self.modules.items()}
                 state |= {"optimizer": self.optimizer.state_dict(), "step": step + 1}
                 torch.save(state, self.path / "state.tmp")
                 (self.path / "state.tmp").replace(self.path / "state.pt")
@@ -176,7 +183,7 @@ def trapezoid(optimizer: torch.optim.Optimizer, peak: float, progress: float) ->
         group["lr"] = peak * min(1.0, (progress + 1e-4) / 0.02, (1 - progress) / 0.25 + 0.005)
 
 
-def make_vae():
+def make_vae() -> AutoencoderTiny:
     from diffusers import AutoencoderTiny
 
     return AutoencoderTiny(
@@ -208,7 +215,7 @@ def stage_vae(work: Path, steps: int = 1800, batch: int = 24) -> None:
     vae.save_pretrained(work / "pipeline" / "vae")
 
 
-def make_tokenizer(work: Path):
+def make_tokenizer(work: Path) -> CLIPTokenizer:
     """Byte-pair merges learned on the world's own captions, in CLIP's format: every word of the world is one token."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
@@ -246,11 +253,11 @@ def every_caption() -> list[str]:
     return sorted(out)
 
 
-def tokenize(tokenizer, texts: list[str]) -> Tensor:
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     return tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
 
 
-def text_config(tokenizer, width: int, layers: int):
+def text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(
@@ -259,7 +266,7 @@ def text_config(tokenizer, width: int, layers: int):
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
 
-def make_unet():
+def make_unet() -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -269,19 +276,19 @@ def make_unet():
         cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16)
 
 
-def make_scheduler():
+def make_scheduler() -> DDIMScheduler:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                          prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
-def random_caption(row, rng: np.random.Generator, open_mouth: float, open_other: float, null: float = 0.0) -> str:
+def random_caption(row: Any, rng: np.random.Generator, open_mouth: float, open_other: float, null: float = 0.0) -> str:
     """The caption of one picture with some attributes left open, so that partial prompts are at home in the model."""
     if rng.random() < null:
         return ""
-    keep = [v if rng.random() >= open_other else None for v in (row.subject, row.colour, row.background)]
-    return caption(row.kind, *keep, row.mouth if rng.random() >= open_mouth else None)
+    shares = {"subject": open_other, "colour": open_other, "background": open_other, "mouth": open_mouth}
+    return caption(row.kind, *(getattr(row, a) if rng.random() >= share else None for a, share in shares.items()))
 
 
 def latents(work: Path) -> Tensor:
@@ -345,7 +352,9 @@ def stage_unet(work: Path, steps: int = 5_200, batch: int = 32) -> None:
     save_pipeline(work, ema_unet, ema_text, tokenizer, scale)
 
 
-def save_pipeline(work: Path, unet, text, tokenizer, scale: float) -> None:
+def save_pipeline(
+    work: Path, unet: UNet2DConditionModel, text: CLIPTextModel, tokenizer: CLIPTokenizer, scale: float
+) -> None:
     """A stock StableDiffusionPipeline folder in fp16; the latents' unit variance is the autoencoder's scaling factor."""
     from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
@@ -401,7 +410,8 @@ def stage_classifier(work: Path, steps: int = 700, batch: int = 64) -> None:
         images[::4] = blurred(images[::4])
         images = (images + 0.08 * torch.rand(batch, 1, 1, 1) * torch.randn_like(images)).clamp(0, 1)
         _, logits = model(images)
-        loss = sum(F.cross_entropy(logits[a], truth[a][index], label_smoothing=0.02) for a in classes)
+        losses = [F.cross_entropy(logits[a], truth[a][index], label_smoothing=0.02) for a in classes]
+        loss = torch.stack(losses).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -421,7 +431,7 @@ def stage_classifier(work: Path, steps: int = 700, batch: int = 64) -> None:
     model.save(work / "classifier")
 
 
-def utility(wants: list[dict[str, str | None]], shows: pd.DataFrame, damage: Tensor) -> Tensor:
+def utility(wants: list[dict[str, Any]], shows: pd.DataFrame, damage: Tensor) -> Tensor:
     """[P, N]: what the simulated annotator likes. A point for each attribute as asked, one for a smile where the prompt
     leaves the face open, and a loss of up to two for a damaged picture."""
     columns = {a: shows[a].to_numpy() for a in ("kind", *ATTRIBUTES)}
@@ -483,7 +493,7 @@ def train_preference(
         anchors = rng.integers(len(rows), size=prompts_)
         neighbours = [rng.choice(alike[(rows[i].kind, rows[i].subject)]) for i in anchors]
         index = np.concatenate([anchors, neighbours, rng.integers(len(rows), size=batch - 2 * prompts_)])
-        wants = []
+        wants: list[dict[str, Any]] = []
         for i in anchors:
             want = {a: getattr(rows[i], a) for a in ("kind", *ATTRIBUTES)}
             for a, share in (("subject", 0.15), ("colour", 0.15), ("background", 0.15), ("mouth", 0.45)):
@@ -498,13 +508,12 @@ def train_preference(
         liked = utility(wants, table.iloc[index], severity)
         out = model(input_ids=tokenize(tokenizer, texts), pixel_values=(images - 0.5) / 0.25)
         scores = out.logits_per_text  # [prompts, images], logit_scale * cos
-        a = torch.from_numpy(rng.integers(batch, size=(prompts_, 96)))
-        b = torch.from_numpy(rng.integers(batch, size=(prompts_, 96)))
-        a[:, :24] = torch.arange(prompts_)[:, None]  # the picture the prompt describes, against
-        b[:, :12] = prompts_ + torch.arange(prompts_)[:, None]  # one of the same subject, and against others
+        one, other = (torch.from_numpy(rng.integers(batch, size=(prompts_, 96))) for _ in range(2))
+        one[:, :24] = torch.arange(prompts_)[:, None]  # the picture the prompt describes, against
+        other[:, :12] = prompts_ + torch.arange(prompts_)[:, None]  # one of the same subject, and against others
         chosen = torch.from_numpy(rng.random((prompts_, 96)).astype(np.float32)) < torch.sigmoid(
-            sharpness * (liked.gather(1, a) - liked.gather(1, b)))
-        loss = choices = F.binary_cross_entropy_with_logits(scores.gather(1, a) - scores.gather(1, b), chosen.float())
+            sharpness * (liked.gather(1, one) - liked.gather(1, other)))
+        loss = choices = F.binary_cross_entropy_with_logits(scores.gather(1, one) - scores.gather(1, other), chosen.float())
         shown, good = table.iloc[index], severity == 0
         named = {}
         for attribute, names in classes.items():
@@ -519,8 +528,9 @@ def train_preference(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 50 == 0:
-            clear = (liked.gather(1, a) - liked.gather(1, b)).abs() > 0.5
-            agree = ((scores.gather(1, a) > scores.gather(1, b)) == (liked.gather(1, a) > liked.gather(1, b)))[clear]
+            clear = (liked.gather(1, one) - liked.gather(1, other)).abs() > 0.5
+            agree = ((scores.gather(1, one) > scores.gather(1, other))
+                     == (liked.gather(1, one) > liked.gather(1, other)))[clear]
             print(f"{name} {step}/{steps} choices {choices:.4f} agrees {agree.float().mean():.3f} "
                   + " ".join(f"{k} {v:.2f}" for k, v in named.items()), flush=True)
     model.save_pretrained(work / name)
@@ -558,8 +568,8 @@ def stage_prompts(work: Path) -> None:
     for ((kind, subject), colour, background), mouth in itertools.islice(itertools.cycle(named), 500):
         row("eval", kind, subject, colour, background, mouth)  # 490 there are: the last ten come again, with other noise
     open_ = [(s, c, b) for s in SUBJECTS for c, b in [*((c, None) for c in COLOURS), *((None, b) for b in BACKGROUNDS)]]
-    for (kind, subject), colour, background in [*unseen, *rng.sample(open_, 256 - len(unseen))]:
-        row("open", kind, subject, colour, background, None)
+    for pair, some_colour, some_background in [*unseen, *rng.sample(open_, 256 - len(unseen))]:
+        row("open", *pair, some_colour, some_background, None)
     for i, ((kind, subject), colour, background) in enumerate(rng.sample(unseen, 8)):
         row("grid", kind, subject, colour, background, None if i % 2 else list(MOUTHS)[i // 2 + 1])
     pd.DataFrame(rows, columns=["split", "prompt", "kind", *ATTRIBUTES]).to_csv(work / "prompts.csv", index=False)

@@ -31,4 +31,5 @@ def squared(y: Tensor) -> Tensor:
 
 def distance(name: str, huber_c: float) -> Distance:
     """The distance of a configuration."""
-    return {"pseudo_huber": partial(pseudo_huber, c=huber_c), "squared": squared}[name]
+    known: dict[str, Distance] = {"pseudo_huber": partial(pseudo_huber, c=huber_c), "squared": squared}
+    return known[name]

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from diffinstruct.checkpoint import CheckpointStore
+from diffinstruct.diffusion import Schedule
 from diffinstruct.distances import distance
 from diffinstruct.experiment import Experiment, UserError
 from diffinstruct.guidance import guided
 from diffinstruct.objectives import diff_instruct_star
-from diffinstruct.pretrained import Reference, load_reference
+from diffinstruct.pretrained import OneStepGenerator, Reference, load_reference
 from diffinstruct.prompts import read_prompts
 from diffinstruct.rewards import LatentRewards, Send
 from diffinstruct.step import Draws, Metrics, Players, Settings, alternating_round
@@ -44,6 +45,7 @@ class Worker:
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module  # data parallelism
     average: Callable[[Metrics], Metrics] = lambda metrics: metrics  # over the workers
     on_metrics: Callable[[int, Metrics], None] = lambda step, metrics: None  # at every logging interval, on every rank
+    where: str = ""  # the cluster's address, for the first and the last line
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,10 @@ def train(
     device = resolve_device(experiment.device)
     reference = load_reference(experiment.reference.model, device=device)
     players = make_players(experiment, reference, worker.wrap)
-    settings = make_settings(experiment)
+    settings = make_settings(experiment, reference.schedule)
     prompts = read_prompts(experiment.prompts.train)["prompt"].tolist()
     store = CheckpointStore(folder / "checkpoints")
-    output = Output(experiment, folder, reference, players, parent_run_id) if worker.rank == 0 else None
+    output = Output(experiment, folder, reference, players, parent_run_id, worker.where) if worker.rank == 0 else None
     done = restore(store, players, experiment)
     per_worker = experiment.global_batch_size // worker.world
     rows = slice(worker.rank * per_worker, (worker.rank + 1) * per_worker)
@@ -129,10 +131,10 @@ def make_players(experiment: Experiment, reference: Reference, wrap: Callable[[n
     )
 
 
-def make_settings(experiment: Experiment) -> Settings:
+def make_settings(experiment: Experiment, schedule: Schedule) -> Settings:
     """The configuration as the step wants it."""
     e = experiment.objective
-    objective = partial(diff_instruct_star, distance=distance(e.distance, e.huber_c), space=e.space)
+    objective = partial(diff_instruct_star, schedule=schedule, distance=distance(e.distance, e.huber_c), space=e.space)
     return Settings(
         objective=objective if e.name == "di_star" else None,
         regularization_weight=e.regularization_weight,
@@ -198,9 +200,16 @@ class Output:
     """What rank 0 shows and keeps: the progress line, the journal, the picture grid, the exported model."""
 
     def __init__(
-        self, experiment: Experiment, folder: Path, reference: Reference, players: Players, parent_run_id: str | None
+        self,
+        experiment: Experiment,
+        folder: Path,
+        reference: Reference,
+        players: Players,
+        parent_run_id: str | None,
+        where: str,
     ) -> None:
         self.experiment, self.folder, self.reference, self.players = experiment, folder, reference, players
+        self.where = f"  {where}" if where else ""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "experiment.yaml").write_text(experiment.to_yaml())
         self.tracker = Tracker(
@@ -220,7 +229,7 @@ class Output:
         noise = torch.Generator().manual_seed(EVALUATION_SEED)
         self.grid_noise = torch.randn(GRID_NOISES, len(self.grid_prompts), *reference.latent_shape, generator=noise)
         self.start_column = self._pictures(0)
-        print(f"run {folder}  tracking {self.tracker.url}", flush=True)
+        print(f"run {folder}  tracking {self.tracker.url}{self.where}", flush=True)
 
     def metrics(self, step: int, metrics: Metrics) -> None:
         self.last = metrics
@@ -253,13 +262,14 @@ class Output:
         """Export the averaged generator as a stock pipeline, hand model and last metrics to the tracker."""
         from diffinstruct.export import export
 
+        assert isinstance(self.players.ema, OneStepGenerator)
         folder = export(self.experiment.reference.model, self.players.ema, self.folder / "export")
         table = self.folder / "metrics.json"
         table.write_text(json.dumps({"step": self.experiment.steps, **self.last}, indent=2) + "\n")
         self.tracker.artifact(folder)
         self.tracker.artifact(table)
         self.tracker.finish("FINISHED")
-        print(f"done: run {self.folder}  model {folder}  tracking {self.tracker.url}", flush=True)
+        print(f"done: run {self.folder}  model {folder}  tracking {self.tracker.url}{self.where}", flush=True)
         return Result(self.folder, folder, self.last, self.tracker.url)
 
     def failed(self, error: BaseException) -> None:
