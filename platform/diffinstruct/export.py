@@ -16,9 +16,12 @@ import os
 import shutil
 from pathlib import Path
 
-from diffusers import EulerDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
+from diffusers import EulerDiscreteScheduler, LCMScheduler
 
 from diffinstruct.pretrained import InputScale, OneStepGenerator, load_reference, quiet
+
+with quiet():
+    from diffusers import StableDiffusionPipeline
 
 CARD = """---
 library_name: diffusers

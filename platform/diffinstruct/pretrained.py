@@ -216,14 +216,18 @@ def _unet_subfolder(source: str) -> str | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bar for files on disk, no remark on the key that AutoencoderTiny writes and does not read."""
+    """No progress bar for files on disk, no remark on torchvision (which nothing here needs) or on the key that
+    AutoencoderTiny writes and does not read."""
     verbosity, bars = diffusers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_verbosity = transformers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         diffusers_logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(transformers_verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
 
