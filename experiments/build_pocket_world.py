@@ -305,7 +305,7 @@ def latents(work: Path) -> Tensor:
     return torch.from_numpy(np.load(path))
 
 
-def stage_unet(work: Path, steps: int = 5_200, batch: int = 32) -> None:
+def stage_unet(work: Path, steps: int = 4_400, batch: int = 32) -> None:
     """The reference: text encoder and U-Net together, v-prediction, min-SNR-5 weights, EMA."""
     from transformers import CLIPTextModel
 
