@@ -169,8 +169,8 @@ def alternating_round(
     players.generator_optimizer.zero_grad()
     x0.backward((pull - push) / len(sample))
     metrics |= {
-        "gradient_norm/sample_regularizer": _rms_norm(pull),
-        "gradient_norm/sample_reward": _rms_norm(push),
+        "gradient_norm/sample_regularizer": _mean_norm(pull),
+        "gradient_norm/sample_reward": _mean_norm(push),
         "gradient_norm/generator": _clipped(
             players.generator, settings.generator_max_grad_norm, draws.step, "generator"
         ),
@@ -211,9 +211,9 @@ def _clipped(player: nn.Module, max_norm: float, step: int, name: str) -> float:
     return norm
 
 
-def _rms_norm(gradient: Tensor) -> float:
-    """Root mean square over the batch of the per-sample norms."""
-    return gradient.flatten(1).pow(2).sum(1).mean().sqrt().item()
+def _mean_norm(gradient: Tensor) -> float:
+    """Mean over the batch of the per-sample norms; so the workers' mean is the global batch's."""
+    return gradient.flatten(1).norm(dim=1).mean().item()
 
 
 def _autocast(precision: str, device: torch.device) -> AbstractContextManager:

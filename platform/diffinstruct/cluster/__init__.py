@@ -1,0 +1,1 @@
+"""The only room that imports ray: training workers, reward actors, sweeps."""

@@ -1,0 +1,262 @@
+"""A run on Ray: training workers under Ray Train, rewards in actors, the same loop and the same numbers as `local.py`.
+
+What is kept lies in the run's folder, which every machine of the cluster has to see: checkpoints are ours, Ray's own
+snapshots are never read. A worker that dies is started again and goes on from the last checkpoint; an error that would
+come again ends the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+import ray.train
+import torch
+import torch.distributed
+from ray._private.state import state as cluster_state
+from ray._private.worker import get_dashboard_url
+from ray.exceptions import RayTaskError
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from torch.nn.parallel import DistributedDataParallel
+
+import diffinstruct
+from diffinstruct import tracking
+from diffinstruct.checkpoint import CheckpointError
+from diffinstruct.cluster.rewards import RewardPool, reward_pool, stand_in
+from diffinstruct.experiment import Experiment, UserError
+from diffinstruct.rewards import RewardError
+from diffinstruct.step import Metrics, NonFinite
+
+if TYPE_CHECKING:
+    from diffinstruct.run import Result
+
+OUTPUT = "output.txt"
+"""What rank 0 prints goes into this file of the run's folder, and from there to the user's terminal."""
+FINAL = (UserError, RewardError, NonFinite, CheckpointError)
+"""Errors that a second try would meet again."""
+
+logger = logging.getLogger(__name__)
+
+
+def run(experiment: Experiment, folder: Path, parent_run_id: str | None = None) -> Result:
+    """Train `experiment` in `folder`, or go on with what is there; as `local.run`, on a cluster."""
+    folder = folder.absolute()
+    uri = tracking.tracking_uri(experiment.tracking.uri, folder.parent)
+    experiment = experiment.model_copy(update={"tracking": experiment.tracking.model_copy(update={"uri": uri})})
+    with attached() as where:
+        check_fits(experiment)
+        with reward_pool(experiment) as pool, shown(folder / OUTPUT):
+            return fit(experiment, folder, pool, where, parent_run_id)
+
+
+def fit(
+    experiment: Experiment,
+    folder: Path,
+    pool: RewardPool,
+    where: str,
+    parent_run_id: str | None = None,
+    callbacks: Sequence[UserCallback] = (),
+) -> Result:
+    """One TorchTrainer; callable from a driver or from a trial. `where` is said in the run's first and last line.
+
+    Raises what the workers raised, if it is one of FINAL, else Ray's own error; either way the run can be resumed.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # `report` waits until the controller looks: 2 s
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # what we print is shown once, by `shown`
+    asked, started_in = experiment.cluster, os.getcwd()
+    trainer = TorchTrainer(
+        lambda: train_loop(experiment, folder, pool, where, parent_run_id, started_in),
+        scaling_config=ScalingConfig(
+            num_workers=asked.workers,
+            use_gpu=asked.use_gpu,
+            resources_per_worker={"CPU": asked.cpus_per_worker} | ({"GPU": 1} if asked.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex,  # a name that was there before would be resumed, from Ray's snapshot
+            storage_path=str(folder / "ray"),
+            failure_config=FailureConfig(max_failures=3),
+            callbacks=[NoSecondTry(), *callbacks],
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    in_main_thread, interrupt = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
+    try:
+        return trainer.fit().return_value
+    except BaseException as error:
+        # Ray answers Ctrl-C by ending the workers and the program, with status 0.
+        reason = KeyboardInterrupt() if isinstance(error, SystemExit) else final_error(error) or error
+        close(folder, experiment, reason)
+        if reason is error:
+            raise
+        raise reason from None
+    finally:
+        shutil.rmtree(folder / "ray", ignore_errors=True)
+        if in_main_thread:
+            signal.signal(signal.SIGINT, interrupt)  # Ray leaves its own behind
+
+
+def train_loop(
+    experiment: Experiment, folder: Path, pool: RewardPool, where: str, parent_run_id: str | None, started_in: str
+) -> Result | None:
+    """What runs in each worker; the result on rank 0."""
+    from diffinstruct.run import Worker, train  # driver and controller need not spend the seconds of this import
+
+    stand_in(started_in)
+    logging.getLogger().setLevel(logging.WARNING)  # Ray says each report at INFO
+    torch.set_num_threads(experiment.cluster.cpus_per_worker)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    worker = Worker(rank, world, on_metrics=lambda step, metrics: ray.train.report({"step": step, **metrics}), where=where)
+    if world > 1:
+        worker = replace(worker, wrap=DistributedDataParallel, average=average)
+    with (folder / OUTPUT).open("a", buffering=1) if rank == 0 else nullcontext(sys.stdout) as output, redirect_stdout(output):
+        return train(experiment, folder, replace(pool, first=rank).send, worker, parent_run_id)
+
+
+def average(metrics: Metrics) -> Metrics:
+    """The mean of each metric over the workers; a collective call."""
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(values)
+    return dict(zip(metrics, (values / torch.distributed.get_world_size()).tolist(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------ failures
+class NoSecondTry(UserCallback):
+    """Stops the controller at an error that a restart would only repeat. (What it raises, Ray does not retry.)"""
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, FINAL):
+                raise error
+
+
+def final_error(error: BaseException | None) -> Exception | None:
+    """The error of ours inside one of Ray's, if there is one."""
+    match error:
+        case RayTaskError():  # is of its cause's class, too, but says its whole traceback
+            return final_error(error.cause)
+        case Exception() if isinstance(error, FINAL):
+            return error
+        case ControllerError():
+            return final_error(error.controller_failure)
+        case WorkerGroupError():
+            return next((found for e in error.worker_failures.values() if (found := final_error(e))), None)
+    return None
+
+
+def close(folder: Path, experiment: Experiment, reason: BaseException) -> None:
+    """End the MLflow run with the reason: a worker that was killed could not."""
+    status = "FAILED" if isinstance(reason, Exception) else "KILLED"
+    try:
+        if (folder / "journal.jsonl").exists():
+            tracking.deliver(folder, experiment.tracking.uri, status, f"{type(reason).__name__}: {reason}")
+    except Exception as error:
+        logger.warning("the end of %s has not reached MLflow: %s", folder, error)
+
+
+# ------------------------------------------------------------------------------------------------------- cluster
+@contextmanager
+def attached() -> Iterator[str]:
+    """Ray, and a word on where it is: the cluster of RAY_ADDRESS (a submitted job has it too), or one of our own, which ends
+    with the block. Never a bare `ray.init()`: it joins whatever cluster this machine happens to have.
+    """
+    if ray.is_initialized():
+        yield described()
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address.startswith("http"):
+        raise UserError(
+            f"RAY_ADDRESS: {address} is for `ray job submit`; to run from here give the cluster's own, like 127.0.0.1:6379"
+        )
+    # A worker without a GPU sees none, so that `device: auto` is the CPU there.
+    hidden = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
+    os.environ.update(hidden)
+    try:
+        if address == "local":
+            ray.init(address="local")
+        else:
+            ray.init(address=address, runtime_env={"env_vars": hidden})
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"RAY_ADDRESS: no Ray at {address}: {str(error).splitlines()[0]}") from None
+    try:
+        yield described()
+    finally:
+        ray.shutdown()
+
+
+def described() -> str:
+    """Address and dashboard of the cluster we are attached to; where it is not ours, also which code runs on it."""
+    dashboard = get_dashboard_url()
+    return (
+        f"ray {ray.get_runtime_context().gcs_address}"
+        + (f"  dashboard http://{dashboard}" if dashboard else "")
+        + (f"  code {Path(diffinstruct.__file__).parent}" if os.environ.get("RAY_ADDRESS") else "")
+    )
+
+
+def check_fits(experiment: Experiment) -> None:
+    """Raises UserError, one line, where the cluster will never have what is asked."""
+    if Path("~/ray_bootstrap_config.yaml").expanduser().exists():
+        return  # the head of an autoscaled cluster, see ray_cluster.yaml: it starts machines when they are asked for
+    asked = experiment.cluster
+    total = ray.cluster_resources()
+    most = cluster_state.get_max_resources_from_cluster_config() or {}
+    for kind, unit, per_worker, per_actor in (
+        ("CPU", "CPUs", asked.cpus_per_worker, asked.reward_cpus),
+        ("GPU", "GPUs", int(asked.use_gpu), asked.reward_gpus),
+    ):
+        needed, has = asked.workers * per_worker + asked.reward_replicas * per_actor, max(total.get(kind, 0), most.get(kind, 0))
+        if needed > has:
+            raise UserError(
+                f"cluster: asks for {needed:g} {unit} ({asked.workers} workers x {per_worker} + {asked.reward_replicas} "
+                f"reward actors x {per_actor:g}), Ray has {has:g}"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------ terminal
+@contextmanager
+def shown(path: Path) -> Iterator[None]:
+    """Print what is appended to `path` during the block; on a terminal each line of progress replaces the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    ended = threading.Event()
+
+    def follow() -> None:
+        live = False
+        with path.open() as file:
+            file.seek(0, os.SEEK_END)
+            line = ""
+            while True:
+                last = ended.is_set()
+                while (piece := file.readline()) and (line := line + piece).endswith("\n"):
+                    progress = sys.stdout.isatty() and line.startswith("step ")
+                    before, after = ("\r\x1b[K", "") if progress else ("\n" * live, "\n")
+                    print(before + line.rstrip("\n"), end=after, flush=True)
+                    live, line = progress, ""
+                if last:
+                    break
+                ended.wait(0.2)
+        if live:
+            print()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,265 @@
+"""On Ray: reward actors against one process and one graph, workers against `local.py`, what dies and comes back, a sweep.
+
+One Ray session for the module, one pair of reward actors for most of it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+import torch
+import yaml
+
+from diffinstruct import local
+from diffinstruct.checkpoint import CheckpointStore
+from diffinstruct.cluster import rewards as actors
+from diffinstruct.cluster import sweep as sweeps
+from diffinstruct.cluster import train as cluster
+from diffinstruct.experiment import Experiment, UserError
+from diffinstruct.pretrained import load_reference
+from diffinstruct.rewards import RewardError
+from diffinstruct.run import make_rewards
+
+ROOT = Path(__file__).parents[1]
+SAME = 1e-6
+
+
+@pytest.fixture(scope="module")
+def session():
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # by default Ray's workers stand back behind everything else, at 15
+        patch.setenv("PYTHONPATH", str(ROOT / "tests"))  # for tiny_rewards: pytest's own path does not reach the workers
+        ray.init(address="local", num_cpus=5, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
+        yield ray
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(folder, experiment(**sections)) on the tiny pipeline."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny.build(folder / "tiny")
+    (folder / "prompts.txt").write_text("".join(f"a {colour} thing\n" for colour in ("red", "blue", "pale", "dark")))
+    (folder / "broken.txt").write_text("a broken thing\n")
+
+    def experiment(**changes):
+        values = {
+            "seed": 1, "steps": 2, "global_batch_size": 8, "reference.model": str(folder / "tiny"),
+            "generator.start": "reference", "prompts.train": str(folder / "prompts.txt"),
+            "prompts.grid": str(folder / "prompts.txt"), "objective.reward_scale": 10.0, "logging.every": 1,
+            "logging.grid_every": 1000, "logging.grid_prompts": 2, "logging.checkpoint_every": 1,
+            "rewards.trained": [{"name": f"tiny_rewards:{name}", "weight": w} for name, w in [("Red", 1.0), ("Broken", 0.5)]],
+            "rewards.held_out": ["tiny_rewards:Calm", "tiny_rewards:Sleepy", "tiny_rewards:Deadly"],
+        }  # fmt: skip
+        content = Experiment().model_dump()
+        for key, value in (values | {key.replace("__", "."): value for key, value in changes.items()}).items():
+            *section, last = key.split(".")
+            (content[section[0]] if section else content)[last] = value
+        return Experiment.model_validate(content)
+
+    return folder, experiment
+
+
+@pytest.fixture(scope="module")
+def pool(session, world):
+    with actors.reward_pool(world[1](cluster__reward_replicas=2)) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def alone(world):
+    """The same rewards in this process, and the decoder."""
+    experiment = world[1]()
+    reference = load_reference(experiment.reference.model)
+    return make_rewards(experiment, reference.decode, torch.device("cpu")), reference
+
+
+def latents(rows=40):
+    return torch.randn(rows, *tiny.LATENT, generator=torch.Generator().manual_seed(3))
+
+
+def same(answer, expected):
+    assert answer.scores.keys() == expected.scores.keys()
+    for name, score in expected.scores.items():
+        torch.testing.assert_close(answer.scores[name], score, rtol=SAME, atol=SAME)
+    torch.testing.assert_close(answer.gradient, expected.gradient, rtol=SAME, atol=SAME * expected.gradient.abs().max().item())
+
+
+def journal(folder):
+    """Metrics by step, and how the run ended."""
+    records = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines() if line]
+    return {r["step"]: r["metrics"] for r in records if "metrics" in r}, [r["finish"] for r in records if "finish" in r]
+
+
+def agree(folder, other, rel=SAME):
+    """Every number of two runs but the times."""
+    ours, theirs = journal(folder)[0], journal(other)[0]
+    assert ours.keys() == theirs.keys() and ours
+    for step, metrics in ours.items():
+        numbers = {key: value for key, value in metrics.items() if not key.startswith(("time/", "throughput/"))}
+        assert numbers == pytest.approx({key: theirs[step][key] for key in numbers}, rel=rel, abs=rel), f"step {step}"
+
+
+def starts(folder):
+    return sum(line.startswith("run ") for line in (folder / "output.txt").read_text().splitlines())
+
+
+# ------------------------------------------------------------------------------------------------- reward actors
+def test_actors_answer_what_one_process_and_one_graph_do(pool, alone):
+    scorer, reference = alone
+    x0, prompts = latents(), [f"a thing {i}" for i in range(40)]  # 16 + 16 + 8 rows over two actors
+    answer = replace(pool, first=1).send(x0, prompts)()
+    same(answer, scorer(x0, prompts))
+
+    leaf = x0.clone().requires_grad_()
+    images = reference.decode(leaf)
+    total = sum(weight * reward(images, prompts).sum() for reward, weight in scorer.trained.values())
+    exact = torch.autograd.grad(total, leaf)[0]
+    assert (answer.gradient - exact).norm() <= 1e-5 * exact.norm()
+    assert exact.norm() > 0
+
+
+def test_an_actor_that_dies_comes_back_with_the_same_answer(pool, alone, session, tmp_path):
+    x0, prompts = latents(4), [f"deadly {tmp_path / 'died'}"] * 4
+    died = pool.send(x0, prompts)()
+    assert (tmp_path / "died").exists()
+    same(died, alone[0](x0, prompts))
+
+
+def test_a_silent_actor_is_replaced_and_asked_again(pool, alone, tmp_path):
+    x0, prompts = latents(4), [f"sleep {tmp_path / 'slept'}"] * 4
+    began = time.monotonic()
+    pool.send(x0, ["a thing"] * 4)()  # it is awake
+    patient = replace(pool, deadline=20.0)
+    collect = patient.send(x0, prompts)
+    same(collect(), alone[0](x0, prompts))
+    assert time.monotonic() - began >= 20
+
+
+def test_a_reward_that_is_not_finite_is_an_error_with_its_name(pool):
+    with pytest.raises(RewardError, match=r"^reward tiny_rewards:Broken: 1 of 2 scores are not finite$"):
+        pool.send(latents(2), ["a thing", "a broken thing"])()
+
+
+# -------------------------------------------------------------------------------------------------- training
+def test_one_worker_gives_the_numbers_of_local(pool, world, tmp_path):
+    experiment = world[1](steps=20)
+    expected = local.run(experiment, tmp_path / "local")
+    result = cluster.fit(experiment, tmp_path / "ray", pool, "ray somewhere")
+    agree(tmp_path / "ray", tmp_path / "local")
+    assert len(journal(tmp_path / "ray")[0]) == 20
+    assert result.folder == tmp_path / "ray" and (result.export / "model_index.json").exists()
+    assert result.metrics["divergence"] == pytest.approx(expected.metrics["divergence"], rel=SAME)
+    assert "ray somewhere" in (tmp_path / "ray" / "output.txt").read_text().splitlines()[0]
+
+
+def test_two_workers_with_half_the_batch_each_have_the_gradient_of_one(pool, world, tmp_path):
+    """beta_1 is 0: the first moment that Adam keeps is the gradient itself. The players stand still, because Adam makes a
+    whole step of a gradient that is 0 but for rounding, and the order of sums is another with two workers."""
+    still = {"generator__learning_rate": 1e-12, "score_network__learning_rate": 1e-12}
+    local.run(world[1](**still), tmp_path / "local")
+    cluster.fit(world[1](**still, cluster__workers=2), tmp_path / "ray", pool, "")
+    agree(tmp_path / "ray", tmp_path / "local", rel=1e-5)
+    (_, one), (_, two) = (CheckpointStore(tmp_path / run / "checkpoints").latest() for run in ("local", "ray"))
+    for player in ("generator_optimizer", "score_optimizer"):
+        whole, halves = (state["players"][player]["state"] for state in (one, two))
+        assert len(whole) > 20
+        norms = [of["exp_avg"].norm() for of in whole.values()]
+        for i, norm in zip(whole, norms, strict=True):
+            assert (whole[i]["exp_avg"] - halves[i]["exp_avg"]).norm() <= 1e-5 * norm + 1e-7 * max(norms)
+
+
+def test_a_killed_worker_goes_on_from_the_checkpoint(session, world, tmp_path, capfd):
+    """The whole way through `run`: its own reward actor, its lines in the terminal, and the numbers of an unbroken run."""
+    experiment = world[1](steps=30, logging__checkpoint_every=4)
+    local.run(experiment, tmp_path / "local")
+    folder = tmp_path / "ray"
+
+    def kill():
+        while not (folder / "checkpoints" / "step-00000008").exists():
+            time.sleep(0.01)
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    process.kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    cluster.run(experiment, folder)
+    killer.join(1)
+    assert starts(folder) == 2
+    agree(folder, tmp_path / "local")
+    assert journal(folder)[1] == ["FINISHED"]
+    shown = capfd.readouterr().out.splitlines()
+    assert any(line.startswith("step 30/30") for line in shown)
+    assert "ray " in next(line for line in shown if line.startswith(f"done: run {folder}"))
+
+
+def test_an_error_that_would_come_again_is_not_tried_again(pool, world, tmp_path):
+    experiment = world[1](prompts__train=str(world[0] / "broken.txt"))
+    with pytest.raises(RewardError, match=r"^reward tiny_rewards:Broken: 8 of 8 scores are not finite$"):
+        cluster.fit(experiment, tmp_path, pool, "")
+    assert starts(tmp_path) == 1
+    assert journal(tmp_path)[1][-1] == "FAILED"
+
+
+def test_what_does_not_fit_the_cluster_is_said_in_one_line(session, world):
+    with pytest.raises(UserError, match=r"^cluster: asks for 9 CPUs \(4 workers x 2 \+ 1 reward actors x 1\), Ray has 5$"):
+        cluster.check_fits(world[1](cluster__workers=4, cluster__cpus_per_worker=2))
+
+
+def test_ray_address_of_the_jobs_interface_is_explained(monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(UserError, match="is for `ray job submit`"), cluster.attached():
+        pass
+
+
+# ----------------------------------------------------------------------------------------------------- sweep
+def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, world, tmp_path, capfd):
+    from mlflow import MlflowClient
+
+    with pytest.raises(sweeps.SweepError, match=r"^\{'generator.timestep': 5000\}: generator.timestep: got 5000, [^\n]*$"):
+        sweeps.sweep(world[1](), {"generator.timestep": [600, 5000]}, tmp_path / "sweep")
+    table = sweeps.table([{"generator.timestep": 600}], [tmp_path / "sweep" / "000"])
+    assert table["generator.timestep"].tolist() == [600] and table["step"].tolist() == [2]
+    assert table["divergence"].tolist() == [journal(tmp_path / "sweep" / "000")[0][2]["divergence"]]
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("diffinstruct").experiment_id])
+    parent = next(run for run in runs if run.info.run_name == "sweep")
+    child = next(run for run in runs if run.info.run_name == "000")
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert (parent.info.status, child.info.status) == ("FAILED", "FINISHED")
+    assert "trial 2/2" in capfd.readouterr().out
+
+
+def test_a_sweep_refuses_what_it_cannot_vary(world, tmp_path):
+    for key, message in {"objective.reward_scal": "did you mean 'objective.reward_scale'", "rewards.held_out": "share"}.items():
+        with pytest.raises(UserError, match=message):
+            sweeps.sweep(world[1](), {key: [1.0]}, tmp_path)
+    with pytest.raises(UserError, match=r"objective.reward_scale: .*greater than or equal to 0, got -1"):
+        sweeps.changed(world[1](), {"objective.reward_scale": -1.0})
+
+
+# ----------------------------------------------------------------------------------------------------- files
+def test_the_cluster_file_passes_rays_own_validation():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    content = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+    prepared = prepare_config(content)
+    validate_config(prepared)
+    assert prepared["available_node_types"]["head"]["max_workers"] == 0
+    content["available_node_types"]["gpu"]["max_worker"] = 1
+    with pytest.raises(Exception, match="max_worker"):
+        validate_config(prepare_config(content))

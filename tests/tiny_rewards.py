@@ -1,0 +1,48 @@
+"""Rewards of a user, named by import path in an experiment on the tiny pipeline."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+class Red(nn.Module):
+    """How much redder than blue, with a curve, so that its gradient depends on the picture."""
+
+    def forward(self, images, prompts):
+        return (images[:, 0] ** 2 - images[:, 2]).flatten(1).mean(1)
+
+
+class Calm(nn.Module):
+    def forward(self, images, prompts):
+        return -images.flatten(1).var(1)
+
+
+class Broken(Red):
+    """Not finite for the prompts that say so."""
+
+    def forward(self, images, prompts):
+        return super().forward(images, prompts) + torch.tensor([float("nan") if "broken" in p else 0.0 for p in prompts])
+
+
+class Sleepy(Red):
+    """Silent until the file $SLEEPY is there, which it makes itself when it is first asked."""
+
+    def forward(self, images, prompts):
+        if any("sleep" in p for p in prompts) and not Path(prompts[0].split()[-1]).exists():
+            Path(prompts[0].split()[-1]).touch()
+            time.sleep(60)
+        return super().forward(images, prompts)
+
+
+class Deadly(Red):
+    """Kills its process the first time it sees a prompt that names a file that is not there yet."""
+
+    def forward(self, images, prompts):
+        mark = Path(prompts[0].split()[-1])
+        if mark.is_absolute() and not mark.exists():
+            mark.touch()
+            os._exit(1)
+        return super().forward(images, prompts)
