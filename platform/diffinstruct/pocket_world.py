@@ -50,7 +50,8 @@ def reference_examination() -> Evaluation:
     import pandas as pd
     from safetensors.numpy import load_file
 
-    arrays = load_file(POCKET / "examination" / "features.safetensors")
+    stored = load_file(POCKET / "examination" / "features.safetensors")
+    arrays = {name: array.astype("float32") for name, array in stored.items()}
     table = pd.read_csv(POCKET / "examination" / "table.csv", keep_default_na=False, na_values=["nan"])
     return Evaluation(table, arrays["features"], arrays["reference"], SEED)
 
@@ -64,4 +65,4 @@ def store_reference_examination(evaluation: Evaluation) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     evaluation.table.to_csv(folder / "table.csv", index=False, na_rep="nan")
     arrays = {"features": evaluation.features, "reference": evaluation.reference}
-    save_file({k: np.ascontiguousarray(v, np.float32) for k, v in arrays.items()}, folder / "features.safetensors")
+    save_file({k: np.ascontiguousarray(v, np.float16) for k, v in arrays.items()}, folder / "features.safetensors")
