@@ -193,6 +193,18 @@ def test_sending_all_of_it_again_changes_nothing(tmp_path: Path, uri: str) -> No
     assert sorted(pictures(uri, tracker.run_id)) == [".png", ".webp"]
 
 
+def test_lines_lost_with_the_machine_do_not_hide_the_ones_that_follow(tmp_path: Path, uri: str) -> None:
+    first = tracker_of(tmp_path, uri)
+    for step in range(50):
+        first.metrics(step, {"loss": float(step)})
+    assert first.finish()
+    os.truncate(tmp_path / "run/journal.jsonl", 500)  # confirmed by MLflow, not by the disk
+    second = tracker_of(tmp_path, uri)
+    second.metrics(50, {"loss": 50.0})
+    assert second.finish()
+    assert history(uri, first.run_id) == [(step, float(step)) for step in range(51)]
+
+
 def test_a_run_whose_creation_was_not_confirmed_is_found_again(tmp_path: Path, uri: str) -> None:
     tracker = tracker_of(tmp_path, uri)
     tracker.metrics(1, {"loss": 1.0})
