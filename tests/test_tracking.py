@@ -266,6 +266,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert tracker.finish()
     assert tracker.run_id == run_id
     assert history(uri, run_id) == [(step, float(step)) for step in range(210)]
+    assert client_of(uri).get_run(run_id).data.tags["kind"] == "test"  # the line after the torn one is whole
     assert len(warnings(caplog)) == 1
     assert "cannot be read" in warnings(caplog)[0]
 
