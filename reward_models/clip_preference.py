@@ -30,9 +30,12 @@ class ClipPreference(nn.Module):
 
     def __init__(self, model: str | Path, processor: str | Path | None = None) -> None:
         from transformers import AutoTokenizer, CLIPModel
+        from transformers.utils import logging
 
         super().__init__()
         processor = processor or model
+        if Path(model).is_dir():
+            logging.disable_progress_bar()  # of loading; the one of a download stays
         self.clip = CLIPModel.from_pretrained(model, use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(processor)
         self.size: int = self.clip.config.vision_config.image_size
