@@ -169,14 +169,14 @@ def test_two_workers_with_half_the_batch_each_have_the_gradient_of_one(pool, wor
     still = {"generator__learning_rate": 1e-12, "score_network__learning_rate": 1e-12}
     local.run(world[1](**still), tmp_path / "local")
     cluster.fit(world[1](**still, cluster__workers=2), tmp_path / "ray", pool, "")
-    agree(tmp_path / "ray", tmp_path / "local", rel=1e-5)
+    agree(tmp_path / "ray", tmp_path / "local", rel=1e-4)  # a worker counted twice or not at all would show at 0.5
     (_, one), (_, two) = (CheckpointStore(tmp_path / run / "checkpoints").latest() for run in ("local", "ray"))
     for player in ("generator_optimizer", "score_optimizer"):
         whole, halves = (state["players"][player]["state"] for state in (one, two))
         assert len(whole) > 20
         norms = [of["exp_avg"].norm() for of in whole.values()]
         for i, norm in zip(whole, norms, strict=True):
-            assert (whole[i]["exp_avg"] - halves[i]["exp_avg"]).norm() <= 1e-5 * norm + 1e-7 * max(norms)
+            assert (whole[i]["exp_avg"] - halves[i]["exp_avg"]).norm() <= 1e-4 * norm + 1e-6 * max(norms)
 
 
 def test_a_killed_worker_goes_on_from_the_checkpoint(session, world, tmp_path, capfd):
@@ -218,10 +218,17 @@ def test_what_does_not_fit_the_cluster_is_said_in_one_line(session, world):
         cluster.check_fits(world[1](cluster__workers=4, cluster__cpus_per_worker=2))
 
 
-def test_ray_address_of_the_jobs_interface_is_explained(monkeypatch):
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("http://127.0.0.1:8265", r"^RAY_ADDRESS: http://127.0.0.1:8265 is for `ray job submit`; [^\n]*$"),
+        ("127.0.0.1:9", r"^RAY_ADDRESS: no Ray at 127.0.0.1:9: [^\n]*refused$"),
+    ],
+)
+def test_a_ray_address_that_is_none_is_said_at_once(address, said, monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
-    with pytest.raises(UserError, match="is for `ray job submit`"), cluster.attached():
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=said), cluster.attached():
         pass
 
 

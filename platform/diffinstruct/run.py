@@ -25,7 +25,7 @@ from diffinstruct.distances import distance
 from diffinstruct.experiment import Experiment, UserError
 from diffinstruct.guidance import guided
 from diffinstruct.objectives import diff_instruct_star
-from diffinstruct.pretrained import OneStepGenerator, Reference, load_reference
+from diffinstruct.pretrained import OneStepGenerator, Reference, load_reference, quiet
 from diffinstruct.prompts import read_prompts
 from diffinstruct.rewards import LatentRewards, Send
 from diffinstruct.step import Draws, Metrics, Players, Settings, alternating_round
@@ -76,6 +76,8 @@ def train(
     per_worker = experiment.global_batch_size // worker.world
     rows = slice(worker.rank * per_worker, (worker.rank + 1) * per_worker)
     window = Window(experiment)
+    if output and done == 0:
+        output.grid(0)
     try:
         for step in range(done, experiment.steps):
             draws = Draws(experiment.seed, step, experiment.global_batch_size, reference.latent_shape, rows, device)
@@ -154,8 +156,9 @@ def make_rewards(experiment: Experiment, decode: Callable[[Tensor], Tensor], dev
     """The in-process scorer of the configured rewards, frozen, on one device."""
     from reward_models import load
 
-    trained = {r.name: (load(r.name).to(device), r.weight) for r in experiment.rewards.trained}
-    held_out = {name: load(name).to(device) for name in experiment.rewards.held_out}
+    with quiet():
+        trained = {r.name: (load(r.name).to(device), r.weight) for r in experiment.rewards.trained}
+        held_out = {name: load(name).to(device) for name in experiment.rewards.held_out}
     return LatentRewards(decode, trained, held_out)
 
 

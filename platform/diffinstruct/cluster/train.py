@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import uuid
@@ -185,13 +186,17 @@ def attached() -> Iterator[str]:
     # A worker without a GPU sees none, so that `device: auto` is the CPU there.
     hidden = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
     os.environ.update(hidden)
-    try:
-        if address == "local":
-            ray.init(address="local")
-        else:
+    if address == "local":
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
+        ray.init(address="local")
+    else:
+        host, _, port = address.rpartition(":")
+        try:  # Ray itself would try for many minutes
+            if port.isdecimal():
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address, runtime_env={"env_vars": hidden})
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"RAY_ADDRESS: no Ray at {address}: {str(error).splitlines()[0]}") from None
+        except (OSError, ValueError) as error:  # Ray's ConnectionError is an OSError
+            raise UserError(f"RAY_ADDRESS: no Ray at {address}: {str(error).splitlines()[0]}") from None
     try:
         yield described()
     finally:
