@@ -272,12 +272,18 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_stopped_trial_is_closed_by_another_process(tmp_path: Path, uri: str) -> None:
-    tracker = tracker_of(tmp_path, uri)
-    tracker.metrics(1, {"loss": 1.0})
+    code = """
+import os, signal, sys
+from diffinstruct.tracking import Tracker
+tracker = Tracker(sys.argv[1], "experiment", "run", sys.argv[2], {}, {})
+tracker.metrics(1, {"loss": 1.0})
+tracker.run_id
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert python(code, uri, tmp_path / "run").wait(240) == -signal.SIGKILL
     deliver(tmp_path / "run", status="KILLED", reason="stopped by the scheduler")
-    run = client_of(uri).get_run(tracker.run_id)
+    run = client_of(uri).get_run(json.loads((tmp_path / "run/mlflow.json").read_text())["run_id"])
     assert (run.info.status, run.data.tags["reason"]) == ("KILLED", "stopped by the scheduler")
-    tracker.finish("KILLED")
     with pytest.raises(FileNotFoundError, match="does not hold a run"):
         deliver(tmp_path)
 

@@ -55,6 +55,8 @@ logger = logging.getLogger(__name__)
 def run(experiment: Experiment, folder: Path, parent_run_id: str | None = None) -> Result:
     """Train `experiment` in `folder`, or go on with what is there; as `local.run`, on a cluster."""
     folder = folder.absolute()
+    if "working_dir_files" in folder.parts:
+        print(f"{folder} is in Ray's passing copy of the code; -s runs=FOLDER keeps a run", file=sys.stderr)
     uri = tracking.tracking_uri(experiment.tracking.uri, folder.parent)
     experiment = experiment.model_copy(update={"tracking": experiment.tracking.model_copy(update={"uri": uri})})
     with attached() as where:
@@ -194,7 +196,7 @@ def attached() -> Iterator[str]:
         try:  # Ray itself would try for many minutes
             if port.isdecimal():
                 socket.create_connection((host, int(port)), timeout=10).close()
-            ray.init(address=address, runtime_env={"env_vars": hidden})
+            ray.init(address=address, runtime_env={"env_vars": {**hidden, "RAY_ADDRESS": address}})
         except (OSError, ValueError) as error:  # Ray's ConnectionError is an OSError
             raise UserError(f"RAY_ADDRESS: no Ray at {address}: {str(error).splitlines()[0]}") from None
     try:
