@@ -630,6 +630,9 @@ def stage_distill(work: Path, steps: int = 240) -> None:
 
     unet = UNet2DConditionModel.from_pretrained(result.export / "unet")
     unet.to(torch.float16).save_pretrained(POCKET / "generator")
+    config = POCKET / "generator" / "config.json"
+    kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}  # a path of this machine
+    config.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 STAGES = {

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from diffinstruct.experiment import POCKET_SPLITS, ConfigErrors, Experiment, Section, UserError, load
-from diffinstruct.prompts import POCKET_CSV, read_prompts
+from diffinstruct.prompts import read_prompts
 
 RECIPE = Path(__file__).parents[1] / "experiments" / "recipes" / "pocket.yaml"
 
@@ -222,7 +222,6 @@ def test_the_pocket_splits(tmp_path, monkeypatch):
         read_prompts("pocket:open")
 
 
-@pytest.mark.skipif(not POCKET_CSV.exists(), reason="the pocket world is not built yet")
 @pytest.mark.parametrize("split", POCKET_SPLITS)
 def test_the_pocket_world_has_every_split(split):
     table = read_prompts(f"pocket:{split}")
