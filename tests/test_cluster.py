@@ -39,6 +39,7 @@ def session():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")  # by default Ray's workers stand back behind everything else, at 15
         patch.setenv("PYTHONPATH", str(ROOT / "tests"))  # for tiny_rewards: pytest's own path does not reach the workers
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to start for each run
         ray.init(address="local", num_cpus=5, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
         yield ray
         ray.shutdown()
@@ -140,10 +141,10 @@ def test_a_silent_actor_is_replaced_and_asked_again(pool, alone, tmp_path):
     x0, prompts = latents(4), [f"sleep {tmp_path / 'slept'}"] * 4
     began = time.monotonic()
     pool.send(x0, ["a thing"] * 4)()  # it is awake
-    patient = replace(pool, deadline=20.0)
+    patient = replace(pool, deadline=15.0)
     collect = patient.send(x0, prompts)
     same(collect(), alone[0](x0, prompts))
-    assert time.monotonic() - began >= 20
+    assert time.monotonic() - began >= 15
 
 
 def test_a_reward_that_is_not_finite_is_an_error_with_its_name(pool):
