@@ -84,10 +84,14 @@ class Progress(tune.Callback):
         self.points, self.ended = points, 0
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.ended += 1
-        print(f"trial {self.ended}/{len(self.points)}  {self.points[trial.config['trial']]}  {trial.status}", flush=True)
+        self._say(trial, "done")
 
-    on_trial_error = on_trial_complete
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._say(trial, "failed")
+
+    def _say(self, trial: Any, how: str) -> None:
+        self.ended += 1
+        print(f"trial {self.ended}/{len(self.points)} {how}  {self.points[trial.config['trial']]}", flush=True)
 
 
 def table(points: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> pd.DataFrame:
