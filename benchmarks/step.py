@@ -1,11 +1,15 @@
-"""What the platform costs: CPU time of a real run's rounds beside a plain loop of the same mathematics.
+"""What the platform costs: CPU time of a real run's rounds beside plain loops (`plain.py`).
 
-    python benchmarks/step.py [local] [ray] [-s key=value ...]
+    python benchmarks/step.py [all | local ray actor] [-s key=value ...]
 
-`run.train` runs as it always does, with journal, MLflow, pictures and checkpoints. Where a round hands its sample to the
-rewards it is stopped, and every other time the plain loop does two rounds of its own from there to there: ours, plain, plain,
-ours. Ours is charged with what any other thread burns (delivery to MLflow, Ray), even while the plain loop has its turn, and
-with the reward actor's process; the plain loop is charged with its own thread.
+    local   `run.train` as `local.py` calls it, beside a loop of the same mathematics, and beside the textbook's
+    ray     in a Ray Train worker, rewards in the worker as in the plain loop
+    actor   in a Ray Train worker, rewards in a reward actor, whose process is charged too
+
+`run.train` runs as ever, with journal, MLflow, pictures and checkpoints. Where a round hands its sample to the rewards
+it is stopped, and every other time each loop does two rounds of its own from there to there: ours, plain, plain, ours.
+Ours is charged with all that the process burns in its turn, and with the tracker's thread in anybody's (it delivers late); a
+loop with its own thread. The textbook's generator is examined beside ours after as many rounds of the same prompts.
 """
 
 from __future__ import annotations
@@ -21,60 +25,73 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from plain import plain
+from plain import Parts, plain, textbook
 from torch import Tensor
 
 from diffinstruct import tracking
+from diffinstruct.evaluation import Evaluation, compare
 from diffinstruct.experiment import Experiment, load
+from diffinstruct.pocket_world import examine
 from diffinstruct.pretrained import load_reference
-from diffinstruct.rewards import Collect
+from diffinstruct.rewards import Collect, LatentRewards
 from diffinstruct.run import make_rewards, train
 
-PAIRS, WARM_UP = 60, 10
-BOUND = {"local": 1.03, "ray": 1.10}
+PAIRS, WARM_UP = 48, 8
+BOUND = {"local": 1.03, "ray": 1.10, "actor": 1.10}
 TRACKING_BOUND = 0.02
+LOOPS = {"plain": plain, "textbook": textbook}
 
 
 class Meter:
-    """Called at each hand-over of a run. CPU seconds of round k: `ours[k]`, `plain[k]`, and `beside[k]`, which other threads
-    burnt meanwhile; `tracked[k]` is what the tracker had burnt before. Made in the driver, used in the process that trains."""
+    """Called at each hand-over of a run. CPU seconds of round k: `ours[k]`, those of each loop, and `beside[k]`, the tracker's
+    during the latter; `tracked[k]` is what the tracker had burnt before. Made in the driver, used in the process that
+    trains."""
 
-    def __init__(self, experiment: Experiment, folder: Path, actors: Sequence[int] = ()) -> None:
-        self.experiment, self.folder, self.actors = experiment, folder, actors
+    def __init__(self, experiment: Experiment, folder: Path, loops: Sequence[str], actors: Sequence[int] = ()) -> None:
+        self.experiment, self.folder, self.loops, self.actors = experiment, folder, loops, actors
         self.ours: list[float] = []
-        self.plain: list[float] = []
+        self.theirs: dict[str, list[float]] = {name: [] for name in loops}
         self.beside: list[float] = []
         self.tracked: list[float] = []
-        self.losses: list[dict[str, float]] = []
         self.journaling = self.began = 0.0
-        self.loop: Iterator[None] | None = None
+        self.rewards: LatentRewards | None = None
+        self.parts: dict[str, Parts] = {}
+        self.running: dict[str, Iterator[None]] = {}
 
     def __call__(self) -> None:
-        if self.loop is None:
-            self.loop = plain(self.experiment, self.losses)
-            next(self.loop)
+        if not self.running:
+            device = torch.device("cpu")
+            decode = load_reference(self.experiment.reference.model, device=device).decode
+            self.rewards = make_rewards(self.experiment, decode, device)
+            self.parts = {name: Parts(self.experiment) for name in self.loops}
+            self.running = {name: LOOPS[name](parts) for name, parts in self.parts.items()}
+            for loop in self.running.values():
+                next(loop)
             tracking.Tracker.metrics = self.timed(tracking.Tracker.metrics)  # type: ignore[method-assign]
             tracking.Tracker.image = self.timed(tracking.Tracker.image)  # type: ignore[method-assign]
         else:
             self.ours.append(self.burnt() - self.began)
         if len(self.ours) % 2:
-            for _ in range(2):
-                own, all_of_it = time.thread_time(), self.burnt()
-                next(self.loop)
-                self.plain.append(time.thread_time() - own)
-                self.beside.append(self.burnt() - all_of_it - self.plain[-1])
+            self.beside += [0.0, 0.0]
+            for i in (-2, -1):
+                for name, loop in self.running.items():
+                    own, tracker = time.thread_time(), self.tracker()
+                    next(loop)
+                    self.theirs[name].append(time.thread_time() - own)
+                    self.beside[i] += self.tracker() - tracker
         if len(self.ours) == WARM_UP:
             self.wait_for_tracker()
         self.tracked.append(self.tracker())
         if len(self.ours) == WARM_UP + PAIRS:
-            kept = {k: v for k, v in vars(self).items() if k in ("ours", "plain", "beside", "tracked", "losses")}
+            kept = {k: v for k, v in vars(self).items() if k in ("ours", "theirs", "beside", "tracked")}
+            kept["losses"] = self.parts["plain"].rounds
             (self.folder / "pairs.json").write_text(json.dumps(kept))
         self.began = self.burnt()
 
@@ -104,22 +121,37 @@ class Meter:
 
 
 def local(experiment: Experiment, folder: Path) -> None:
-    """`local.run`, its rewards stopped at the door."""
+    """`local.run`, its rewards stopped at the door; then what came of its generator and of the textbook's."""
     torch.set_num_threads(1)
-    device = torch.device("cpu")
-    rewards = make_rewards(experiment, load_reference(experiment.reference.model, device=device).decode, device)
-    meter = Meter(experiment, folder)
+    meter = Meter(experiment, folder, [*LOOPS])
 
     def send(latents: Tensor, prompts: Sequence[str]) -> Collect:
         meter()
-        return rewards.send(latents, prompts)
+        assert meter.rewards
+        return meter.rewards.send(latents, prompts)
 
     with (folder / "output.txt").open("w") as output, redirect_stdout(output):
-        train(experiment, folder, send)
+        result = train(experiment, folder, send)
+    assert result
+    meter.parts["textbook"].ema.save_pretrained(folder / "textbook")
+    reference, of = load_reference(experiment.reference.model), experiment.generator
+
+    def examined(start: Path) -> Evaluation:
+        generator = reference.generator(of.timestep, str(start), of.input_scale)
+        with torch.no_grad():
+            return examine(lambda prompts, z: reference.decode(generator(z, reference.encode_prompts(prompts))))
+
+    ours, theirs = examined(result.export), examined(folder / "textbook")
+    differences = compare(ours, theirs)
+    for name in (f"reward/{held_out}" for held_out in experiment.rewards.held_out):
+        print(
+            f"after {experiment.steps} rounds {name}: ours {ours.summary()[name]}, textbook {theirs.summary()[name]}, "
+            f"ours minus textbook, paired over {differences[name].n} prompts: {differences[name]}"
+        )
 
 
-def ray(experiment: Experiment, folder: Path) -> None:
-    """`cluster.train.run`, with one worker and one reward actor, its pool stopped at the door."""
+def on_ray(experiment: Experiment, folder: Path, actor: bool) -> None:
+    """`cluster.train.run` with one worker, its pool stopped at the door."""
     import ray
 
     from diffinstruct.cluster.rewards import RewardPool, reward_pool
@@ -127,15 +159,17 @@ def ray(experiment: Experiment, folder: Path) -> None:
 
     @dataclass(frozen=True)
     class MeteredPool(RewardPool):
-        meter: Callable[[], None] = lambda: None
+        meter: Meter | None = None
 
         def send(self, latents: Tensor, prompts: Sequence[str]) -> Collect:
+            assert self.meter
             self.meter()
-            return RewardPool.send(self, latents, prompts)
+            assert self.meter.rewards
+            return RewardPool.send(self, latents, prompts) if self.replicas else self.meter.rewards.send(latents, prompts)
 
-    with attached() as where, reward_pool(experiment) as pool:
+    with attached() as where, reward_pool(experiment) if actor else nullcontext(RewardPool((), 0, 0.0)) as pool:
         actors = ray.get([replica.__ray_call__.remote(lambda _: os.getpid()) for replica in pool.replicas])
-        fit(experiment, folder, MeteredPool(**vars(pool), meter=Meter(experiment, folder, actors)), where)
+        fit(experiment, folder, MeteredPool(**vars(pool), meter=Meter(experiment, folder, ["plain"], actors)), where)
 
 
 def interval(statistic: Callable[[np.ndarray], np.ndarray], pairs: np.ndarray) -> tuple[float, float, float]:
@@ -145,11 +179,16 @@ def interval(statistic: Callable[[np.ndarray], np.ndarray], pairs: np.ndarray) -
     return statistic(pairs[None])[0], low, high
 
 
+def median_ratio(pairs: np.ndarray) -> np.ndarray:
+    return np.median(pairs[..., 0] / pairs[..., 1], axis=1)
+
+
 def report(name: str, experiment: Experiment, folder: Path) -> bool:
     """Print what a run's pairs say; whether it is within the bounds."""
     read = json.loads((folder / "pairs.json").read_text())
-    ours, straight, beside = (np.array(read[key])[WARM_UP : WARM_UP + PAIRS] for key in ("ours", "plain", "beside"))
-    pairs = np.stack([ours + beside, straight], axis=1)
+    ours, beside = (np.array(read[key])[WARM_UP : WARM_UP + PAIRS] for key in ("ours", "beside"))
+    loops = {loop: np.array(times)[WARM_UP : WARM_UP + PAIRS] for loop, times in read["theirs"].items()}
+    pairs = np.stack([ours + beside, loops["plain"]], axis=1)
     journal = map(json.loads, (folder / "journal.jsonl").read_text().splitlines())
     worst, every = 0.0, experiment.logging.every
     for row in journal:
@@ -158,33 +197,37 @@ def report(name: str, experiment: Experiment, folder: Path) -> bool:
             for key in window[0]:
                 mean = sum(losses[key] for losses in window) / every
                 worst = max(worst, abs(row["metrics"][key] - mean) / abs(mean))
-    median, low, high = interval(lambda p: np.median(p[..., 0] / p[..., 1], axis=1), pairs)
+    median, low, high = interval(median_ratio, pairs)
     whole, whole_low, whole_high = interval(lambda p: p[..., 0].sum(1) / p[..., 1].sum(1), pairs)
     share = (read["tracked"][-1] - read["tracked"][WARM_UP]) / pairs[:, 0].sum()
     good = high <= BOUND[name] and worst <= 1e-6 and share <= TRACKING_BOUND
     print(
-        f"{name}: {len(pairs)} pairs, plain {np.median(straight):.3f} CPU s a round\n"
+        f"{name}: {len(pairs)} pairs, plain {np.median(loops['plain']):.3f} CPU s a round\n"
         f"  median ratio {median:.4f}  95 % [{low:.4f}, {high:.4f}]  (bound {BOUND[name]:.2f})\n"
         f"  ratio of sums {whole:.4f}  95 % [{whole_low:.4f}, {whole_high:.4f}], with pictures and checkpoints\n"
         f"  tracking {share:.2%} of a step  (bound {TRACKING_BOUND:.0%})\n"
         f"  losses differ by at most {worst:.1e} of their value, {len(read['losses'])} rounds  {'ok' if good else 'MISSED'}"
     )
+    if "textbook" in loops:
+        faster = interval(median_ratio, np.stack([ours + beside, loops["textbook"]], axis=1))
+        good &= faster[2] < 1
+        print(f"  against the textbook's loop {faster[0]:.4f}  95 % [{faster[1]:.4f}, {faster[2]:.4f}]")
     return good
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runners", nargs="*", default=["local", "ray"], choices=["local", "ray"])
+    parser.add_argument("runners", nargs="*", choices=[*BOUND, "all"], default="all")
     parser.add_argument("-s", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     asked = parser.parse_args()
     recipe = Path(__file__).parents[1] / "experiments/recipes/pocket.yaml"
     good = []
-    for name in asked.runners:
+    for name in BOUND if "all" in asked.runners else asked.runners:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "run"
             folder.mkdir()
             own = [f"steps={WARM_UP + PAIRS + 1}", f"tracking.uri=sqlite:///{temporary}/mlflow.db"]
             e = load(recipe, [*own, *asked.overrides])
-            {"local": local, "ray": ray}[name](e, folder)
+            local(e, folder) if name == "local" else on_ray(e, folder, actor=name == "actor")
             good.append(report(name, e, folder))
     sys.exit(not all(good))

@@ -133,7 +133,7 @@ cluster:
         "run.yaml:7: generator.learning_rate: should be greater than 0, got -0.0001",
         "run.yaml:8: generator.betas.1: should be less than 1, got 1.5",
         "run.yaml:9: objective.t_max: should be greater than t_min (990), got 980",  # not written: its section's line
-        "run.yaml:10: objective.distance: should be 'pseudo_huber' or 'squared', got 'pseudo_hubr', "
+        "run.yaml:10: objective.distance: should be 'pseudo_huber' or 'squared' or 'module:attribute', got 'pseudo_hubr', "
         "did you mean 'pseudo_huber'?",
         "run.yaml:12: score_network: should be a section with keys of its own, got 3",
         "run.yaml:15: rewards.trained.0.name: is missing",
@@ -164,7 +164,7 @@ cluster:
         ),
         (
             "rewards: {trained: []}",
-            "run.yaml:1: rewards.trained: should name a reward (only di_star at objective.reward_scale 0 goes without), got []",
+            "run.yaml:1: rewards.trained: should name a reward (only objective.reward_scale 0 goes without), got []",
         ),
         (
             "steps: 3\nreference: {model: some/model}",

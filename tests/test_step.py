@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from diffinstruct.checkpoint import CheckpointStore
-from diffinstruct.diffusion import Schedule
-from diffinstruct.distances import distance
-from diffinstruct.objectives import diff_instruct_star
+from diffinstruct.diffusion import Schedule, uniform_t
+from diffinstruct.distances import pseudo_huber
+from diffinstruct.guidance import guided
+from diffinstruct.objectives import objective
 from diffinstruct.rewards import LatentRewards, Scores
 from diffinstruct.step import Draws, NonFinite, Players, Settings, alternating_round
 
@@ -20,6 +20,12 @@ BATCH, SHAPE = 8, (2, 4, 4)
 ALPHAS = torch.linspace(0.999, 0.05, 1000)
 SCHEDULE = Schedule(ALPHAS, (1 - ALPHAS**2).sqrt())
 PROMPTS = [f"prompt {i}" for i in range(BATCH)]
+NULL = {"prompt_embeds": torch.zeros(1, 3)}
+LAW = uniform_t(20, 980)
+
+
+def chosen(name):
+    return objective(name, schedule=SCHEDULE, space="x0", distance=pseudo_huber(0.1), sid_alpha=1.2)
 
 
 class Network(nn.Module):
@@ -58,7 +64,7 @@ def make_players(adam=True):
     return Players(
         generator=generator,
         score_network=score_network,
-        reference=Network(3).requires_grad_(False),
+        reference=guided(Network(3).requires_grad_(False), NULL, 1.5, "in"),
         ema=copy.deepcopy(generator).requires_grad_(False),
         generator_optimizer=optimizer(generator.parameters(), 1e-2 if adam else 0.0),
         score_optimizer=optimizer(score_network.parameters(), 1e-2 if adam else 0.0),
@@ -66,11 +72,10 @@ def make_players(adam=True):
 
 
 def make_settings(**changes):
-    objective = partial(diff_instruct_star, schedule=SCHEDULE, distance=distance("pseudo_huber", 0.1), space="x0")
     settings = {
-        "objective": objective, "regularization_weight": 0.7, "reward_scale": 30.0, "score_updates": 1, "reuse_sample": True,
-        "t_min": 20, "t_max": 980, "generator_max_grad_norm": 1e9, "score_max_grad_norm": 1e9, "ema_decay": 0.9,
-        "precision": "fp32",
+        "objective": chosen("di_star"), "regularization_weight": 0.7, "reward_scale": 30.0, "score_updates": 1,
+        "reuse_sample": True, "score_space": "eps", "law_of_t": LAW, "generator_max_grad_norm": 1e9, "score_max_grad_norm": 1e9,
+        "ema_decay": 0.9, "precision": "fp32",
     }  # fmt: skip
     return Settings(**settings | changes)
 
@@ -95,15 +100,16 @@ def equal(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_generators_gradient_is_that_of_one_graph():
+@pytest.mark.parametrize("name", ["di_star", "diff_instruct_pp", "sid", "dmd"])
+def test_the_generators_gradient_is_that_of_one_graph(name):
     """Decoder, rewards, score network, reference and generator in one graph, against the leaves of the round."""
-    players, settings = make_players(), make_settings(score_updates=2)
+    players, settings = make_players(), make_settings(score_updates=2, objective=chosen(name))
     generator = copy.deepcopy(players.generator)
     round_(players, settings)
 
     draws, c = Draws(0, 0, BATCH, SHAPE, slice(0, BATCH), torch.device("cpu")), condition()
     x0 = generator(draws.normal(draws.GENERATOR), c)
-    t, eps = draws.t(draws.GENERATOR + 1, 20, 980), draws.normal(draws.GENERATOR + 2)
+    t, eps = draws.t(draws.GENERATOR + 1, LAW), draws.normal(draws.GENERATOR + 2)
     loss, _ = settings.objective(x0, t, eps, c, score_network=players.score_network, reference=players.reference)
     images = decode(x0)
     reward = contrast(images, PROMPTS) - 0.5 * brightness(images, PROMPTS)

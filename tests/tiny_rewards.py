@@ -46,3 +46,7 @@ class Deadly(Red):
             mark.touch()
             os._exit(1)
         return super().forward(images, prompts)
+
+
+# A distance of somebody's own: d(y) = sum cosh(y) - 1.
+cosh_distance = (lambda y: (torch.cosh(y) - 1).flatten(1).sum(1), torch.sinh)

@@ -54,8 +54,9 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     """
     reference = load_reference(experiment.reference.model)
     generator, score = experiment.generator, experiment.score_network
-    k = score.updates_per_step if experiment.objective.name == "di_star" else 0
-    guided = 1 + (experiment.reference.cfg_scale != 0)  # conditional and null
+    k = score.updates_per_step if experiment.objective.name != "reward_only" else 0
+    guided = (k > 0) * (1 + (experiment.reference.cfg_scale != 0))  # conditional and null
+    through = int(experiment.objective.name in ("di_star", "sim", "sid"))  # gradient to the networks' inputs; KL has none
     unet = _count(reference.denoiser())
     worker = [
         Role(
@@ -66,8 +67,8 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
             forwards=1 + (0 if score.reuse_sample else k),
             backwards=1,
         ),
-        Role("score network", *unet, trained=k > 0, forwards=k + (k > 0), backwards=k + (k > 0)),
-        Role("reference", *unet, forwards=guided * (k > 0), backwards=guided * (k > 0)),
+        Role("score network", *unet, trained=k > 0, forwards=k + (k > 0), backwards=k + through),
+        Role("reference", *unet, forwards=guided, backwards=guided * through),
         Role("text encoder", *_count(reference.text_encoder)),
     ]
     trained = [reward.name for reward in experiment.rewards.trained]
@@ -76,7 +77,7 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         actor.append(Role(name, *_count(_reward(name)), forwards=1, backwards=int(name in trained)))
 
     # In forward passes of one network: a backward that reaches the weights costs two, one to the input alone costs one.
-    work = worker[0].forwards + 2 + (k > 0) * (3 * k + 2 + 2 * guided)
+    work = worker[0].forwards + 2 + 3 * k + (1 + through) * ((k > 0) + guided)
     per_sample = 4 * prod(reference.latent_shape)
     asked = experiment.cluster
     cpus = asked.workers * asked.cpus_per_worker + asked.reward_replicas * asked.reward_cpus

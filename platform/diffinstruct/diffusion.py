@@ -3,7 +3,8 @@
     x_t = alpha_t x0 + sigma_t eps                       (forward process, arXiv 2410.20898)
     score(x_t) = -(x_t - alpha_t x0_hat) / sigma_t^2     so a difference of scores is alpha_t / sigma_t^2 times one of x0_hat
 
-Shapes: samples x0, xt, eps [B, ...]; t [B] whole numbers into the schedule.
+Flow matching is the case alpha_t = 1 - t, sigma_t = t. Shapes: samples x0, xt, eps [B, ...]; t [B] whole numbers into the
+schedule.
 """
 
 from __future__ import annotations
@@ -20,10 +21,26 @@ Conditions = dict[str, Tensor]
 Denoiser = Callable[[Tensor, Tensor, Conditions], Tensor]
 """(xt [B, ...], t [B], conditions) -> x0_hat [B, ...]. Every network, of whatever parametrisation, is adapted to this."""
 
+GuidedReference = Callable[[Tensor, Tensor, Conditions], tuple[Tensor, Tensor | None]]
+"""(xt, t, conditions) -> (r, g), each like xt: the x0 prediction that a divergence compares with, and the guidance that
+stays beside it, a constant, or None."""
+
+LawOfT = Callable[[Tensor], Tensor]
+"""Uniform numbers in [0, 1) [B] -> t [B]: a law by its quantiles, so that t is drawn by sample and not by batch."""
+
+SPACES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "x0": lambda alpha, sigma: alpha.new_ones(()),
+    "eps": lambda alpha, sigma: alpha / sigma,
+    "v": lambda alpha, sigma: 1 / sigma,
+    "score": lambda alpha, sigma: alpha / sigma**2,
+}
+"""Where a difference is measured: m_t(alpha, sigma) turns one of x0 predictions into one of x0, of eps (up to sign), of v
+(a flow's velocity eps - x0 as well), of scores. Choosing it is choosing a weight of t: see `objectives`, `denoising_loss`."""
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """alpha_t and sigma_t of every t, two vectors [T]."""
+    """alpha_t and sigma_t of every t, two vectors [T], noise growing with t."""
 
     alphas: Tensor
     sigmas: Tensor
@@ -39,6 +56,10 @@ class Schedule:
         alpha, sigma = self.at(t, x0)
         return alpha * x0 + sigma * eps
 
+    def scale(self, space: str, t: Tensor, like: Tensor) -> Tensor:
+        """m_t of a space, shaped to broadcast against `like`."""
+        return SPACES[space](*self.at(t, like))
+
     def x0_from(self, prediction: str, output: Tensor, xt: Tensor, t: Tensor) -> Tensor:
         """x0_hat from a network's output; `prediction` is diffusers' name of what the network predicts."""
         alpha, sigma = self.at(t, xt)
@@ -49,7 +70,10 @@ class Schedule:
                 return alpha * xt - sigma * output
             case "sample":
                 return output
-        raise ValueError(f"prediction: got {prediction!r}, known are 'epsilon', 'v_prediction' and 'sample'")
+            case "flow_prediction":  # v = eps - x0, with alpha + sigma = 1
+                return xt - sigma * output
+        known = "'epsilon', 'v_prediction', 'sample' and 'flow_prediction'"
+        raise ValueError(f"prediction: got {prediction!r}, known are {known}")
 
 
 def per_sample_sum(x: Tensor) -> Tensor:
@@ -57,17 +81,34 @@ def per_sample_sum(x: Tensor) -> Tensor:
     return x.flatten(1).sum(1)
 
 
-def denoising_loss(denoiser: Denoiser, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, c: Conditions) -> Tensor:
-    """[B]: the score network's loss, ||eps_hat - eps||^2 averaged over dimensions (arXiv 2410.20898, with weight 1 in eps).
+def denoising_loss(
+    denoiser: Denoiser, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, c: Conditions, space: str = "eps"
+) -> Tensor:
+    """[B]: the score network's loss, ||m_t (x0_hat - x0)||^2 averaged over dimensions (arXiv 2410.20898).
 
-    eps_hat - eps = -(alpha_t / sigma_t) (x0_hat - x0), so this is the x0 error weighted by the signal-to-noise ratio.
-    `x0` is a constant here: the caller passes samples cut from the generator's graph.
+    lambda(t), which the paper leaves open, is chosen as the space whose error is squared: "eps" is ||eps_hat - eps||^2, that
+    is the x0 error weighted by the signal-to-noise ratio. `x0` is a constant here: the caller passes samples cut from the
+    generator's graph.
     """
-    alpha, sigma = schedule.at(t, x0)
     x0_hat = denoiser(schedule.diffuse(x0, t, eps), t, c)
-    return ((alpha / sigma) * (x0_hat - x0)).pow(2).flatten(1).mean(1)
+    return (schedule.scale(space, t, x0) * (x0_hat - x0)).pow(2).flatten(1).mean(1)
 
 
-def uniform_t(fraction: Tensor, t_min: int, t_max: int) -> Tensor:
-    """t ~ U[t_min, t_max) from uniform numbers in [0, 1)."""
-    return (t_min + fraction * (t_max - t_min)).floor().to(torch.long)
+def uniform_t(t_min: int, t_max: int) -> LawOfT:
+    """t ~ U[t_min, t_max)."""
+    return lambda fraction: (t_min + fraction * (t_max - t_min)).floor().to(torch.long)
+
+
+def log_normal_t(schedule: Schedule, mean: float, std: float, t_min: int, t_max: int) -> LawOfT:
+    """ln(sigma_t / alpha_t) ~ N(mean, std^2), cut to t in [t_min, t_max) (the law of Karras et al. 2022, arXiv 2206.00364)."""
+    ratio = (schedule.sigmas.double() / schedule.alphas.double()).log().cpu()
+    edges = torch.cat([(ratio[1:] + ratio[:-1]) / 2, ratio[-1:] + 1])  # t stands for what is nearest to its ratio
+    normal = torch.distributions.Normal(mean, std)
+    low = normal.cdf(edges[t_min - 1]) if t_min > 0 else torch.zeros((), dtype=torch.float64)
+    high = normal.cdf(edges[t_max - 1]) if t_max < len(ratio) else torch.ones((), dtype=torch.float64)
+
+    def law(fraction: Tensor) -> Tensor:
+        t = torch.searchsorted(edges, normal.icdf(low + fraction.double().cpu() * (high - low)))
+        return t.clamp(t_min, t_max - 1).to(fraction.device)  # rounding at the edges, and infinity at fraction 0
+
+    return law

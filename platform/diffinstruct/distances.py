@@ -1,35 +1,53 @@
-"""Distances d between two scores, given as d'(y): all that the objective's gradient needs (arXiv 2410.20898).
+"""Distances between two scores: a pair (d, d'), the divergence's integrand and what its gradient needs (arXiv 2410.20898).
 
-A distance maps y [B, ...] to d'(y) [B, ...]; norms run over a whole sample. Any callable of that shape is a distance.
+Shapes: y [B, ...]; d(y) [B], d'(y) [B, ...], the gradient of d at y. Norms run over a whole sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from importlib import import_module
+from typing import NamedTuple
 
 from torch import Tensor
 
-Distance = Callable[[Tensor], Tensor]
+
+class Distance(NamedTuple):
+    """Any pair of callables of these shapes is a distance, as long as `gradient` is differentiable in y: DI* needs that."""
+
+    value: Callable[[Tensor], Tensor]  # d, [B, ...] -> [B]; recorded, never differentiated
+    gradient: Callable[[Tensor], Tensor]  # d', [B, ...] -> [B, ...]
 
 
-def pseudo_huber(y: Tensor, c: float) -> Tensor:
-    """d'(y) = y / sqrt(||y||^2 + C^2) of d(y) = sqrt(||y||^2 + C^2) - C, with C^2 = c^2 * dimensions (the paper's choice).
+def pseudo_huber(c: float) -> Distance:
+    """d(y) = sqrt(||y||^2 + C^2) - C and d'(y) = y / sqrt(||y||^2 + C^2), with C^2 = c^2 * dimensions (the paper's choice).
 
     `c` is per square root of a dimension, so one value serves samples of any size; it is in the units of y. Gradient
     flows through the denominator too: without it this is another objective.
     """
-    flat = y.flatten(1)
-    norm = (flat.pow(2).sum(1) + c * c * flat.shape[1]).sqrt()
-    return y / norm.view(-1, *(1,) * (y.dim() - 1))
+
+    def norm(y: Tensor) -> Tensor:
+        flat = y.flatten(1)
+        return (flat.pow(2).sum(1) + c * c * flat.shape[1]).sqrt()
+
+    def value(y: Tensor) -> Tensor:
+        return norm(y) - c * y[0].numel() ** 0.5
+
+    def gradient(y: Tensor) -> Tensor:
+        return y / norm(y).view(-1, *(1,) * (y.dim() - 1))
+
+    return Distance(value, gradient)
 
 
-def squared(y: Tensor) -> Tensor:
-    """d'(y) = 2 y of d(y) = ||y||^2 (SIM-L2, SiD with alpha 1)."""
-    return 2 * y
+squared = Distance(value=lambda y: y.flatten(1).pow(2).sum(1), gradient=lambda y: 2 * y)
+"""d(y) = ||y||^2 and d'(y) = 2 y (SIM-L2; SiD with alpha 1 but for its normaliser)."""
 
 
 def distance(name: str, huber_c: float) -> Distance:
-    """The distance of a configuration."""
-    known: dict[str, Distance] = {"pseudo_huber": partial(pseudo_huber, c=huber_c), "squared": squared}
-    return known[name]
+    """The distance of a configuration: "pseudo_huber", "squared", or the import path `module:attribute` of a Distance."""
+    if name == "pseudo_huber":
+        return pseudo_huber(huber_c)
+    if name == "squared":
+        return squared
+    module, _, attribute = name.partition(":")
+    return Distance(*getattr(import_module(module), attribute))

@@ -25,6 +25,9 @@ POCKET_SPLITS = ("train", "eval", "open", "grid")
 """Of the built-in prompts: for training, held-out combinations, face-free ones, and those of the picture grid."""
 
 
+DISTANCES = ("pseudo_huber", "squared")
+
+
 class UserError(Exception):
     """A mistake the user can mend: the command line prints it as it is, without a traceback, and exits with 2."""
 
@@ -70,6 +73,12 @@ def _known_reward(name: str) -> str:
     return name
 
 
+def _known_distance(name: str) -> str:
+    if name not in DISTANCES and ":" not in name:
+        raise _wrong(f"should be {' or '.join(map(repr, DISTANCES))} or 'module:attribute'", did_you_mean(name, DISTANCES))
+    return name
+
+
 # ---------------------------------------------------------------------------------------------------- the fields
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -77,6 +86,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 RewardName = Annotated[str, AfterValidator(_known_reward)]
+DistanceName = Annotated[str, AfterValidator(_known_distance)]
 
 
 class Section(BaseModel):
@@ -92,7 +102,9 @@ class Reference(Section):
         2.0,
         description="guidance of the reference; 0 is none, diffusers' guidance_scale is 1 + this (the paper; ours)",
     )
-    guidance: Literal["in"] = Field("in", description="where guidance enters: inside the divergence (the paper)")
+    guidance: Literal["in", "out"] = Field(
+        "in", description="where guidance enters: inside the divergence, or beside it as one more reward (the paper; in)"
+    )
 
 
 class Player(Section):
@@ -127,27 +139,57 @@ class ScoreNetwork(Player):
     learning_rate: Positive = Field(2e-4, description="of Adam, per update (ours)")
     updates_per_step: Count = Field(1, description="denoising updates before each generator update (K_TA; left open, ours)")
     reuse_sample: bool = Field(True, description="the generator's update goes on with the sample of the score phase (ours)")
+    space: Literal["x0", "eps", "v"] = Field(
+        "eps", description="whose squared error it learns from: lambda(t) (left open; neighbours' choice)"
+    )
 
 
 class Objective(Section):
     """What the generator minimises: -reward_scale * reward + regularization_weight * divergence."""
 
-    name: Literal["di_star", "reward_only"] = Field("di_star", description="DI* (the paper) or the reward term alone")
-    distance: Literal["pseudo_huber", "squared"] = Field("pseudo_huber", description="between two scores (the paper)")
+    name: Literal["di_star", "sim", "diff_instruct", "diff_instruct_pp", "sid", "dmd", "reward_only"] = Field(
+        "di_star",
+        description="DI* (the paper), SIM (DI* at reward_scale 0), Diff-Instruct (KL, reward_scale 0), Diff-Instruct++ (KL and "
+        "reward), SiD, DMD without GAN, or the reward term alone",
+    )
+    distance: DistanceName = Field(
+        "pseudo_huber",
+        description="between two scores, of di_star and sim: 'pseudo_huber', 'squared', or your own pair (d, d') as "
+        "'module:attribute' (the paper)",
+    )
     huber_c: Positive = Field(
         0.1, description="pseudo-Huber's c per square root of a dimension, in the units of `space` (left open, ours)"
     )
-    space: Literal["x0", "eps", "score"] = Field("x0", description="what the distance compares (left open, ours)")
+    sid_alpha: float = Field(1.0, description="SiD's alpha, of sid (SiD: 1 to 1.2)")
+    space: Literal["x0", "eps", "v", "score"] = Field(
+        "x0", description="in which differences of predictions are measured: w(t) (left open, ours)"
+    )
     regularization_weight: NotNegative = Field(
         1.0, description="of the divergence: sum over a sample's dimensions, mean over the batch (ours)"
     )
     reward_scale: NotNegative = Field(
         2.0,
-        description="of the weighted sum of rewards, mean over the batch; it is read against the reward's own range: the "
-        "paper's 100 is for one of about 0.2, the pocket preference spans about 3 (ours)",
+        description="of the weighted sum of rewards, mean over the batch; it is read against the reward's own range and the "
+        "divergence's sum over dimensions: the paper's 100 is for a range of about 0.2, the pocket preference spans about "
+        "3 (ours)",
     )
+    t_law: Literal["uniform", "log_normal"] = Field(
+        "uniform",
+        description="of t, for both players: uniform on [t_min, t_max) (neighbours' choice), or ln(sigma_t / alpha_t) "
+        "normal and cut to it (Karras et al. 2022)",
+    )
+    t_log_mean: float = Field(-0.5, description="mean of the log-normal law (Karras et al. 2022, for data of unit variance)")
+    t_log_std: Positive = Field(1.2, description="standard deviation of the log-normal law (Karras et al. 2022)")
     t_min: int = Field(20, ge=0, description="lowest t drawn, index into the schedule (neighbours' choice; ours)")
     t_max: int = Field(980, description="t is drawn below this (neighbours' choice; ours)")
+
+    @field_validator("reward_scale")
+    @classmethod
+    def _zero_without_reward(cls, value: float, info: ValidationInfo) -> float:
+        with_reward = {"sim": "di_star", "diff_instruct": "diff_instruct_pp"}.get(info.data.get("name", ""))
+        if value and with_reward:
+            raise _wrong(f"should be 0 for {info.data['name']} (with a reward it is {with_reward!r})")
+        return value
 
     @field_validator("t_max")
     @classmethod
@@ -271,7 +313,7 @@ class Experiment(Section):
     def _something_to_climb(cls, value: Rewards, info: ValidationInfo) -> Rewards:
         objective = info.data.get("objective", Objective(reward_scale=0.0))
         if not value.trained and (objective.reward_scale or objective.name == "reward_only"):
-            raise _at("trained", [], _wrong("should name a reward (only di_star at objective.reward_scale 0 goes without)"))
+            raise _at("trained", [], _wrong("should name a reward (only objective.reward_scale 0 goes without)"))
         return value
 
     @field_validator("cluster")

@@ -3,28 +3,37 @@
     min_theta  E[-reward_scale r(x0, c)] + regularization_weight D(p_theta, p_ref)          (arXiv 2410.20898)
 
 Legend. x0 [B, ...] the generator's sample, carrying gradient; t [B]; eps [B, ...]; f = score network's x0 prediction,
-r = the (guided) reference's; both networks' *parameters* are constants, their *inputs* are not: gradient flows through
-x_t into f and r, and through the distance's denominator. Cutting it there silently gives a KL method.
+r = the reference's, guided if guidance is inside; g = the guidance that stays beside it, or None; e = f - r.
+k_t = alpha_t / sigma_t^2, so y = s_psi - s_ref = k_t e. m_t is the scale of the space where differences are measured
+(`diffusion.SPACES`): choosing the space is choosing w(t). Both networks' *parameters* are constants here.
 
-Reduction: sum over a sample's dimensions; the caller takes the mean over the global batch. The reward scale is to be read
-against that sum.
+Reduction, the same for all: sum over a sample's dimensions; the caller takes the mean over the global batch. Reward scale and
+regularization weight are to be read against that sum. Equal coefficients mean nothing across objectives: each pulls with its
+own strength, so compare them at equal distance to the reference.
+
+Each returns the loss [B] and its record, per sample: "divergence", the mean of e^2 over dimensions (of x0 predictions in
+all objectives, so that one plot compares them), and what else it has to tell.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from diffinstruct.diffusion import Conditions, Denoiser, Schedule, per_sample_sum
+from diffinstruct.diffusion import Conditions, Denoiser, GuidedReference, Schedule, per_sample_sum
 from diffinstruct.distances import Distance
 
-SPACES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "x0": lambda alpha, sigma: alpha.new_ones(()),
-    "eps": lambda alpha, sigma: alpha / sigma,
-    "score": lambda alpha, sigma: alpha / sigma**2,
-}
-"""Where the distance measures: m_t turns a difference of x0 predictions into one of x0, eps (up to sign) or scores."""
+Loss = tuple[Tensor, dict[str, Tensor]]
+
+
+class Objective(Protocol):
+    def __call__(
+        self, x0: Tensor, t: Tensor, eps: Tensor, c: Conditions, *, score_network: Denoiser, reference: GuidedReference
+    ) -> Loss: ...
 
 
 def diff_instruct_star(
@@ -34,26 +43,124 @@ def diff_instruct_star(
     c: Conditions,
     *,
     score_network: Denoiser,
-    reference: Denoiser,
+    reference: GuidedReference,
     schedule: Schedule,
-    distance: Distance,
     space: str,
-) -> tuple[Tensor, Tensor]:
-    """DI*'s loss [B], whose gradient in theta is that of the score-based divergence,
-    and the divergence [B] for the record: ||m_t (f - r)||^2 per dimension.
+    distance: Distance,
+) -> Loss:
+    """DI* (arXiv 2410.20898); with reward scale 0 SIM (arXiv 2410.16794). Its gradient in theta is that of the score-based
+    divergence, the law of x_t held fixed:
 
-        L = - w_t < d'(y), s_psi(x_t) - grad log q(x_t | x0) >,     y = s_psi(x_t) - s_ref(x_t)
+        L = - w_t < d'(y), s_psi(x_t) - grad log q(x_t | x0) >
 
-    Scores differ by k_t = alpha_t / sigma_t^2 times the x0 predictions: y = k_t (f - r), and the right factor is
-    k_t (f - x0). Measured in a space m_t (see SPACES), d_t(y) = d(m_t y / k_t) and w_t = 1:
+    Gradient flows through x_t into f *and* r, and through the distance's denominator; cutting it there silently gives a KL
+    method. The right factor is k_t (f - x0). Measured in a space, with d_t(y) = d(m_t y / k_t) and w_t = 1:
 
-        L = - < d'(m_t (f - r)), m_t (f - x0) >
+        L = - < d'(m_t e), m_t (f - x0) >
 
-    `space` "x0" with the pseudo-Huber distance is the published form with c_t = c k_t and w_t = 1 / k_t.
+    "x0" with the pseudo-Huber distance is the published form with c_t = c k_t and w_t = 1 / k_t.
     """
-    xt = schedule.diffuse(x0, t, eps)
-    alpha, sigma = schedule.at(t, x0)
-    m = SPACES[space](alpha, sigma)
-    f, r = score_network(xt, t, c), reference(xt, t, c)
+    xt, m = schedule.diffuse(x0, t, eps), schedule.scale(space, t, x0)
+    f, (r, g) = score_network(xt, t, c), reference(xt, t, c)
     y = m * (f - r)
-    return -per_sample_sum(distance(y) * (m * (f - x0))), y.detach().pow(2).flatten(1).mean(1)
+    loss = -per_sample_sum(distance.gradient(y) * m * (f - x0))
+    return loss + _beside(g, m, xt), _divergence(f, r) | {"distance": distance.value(y.detach())}
+
+
+def diff_instruct(
+    x0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    c: Conditions,
+    *,
+    score_network: Denoiser,
+    reference: GuidedReference,
+    schedule: Schedule,
+    space: str,
+) -> Loss:
+    """Diff-Instruct (arXiv 2305.18455), the integral KL divergence; with a reward Diff-Instruct++ (arXiv 2410.18881).
+
+        L = w_t < sg[y], x_t >,   w_t = m_t / k_t
+
+    No gradient flows through the networks: that is the method. "x0" is w_t = sigma_t^2 / alpha_t, DMD's.
+    """
+    xt, m = schedule.diffuse(x0, t, eps), schedule.scale(space, t, x0)
+    with torch.no_grad():
+        f, (r, g) = score_network(xt, t, c), reference(xt, t, c)
+    return per_sample_sum(m * (f - r) * xt) + _beside(g, m, xt), _divergence(f, r)
+
+
+def dmd(
+    x0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    c: Conditions,
+    *,
+    score_network: Denoiser,
+    reference: GuidedReference,
+    schedule: Schedule,
+    space: str,
+    normalised: bool = True,
+) -> Loss:
+    """DMD without its GAN and regression losses (arXiv 2311.18828, equations 7 and 8): Diff-Instruct's gradient, divided for
+    each sample by mean|x0 - r|."""
+    xt, m = schedule.diffuse(x0, t, eps), schedule.scale(space, t, x0)
+    with torch.no_grad():
+        f, (r, g) = score_network(xt, t, c), reference(xt, t, c)
+    loss = per_sample_sum(m * (f - r) * xt) + _beside(g, m, xt)
+    return loss / _error_of(r, x0) if normalised else loss, _divergence(f, r)
+
+
+def sid(
+    x0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    c: Conditions,
+    *,
+    score_network: Denoiser,
+    reference: GuidedReference,
+    schedule: Schedule,
+    space: str,
+    alpha: float,
+    normalised: bool = True,
+) -> Loss:
+    """SiD, score identity distillation (arXiv 2404.04057).
+
+        L = < m_t (r - f), m_t [(r - x0) - alpha (r - f)] > / mean|x0 - r|
+
+    Gradient flows through both networks, not through the normaliser. Without that, 2 L measured in scores has the gradient of
+    E||y||^2 with the law of x_t held fixed at alpha 1 (SIM with the squared distance), of the whole Fisher divergence at 0.5.
+    """
+    xt, m = schedule.diffuse(x0, t, eps), schedule.scale(space, t, x0)
+    f, (r, g) = score_network(xt, t, c), reference(xt, t, c)
+    loss = per_sample_sum(m * (r - f) * m * ((r - x0) - alpha * (r - f))) + _beside(g, m, xt)
+    return loss / _error_of(r, x0) if normalised else loss, _divergence(f, r)
+
+
+def _beside(g: Tensor | None, m: Tensor, xt: Tensor) -> Tensor | float:
+    """Guidance OUT (arXiv 2410.20898): - cfg_scale w_t < sg[s_ref(c) - s_ref(null)], x_t >, w_t = m_t / k_t."""
+    return 0.0 if g is None else -per_sample_sum(m * g * xt)
+
+
+def _error_of(r: Tensor, x0: Tensor) -> Tensor:
+    """[B]: mean|x0 - r|, a constant (DMD's and SiD's normaliser)."""
+    return (x0 - r).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
+
+
+def _divergence(f: Tensor, r: Tensor) -> dict[str, Tensor]:
+    return {"divergence": (f - r).detach().pow(2).flatten(1).mean(1)}
+
+
+def objective(name: str, *, schedule: Schedule, space: str, distance: Distance, sid_alpha: float) -> Objective | None:
+    """The objective of a configuration. None trains on the reward alone (ReFL and DRaFT-1 on a one-step model)."""
+    known: dict[str, Callable[..., Loss] | None] = {
+        "di_star": partial(diff_instruct_star, distance=distance),
+        "sim": partial(diff_instruct_star, distance=distance),  # with reward scale 0
+        "diff_instruct": diff_instruct,  # with reward scale 0
+        "diff_instruct_pp": diff_instruct,
+        "dmd": dmd,
+        "sid": partial(sid, alpha=sid_alpha),
+        "reward_only": None,
+    }
+    chosen = known[name]
+    return partial(chosen, schedule=schedule, space=space) if chosen else None

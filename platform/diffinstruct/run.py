@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from diffinstruct.checkpoint import CheckpointStore
-from diffinstruct.diffusion import Schedule
+from diffinstruct.diffusion import Schedule, log_normal_t, uniform_t
 from diffinstruct.distances import distance
 from diffinstruct.experiment import Experiment, UserError
 from diffinstruct.guidance import guided
-from diffinstruct.objectives import diff_instruct_star
+from diffinstruct.objectives import objective
 from diffinstruct.pretrained import OneStepGenerator, Reference, load_reference, quiet
 from diffinstruct.prompts import read_prompts
 from diffinstruct.rewards import LatentRewards, Send
@@ -126,7 +125,9 @@ def make_players(experiment: Experiment, reference: Reference, wrap: Callable[[n
     return Players(
         generator=wrap(generator),
         score_network=wrap(score_network),
-        reference=guided(frozen, reference.encode_prompts([""]), experiment.reference.cfg_scale),
+        reference=guided(
+            frozen, reference.encode_prompts([""]), experiment.reference.cfg_scale, experiment.reference.guidance
+        ),
         ema=ema,
         generator_optimizer=adam(generator, experiment.generator),
         score_optimizer=adam(score_network, experiment.score_network),
@@ -136,15 +137,20 @@ def make_players(experiment: Experiment, reference: Reference, wrap: Callable[[n
 def make_settings(experiment: Experiment, schedule: Schedule) -> Settings:
     """The configuration as the step wants it."""
     e = experiment.objective
-    objective = partial(diff_instruct_star, schedule=schedule, distance=distance(e.distance, e.huber_c), space=e.space)
+    chosen = distance(e.distance, e.huber_c)
+    law_of_t = (
+        uniform_t(e.t_min, e.t_max)
+        if e.t_law == "uniform"
+        else log_normal_t(schedule, e.t_log_mean, e.t_log_std, e.t_min, e.t_max)
+    )
     return Settings(
-        objective=objective if e.name == "di_star" else None,
+        objective=objective(e.name, schedule=schedule, space=e.space, distance=chosen, sid_alpha=e.sid_alpha),
         regularization_weight=e.regularization_weight,
         reward_scale=e.reward_scale,
         score_updates=experiment.score_network.updates_per_step,
         reuse_sample=experiment.score_network.reuse_sample,
-        t_min=e.t_min,
-        t_max=e.t_max,
+        score_space=experiment.score_network.space,
+        law_of_t=law_of_t,
         generator_max_grad_norm=experiment.generator.max_grad_norm,
         score_max_grad_norm=experiment.score_network.max_grad_norm,
         ema_decay=experiment.generator.ema_decay,

@@ -15,12 +15,13 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffinstruct.diffusion import Conditions, Denoiser, Schedule, denoising_loss, uniform_t
+from diffinstruct.diffusion import Conditions, GuidedReference, LawOfT, Schedule, denoising_loss
+from diffinstruct.objectives import Objective
 from diffinstruct.rewards import Send
 
 Metrics = dict[str, float]
@@ -28,13 +29,6 @@ Metrics = dict[str, float]
 
 class NonFinite(RuntimeError):
     """A gradient that is not finite, found before the update: no weight has been touched by it."""
-
-
-class Objective(Protocol):
-    def __call__(
-        self, x0: Tensor, t: Tensor, eps: Tensor, c: Conditions, *, score_network: Denoiser, reference: Denoiser
-    ) -> tuple[Tensor, Tensor]:
-        """(loss [B], divergence [B])."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +40,8 @@ class Settings:
     reward_scale: float
     score_updates: int  # the paper's K_TA
     reuse_sample: bool  # the score network learns on the generator's own sample instead of drawing fresh ones
-    t_min: int
-    t_max: int
+    score_space: str  # whose squared error the score network learns from: lambda(t)
+    law_of_t: LawOfT  # of both players
     generator_max_grad_norm: float
     score_max_grad_norm: float
     ema_decay: float
@@ -60,7 +54,7 @@ class Players:
 
     generator: nn.Module  # (z [B, ...], c) -> x0 [B, ...]
     score_network: nn.Module  # a Denoiser, trained on generated samples only
-    reference: Denoiser  # frozen, guided
+    reference: GuidedReference  # frozen
     ema: nn.Module  # fp32 average of the generator
     generator_optimizer: torch.optim.Optimizer
     score_optimizer: torch.optim.Optimizer
@@ -110,9 +104,9 @@ class Draws:
         full = torch.randn(self.global_batch, *self.shape, generator=self._generator(place))
         return full[self.rows].to(self.device)
 
-    def t(self, place: int, t_min: int, t_max: int) -> Tensor:
+    def t(self, place: int, law: LawOfT) -> Tensor:
         fraction = torch.rand(self.global_batch, generator=self._generator(place))
-        return uniform_t(fraction[self.rows], t_min, t_max).to(self.device)
+        return law(fraction[self.rows]).to(self.device)
 
     def prompts(self, count: int) -> list[int]:
         """This worker's indices into `count` prompts."""
@@ -146,16 +140,16 @@ def alternating_round(
             metrics |= score_update(players, settings, schedule, draws, sample, c, draws.SCORE + 3 * k)
         leaf = sample.clone().requires_grad_()
         with autocast:
-            loss, divergence = settings.objective(
+            loss, record = settings.objective(
                 leaf,
-                draws.t(draws.GENERATOR + 1, settings.t_min, settings.t_max),
+                draws.t(draws.GENERATOR + 1, settings.law_of_t),
                 draws.normal(draws.GENERATOR + 2),
                 c,
                 score_network=unwrapped(players.score_network),
                 reference=players.reference,
             )
         pull = settings.regularization_weight * torch.autograd.grad(loss.sum(), leaf)[0]
-        metrics |= {"loss/regularizer": loss.mean().item(), "divergence": divergence.mean().item()}
+        metrics |= {"loss/regularizer": loss.mean().item()} | {key: of.mean().item() for key, of in record.items()}
     else:
         pull = torch.zeros_like(sample)
 
@@ -188,8 +182,8 @@ def score_update(
         if not settings.reuse_sample:
             with torch.no_grad():
                 sample = unwrapped(players.generator)(draws.normal(place + 2), c)
-        t = draws.t(place, settings.t_min, settings.t_max)
-        loss = denoising_loss(players.score_network, schedule, sample, t, draws.normal(place + 1), c).mean()
+        t, eps = draws.t(place, settings.law_of_t), draws.normal(place + 1)
+        loss = denoising_loss(players.score_network, schedule, sample, t, eps, c, settings.score_space).mean()
     players.score_optimizer.zero_grad()
     loss.backward()
     norm = _clipped(players.score_network, settings.score_max_grad_norm, draws.step, "score network")
