@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from diffinstruct.cli import new_run_folder
-from diffinstruct.cluster.sweep import changed, sweep
+from diffinstruct.cluster.sweep import changed, grid, sweep
 from diffinstruct.experiment import load
 
 RECIPE = Path(__file__).parent / "recipes" / "pocket.yaml"
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="2 x 2 trials of a few steps")
     smoke = parser.parse_args().smoke
     base = changed(load(RECIPE), {"name": "reward-against-regularization"} | (SHORT if smoke else {}))
-    table = sweep(base, SMOKE if smoke else FULL, new_run_folder(base))
+    table = sweep(base, grid(SMOKE if smoke else FULL), new_run_folder(base))
     shown = [key for key in table if "." in key or key.startswith(("reward/", "held_out/", "divergence"))]
     print(table[shown].to_string(index=False, float_format="{:.4g}".format))
 

@@ -47,10 +47,14 @@ class ClipPreference(nn.Module):
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images for {len(prompts)} prompts")
-        pixels = (clip_pixels(images.float(), self.size) - self.mean) / self.std
-        pictures = self.clip.get_image_features(pixel_values=pixels.to(self.clip.dtype)).pooler_output
+        pictures = self.features(images)
         texts = torch.stack([self._text(prompt) for prompt in prompts]).to(pictures)
         return self.clip.logit_scale.exp() * F.cosine_similarity(texts, pictures)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the model sees in images [B, 3, H, W] in [0, 1]: [B, D], not normalised."""
+        pixels = (clip_pixels(images.float(), self.size) - self.mean) / self.std
+        return self.clip.get_image_features(pixel_values=pixels.to(self.clip.dtype)).pooler_output
 
     def _text(self, prompt: str) -> Tensor:
         """Text features [D]. One prompt a forward: a score must not depend on which prompts came together or before,

@@ -17,7 +17,7 @@ FLOORS = [
     {"guidance", "objectives", "rewards", "prompts", "checkpoint", "tracking"},
     {"step", "pretrained", "evaluation"},
     {"roles", "export", "results", "pocket_world"},
-    {"run", "check"},
+    {"run", "check", "examination"},
     {"local", "cluster"},
     {"cli"},
     {"__main__"},

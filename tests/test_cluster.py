@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
+import tiny_rewards
 import torch
 import yaml
 
@@ -237,26 +238,36 @@ def test_a_ray_address_that_is_none_is_said_at_once(address, said, monkeypatch):
 def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, world, tmp_path, capfd):
     from mlflow import MlflowClient
 
+    rows: list[dict] = []
     with pytest.raises(sweeps.SweepError, match=r"^\{'generator.timestep': 5000\}: generator.timestep: got 5000, [^\n]*$"):
-        sweeps.sweep(world[1](), {"generator.timestep": [600, 5000]}, tmp_path / "sweep")
-    table = sweeps.table([{"generator.timestep": 600}], [tmp_path / "sweep" / "000"])
+        points = sweeps.grid({"generator.timestep": [600, 5000]})
+        sweeps.sweep(world[1](), points, tmp_path / "sweep", tiny_rewards.steps_done, rows.append)
+    good = sweeps.changed(world[1](), {"generator.timestep": 600}).derived_id
+    table = sweeps.table([{"generator.timestep": 600}], [tmp_path / "sweep" / good])
+    assert rows == table.to_dict("records") and rows[0]["examined"] == 2
     assert table["generator.timestep"].tolist() == [600] and table["step"].tolist() == [2]
-    assert table["divergence"].tolist() == [journal(tmp_path / "sweep" / "000")[0][2]["divergence"]]
+    assert table["divergence"].tolist() == [journal(tmp_path / "sweep" / good)[0][2]["divergence"]]
 
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("diffinstruct").experiment_id])
     parent = next(run for run in runs if run.info.run_name == "sweep")
-    child = next(run for run in runs if run.info.run_name == "000")
+    child = next(run for run in runs if run.info.run_name == good)
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert (parent.info.status, child.info.status) == ("FAILED", "FINISHED")
     shown = capfd.readouterr().out
     assert " done  {'generator.timestep': 600}" in shown and " failed  {'generator.timestep': 5000}" in shown
 
+    again = sweeps.sweep(world[1](), points[:1], tmp_path / "sweep", tiny_rewards.steps_done)
+    assert again.to_dict("records") == rows
+    assert starts(tmp_path / "sweep" / good) == 1  # it had finished: nothing to do
+
 
 def test_a_sweep_refuses_what_it_cannot_vary(world, tmp_path):
     for key, message in {"objective.reward_scal": "did you mean 'objective.reward_scale'", "rewards.held_out": "share"}.items():
         with pytest.raises(UserError, match=message):
-            sweeps.sweep(world[1](), {key: [1.0]}, tmp_path)
+            sweeps.sweep(world[1](), [{key: 1.0}], tmp_path)
+    with pytest.raises(UserError, match=r"two trials have the same configuration, the second is \{'seed': 2\}"):
+        sweeps.sweep(world[1](), [{"seed": 2}, {}, {"seed": 2}], tmp_path)
     with pytest.raises(UserError, match=r"objective.reward_scale: .*greater than or equal to 0, got -1"):
         sweeps.changed(world[1](), {"objective.reward_scale": -1.0})
 

@@ -252,7 +252,7 @@ def test_a_table_without_attributes_has_no_accuracy(prompts):
 
 def test_an_unknown_attribute_value_is_named_before_anything_is_sampled(prompts):
     prompts.loc[100, "colour"] = "ochre"
-    with pytest.raises(ValueError, match="colour: the classifier does not know 'ochre'"):
+    with pytest.raises(ValueError, match="colour: the examiner does not know 'ochre'"):
         run(None, prompts)
 
 

@@ -1,5 +1,6 @@
 """Rewards of a user, named by import path in an experiment on the tiny pipeline."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -50,3 +51,8 @@ class Deadly(Red):
 
 # A distance of somebody's own: d(y) = sum cosh(y) - 1.
 cosh_distance = (lambda y: (torch.cosh(y) - 1).flatten(1).sum(1), torch.sinh)
+
+
+def steps_done(experiment, folder):
+    """What a sweep may ask of each finished run."""
+    return {"examined": json.loads((folder / "metrics.json").read_text())["step"]}

@@ -94,13 +94,13 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         *(role.row for role in actor),
         f"work       {work} U-Net forwards' worth per sample and step, {experiment.global_batch_size} samples a step",
         f"payload    {_mib(experiment.global_batch_size * per_sample)} of latents to the reward actors a step, as much back",
-        f"placement  {asked.workers} x {asked.cpus_per_worker} + {asked.reward_replicas} x {asked.reward_cpus} = {cpus} CPUs "
-        f"and {gpus:g} GPUs; this machine has {have_cpus} and {have_gpus}",
+        f"placement  {asked.workers} x {asked.cpus_per_worker} + {asked.reward_replicas} x {asked.reward_cpus:g} = {cpus:g} "
+        f"CPUs and {gpus:g} GPUs; this machine has {have_cpus} and {have_gpus}",
         f"memory     {_mib(in_ram)} before activations; this machine has {_mib(ram)}",
     ]
     problem = None
     if cpus > have_cpus or gpus > have_gpus:
-        problem = f"cluster: asks for {cpus} CPUs and {gpus:g} GPUs, this machine has {have_cpus} and {have_gpus}"
+        problem = f"cluster: asks for {cpus:g} CPUs and {gpus:g} GPUs, this machine has {have_cpus} and {have_gpus}"
     elif experiment.device == "cuda" and not have_gpus:
         problem = "device: 'cuda' asked for, but torch sees no GPU here"
     elif in_ram > ram:

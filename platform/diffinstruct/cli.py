@@ -55,6 +55,20 @@ def parser() -> argparse.ArgumentParser:
     sub = command("check", check, "say what a run takes, and whether it fits this machine, without starting it")
     takes_experiment(sub)
 
+    sub = command("evaluate", evaluate, "measure generators side by side, on the same prompts and noise")
+    sub.add_argument("folders", nargs="+", type=Path, metavar="RUN_OR_FOLDER", help="a finished run, or an exported pipeline")
+    sub.add_argument(
+        "--prompts", required=True, metavar="FILE", help="a .csv with a column `prompt`, a .txt, or pocket:eval, pocket:open"
+    )
+    sub.add_argument(
+        "--reward", dest="rewards", action="append", default=[], metavar="NAME", help="may be repeated; default: the run's own"
+    )
+    sub.add_argument(
+        "--reference-pictures", type=int, default=256, metavar="N", help="that distances are measured to; 0: none (default 256)"
+    )
+    sub.add_argument("--seed", type=int, default=2_000_000, help="of the noise (default 2000000, far from training's)")
+    sub.add_argument("-o", dest="out", type=Path, metavar="FOLDER", help="for table.md and a .csv a generator, a row a prompt")
+
     sub = command("generate", generate, "make pictures with a trained generator, in one step")
     sub.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     sub.add_argument("prompt")
@@ -89,8 +103,24 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(problem)
 
 
+def evaluate(arguments: argparse.Namespace) -> None:
+    from diffinstruct.experiment import UserError
+
+    if arguments.reference_pictures < 0 or arguments.reference_pictures == 1:
+        raise UserError(f"--reference-pictures: should be 0 or at least 2, got {arguments.reference_pictures}")
+    from diffinstruct.examination import examine, report, save
+
+    found = examine(
+        arguments.folders, arguments.prompts, arguments.rewards, arguments.reference_pictures, arguments.seed
+    )
+    print(report(found))
+    if arguments.out:
+        save(found, arguments.out)
+        print(arguments.out / "table.md")
+
+
 def generate(arguments: argparse.Namespace) -> None:
-    from diffinstruct.experiment import UserError, load
+    from diffinstruct.experiment import UserError
 
     folder = _existing_run(arguments.run)
     model = folder / "export"
@@ -100,20 +130,17 @@ def generate(arguments: argparse.Namespace) -> None:
         raise UserError(f"--n: should be at least 1, got {arguments.n}")
     if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"-o: should be a .png, .jpg or .webp file, got {str(arguments.out)!r}")
-    experiment = load(folder / "experiment.yaml")
 
     import torch
     from PIL import Image
 
-    from diffinstruct.pretrained import load_reference
+    from diffinstruct.export import load_export
 
-    reference = load_reference(experiment.reference.model)
-    generator = reference.generator(experiment.generator.timestep, str(model), experiment.generator.input_scale)
+    reference, generator = load_export(model)
     seeds = range(arguments.seed, arguments.seed + arguments.n)
     # One generator for each picture, as a pipeline draws it: a picture depends on its seed, not on its neighbours.
     z = torch.stack([torch.randn(reference.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
-    with torch.no_grad():
-        images = reference.decode(generator(z, reference.encode_prompts([arguments.prompt] * arguments.n)))
+    images = reference.sampler(generator)([arguments.prompt] * arguments.n, z)
     row = torch.cat(list(images), dim=2).permute(1, 2, 0)
     try:
         Image.fromarray((row * 255).round().byte().numpy()).save(arguments.out)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -26,6 +26,29 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 Sampler = Callable[[list[str], Tensor], Tensor]
 """(prompts, noise [B, ...] on the CPU) -> images [B, 3, H, W] in [0, 1], on the device of classifier and rewards."""
+
+
+class Examiner(Protocol):
+    """What looks at pictures: `features` to measure distances between them, and which attributes it can tell."""
+
+    @property
+    def classes(self) -> dict[str, list[str]]:
+        """Attribute -> its class names, in the order of the logits; empty where there is no ground truth."""
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images [B, 3, H, W] -> features [B, F] and, per attribute, logits [B, number of its classes]."""
+
+
+@dataclass(frozen=True)
+class FeaturesOnly:
+    """An examiner without ground truth: the image tower of a reward, say."""
+
+    features: Callable[[Tensor], Tensor]
+    classes: dict[str, list[str]] = field(default_factory=dict)
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.features(images), {}
+
 
 RESAMPLES = 2000
 Z = 1.959963984540054
@@ -187,8 +210,8 @@ class Evaluation:
     table: pd.DataFrame
     features: Array
     """[n, F], of the pictures behind the rows."""
-    reference: Array
-    """[m, F], of the pictures that KID compares with."""
+    reference: Array | None
+    """[m, F], of the pictures that KID compares with; None leaves it out."""
     seed: int
 
     def summary(self) -> Summary:
@@ -201,7 +224,7 @@ class Evaluation:
                 figures[column] = (
                     wilson(values.sum(), len(values), self.seed) if is_share else bootstrap_mean(values, self.seed)
                 )
-        return figures | {"kid": kid(self.features, self.reference, self.seed)}
+        return figures if self.reference is None else figures | {"kid": kid(self.features, self.reference, self.seed)}
 
     def measures(self) -> list[str]:
         """The columns of the table that are figures."""
@@ -219,7 +242,8 @@ def compare(a: Evaluation, b: Evaluation) -> Summary:
     """
     if a.seed != b.seed or list(a.table["prompt"]) != list(b.table["prompt"]):
         raise ValueError("paired figures need the same prompts and the same seed on both sides")
-    if not np.array_equal(a.reference, b.reference):
+    neither = a.reference is None and b.reference is None
+    if not neither and (a.reference is None or b.reference is None or not np.array_equal(a.reference, b.reference)):
         raise ValueError("paired figures need the same reference pictures on both sides")
     figures = {}
     for column in a.measures():
@@ -229,6 +253,8 @@ def compare(a: Evaluation, b: Evaluation) -> Summary:
             figures[column] = paired_difference(left, right, a.seed)
             if column.startswith("reward/"):
                 figures[column.replace("reward/", "wins/")] = win_rate(left, right, a.seed)
+    if a.reference is None or b.reference is None:
+        return figures
     value_a, replicates_a = _kid_resamples(a.features, a.reference, a.seed)
     value_b, replicates_b = _kid_resamples(b.features, b.reference, b.seed)
     return figures | {"kid": _figure(value_a - value_b, replicates_a - replicates_b, len(a.features), a.seed)}
@@ -239,8 +265,8 @@ def evaluate(
     sample: Sampler,
     prompts: pd.DataFrame,
     rewards: dict[str, nn.Module],
-    classifier: AttributeClassifier,
-    reference: Array,
+    examiner: Examiner,
+    reference: Array | None,
     *,
     noise_shape: tuple[int, ...],
     seed: int = 0,
@@ -250,25 +276,25 @@ def evaluate(
 ) -> Evaluation:
     """One picture for every row of `prompts`, scored; `diversity_noises` pictures for some rows, spread over the table.
 
-    `prompts` has a column `prompt` and may have one for each of the classifier's attributes, empty where the prompt
+    `prompts` has a column `prompt` and may have one for each of the examiner's attributes, empty where the prompt
     leaves it open. `reference` [m, F] are `image_features` of the pictures to compare with. The noise, of
     `noise_shape` a picture, depends on `seed` and the table's length only: equal for every generator and batch size.
-    Raises ValueError for an attribute's value that the classifier does not know and for a score that is not finite.
+    Raises ValueError for an attribute's value that the examiner does not know and for a score that is not finite.
     """
     table = prompts.reset_index(drop=True)
-    named = _named_attributes(table, classifier)
+    named = _named_attributes(table, examiner)
     texts: list[str] = table["prompt"].tolist()
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(texts), *noise_shape, generator=generator)
 
     features: list[Array] = []
-    seen: dict[str, list[str]] = {attribute: [] for attribute in classifier.classes}
+    seen: dict[str, list[str]] = {attribute: [] for attribute in examiner.classes}
     scores: dict[str, list[Array]] = {name: [] for name in rewards}
     for rows in _batches(len(texts), batch_size):
         images = sample(texts[rows], noise[rows])
-        batch_features, logits = classifier(images)
+        batch_features, logits = examiner(images)
         features.append(_numpy(batch_features))
-        for attribute, names in classifier.classes.items():
+        for attribute, names in examiner.classes.items():
             seen[attribute] += [names[i] for i in logits[attribute].argmax(1).tolist()]
         for name, reward in rewards.items():
             scores[name].append(_numpy(reward(images, texts[rows])))
@@ -282,7 +308,8 @@ def evaluate(
         if attribute in named:
             right = (table[f"seen/{attribute}"] == named[attribute]).astype(float)
             table[f"accuracy/{attribute}"] = right.where(named[attribute] != "")
-    table["accuracy"] = table[[f"accuracy/{attribute}" for attribute in named]].mean(axis=1)
+    if named:
+        table["accuracy"] = table[[f"accuracy/{attribute}" for attribute in named]].mean(axis=1)
     if "mouth" in named:
         table["smiling"] = (table["seen/mouth"] == "smiling").astype(float).where(named["mouth"] == "")
 
@@ -293,25 +320,25 @@ def evaluate(
         noise = torch.randn(len(chosen), *noise_shape, generator=generator)
         for rows in _batches(len(chosen), batch_size):
             images = sample([texts[i] for i in chosen[rows]], noise[rows])
-            pictures.append(_numpy(classifier(images)[0]))
+            pictures.append(_numpy(examiner(images)[0]))
     by_noise = np.concatenate(pictures).reshape(diversity_noises, len(chosen), -1)
     table.loc[chosen, "diversity"] = [spread(of_prompt) for of_prompt in by_noise.swapaxes(0, 1)]
     return Evaluation(table, first, reference, seed)
 
 
-def _named_attributes(table: pd.DataFrame, classifier: AttributeClassifier) -> dict[str, pd.Series]:
+def _named_attributes(table: pd.DataFrame, examiner: Examiner) -> dict[str, pd.Series]:
     """Per attribute that the table has a column for, what each prompt names; "" where it names nothing."""
-    named = {attribute: table[attribute].fillna("") for attribute in classifier.classes if attribute in table}
+    named = {attribute: table[attribute].fillna("") for attribute in examiner.classes if attribute in table}
     for attribute, values in named.items():
-        if unknown := set(values) - {"", *classifier.classes[attribute]}:
-            raise ValueError(f"{attribute}: the classifier does not know {', '.join(map(repr, sorted(unknown)))}")
+        if unknown := set(values) - {"", *examiner.classes[attribute]}:
+            raise ValueError(f"{attribute}: the examiner does not know {', '.join(map(repr, sorted(unknown)))}")
     return named
 
 
 @torch.no_grad()
-def image_features(classifier: AttributeClassifier, images: Tensor, batch_size: int = 256) -> Array:
-    """The classifier's features [m, F] of images [m, 3, H, W] in [0, 1]."""
-    return np.concatenate([_numpy(classifier(batch)[0]) for batch in images.split(batch_size)])
+def image_features(examiner: Examiner, images: Tensor, batch_size: int = 256) -> Array:
+    """The examiner's features [m, F] of images [m, 3, H, W] in [0, 1]."""
+    return np.concatenate([_numpy(examiner(batch)[0]) for batch in images.split(batch_size)])
 
 
 def _batches(n: int, size: int) -> Iterator[slice]:

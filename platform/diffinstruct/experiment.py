@@ -263,7 +263,7 @@ class Cluster(Section):
     use_gpu: bool = Field(False, description="one GPU per training process (ours)")
     cpus_per_worker: Count = Field(1, description="CPUs per training process (ours)")
     reward_replicas: Count = Field(1, description="reward actors, each with its own decoder and reward models (ours)")
-    reward_cpus: Count = Field(1, description="CPUs per reward actor (ours)")
+    reward_cpus: NotNegative = Field(1.0, description="CPUs per reward actor, fractions allowed; 0 leaves it uncounted (ours)")
     reward_gpus: NotNegative = Field(0.0, description="GPUs per reward actor, fractions allowed (ours)")
     reward_deadline_s: Positive = Field(300.0, description="seconds after which a silent reward actor is replaced (ours)")
 

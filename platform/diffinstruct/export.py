@@ -16,9 +16,11 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from diffusers import EulerDiscreteScheduler, LCMScheduler
 
-from diffinstruct.pretrained import InputScale, OneStepGenerator, load_reference, quiet
+from diffinstruct.experiment import UserError
+from diffinstruct.pretrained import InputScale, OneStepGenerator, Reference, load_reference, quiet
 
 with quiet():
     from diffusers import StableDiffusionPipeline
@@ -78,6 +80,20 @@ def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)
     return folder
+
+
+def load_export(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Reference, OneStepGenerator]:
+    """Open what `export` wrote: the pipeline's other parts, and its one-step generator. It needs nothing else of its run.
+
+    Raises UserError for a pipeline that is no one-step generator of ours.
+    """
+    reference = load_reference(str(folder), device=device)
+    scheduler = json.loads(Path(folder, "scheduler", "scheduler_config.json").read_text())
+    scales: dict[str, InputScale] = {"LCMScheduler": "unit", "EulerDiscreteScheduler": "sigma"}
+    if scheduler["_class_name"] not in scales or not scheduler.get("trained_betas"):
+        raise UserError(f"{folder}: its scheduler ({scheduler['_class_name']}) holds no one-step generator's timestep")
+    timestep = scheduler["num_train_timesteps"] - 1
+    return reference, reference.generator(timestep, "reference", scales[scheduler["_class_name"]])
 
 
 def one_step_scheduler(betas: list[float], prediction: str, input_scale: InputScale) -> LCMScheduler | EulerDiscreteScheduler:

@@ -144,6 +144,15 @@ class Reference:
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         return (self.vae.decode(scaled, return_dict=False)[0].to(latents.dtype) * 0.5 + 0.5).clamp(0, 1)
 
+    def sampler(self, generator: OneStepGenerator) -> Callable[[list[str], Tensor], Tensor]:
+        """(prompts, noise [B, C, H, W]) -> images [B, 3, H', W'] in [0, 1], of a one-step generator, without gradient."""
+
+        @torch.no_grad()
+        def sample(prompts: list[str], z: Tensor) -> Tensor:
+            return self.decode(generator(z.to(self.device), self.encode_prompts(prompts)))
+
+        return sample
+
     def encode_prompts(self, prompts: list[str]) -> Conditions:
         """{"prompt_embeds": [B, L, D]}, a constant, as StableDiffusionPipeline computes it; `[""]` is the null condition.
 

@@ -39,7 +39,7 @@ class RewardActor:
 
     def __init__(self, experiment: Experiment, folder: str) -> None:
         stand_in(folder)
-        torch.set_num_threads(experiment.cluster.reward_cpus)
+        torch.set_num_threads(max(1, int(experiment.cluster.reward_cpus)))
         self.experiment = experiment
         self.device = torch.device("cuda" if experiment.cluster.reward_gpus else "cpu")
 

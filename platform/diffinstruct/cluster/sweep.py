@@ -6,7 +6,8 @@ import itertools
 import json
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +26,63 @@ DRIVER = {"node:__internal_head__": 0.001}
 """What a trial's own process asks for: a slot that every cluster has, on its head. If it took a CPU, trials could hold all of
 them and wait for ever for their workers'."""
 
+Point = Mapping[str, Any]
+"""What one trial changes: dotted key -> value."""
+
+Examine = Callable[[Experiment, Path], Mapping[str, float]]
+"""(experiment, folder of its finished run) -> figures for its row."""
+
 
 class SweepError(RuntimeError):
     """Trials that failed, one line each; the others are in the sweep's folder, whole."""
 
 
-def sweep(base: Experiment, space: Mapping[str, Sequence[Any]], folder: Path) -> pd.DataFrame:
-    """Run `base` once for each combination of `space` (dotted key -> values), as child runs of one MLflow run.
+def grid(space: Mapping[str, Sequence[Any]]) -> list[Point]:
+    """Every combination of the values of dotted keys."""
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
 
-    Returns one row a trial: the values, "run" (its folder, below `folder`), and its last metrics. All trials are checked
-    before the first one starts, and share the reward actors of `base`, so `space` varies neither rewards nor reference.model.
-    Raises SweepError if any trial failed, after all have ended.
+
+def sweep(
+    base: Experiment,
+    points: Sequence[Point],
+    folder: Path,
+    examine: Examine | None = None,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> pd.DataFrame:
+    """Run `base` once for each of `points`, as child runs of one MLflow run; a trial's folder is its configuration's hash.
+
+    Returns one row a trial: its point, "run" (its folder, below `folder`), its last metrics, and what `examine` makes of it,
+    in a task of a worker's size. The same call again goes on: finished trials are not run twice, others continue from their
+    checkpoints. `on_row` gets each row in the driver, as soon as its trial has ended.
+    All trials are checked before the first one starts, and share the reward actors of `base`, so they vary neither rewards nor
+    reference.model. Raises SweepError if any trial failed, after all have ended.
     """
     folder = folder.absolute()
-    fixed = [key for key in space if key.split(".")[0] in ("rewards", "cluster") or key == "reference.model"]
-    if fixed:
-        raise UserError(f"{fixed[0]}: is the same in all trials of a sweep, because they share their reward actors")
+    for key in itertools.chain(*points):
+        if key.split(".")[0] in ("rewards", "cluster") or key == "reference.model":
+            raise UserError(f"{key}: is the same in all trials of a sweep, because they share their reward actors")
     uri = tracking.tracking_uri(base.tracking.uri, folder.parent)
     base = changed(base, {"tracking.uri": uri})
-    points = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
     trials = [changed(base, point) for point in points]
-    folders = [folder / f"{i:03d}" for i in range(len(trials))]
+    folders = [folder / trial.derived_id for trial in trials]
+    if len(set(folders)) < len(folders):
+        twice = next(point for i, point in enumerate(points) if folders.index(folders[i]) < i)
+        raise UserError(f"sweep: two trials have the same configuration, the second is {dict(twice)}")
     started_in = os.getcwd()
 
     with attached() as where:
         check_fits(base)
-        values = {key: list(values) for key, values in space.items()}
-        parent = tracking.start_parent(uri, base.tracking.experiment, folder.name, values, {"sweep": str(folder)})
+        parent = tracking.start_parent(uri, base.tracking.experiment, folder.name, _varied(points), {"sweep": str(folder)})
         print(f"sweep {folder}  {len(trials)} trials  tracking {uri}  {where}", flush=True)
         with reward_pool(base) as pool:
 
             def trial(config: dict[str, int]) -> None:
                 i = config["trial"]
                 stand_in(started_in)
-                fit(trials[i], folders[i], pool, where, parent, callbacks=[TuneReportCallback()])
+                if not (folders[i] / "metrics.json").exists():  # the last thing that a run writes
+                    fit(trials[i], folders[i], pool, where, parent, callbacks=[TuneReportCallback()])
+                if examine and not (folders[i] / "examination.json").exists():
+                    examined(examine, trials[i], folders[i], started_in)
 
             os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # no tables of Tune's
             results = tune.Tuner(
@@ -66,10 +90,15 @@ def sweep(base: Experiment, space: Mapping[str, Sequence[Any]], folder: Path) ->
                 param_space={"trial": tune.grid_search(list(range(len(trials))))},
                 tune_config=tune.TuneConfig(max_concurrent_trials=at_once(base)),
                 run_config=tune.RunConfig(
-                    name=uuid.uuid4().hex, storage_path=str(folder / "ray"), verbose=0, callbacks=[Progress(points)]
+                    name=uuid.uuid4().hex,
+                    storage_path=str(folder / "ray"),
+                    verbose=0,
+                    callbacks=[Progress(points, folders, on_row)],
                 ),
             ).fit()
-        errors = {str(point): final_error(r.error) or r.error for point, r in zip(points, results, strict=True) if r.error}
+        errors = {
+            str(dict(point)): final_error(r.error) or r.error for point, r in zip(points, results, strict=True) if r.error
+        }
         failed = "\n".join(f"{point}: {error}" for point, error in errors.items())
         tracking.finish_parent(uri, parent, "FAILED" if failed else "FINISHED", failed or None)
     if failed:
@@ -77,14 +106,36 @@ def sweep(base: Experiment, space: Mapping[str, Sequence[Any]], folder: Path) ->
     return table(points, folders)
 
 
-class Progress(tune.Callback):
-    """A line for each trial that ends."""
+def examined(examine: Examine, experiment: Experiment, folder: Path, started_in: str) -> None:
+    """Leave what `examine` finds in the run's folder, from a task of a worker's size beside the trial's own group."""
 
-    def __init__(self, points: Sequence[Mapping[str, Any]]) -> None:
-        self.points, self.ended = points, 0
+    def task() -> None:
+        import torch
+
+        stand_in(started_in)
+        torch.set_num_threads(experiment.cluster.cpus_per_worker)
+        found = json.dumps(dict(examine(experiment, folder)), indent=2)
+        (folder / "examination.tmp").write_text(found + "\n")
+        (folder / "examination.tmp").replace(folder / "examination.json")
+
+    asked = experiment.cluster
+    ray.get(
+        ray.remote(task)
+        .options(num_cpus=asked.cpus_per_worker, num_gpus=int(asked.use_gpu), scheduling_strategy="DEFAULT", max_retries=3)
+        .remote()
+    )
+
+
+class Progress(tune.Callback):
+    """A line for each trial that ends, and its row."""
+
+    def __init__(self, points: Sequence[Point], folders: Sequence[Path], on_row: Callable[[dict[str, Any]], None]) -> None:
+        self.points, self.folders, self.on_row, self.ended = points, folders, on_row, 0
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(trial, "done")
+        i = trial.config["trial"]
+        self.on_row(row(self.points[i], self.folders[i]))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(trial, "failed")
@@ -94,12 +145,27 @@ class Progress(tune.Callback):
         print(f"trial {self.ended}/{len(self.points)} {how}  {self.points[trial.config['trial']]}", flush=True)
 
 
-def table(points: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> pd.DataFrame:
-    """One row a run: its point in the space, its folder, its last metrics."""
-    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
-    return pd.DataFrame(
-        {**point, "run": str(folder), **last} for point, folder, last in zip(points, folders, metrics, strict=True)
-    )
+def table(points: Sequence[Point], folders: Sequence[Path]) -> pd.DataFrame:
+    """One row a run."""
+    return pd.DataFrame(row(point, folder) for point, folder in zip(points, folders, strict=True))
+
+
+def row(point: Point, folder: Path) -> dict[str, Any]:
+    """A finished run: its point in the space, its folder, its last metrics, what was found on examination."""
+    found: dict[str, Any] = {**point, "run": str(folder)}
+    for name in ("metrics.json", "examination.json"):
+        with suppress(FileNotFoundError):
+            found |= json.loads((folder / name).read_text())
+    return found
+
+
+def _varied(points: Sequence[Point]) -> dict[str, list[Any]]:
+    """Each key that the points change, and the values that it takes."""
+    values: dict[str, list[Any]] = {}
+    for key, value in itertools.chain.from_iterable(point.items() for point in points):
+        if value not in values.setdefault(key, []):
+            values[key].append(value)
+    return values
 
 
 def at_once(experiment: Experiment) -> int:
