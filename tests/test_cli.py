@@ -2,12 +2,14 @@
 
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -171,6 +173,7 @@ def test_check_counts_what_a_run_takes(file, model, capsys, monkeypatch):
         (["score_network.updates_per_step=3"], 18),
         (["score_network.updates_per_step=3", "score_network.reuse_sample=false"], 21),
         (["objective.name=reward_only"], 3),
+        (["objective.name=diff_instruct_pp"], 9),
     ],
 )
 def test_check_counts_the_work(file, capsys, overrides, work):
@@ -245,3 +248,74 @@ def test_generate_says_what_is_wrong(run, capsys, arguments, expected):
 def test_generate_wants_a_finished_run(run, capsys):
     (run / "export").rename(run / "elsewhere")
     assert "the run has not finished" in complaint(capsys, "generate", run, "a", "-o", "x.png")
+
+
+# ---------------------------------------------------------------------------------------------------- evaluate
+@pytest.fixture
+def judged(run):
+    """The same run with rewards that give a score a picture, and its exported model alone, in a folder of its own."""
+    text = (run / "experiment.yaml").read_text()
+    text = text.replace("torch.nn:Identity", "tiny_rewards:Seeing").replace("torch.nn:ReLU", "tiny_rewards:Calm")
+    (run / "experiment.yaml").write_text(text)
+    shutil.copytree(run / "export", run.parent / "alone")
+    return run
+
+
+def test_evaluate_measures_runs_and_exports_side_by_side(judged, tmp_path, capsys):
+    (tmp_path / "few.csv").write_text("prompt,colour\n" + "red cat,red\nred dog,\n" * 10)
+    asked = ["evaluate", str(judged), str(judged.parent / "alone"), "--prompts", str(tmp_path / "few.csv")]
+    asked += ["-o", str(tmp_path / "o")]
+    assert main([*asked, "--reference-pictures", "16"]) == 0
+    out = capsys.readouterr().out
+    head = next(line for line in out.splitlines() if line.startswith("|  |"))
+    assert head == "|  | reward/tiny_rewards:Seeing | reward/tiny_rewards:Calm | diversity | kid |"
+    assert "| n | 20 | 20 | 20 | 20 |" in out
+    one, other = (next(line for line in out.splitlines() if line.startswith(f"| {name} |")) for name in ("tiny-1", "alone"))
+    assert one.split("|")[2:] == other.split("|")[2:]  # the same generator, the same noise
+    assert "Minus tiny-1, paired:" in out
+    assert (tmp_path / "o" / "table.md").read_text() in out
+    lines = (tmp_path / "o" / "alone.csv").read_text().splitlines()
+    assert lines[0].startswith("prompt,colour,reward/tiny_rewards:Seeing,reward/tiny_rewards:Calm,diversity")
+    assert len(lines) == 21
+
+    assert main([*asked[:2], *asked[3:5], "--reference-pictures", "0", "--reward", "tiny_rewards:Seeing"]) == 0
+    assert "|  | reward/tiny_rewards:Seeing | diversity |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["{run}-x"], r"\S*tiny-1-x: is neither a run nor an exported pipeline"),
+        (["{model}"], r"\S*: is no run that names rewards; name some with --reward"),
+        (["{run}", "{run}-x"], r"\S*tiny-1-x: is neither a run nor an exported pipeline"),
+        (["{run}", "{run}"], r"evaluate: the same folder is named twice"),
+        (["{run}", "--reward", "pikscore"], r"--reward: no reward is named 'pikscore', did you mean 'pickscore'\?.*"),
+        (["{run}", "--reward", "tiny_rewards:Calm"], r"--reward: none of tiny_rewards:Calm has image features .*"),
+        (["{run}", "--reference-pictures", "1"], r"--reference-pictures: should be 0 or at least 2, got 1"),
+        (["{model}", "--reward", "tiny_rewards:Seeing"], r"\S*: its scheduler \(DDIMScheduler\) holds no one-step .*"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(judged, model, file, capsys, arguments, expected):
+    prompts = ["--prompts", load(file).prompts.train]
+    said = complaint(capsys, "evaluate", *(a.format(run=judged, model=model) for a in arguments), *prompts)
+    assert re.fullmatch(expected, said)
+
+
+def test_evaluate_knows_the_pocket_worlds_truth(tmp_path, capsys):
+    """The shipped start as a run's export; its colours are right, and a table that names an unknown one is refused."""
+    from diffinstruct.export import export
+    from diffinstruct.pretrained import load_reference
+
+    folder = tmp_path / "start"
+    folder.mkdir()
+    (folder / "experiment.yaml").write_text(Experiment().to_yaml())
+    export("pocket", load_reference("pocket").generator(625, "pocket-distilled"), folder / "export")
+    rows = "a tulip in a yellow pot on a blue background,yellow,blue\na pink round critter on a dark background,pink,dark\n"
+    (tmp_path / "few.csv").write_text("prompt,colour,background\n" + 4 * rows)
+    asked = ["evaluate", str(folder), "--prompts", str(tmp_path / "few.csv"), "--reference-pictures", "0"]
+    assert main([*asked, "-o", str(tmp_path / "o")]) == 0
+    assert "accuracy/colour" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "o" / "start.csv")
+    assert table["accuracy/background"].mean() == 1 and table["accuracy/colour"].mean() >= 0.75
+    (tmp_path / "few.csv").write_text("prompt,colour\na tulip,ochre\n")
+    assert re.fullmatch(r"\S*: colour: the examiner does not know 'ochre'", complaint(capsys, *asked))

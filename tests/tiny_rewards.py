@@ -16,6 +16,13 @@ class Red(nn.Module):
         return (images[:, 0] ** 2 - images[:, 2]).flatten(1).mean(1)
 
 
+class Seeing(Red):
+    """A reward with an image tower."""
+
+    def features(self, images):
+        return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
+
+
 class Calm(nn.Module):
     def forward(self, images, prompts):
         return -images.flatten(1).var(1)

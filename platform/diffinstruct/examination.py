@@ -52,11 +52,11 @@ def examine(
     """
     table = read_prompts(prompts)
     runs = {folder: load(folder / "experiment.yaml") for folder in folders if (folder / "experiment.yaml").is_file()}
+    exports = [_export_of(folder, runs.get(folder)) for folder in folders]
     first = next(iter(runs.values()), None)
     names = list(rewards) or ([r.name for r in first.rewards.trained] + list(first.rewards.held_out) if first else [])
     if not names:
         raise UserError(f"{folders[0]}: is no run that names rewards; name some with --reward")
-    exports = [_export_of(folder, runs.get(folder)) for folder in folders]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     judges = _loaded(names, device)
     examiner = _examiner(first, judges, device)
