@@ -241,7 +241,7 @@ def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, wor
     rows: list[dict] = []
     with pytest.raises(sweeps.SweepError, match=r"^\{'generator.timestep': 5000\}: generator.timestep: got 5000, [^\n]*$"):
         points = sweeps.grid({"generator.timestep": [600, 5000]})
-        sweeps.sweep(world[1](), points, tmp_path / "sweep", tiny_rewards.steps_done, rows.append)
+        sweeps.sweep(world[1](), points, tmp_path / "sweep", tiny_rewards.steps_done, lambda i, row: rows.append(row))
     good = sweeps.changed(world[1](), {"generator.timestep": 600}).derived_id
     table = sweeps.table([{"generator.timestep": 600}], [tmp_path / "sweep" / good])
     assert rows == table.to_dict("records") and rows[0]["examined"] == 2

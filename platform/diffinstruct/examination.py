@@ -26,8 +26,7 @@ from diffinstruct.evaluation import (
 )
 from diffinstruct.experiment import Experiment, UserError, load
 from diffinstruct.export import load_export
-from diffinstruct.pocket_world import POCKET
-from diffinstruct.pretrained import load_reference, quiet
+from diffinstruct.pretrained import POCKET, load_reference, quiet
 from diffinstruct.prompts import read_prompts
 
 if TYPE_CHECKING:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+    from diffinstruct.experiment import Experiment
+
 POCKET = Path(__file__).parent / "pocket"
 REWARDS = ("pocket_preference", "pocket_judge")
 SEED = 2_000_000
@@ -43,6 +45,15 @@ def examine(sample: Sampler, reference_features: np.ndarray | None = None) -> Ev
         noise_shape=(4, 16, 16),
         seed=SEED,
     )
+
+
+def examine_run(experiment: Experiment, folder: Path) -> dict[str, float]:
+    """Every figure of a finished run's generator, as columns of its row in a sweep's table."""
+    from diffinstruct.export import load_export
+    from diffinstruct.results import flat
+
+    reference, generator = load_export(folder / "export")
+    return flat(examine(reference.sampler(generator)).summary())
 
 
 def reference_examination() -> Evaluation:

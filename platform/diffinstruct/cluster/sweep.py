@@ -21,6 +21,7 @@ from diffinstruct import tracking
 from diffinstruct.cluster.rewards import reward_pool, stand_in
 from diffinstruct.cluster.train import attached, check_fits, final_error, fit
 from diffinstruct.experiment import Experiment, UserError, did_you_mean
+from diffinstruct.results import KEY, Rows
 
 DRIVER = {"node:__internal_head__": 0.001}
 """What a trial's own process asks for: a slot that every cluster has, on its head. If it took a CPU, trials could hold all of
@@ -47,13 +48,13 @@ def sweep(
     points: Sequence[Point],
     folder: Path,
     examine: Examine | None = None,
-    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    on_row: Callable[[int, dict[str, Any]], None] = lambda i, row: None,
 ) -> pd.DataFrame:
     """Run `base` once for each of `points`, as child runs of one MLflow run; a trial's folder is its configuration's hash.
 
     Returns one row a trial: its point, "run" (its folder, below `folder`), its last metrics, and what `examine` makes of it,
     in a task of a worker's size. The same call again goes on: finished trials are not run twice, others continue from their
-    checkpoints. `on_row` gets each row in the driver, as soon as its trial has ended.
+    checkpoints. `on_row` gets the point's index and the row in the driver, as soon as a trial has ended.
     All trials are checked before the first one starts, and share the reward actors of `base`, so they vary neither rewards nor
     reference.model. Raises SweepError if any trial failed, after all have ended.
     """
@@ -106,6 +107,30 @@ def sweep(
     return table(points, folders)
 
 
+def complete(
+    rows: Rows,
+    base: Experiment,
+    arms: Mapping[str, Point],
+    seeds: Sequence[int],
+    folder: Path,
+    examine: Examine,
+    most: int | None = None,
+) -> pd.DataFrame | None:
+    """Run the trials, every arm with every seed, that have no row yet, `most` of them at most; all rows, or None while some are
+    missing. A row has `arm`, `seed`, and what the trial's own row has but for its folder."""
+    named = {f"{arm}, seed {seed}": (arm, seed) for seed in seeds for arm in arms}
+    todo = rows.missing(named)[:most]
+
+    def add(i: int, row: dict[str, Any]) -> None:
+        arm, seed = named[todo[i]]
+        rows.add(todo[i], {"arm": arm, "seed": seed} | {key: value for key, value in row.items() if key not in ("run", "seed")})
+
+    print(f"{rows.path}: {len(named) - len(rows.missing(named))} of {len(named)} trials are there", flush=True)
+    if todo:
+        sweep(base, [{**arms[named[trial][0]], "seed": named[trial][1]} for trial in todo], folder, examine, add)
+    return None if rows.missing(named) else rows.read().set_index(KEY).loc[list(named)].reset_index()
+
+
 def examined(examine: Examine, experiment: Experiment, folder: Path, started_in: str) -> None:
     """Leave what `examine` finds in the run's folder, from a task of a worker's size beside the trial's own group."""
 
@@ -129,13 +154,13 @@ def examined(examine: Examine, experiment: Experiment, folder: Path, started_in:
 class Progress(tune.Callback):
     """A line for each trial that ends, and its row."""
 
-    def __init__(self, points: Sequence[Point], folders: Sequence[Path], on_row: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, points: Sequence[Point], folders: Sequence[Path], on_row: Callable[[int, dict[str, Any]], None]) -> None:
         self.points, self.folders, self.on_row, self.ended = points, folders, on_row, 0
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(trial, "done")
         i = trial.config["trial"]
-        self.on_row(row(self.points[i], self.folders[i]))
+        self.on_row(i, row(self.points[i], self.folders[i]))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(trial, "failed")

@@ -1,0 +1,81 @@
+"""Finished trials as a table that outlives them: one row a trial in a CSV file, and figures over training seeds.
+
+An experiment that takes hours is interrupted; what it knows already must not be. Each finished trial adds its row, and a trial
+whose row is there is not run again, on this machine or another.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from diffinstruct.evaluation import Figure, Summary
+
+KEY = "trial"
+
+
+class Rows:
+    """A CSV file of finished trials: column `trial` names them, `commit` the code, `at` the day; the rest is the trial's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> pd.DataFrame:
+        return pd.read_csv(self.path) if self.path.exists() else pd.DataFrame(columns=[KEY])
+
+    def missing(self, trials: Iterable[str]) -> list[str]:
+        """Those of `trials` that have no row yet."""
+        done = set(self.read()[KEY])
+        return [trial for trial in trials if trial not in done]
+
+    def add(self, trial: str, row: Mapping[str, Any]) -> None:
+        """Adds a finished trial's row. The file is replaced, never half written."""
+        new = pd.DataFrame([{KEY: trial, "commit": _commit(), "at": f"{pd.Timestamp.now(tz='UTC'):%Y-%m-%d}", **row}])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        pd.concat([self.read(), new], ignore_index=True).to_csv(temporary, index=False, float_format="%.6g")
+        os.replace(temporary, self.path)
+
+
+def flat(summary: Summary) -> dict[str, float]:
+    """A summary as columns: `x`, `x.low`, `x.high` (its interval over prompts), and `x.n`."""
+    columns: dict[str, float] = {}
+    for name, figure in summary.items():
+        columns |= {name: figure.value, f"{name}.low": figure.low, f"{name}.high": figure.high, f"{name}.n": figure.n}
+    return columns
+
+
+def over_seeds(values: Sequence[float]) -> Figure:
+    """The mean over training seeds with Student's interval; n is the number of seeds. One seed has no interval."""
+    array = np.asarray(values, np.float64)
+    mean, n = float(array.mean()), len(array)
+    half = float(stats.t.ppf(0.975, n - 1) * array.std(ddof=1) / np.sqrt(n)) if n > 1 else float("inf")
+    return Figure(mean, mean - half, mean + half, n)
+
+
+def by_seed(frame: pd.DataFrame, by: str, measures: Sequence[str]) -> dict[str, Summary]:
+    """Rows of a table: for each value of `by`, in the order of appearance, every measure over the seeds."""
+    return {
+        str(name): {measure: over_seeds(group[measure].to_numpy()) for measure in measures}
+        for name, group in frame.groupby(by, sort=False)
+    }
+
+
+def paired_by_seed(frame: pd.DataFrame, by: str, one: str, other: str, measure: str) -> Figure:
+    """one - other, over the seeds that both have: same start, same prompts and noise of every round."""
+    wide = frame[frame[by].isin([one, other])].pivot(index="seed", columns=by, values=measure).dropna()
+    return over_seeds((wide[one] - wide[other]).to_numpy())
+
+
+def _commit() -> str:
+    """The code that made a row, as git says it; "unknown" where it is no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
