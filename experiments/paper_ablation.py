@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from diffinstruct.cluster.sweep import changed, complete
+from diffinstruct.cluster.sweep import Point, changed, complete
 from diffinstruct.evaluation import markdown
 from diffinstruct.experiment import load
 from diffinstruct.pocket_world import examine_run
@@ -21,28 +21,29 @@ from diffinstruct.results import Rows, by_seed, paired_by_seed
 HERE = Path(__file__).parent
 ROWS = HERE.parent / "docs" / "results" / "paper_ablation.csv"
 SEEDS = (0, 1, 2)
+OVER = "training seeds (Student's), the same 756 prompts and noise for all"
 # Reward actors mostly wait: uncounted, they leave the CPUs to the trials.
 BASE = {"name": "paper-ablation", "steps": 60, "cluster.reward_cpus": 0.0, "logging.every": 10, "logging.grid_every": 60}
 SHORT = {"steps": 2, "global_batch_size": 8, "logging.every": 1, "logging.grid_prompts": 2}
 # One reward scale is not one distance: those of a line lead about equally far from the reference (score_against_kl.py).
-REWARD = {
+REWARD: dict[str, dict[str, Point]] = {
     "little": {"score": {"objective.reward_scale": 1.0}, "KL": {"objective.reward_scale": 4.0}},
     "much": {"score": {"objective.reward_scale": 4.0}, "KL": {"objective.reward_scale": 16.0}},
 }
-BY = {"score": {"objective.name": "di_star"}, "KL": {"objective.name": "diff_instruct_pp"}}
+BY: dict[str, Point] = {"score": {"objective.name": "di_star"}, "KL": {"objective.name": "diff_instruct_pp"}}
 PLAIN, OUT, LONGER = {"reference.cfg_scale": 0.0}, {"reference.guidance": "out"}, {"steps": 120}
 NONE = {"objective.reward_scale": 0.0}
-ARMS: dict[str, dict[str, object]] = {}
+ARMS: dict[str, Point] = {}
 for divergence, of in BY.items():
-    little, much = (of | REWARD[amount][divergence] for amount in ("little", "much"))
+    little, much = ({**of, **REWARD[amount][divergence]} for amount in ("little", "much"))
     ARMS |= {
-        f"{divergence}": of | NONE | PLAIN,
-        f"{divergence}, guidance": of | NONE,
-        f"{divergence}, little reward": little | PLAIN,
+        f"{divergence}": {**of, **NONE, **PLAIN},
+        f"{divergence}, guidance": {**of, **NONE},
+        f"{divergence}, little reward": {**little, **PLAIN},
         f"{divergence}, guidance, little reward": little,
         f"{divergence}, guidance, much reward": much,
-        f"{divergence}, guidance outside, much reward": much | OUT,
-        f"{divergence}, guidance, much reward, twice as long": much | LONGER,
+        f"{divergence}, guidance outside, much reward": {**much, **OUT},
+        f"{divergence}, guidance, much reward, twice as long": {**much, **LONGER},
     }
 MEASURES = {
     "reward/pocket_judge": "held-out preference",
@@ -68,7 +69,7 @@ def main() -> None:
         print("trials are missing: the same command goes on")
         return
     table = by_seed(frame, "arm", [*MEASURES])
-    print(markdown({arm: {MEASURES[key]: figure for key, figure in of.items()} for arm, of in table.items()}))
+    print(markdown({arm: {MEASURES[key]: figure for key, figure in of.items()} for arm, of in table.items()}, OVER))
     for what in ("guidance, little reward", "guidance, much reward"):
         if {f"score, {what}", f"KL, {what}"} <= set(arms):
             difference = paired_by_seed(frame, "arm", f"score, {what}", f"KL, {what}", "reward/pocket_judge")

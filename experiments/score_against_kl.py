@@ -3,9 +3,9 @@
     python experiments/score_against_kl.py [--smoke] [--trials N]
 
 Equal coefficients mean nothing across objectives, equal distance from the reference does: DI* and Diff-Instruct++ each walk
-along their own reward scales, and the two paths are drawn in one plane. Budget: 2 objectives x 6 scales x 3 seeds = 36 trials on
-the pocket world. A finished trial adds its row to docs/results/score_against_kl.csv and is not run again. When every row is
-there: the table, over seeds, and docs/results/score_against_kl.png.
+along their own reward scales, and the two paths are drawn in one plane. Budget: 2 objectives x 6 scales x 3 seeds = 36 trials
+on the pocket world. A finished trial adds its row to docs/results/score_against_kl.csv and is not run again. When every row
+is there: the table, over seeds, and docs/results/score_against_kl.png.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results"
 SEEDS = (0, 1, 2)
+OVER = "training seeds (Student's), the same 756 prompts and noise for all"
 # Reward actors mostly wait: uncounted, they leave the CPUs to the trials.
 BASE = {"name": "score-against-kl", "steps": 60, "cluster.reward_cpus": 0.0, "logging.every": 10, "logging.grid_every": 60}
 SHORT = {"steps": 2, "global_batch_size": 8, "logging.every": 1, "logging.grid_prompts": 2}
@@ -62,7 +63,7 @@ def main() -> None:
         print("trials are missing: the same command goes on")
         return
     table = by_seed(frame, "arm", [*MEASURES])
-    print(markdown({arm: {MEASURES[key]: figure for key, figure in of.items()} for arm, of in table.items()}))
+    print(markdown({arm: {MEASURES[key]: figure for key, figure in of.items()} for arm, of in table.items()}, OVER))
     draw(table, results / "score_against_kl.png")
     print(f"figure {results / 'score_against_kl.png'}")
 

@@ -108,8 +108,10 @@ class Figure:
     seed: int | None = None
 
     def __str__(self) -> str:
-        """`value [low, high]`, with two significant digits of the interval's width."""
+        """`value [low, high]`, with two significant digits of the interval's width; "?" where n is too small for one."""
         width = self.high - self.low
+        if not math.isfinite(width):
+            return f"{self.value:.3f} [?]"
         digits = min(9, max(0, 1 - math.floor(math.log10(width)))) if width > 0 else 3
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
@@ -357,13 +359,14 @@ def table(rows: dict[str, Summary]) -> pd.DataFrame:
     return pd.DataFrame({name: {m: str(f) for m, f in row.items()} for name, row in rows.items()}).T.fillna("")
 
 
-def markdown(rows: dict[str, Summary]) -> str:
-    """`table` as Markdown; the head names each column's n, the last line the interval and the seed."""
+def markdown(rows: dict[str, Summary], over: str = "prompts") -> str:
+    """`table` as Markdown; the head names each column's n, the last line what the intervals are over, and the seed."""
     cells = table(rows)
     lines = [["", *cells.columns], ["---", *["--:"] * len(cells.columns)]]
     lines += [[name, *cells.loc[name]] for name in cells.index]
     counts = {m: sorted({row[m].n for row in rows.values() if m in row}) for m in cells.columns}
     lines.insert(2, ["n", *[" or ".join(map(str, counts[m])) for m in cells.columns]])
-    seeds = sorted({str(figure.seed) for row in rows.values() for figure in row.values()})
+    seeds = sorted({str(f.seed) for row in rows.values() for f in row.values() if f.seed is not None})
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{text}\n\nIn brackets: 95 % intervals over prompts; seed {', '.join(seeds)}.\n"
+    seed = f"; seed {', '.join(seeds)}" if seeds else ""
+    return f"{text}\n\nIn brackets: 95 % intervals over {over}{seed}.\n"
