@@ -3,41 +3,25 @@
     python experiments/score_against_kl.py [--smoke] [--trials N]
 
 Equal coefficients mean nothing across objectives, equal distance from the reference does: DI* and Diff-Instruct++ each walk
-along their own reward scales, and the two paths are drawn in one plane. Budget: 2 objectives x 6 scales x 3 seeds = 36 trials
-on the pocket world. A finished trial adds its row to docs/results/score_against_kl.csv and is not run again. When every row
-is there: the table, over seeds, and docs/results/score_against_kl.png.
+along their own reward scales, and the two paths are drawn in one plane. Budget: 2 objectives x 6 scales x 3 seeds, 36 trials on
+the pocket world, one row each in docs/results/score_against_kl.csv. Prints the table and draws score_against_kl.png beside it.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffinstruct.cluster.sweep import changed, complete
-from diffinstruct.evaluation import markdown
-from diffinstruct.experiment import load
+from diffinstruct.cluster.study import Study
 from diffinstruct.pocket_world import examine_run, reference_examination
-from diffinstruct.results import Rows, by_seed
 
 if TYPE_CHECKING:
     from diffinstruct.evaluation import Summary
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parent / "docs" / "results"
-SEEDS = (0, 1, 2)
-OVER = "training seeds (Student's), the same 756 prompts and noise for all"
-# Reward actors mostly wait: uncounted, they leave the CPUs to the trials.
-BASE = {"name": "score-against-kl", "steps": 60, "cluster.reward_cpus": 0.0, "logging.every": 10, "logging.grid_every": 60}
-SHORT = {"steps": 2, "global_batch_size": 8, "logging.every": 1, "logging.grid_prompts": 2}
 PATHS = {  # KL pulls about ten times as strongly at the sample, so its scales are other ones
     "DI*": ("di_star", (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)),
     "Diff-Instruct++": ("diff_instruct_pp", (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)),
-}
-ARMS = {
-    f"{path}, scale {scale:g}": {"objective.name": name, "objective.reward_scale": scale}
-    for path, (name, scales) in PATHS.items()
-    for scale in scales
 }
 MEASURES = {
     "reward/pocket_judge": "held-out preference",
@@ -46,26 +30,28 @@ MEASURES = {
     "accuracy": "attributes right",
     "diversity": "diversity",
 }
+STUDY = Study(
+    question=__doc__,
+    recipe=HERE / "recipes" / "pocket.yaml",
+    # Reward actors mostly wait: uncounted, they leave the CPUs to the trials.
+    base={"steps": 60, "cluster.reward_cpus": 0.0, "logging.every": 10, "logging.grid_every": 60},
+    arms={
+        f"{path}, scale {scale:g}": {"objective.name": name, "objective.reward_scale": scale}
+        for path, (name, scales) in PATHS.items()
+        for scale in scales
+    },
+    seeds=(0, 1, 2),
+    measures=MEASURES,
+    examine=examine_run,
+    rows=HERE.parent / "docs" / "results" / "score_against_kl.csv",
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="one scale of each, one seed, two steps; all in the run folder")
-    parser.add_argument("--trials", type=int, metavar="N", help="run at most N of those that are missing")
-    asked = parser.parse_args()
-    base = changed(load(HERE / "recipes" / "pocket.yaml"), BASE | (SHORT if asked.smoke else {}))
-    folder = Path(base.runs).absolute() / ("score-against-kl-smoke" if asked.smoke else "score-against-kl")
-    results = folder if asked.smoke else RESULTS
-    arms = dict(list(ARMS.items())[2:9:6]) if asked.smoke else ARMS
-    seeds = SEEDS[:1] if asked.smoke else SEEDS
-    frame = complete(Rows(results / "score_against_kl.csv"), base, arms, seeds, folder, examine_run, asked.trials)
-    if frame is None:
-        print("trials are missing: the same command goes on")
-        return
-    table = by_seed(frame, "arm", [*MEASURES])
-    print(markdown({arm: {MEASURES[key]: figure for key, figure in of.items()} for arm, of in table.items()}, OVER))
-    draw(table, results / "score_against_kl.png")
-    print(f"figure {results / 'score_against_kl.png'}")
+    if answer := STUDY.main():
+        _, table, folder = answer
+        draw(table, folder / "score_against_kl.png")
+        print(f"figure {folder / 'score_against_kl.png'}")
 
 
 def draw(table: dict[str, Summary], path: Path) -> None:

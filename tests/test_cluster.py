@@ -22,10 +22,12 @@ import yaml
 from diffinstruct import local
 from diffinstruct.checkpoint import CheckpointStore
 from diffinstruct.cluster import rewards as actors
+from diffinstruct.cluster import study as studies
 from diffinstruct.cluster import sweep as sweeps
 from diffinstruct.cluster import train as cluster
 from diffinstruct.experiment import Experiment, UserError
 from diffinstruct.pretrained import load_reference
+from diffinstruct.results import Rows
 from diffinstruct.rewards import RewardError
 from diffinstruct.run import make_rewards
 
@@ -260,6 +262,23 @@ def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, wor
     again = sweeps.sweep(world[1](), points[:1], tmp_path / "sweep", tiny_rewards.steps_done)
     assert again.to_dict("records") == rows
     assert starts(tmp_path / "sweep" / good) == 1  # it had finished: nothing to do
+
+
+def test_trials_that_have_a_row_are_not_run_again_wherever_it_came_from(session, world, tmp_path):
+    """A budget of one trial at a time; then the rows alone, in another folder, are enough."""
+    arms = {"early": {"generator.timestep": 500}, "late": {"generator.timestep": 600}}
+    rows = Rows(tmp_path / "rows.csv")
+
+    def complete(folder, most=None):
+        return studies.complete(rows, world[1](), arms, (3,), tmp_path / folder, tiny_rewards.steps_done, most)
+
+    assert complete("sweep", most=1) is None
+    assert rows.read()["trial"].tolist() == ["early, seed 3"]
+    frame = complete("sweep")
+    assert frame["arm"].tolist() == ["early", "late"] and frame["seed"].tolist() == [3, 3]
+    assert frame["examined"].tolist() == [2, 2] and frame["divergence"].nunique() == 2
+    assert complete("elsewhere").equals(frame)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_sweep_refuses_what_it_cannot_vary(world, tmp_path):

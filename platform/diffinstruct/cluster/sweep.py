@@ -21,7 +21,6 @@ from diffinstruct import tracking
 from diffinstruct.cluster.rewards import reward_pool, stand_in
 from diffinstruct.cluster.train import attached, check_fits, final_error, fit
 from diffinstruct.experiment import Experiment, UserError, did_you_mean
-from diffinstruct.results import KEY, Rows
 
 DRIVER = {"node:__internal_head__": 0.001}
 """What a trial's own process asks for: a slot that every cluster has, on its head. If it took a CPU, trials could hold all of
@@ -105,30 +104,6 @@ def sweep(
     if failed:
         raise SweepError(failed)
     return table(points, folders)
-
-
-def complete(
-    rows: Rows,
-    base: Experiment,
-    arms: Mapping[str, Point],
-    seeds: Sequence[int],
-    folder: Path,
-    examine: Examine,
-    most: int | None = None,
-) -> pd.DataFrame | None:
-    """Run the trials, every arm with every seed, that have no row yet, `most` of them at most; all rows, or None while some are
-    missing. A row has `arm`, `seed`, and what the trial's own row has but for its folder."""
-    named = {f"{arm}, seed {seed}": (arm, seed) for seed in seeds for arm in arms}
-    todo = rows.missing(named)[:most]
-
-    def add(i: int, row: dict[str, Any]) -> None:
-        arm, seed = named[todo[i]]
-        rows.add(todo[i], {"arm": arm, "seed": seed} | {key: value for key, value in row.items() if key not in ("run", "seed")})
-
-    print(f"{rows.path}: {len(named) - len(rows.missing(named))} of {len(named)} trials are there", flush=True)
-    if todo:
-        sweep(base, [{**arms[named[trial][0]], "seed": named[trial][1]} for trial in todo], folder, examine, add)
-    return None if rows.missing(named) else rows.read().set_index(KEY).loc[list(named)].reset_index()
 
 
 def examined(examine: Examine, experiment: Experiment, folder: Path, started_in: str) -> None:

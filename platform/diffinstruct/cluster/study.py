@@ -1,0 +1,100 @@
+"""A question put to many trials: named arms of one recipe, each with several training seeds, and a table over seeds.
+
+What an experiment that takes hours has found must outlive its machine. A finished trial adds its row to a CSV file that is
+kept with the code, and a trial whose row is there is not run again. The same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from diffinstruct.cluster.sweep import Examine, Point, changed, sweep
+from diffinstruct.evaluation import Summary, markdown
+from diffinstruct.experiment import Experiment, UserError, load
+from diffinstruct.results import KEY, Rows, by_seed
+
+SMOKE = {"steps": 2, "global_batch_size": 8, "logging.every": 1, "logging.grid_prompts": 2}
+
+
+@dataclass(frozen=True)
+class Study:
+    """arms: name -> what it changes of `recipe` with `base` on top. measures: column of a trial's row -> what the table calls
+    it. rows: the CSV file of finished trials; its name is the study's."""
+
+    question: str
+    recipe: Path
+    base: Point
+    arms: Mapping[str, Point]
+    seeds: Sequence[int]
+    measures: Mapping[str, str]
+    examine: Examine
+    rows: Path
+
+    def main(self) -> tuple[pd.DataFrame, dict[str, Summary], Path] | None:
+        """The command line of an experiment: run what is missing, print the table. All rows, the table, and the folder where
+        figures go; None while rows are missing."""
+        parser = argparse.ArgumentParser(description=self.question, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--smoke", action="store_true", help="first and last arm, one seed, 2 steps; rows in the run folder")
+        parser.add_argument("--trials", type=int, metavar="N", help="run at most N of those that are missing")
+        asked = parser.parse_args()
+        try:
+            return self.smoke() if asked.smoke else self.answer(asked.trials)
+        except UserError as error:
+            raise SystemExit(str(error)) from None
+
+    def answer(self, most: int | None = None) -> tuple[pd.DataFrame, dict[str, Summary], Path] | None:
+        base = changed(load(self.recipe), {"name": self.rows.stem, **self.base})
+        return self._answer(base, Rows(self.rows), self.arms, self.seeds, most)
+
+    def smoke(self) -> tuple[pd.DataFrame, dict[str, Summary], Path] | None:
+        base = changed(load(self.recipe), {"name": f"{self.rows.stem}-smoke", **self.base, **SMOKE})
+        first, *_, last = self.arms
+        arms = {name: {k: v for k, v in self.arms[name].items() if k not in SMOKE} for name in (first, last)}
+        return self._answer(base, Rows(_folder(base) / self.rows.name), arms, self.seeds[:1], None)
+
+    def _answer(
+        self, base: Experiment, rows: Rows, arms: Mapping[str, Point], seeds: Sequence[int], most: int | None
+    ) -> tuple[pd.DataFrame, dict[str, Summary], Path] | None:
+        frame = complete(rows, base, arms, seeds, _folder(base), self.examine, most)
+        if frame is None:
+            print("trials are missing: the same command goes on")
+            return None
+        table = by_seed(frame, "arm", [*self.measures])
+        named = {arm: {self.measures[key]: figure for key, figure in of.items()} for arm, of in table.items()}
+        print(markdown(named, "training seeds (Student's); prompts and noise are the same for all"))
+        return frame, table, rows.path.parent
+
+
+def complete(
+    rows: Rows,
+    base: Experiment,
+    arms: Mapping[str, Point],
+    seeds: Sequence[int],
+    folder: Path,
+    examine: Examine,
+    most: int | None = None,
+) -> pd.DataFrame | None:
+    """Run the trials, every arm with every seed, that have no row yet, `most` of them at most; all rows, or None while some are
+    missing. A row has `arm`, `seed`, and what the trial's own row has but for its folder."""
+    named = {f"{arm}, seed {seed}": (arm, seed) for seed in seeds for arm in arms}
+    missing = rows.missing(named)
+    todo = missing[:most]
+
+    def add(i: int, row: dict[str, Any]) -> None:
+        arm, seed = named[todo[i]]
+        rows.add(todo[i], {"arm": arm, "seed": seed} | {key: value for key, value in row.items() if key not in ("run", "seed")})
+
+    print(f"{rows.path}: {len(named) - len(missing)} of {len(named)} trials are there", flush=True)
+    if todo:
+        sweep(base, [{**arms[named[trial][0]], "seed": named[trial][1]} for trial in todo], folder, examine, add)
+    return None if rows.missing(named) else rows.read().set_index(KEY).loc[list(named)].reset_index()
+
+
+def _folder(base: Experiment) -> Path:
+    return Path(base.runs).absolute() / base.name
