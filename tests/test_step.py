@@ -11,9 +11,11 @@ from torch import nn
 from diffinstruct.checkpoint import CheckpointStore
 from diffinstruct.diffusion import Schedule, uniform_t
 from diffinstruct.distances import pseudo_huber
+from diffinstruct.experiment import Experiment, UserError
 from diffinstruct.guidance import guided
 from diffinstruct.objectives import objective
 from diffinstruct.rewards import LatentRewards, Scores
+from diffinstruct.run import make_settings as configured_settings
 from diffinstruct.step import Draws, NonFinite, Players, Settings, alternating_round
 
 BATCH, SHAPE = 8, (2, 4, 4)
@@ -229,3 +231,19 @@ def test_the_average_follows_its_formula(step, decay):
     for name, now in players.generator.state_dict().items():
         torch.testing.assert_close(players.ema.state_dict()[name], decay * before[name] + (1 - decay) * now)
         assert not torch.equal(before[name], now)
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        ({"t_max": 1001}, r"objective.t_max: got 1001, the reference's schedule has 1000 steps"),
+        ({"distance": "nowhere:pair"}, r"objective.distance: 'nowhere:pair' is no pair \(d, d'\): No module named 'nowhere'"),
+        ({"distance": "tiny_rewards:pear"}, r"objective.distance: 'tiny_rewards:pear' is no pair .* has no attribute 'pear'"),
+        ({"distance": "tiny_rewards:Red"}, r"objective.distance: 'tiny_rewards:Red' is no pair .*"),
+    ],
+)
+def test_settings_refuse_what_only_the_schedule_and_the_import_can_tell(objective, said):
+    content = Experiment().model_dump()
+    content["objective"] |= objective
+    with pytest.raises(UserError, match=f"^{said}$"):
+        configured_settings(Experiment.model_validate(content), SCHEDULE)

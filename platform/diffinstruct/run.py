@@ -135,9 +135,14 @@ def make_players(experiment: Experiment, reference: Reference, wrap: Callable[[n
 
 
 def make_settings(experiment: Experiment, schedule: Schedule) -> Settings:
-    """The configuration as the step wants it."""
+    """The configuration as the step wants it. Raises UserError for what does not fit the schedule or cannot be imported."""
     e = experiment.objective
-    chosen = distance(e.distance, e.huber_c)
+    if e.t_max > len(schedule.alphas):
+        raise UserError(f"objective.t_max: got {e.t_max}, the reference's schedule has {len(schedule.alphas)} steps")
+    try:
+        chosen = distance(e.distance, e.huber_c)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UserError(f"objective.distance: {e.distance!r} is no pair (d, d'): {' '.join(str(error).split())}") from None
     law_of_t = (
         uniform_t(e.t_min, e.t_max)
         if e.t_law == "uniform"

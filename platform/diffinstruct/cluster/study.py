@@ -40,7 +40,7 @@ class Study:
         """The command line of an experiment: run what is missing, print the table. All rows, the table, and the folder where
         figures go; None while rows are missing."""
         parser = argparse.ArgumentParser(description=self.question, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--smoke", action="store_true", help="first and last arm, one seed, 2 steps; rows in the run folder")
+        parser.add_argument("--smoke", action="store_true", help="first and last arm, one seed, 2 steps")
         parser.add_argument("--trials", type=int, metavar="N", help="run at most N of those that are missing")
         asked = parser.parse_args()
         try:
