@@ -6,6 +6,8 @@ One Ray session for the module, one pair of reward actors for most of it.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from contextlib import suppress
@@ -262,6 +264,33 @@ def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, wor
     again = sweeps.sweep(world[1](), points[:1], tmp_path / "sweep", tiny_rewards.steps_done)
     assert again.to_dict("records") == rows
     assert starts(tmp_path / "sweep" / good) == 1  # it had finished: nothing to do
+
+
+def test_ctrl_c_ends_a_sweep_that_the_same_call_finishes(session, world, tmp_path, capfd):
+    from mlflow import MlflowClient
+
+    base, points = world[1](steps=200, logging__checkpoint_every=20), sweeps.grid({"generator.timestep": [500]})
+    folder = tmp_path / "sweep" / sweeps.changed(base, points[0]).derived_id
+
+    def interrupt():
+        while not (folder / "checkpoints" / "step-00000020").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt, daemon=True)
+    interrupter.start()
+    with pytest.raises(KeyboardInterrupt):
+        sweeps.sweep(base, points, tmp_path / "sweep")
+    interrupter.join(1)
+    assert "interrupted: 1 of 1 trials are unfinished" in capfd.readouterr().out
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("diffinstruct").experiment_id])
+    assert {run.info.status for run in runs} == {"KILLED"} and len(runs) == 2
+
+    table = sweeps.sweep(base, points, tmp_path / "sweep")
+    assert table["step"].tolist() == [200] and starts(folder) == 2
+    local.run(sweeps.changed(base, points[0]), tmp_path / "local")
+    agree(folder, tmp_path / "local")
 
 
 def test_trials_that_have_a_row_are_not_run_again_wherever_it_came_from(session, world, tmp_path):

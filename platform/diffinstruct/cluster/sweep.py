@@ -19,7 +19,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from diffinstruct import tracking
 from diffinstruct.cluster.rewards import reward_pool, stand_in
-from diffinstruct.cluster.train import attached, check_fits, final_error, fit
+from diffinstruct.cluster.train import attached, check_fits, close, final_error, fit
 from diffinstruct.experiment import Experiment, UserError, did_you_mean
 
 DRIVER = {"node:__internal_head__": 0.001}
@@ -55,7 +55,7 @@ def sweep(
     in a task of a worker's size. The same call again goes on: finished trials are not run twice, others continue from their
     checkpoints. `on_row` gets the point's index and the row in the driver, as soon as a trial has ended.
     All trials are checked before the first one starts, and share the reward actors of `base`, so they vary neither rewards nor
-    reference.model. Raises SweepError if any trial failed, after all have ended.
+    reference.model. Raises SweepError if any trial failed, after all have ended, and KeyboardInterrupt after Ctrl-C.
     """
     folder = folder.absolute()
     for key in itertools.chain(*points):
@@ -96,11 +96,17 @@ def sweep(
                     callbacks=[Progress(points, folders, on_row)],
                 ),
             ).fit()
-        errors = {
-            str(dict(point)): final_error(r.error) or r.error for point, r in zip(points, results, strict=True) if r.error
-        }
-        failed = "\n".join(f"{point}: {error}" for point, error in errors.items())
-        tracking.finish_parent(uri, parent, "FAILED" if failed else "FINISHED", failed or None)
+        failures = {r.config["trial"]: final_error(r.error) or r.error for r in results if r.error and r.config}
+        failed = "\n".join(f"{dict(points[i])}: {error}" for i, error in sorted(failures.items()))
+        # Tune answers Ctrl-C by ending its trials and returning as if nothing had happened.
+        unfinished = [i for i, at in enumerate(folders) if i not in failures and not (at / "metrics.json").exists()]
+        for i in unfinished:
+            close(folders[i], trials[i], KeyboardInterrupt())
+        status = "KILLED" if unfinished else "FAILED" if failed else "FINISHED"
+        tracking.finish_parent(uri, parent, status, failed or None)
+    if unfinished:
+        print(f"interrupted: {len(unfinished)} of {len(trials)} trials are unfinished in {folder}", flush=True)
+        raise KeyboardInterrupt
     if failed:
         raise SweepError(failed)
     return table(points, folders)
