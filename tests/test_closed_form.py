@@ -144,14 +144,14 @@ def close(got, wanted):
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
-def unnormalised(name, level, space, **settings):
-    """SiD's or DMD's objective without its divisor."""
-    function = {"sid": diffinstruct.objectives.sid, "dmd": diffinstruct.objectives.dmd}[name]
+def unnormalised(chosen):
+    """SiD's or DMD's objective, its divisor taken back."""
 
-    def chosen(*args, **kwargs):
-        return function(*args, **kwargs, schedule=schedule_of(level), space=space, normalised=False, **settings)
+    def whole(*args, **kwargs):
+        loss, record = chosen(*args, **kwargs)
+        return loss * record["reference_error"].detach(), record
 
-    return chosen
+    return whole
 
 
 # ------------------------------------------------------------------------------------------------------- objectives
@@ -186,15 +186,16 @@ def test_sid_is_the_squared_distance_at_alpha_1_and_fisher_at_one_half(level):
     for alpha, law_moves in [(1.0, False), (0.5, True)]:
         wanted = score_divergence(level, "squared", "score", PLAIN, law_moves)
         assert wanted.abs().min() > 1e-3
-        close(2 * by_code(level, "score", PLAIN, unnormalised("sid", level, "score", alpha=alpha)), wanted)
+        close(2 * by_code(level, "score", PLAIN, unnormalised(configured("sid", level, "score", sid_alpha=alpha))), wanted)
     k = level[0] / level[1] ** 2
-    in_x0 = by_code(level, "x0", PLAIN, unnormalised("sid", level, "x0", alpha=0.5))
+    in_x0 = by_code(level, "x0", PLAIN, unnormalised(configured("sid", level, "x0", sid_alpha=0.5)))
     close(2 * k**2 * in_x0, wanted)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_dmd_without_its_normaliser_is_diff_instruct(level):
-    close(by_code(level, "x0", PLAIN, unnormalised("dmd", level, "x0")), kullback_leibler(level, "x0", PLAIN))
+    got = by_code(level, "x0", PLAIN, unnormalised(configured("dmd", level, "x0")))
+    close(got, kullback_leibler(level, "x0", PLAIN))
 
 
 @pytest.mark.parametrize("name", ["sid", "dmd"])
@@ -202,15 +203,15 @@ def test_the_normaliser_divides_each_sample_by_its_own_error_and_is_a_constant(n
     level, samples = (0.6, 0.8), 3
     x0 = torch.randn(samples, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     eps = torch.randn(samples, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    settings = {"alpha": 1.2} if name == "sid" else {}
     given = {
         "score_network": posterior_mean(0.3, 0.9, *level),
         "reference": lambda xt, t, c: (posterior_mean(0.0, 1.0, *level)(xt, t, c), None),
     }
     t = torch.zeros(samples, dtype=torch.long)
-    normalised, _ = configured(name, level, "x0", sid_alpha=1.2)(x0, t, eps, {}, **given)
-    plain, _ = unnormalised(name, level, "x0", **settings)(x0, t, eps, {}, **given)
-    r, _ = given["reference"](level[0] * x0 + level[1] * eps, t, {})
+    normalised, _ = configured(name, level, "x0", sid_alpha=1.0)(x0, t, eps, {}, **given)
+    xt = level[0] * x0 + level[1] * eps
+    f, r = given["score_network"](xt, t, {}), given["reference"](xt, t, {})[0]
+    plain = ((r - f) * (f - x0)).sum((1, 2)) if name == "sid" else ((f - r).detach() * xt).sum((1, 2))
     error = (x0 - r).abs().mean((1, 2)).detach()
     assert error.max() > 1.1 * error.min()
     got, wanted = (torch.autograd.grad(loss.sum(), x0)[0] for loss in (normalised, plain))
@@ -278,6 +279,7 @@ BUGS = {  # what it tests: (objective, source, planted); each must move its obje
     "SiD: alpha on the wrong term": (FISHER, "((r - x0) - alpha * (r - f))", "(alpha * (r - x0) - (r - f))"),
     "SiD: x0 for f in the right factor": (FISHER, "- alpha * (r - f))", "- alpha * (r - x0))"),
     "SiD: score network detached": (FISHER, "- alpha * (r - f))", "- alpha * (r - f.detach()))"),
+    "SiD: the normaliser not a constant": (FISHER, "(x0 - r).detach().abs()", "(x0 - r).abs()"),
     "SiD: sign flipped": (FISHER, "per_sample_sum(m * (r - f) * m", "-per_sample_sum(m * (r - f) * m"),
 }
 
@@ -310,13 +312,12 @@ def gradients(namespace, kind):
     settings = {"alpha": 0.5} if name == "sid" else {}
     settings |= {"distance": namespace["distance"](distance_name, HUBER_C)} if name == "di_star" else {}
     settings |= {"schedule": schedule_of(level), "space": "score" if name == "sid" else "eps"}
-    settings |= {"normalised": False} if name == "sid" else {}
 
     def chosen(*args, **kwargs):
         return namespace[function_of(name)](*args, **kwargs, **settings)
 
     if name == "sid":
-        got = 2 * by_code(level, "score", PLAIN, chosen, namespace["guided"])
+        got = 2 * by_code(level, "score", PLAIN, unnormalised(chosen), namespace["guided"])
         yield got, score_divergence(level, "squared", "score", PLAIN, law_moves=True)
         return
     for reference in (PLAIN, GUIDED, GUIDED | {"where": "out"}):

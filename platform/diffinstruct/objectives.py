@@ -12,14 +12,14 @@ regularization weight are to be read against that sum. Equal coefficients mean n
 own strength, so compare them at equal distance to the reference.
 
 Each returns the loss [B] and its record, per sample: "divergence", the mean of e^2 over dimensions (of x0 predictions in
-all objectives, so that one plot compares them), and what else it has to tell.
+all objectives, so that one plot compares them), "reference_error", mean|x0 - r|, and what else it has to tell.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def diff_instruct_star(
     f, (r, g) = score_network(xt, t, c), reference(xt, t, c)
     y = m * (f - r)
     loss = -per_sample_sum(distance.gradient(y) * m * (f - x0))
-    return loss + _beside(g, m, xt), _divergence(f, r) | {"distance": distance.value(y.detach())}
+    return loss + _beside(g, m, xt), _record(f, r, x0) | {"distance": distance.value(y.detach())}
 
 
 def diff_instruct(
@@ -87,28 +87,14 @@ def diff_instruct(
     xt, m = schedule.diffuse(x0, t, eps), schedule.scale(space, t, x0)
     with torch.no_grad():
         f, (r, g) = score_network(xt, t, c), reference(xt, t, c)
-    return per_sample_sum(m * (f - r) * xt) + _beside(g, m, xt), _divergence(f, r)
+    return per_sample_sum(m * (f - r) * xt) + _beside(g, m, xt), _record(f, r, x0)
 
 
-def dmd(
-    x0: Tensor,
-    t: Tensor,
-    eps: Tensor,
-    c: Conditions,
-    *,
-    score_network: Denoiser,
-    reference: GuidedReference,
-    schedule: Schedule,
-    space: str,
-    normalised: bool = True,
-) -> Loss:
-    """DMD without its GAN and regression losses (arXiv 2311.18828, equations 7 and 8): Diff-Instruct's gradient, divided for
-    each sample by mean|x0 - r|."""
-    xt, m = schedule.diffuse(x0, t, eps), schedule.scale(space, t, x0)
-    with torch.no_grad():
-        f, (r, g) = score_network(xt, t, c), reference(xt, t, c)
-    loss = per_sample_sum(m * (f - r) * xt) + _beside(g, m, xt)
-    return loss / _error_of(r, x0) if normalised else loss, _divergence(f, r)
+def dmd(x0: Tensor, t: Tensor, eps: Tensor, c: Conditions, **given: Any) -> Loss:
+    """DMD without its GAN and regression losses (arXiv 2311.18828, equations 7 and 8): Diff-Instruct, divided for each sample
+    by mean|x0 - r|. Takes what `diff_instruct` takes."""
+    loss, record = diff_instruct(x0, t, eps, c, **given)
+    return loss / record["reference_error"], record
 
 
 def sid(
@@ -122,7 +108,6 @@ def sid(
     schedule: Schedule,
     space: str,
     alpha: float,
-    normalised: bool = True,
 ) -> Loss:
     """SiD, score identity distillation (arXiv 2404.04057).
 
@@ -134,7 +119,8 @@ def sid(
     xt, m = schedule.diffuse(x0, t, eps), schedule.scale(space, t, x0)
     f, (r, g) = score_network(xt, t, c), reference(xt, t, c)
     loss = per_sample_sum(m * (r - f) * m * ((r - x0) - alpha * (r - f))) + _beside(g, m, xt)
-    return loss / _error_of(r, x0) if normalised else loss, _divergence(f, r)
+    record = _record(f, r, x0)
+    return loss / record["reference_error"], record
 
 
 def _beside(g: Tensor | None, m: Tensor, xt: Tensor) -> Tensor | float:
@@ -142,13 +128,12 @@ def _beside(g: Tensor | None, m: Tensor, xt: Tensor) -> Tensor | float:
     return 0.0 if g is None else -per_sample_sum(m * g * xt)
 
 
-def _error_of(r: Tensor, x0: Tensor) -> Tensor:
-    """[B]: mean|x0 - r|, a constant (DMD's and SiD's normaliser)."""
-    return (x0 - r).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
-
-
-def _divergence(f: Tensor, r: Tensor) -> dict[str, Tensor]:
-    return {"divergence": (f - r).detach().pow(2).flatten(1).mean(1)}
+def _record(f: Tensor, r: Tensor, x0: Tensor) -> dict[str, Tensor]:
+    """Constants [B]. "reference_error", how far the sample is from what the reference makes of it, is DMD's and SiD's divisor."""
+    return {
+        "divergence": (f - r).detach().pow(2).flatten(1).mean(1),
+        "reference_error": (x0 - r).detach().abs().flatten(1).mean(1).clamp(min=1e-5),
+    }
 
 
 def objective(name: str, *, schedule: Schedule, space: str, distance: Distance, sid_alpha: float) -> Objective | None:
