@@ -129,7 +129,7 @@ def _beside(g: Tensor | None, m: Tensor, xt: Tensor) -> Tensor | float:
 
 
 def _record(f: Tensor, r: Tensor, x0: Tensor) -> dict[str, Tensor]:
-    """Constants [B]. "reference_error", how far the sample is from what the reference makes of it, is DMD's and SiD's divisor."""
+    """Constants [B]. "reference_error", how far the sample is from what the reference makes of it, divides DMD and SiD."""
     return {
         "divergence": (f - r).detach().pow(2).flatten(1).mean(1),
         "reference_error": (x0 - r).detach().abs().flatten(1).mean(1).clamp(min=1e-5),
