@@ -64,12 +64,12 @@ STUDY = Study(
 def main() -> None:
     if (answer := STUDY.main()) is None:
         return
-    frame, table, _ = answer
-    for arm in table:
+    for arm in answer.table:
         recipe = f"{arm.split(', ')[0]}, the recipe"
-        if arm != recipe and recipe in table:
-            judge, kid = (paired_by_seed(frame, "arm", arm, recipe, key) for key in ("reward/pocket_judge", "kid"))
-            print(f"{arm}, minus the recipe: held-out preference {judge}, KID {kid}")
+        if arm != recipe and recipe in answer.table:
+            judge, kid = (paired_by_seed(answer.rows, "arm", arm, recipe, key) for key in ("reward/pocket_judge", "kid"))
+            answer.say(f"- {arm}, minus the recipe, paired over seeds: held-out preference {judge}, KID {kid}")
+    answer.publish()
 
 
 if __name__ == "__main__":

@@ -61,11 +61,11 @@ STUDY = Study(
 def main() -> None:
     if (answer := STUDY.main()) is None:
         return
-    frame, table, _ = answer
-    for arm in table:
-        if arm.startswith("score") and (other := arm.replace("score", "KL")) in table:
-            judge, kid = (paired_by_seed(frame, "arm", arm, other, key) for key in ("reward/pocket_judge", "kid"))
-            print(f"{arm}, minus {other}: held-out preference {judge}, KID {kid}")
+    for arm in answer.table:
+        if arm.startswith("score") and (other := arm.replace("score", "KL")) in answer.table:
+            judge, kid = (paired_by_seed(answer.rows, "arm", arm, other, key) for key in ("reward/pocket_judge", "kid"))
+            answer.say(f"- {arm}, minus {other}, paired over seeds: held-out preference {judge}, KID {kid}")
+    answer.publish()
 
 
 if __name__ == "__main__":

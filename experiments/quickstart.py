@@ -62,6 +62,7 @@ def report(recipe: Experiment, trained: dict[str, Path], folder: Path) -> None:
     from diffinstruct.pocket_world import examine, reference_examination
     from diffinstruct.pretrained import load_reference
     from diffinstruct.prompts import read_prompts
+    from diffinstruct.tracking import attach
 
     reference = load_reference(recipe.reference.model)
     one_step = {"raw one step": "reference", "distilled start": recipe.generator.start}
@@ -97,6 +98,7 @@ def report(recipe: Experiment, trained: dict[str, Path], folder: Path) -> None:
         print(lines[-1])
     (folder / "table.md").write_text("\n\n".join(lines) + "\n")
     draw(prompts, pictures, folder / "grid.png")
+    attach(folder / "di-star", folder / "table.md", folder / "grid.png")
     print(f"table {folder / 'table.md'}  pictures {folder / 'grid.png'}")
 
 

@@ -49,9 +49,10 @@ STUDY = Study(
 
 def main() -> None:
     if answer := STUDY.main():
-        _, table, folder = answer
-        draw(table, folder / "score_against_kl.png")
-        print(f"figure {folder / 'score_against_kl.png'}")
+        figure = answer.text.with_suffix(".png")
+        draw(answer.table, figure)
+        answer.publish(figure)
+        print(f"figure {figure}")
 
 
 def draw(table: dict[str, Summary], path: Path) -> None:
@@ -61,7 +62,7 @@ def draw(table: dict[str, Summary], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
+    picture, axes = plt.subplots(1, 2, figsize=(11, 4.4))
     for axis, measure in zip(axes, ("reward/pocket_judge", "accuracy"), strict=True):
         for path_name in PATHS:
             points = [(arm.split()[-1], of) for arm, of in table.items() if arm.startswith(f"{path_name}, ")]
@@ -80,10 +81,10 @@ def draw(table: dict[str, Summary], path: Path) -> None:
         axis.axhline(start, color="grey", linewidth=0.8, linestyle=":", label="reference, 50 steps")
         axis.set(xlabel="KID to the reference", ylabel=MEASURES[measure])
     axes[0].legend()
-    figure.suptitle("The reward scale grows along each path (numbers); bars: 95 % intervals over training seeds", fontsize=10)
-    figure.tight_layout()
+    picture.suptitle("The reward scale grows along each path (numbers); bars: 95 % intervals over training seeds", fontsize=10)
+    picture.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    picture.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from diffinstruct import tracking
-from diffinstruct.tracking import Tracker, deliver, finish_parent, start_parent, tracking_uri
+from diffinstruct.tracking import Tracker, attach, deliver, finish_parent, publish, start_parent, tracking_uri
 
 PARAMS = {"seed": 0, "generator.learning_rate": 1e-4}
 GRID = np.arange(8 * 16 * 3, dtype=np.uint8).reshape(8, 16, 3)
@@ -503,3 +503,36 @@ def test_where_a_run_is_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert tracking_uri(None, "runs") == f"sqlite:///{tmp_path}/mine.db"
     assert tracking_uri("http://127.0.0.1:5000", "runs") == "http://127.0.0.1:5000"
     assert tracking_uri("sqlite:////at/it.db", "runs") == "sqlite:////at/it.db"
+
+
+# ------------------------------------------------------------------------------------------ files from outside a run
+def test_a_run_that_has_ended_takes_more_files_and_stays_ended(
+    tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = tracker_of(tmp_path, uri)
+    tracker.metrics(1, {"loss": 1.0})
+    assert tracker.finish()
+    (tmp_path / "table.md").write_text("a table\n")
+    attach(tmp_path / "run", tmp_path / "table.md")
+    client = client_of(uri)
+    assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["table.md"]
+    assert client.get_run(tracker.run_id).info.status == "FINISHED" and not caplog.records
+
+    start = json.loads((tmp_path / "run/journal.jsonl").read_text().splitlines()[0])
+    dead = (tmp_path / "run/journal.jsonl").read_text().replace(start["start"]["uri"], "http://127.0.0.1:9")  # gone since
+    (tmp_path / "run/journal.jsonl").write_text(dead)
+    attach(tmp_path / "run", tmp_path / "table.md")
+    assert "its files have not all reached MLflow" in caplog.text
+
+
+def test_files_are_published_in_a_run_of_their_own(tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "table.md").write_text("a table\n")
+    publish(uri, "test", "the answer", tmp_path / "table.md")
+    client = client_of(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("the answer", "FINISHED")
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["table.md"] and not caplog.records
+    publish(uri, "test", "the answer", tmp_path / "gone.md")
+    assert "does not take the files of the answer" in caplog.text
+    publish("http://127.0.0.1:9", "test", "the answer", tmp_path / "table.md")  # nobody there: said, and nothing raised
+    assert "has no parent run the answer" in caplog.text

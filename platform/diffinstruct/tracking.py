@@ -213,6 +213,29 @@ def deliver(run_folder: Path | str, uri: str | None = None, status: str | None =
         raise RuntimeError(f"{len(delivery.postponed)} pictures or files of {folder} could not be stored in MLflow")
 
 
+def attach(run_folder: Path | str, *paths: Path) -> None:
+    """Adds files to a run that has ended: journaled, then delivered; a warning where MLflow does not take them now."""
+    folder = Path(run_folder).absolute()
+    records = [{"time": int(time.time() * 1000), "artifact": str(path.absolute())} for path in paths]
+    with (folder / "journal.jsonl").open("ab") as file:
+        file.write(b"".join(b"\n" + json.dumps(record).encode() + b"\n" for record in records))
+    try:
+        deliver(folder)
+    except Exception as error:
+        logger.warning("%s: its files have not all reached MLflow: %s", folder, _in_one_line(error))
+
+
+def publish(uri: str, experiment_name: str, name: str, *paths: Path) -> None:
+    """Makes a finished run that holds files; a warning where MLflow does not answer."""
+    run_id = start_parent(uri, experiment_name, name, {}, {})
+    try:
+        for path in paths if run_id else ():
+            _open(uri)[0].log_artifact(run_id, str(path))
+    except Exception as error:
+        logger.warning("MLflow (%s) does not take the files of %s: %s", _public(uri), name, _in_one_line(error))
+    finish_parent(uri, run_id)
+
+
 def start_parent(uri: str, experiment_name: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> str | None:
     """A run for others to be nested under, made at once; its id, or None (with a warning) where MLflow does not answer."""
     try:

@@ -8,16 +8,40 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from diffinstruct import tracking
 from diffinstruct.cluster.sweep import Examine, Point, changed, sweep
 from diffinstruct.evaluation import Summary, markdown
 from diffinstruct.experiment import Experiment, UserError, load
 from diffinstruct.results import KEY, Rows, by_seed
+
+
+@dataclass(frozen=True)
+class Answer:
+    """rows: all trials. table: arm -> measure -> figure over seeds. text: the file that says it."""
+
+    base: Experiment
+    rows: pd.DataFrame
+    table: dict[str, Summary]
+    text: Path
+    said: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        """Print, and write below what was said before."""
+        print(text)
+        self.said.append(text)
+        self.text.write_text("\n".join(self.said) + "\n")
+
+    def publish(self, *figures: Path) -> None:
+        """Table, rows and figures into a run of MLflow's."""
+        name, uri = self.text.stem, tracking.tracking_uri(self.base.tracking.uri, Path(self.base.runs))
+        tracking.publish(uri, self.base.tracking.experiment, name, self.text, self.text.with_suffix(".csv"), *figures)
+
 
 SMOKE = {"steps": 2, "global_batch_size": 8, "logging.every": 1, "logging.grid_prompts": 2}
 
@@ -36,9 +60,9 @@ class Study:
     examine: Examine
     rows: Path
 
-    def main(self) -> tuple[pd.DataFrame, dict[str, Summary], Path] | None:
-        """The command line of an experiment: run what is missing, print the table. All rows, the table, and the folder where
-        figures go; None while rows are missing."""
+    def main(self) -> Answer | None:
+        """The command line of an experiment: run what is missing; with every row there, print the table and leave it beside the
+        rows. None while rows are missing."""
         parser = argparse.ArgumentParser(description=self.question, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--smoke", action="store_true", help="first and last arm, one seed, 2 steps")
         parser.add_argument("--trials", type=int, metavar="N", help="run at most N of those that are missing")
@@ -48,11 +72,11 @@ class Study:
         except UserError as error:
             raise SystemExit(str(error)) from None
 
-    def answer(self, most: int | None = None) -> tuple[pd.DataFrame, dict[str, Summary], Path] | None:
+    def answer(self, most: int | None = None) -> Answer | None:
         base = changed(load(self.recipe), {"name": self.rows.stem, **self.base})
         return self._answer(base, Rows(self.rows), self.arms, self.seeds, most)
 
-    def smoke(self) -> tuple[pd.DataFrame, dict[str, Summary], Path] | None:
+    def smoke(self) -> Answer | None:
         base = changed(load(self.recipe), {"name": f"{self.rows.stem}-smoke", **self.base, **SMOKE})
         first, *_, last = self.arms
         arms = {name: {k: v for k, v in self.arms[name].items() if k not in SMOKE} for name in (first, last)}
@@ -60,15 +84,16 @@ class Study:
 
     def _answer(
         self, base: Experiment, rows: Rows, arms: Mapping[str, Point], seeds: Sequence[int], most: int | None
-    ) -> tuple[pd.DataFrame, dict[str, Summary], Path] | None:
+    ) -> Answer | None:
         frame = complete(rows, base, arms, seeds, _folder(base), self.examine, most)
         if frame is None:
             print("trials are missing: the same command goes on")
             return None
         table = by_seed(frame, "arm", [*self.measures])
         named = {arm: {self.measures[key]: figure for key, figure in of.items()} for arm, of in table.items()}
-        print(markdown(named, "training seeds (Student's); prompts and noise are the same for all"))
-        return frame, table, rows.path.parent
+        answer = Answer(base, frame, table, rows.path.with_suffix(".md"))
+        answer.say(markdown(named, "training seeds (Student's); prompts and noise are the same for all"))
+        return answer
 
 
 def complete(
