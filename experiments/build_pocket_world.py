@@ -20,6 +20,7 @@ import math
 import random
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,32 +217,38 @@ def stage_vae(work: Path, steps: int = 1800, batch: int = 24) -> None:
 
 
 def make_tokenizer(work: Path) -> CLIPTokenizer:
-    """Byte-pair merges learned on the world's own captions, in CLIP's format: every word of the world is one token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    """Byte-pair merges learned on the world's own words, in CLIP's format: every word of the world is one token."""
     from transformers import CLIPTokenizer
 
-    words = {w for t in every_caption() for w in t.replace("-", " - ").split()}
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, end_of_word_suffix="</w>", show_progress=False,
-        initial_alphabet=list("abcdefghijklmnopqrstuvwxyz"), special_tokens=["<|startoftext|>", "<|endoftext|>"])
-    bpe.train_from_iterator([" ".join(sorted(words))] * 10, trainer)
     folder = work / "pipeline" / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
-    model = json.loads(bpe.to_str())["model"]
-    vocab = model["vocab"]
-    for letter in "abcdefghijklmnopqrstuvwxyz-,.0123456789":  # any text stays encodable, letter by letter
-        for token in (letter, letter + "</w>"):
-            vocab.setdefault(token, len(vocab))
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    words = sorted({word for text in every_caption() for word in text.replace("-", " - ").split()})
+    merges = learned_merges(words)
+    letters = "abcdefghijklmnopqrstuvwxyz-,.0123456789"  # any text stays encodable, letter by letter
+    pieces = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    tokens = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
     tokenizer = CLIPTokenizer(
         vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=TOKENS,
         pad_token="<|endoftext|>", unk_token="<|endoftext|>", bos_token="<|startoftext|>", eos_token="<|endoftext|>")
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def learned_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges until every word is one piece, the most frequent pair first, ties by the alphabet. (The `tokenizers`
+    package breaks ties by chance: a build that was interrupted would go on with other token numbers.)"""
+    split = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
+    merges = []
+    while counts := Counter(pair for pieces in split.values() for pair in itertools.pairwise(pieces)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for pieces in split.values():
+            for i in range(len(pieces) - 1, 0, -1):
+                if tuple(pieces[i - 1 : i + 1]) == best:
+                    pieces[i - 1 : i + 1] = ["".join(best)]
+    return merges
 
 
 def every_caption() -> list[str]:
@@ -321,11 +328,13 @@ def stage_unet(work: Path, steps: int = 4_400, batch: int = 32) -> None:
     averages = [*ema_unet.parameters(), *ema_text.parameters()]
     optimizer = torch.optim.AdamW(parameters, 8e-4, betas=(0.9, 0.99), weight_decay=0.01)
     acp = make_scheduler().alphas_cumprod
-    # Faces are a tenth of the latents and carry all of the mouth: they count six times. (Each element's own optimum, the
+    # Faces are a tenth of the latents and carry all of the mouth: in the last third they count six times. Not before: under
+    # such weights from the start the model never learned to read backgrounds and bodies. (Each element's own optimum, the
     # posterior mean, is the same under any weights.)
     face = torch.ones(16, 16)
     face[9:16, 5:11] = 6
     face = face / face.mean()
+    evenly = torch.ones(16, 16)
     modules = {"unet": unet, "text": text, "ema_unet": ema_unet, "ema_text": ema_text}
     for step, progress in Resumable(work / "unet", steps, modules, optimizer):
         trapezoid(optimizer, 8e-4, progress)
@@ -340,7 +349,7 @@ def stage_unet(work: Path, steps: int = 4_400, batch: int = 32) -> None:
             v = unet(a * x0 + s * eps, t, encoder_hidden_states=text(tokens).last_hidden_state).sample
         snr = (a / s) ** 2
         weight = snr.clamp(max=5) / (snr + 1)
-        loss = (weight * face * (v.float() - (a * eps - s * x0)) ** 2).mean()
+        loss = (weight * (face if progress > 2 / 3 else evenly) * (v.float() - (a * eps - s * x0)) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -1,7 +1,8 @@
 """Rewards: plain torch modules, one file each, `module(images [B, 3, H, W] in [0, 1], prompts) -> scores [B]`.
 
 Higher is better. A reward brings its own differentiable resize and normalisation, so that gradients reach the pixels,
-and knows nothing of the trainer: any class or function with this result can be named by its import path.
+and knows nothing of the trainer. One of your own is named by its import path `module:name`: a class, or a function, that is
+called without arguments and makes the reward.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ FLOORS = [
     {"guidance", "objectives", "rewards", "prompts", "checkpoint", "tracking"},
     {"step", "pretrained", "evaluation"},
     {"roles", "export", "results"},
-    {"run", "check", "examination", "pocket_world"},
-    {"local", "cluster"},
+    {"run", "examination", "pocket_world"},
+    {"local", "cluster", "check"},
     {"cli"},
     {"__main__"},
 ]

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from diffinstruct.cli import main
-from diffinstruct.experiment import Experiment, load
+from diffinstruct.experiment import Experiment, UserError, load
+from diffinstruct.rewards import RewardError
 
 TINY = """\
 name: tiny
@@ -113,7 +114,7 @@ def test_run_folders_are_absolute(file, tmp_path, runners, monkeypatch):
 def test_resume_goes_on_in_the_folder_of_a_run_and_nowhere_else(file, tmp_path, runners, capsys, monkeypatch):
     run = tmp_path / "runs" / "tiny-1"
     run.mkdir(parents=True)
-    (run / "experiment.yaml").write_text(Experiment().to_yaml())
+    (run / "experiment.yaml").write_text(load(file).to_yaml())
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(file), "--resume", "runs/tiny-1"]) == 0
     assert runners["cluster"][0][1] == run
@@ -122,9 +123,63 @@ def test_resume_goes_on_in_the_folder_of_a_run_and_nowhere_else(file, tmp_path, 
     assert len(runners["cluster"]) == 1
 
 
+def test_resume_under_another_configuration_names_the_keys(file, tmp_path, runners, capsys):
+    run = tmp_path / "runs" / "tiny-1"
+    run.mkdir(parents=True)
+    (run / "experiment.yaml").write_text(load(file).to_yaml())
+    changed = ["-s", "steps=7", "-s", "objective.huber_c=0.2", "-s", "tracking.experiment=other", "-s", "runs=elsewhere"]
+    assert complaint(capsys, "train", file, "--resume", run, *changed).splitlines() == [
+        f"steps: 7, but the run in {run} has 100",
+        f"objective.huber_c: 0.2, but the run in {run} has 0.1",
+        f"--resume: goes on with {run}/experiment.yaml, unchanged",
+    ]
+    assert runners["cluster"] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RewardError("reward x: 1 of 4 scores are not finite"), None, "reward x: 1 of 4 scores are not finite\nfrom its last "),
+        (KeyboardInterrupt(), 130, "interrupted; from its last checkpoint the run goes on with: diffinstruct train "),
+    ],
+)
+def test_a_run_that_stops_says_why_and_how_it_goes_on(file, tmp_path, runners, monkeypatch, capsys, error, code, said):
+    def run(*arguments):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "diffinstruct.local", SimpleNamespace(run=run))
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(file), "--local"])
+    words = capsys.readouterr().err if code else str(stopped.value)  # a text as code: Python prints it and exits 1
+    assert said in words
+    if code:
+        assert stopped.value.code == code
+    folder = next((tmp_path / "runs").iterdir())
+    assert words.rstrip().endswith(f"diffinstruct train {folder}/experiment.yaml --resume {folder} --local")
+
+
+def test_a_folder_that_cannot_be_made_is_said(file, tmp_path, runners, capsys):
+    (tmp_path / "taken").write_text("a file")
+    said = complaint(capsys, "train", file, "-s", f"runs={tmp_path}/taken")
+    assert re.fullmatch(rf"runs: cannot make {tmp_path}/taken/tiny-\S+: Not a directory", said)
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(file, tmp_path):
+    from diffinstruct import local
+
+    experiment = load(file, ["steps=1", "rewards.trained=[{name: 'tiny_rewards:Red'}]", "rewards.held_out=[]"])
+    folder = tmp_path / "runs" / "one"
+    local.run(experiment, folder)
+    before = (folder / "journal.jsonl").read_bytes()
+    with pytest.raises(UserError, match="belongs to another configuration"):
+        local.run(experiment.model_copy(update={"steps": 2}), folder)
+    assert (folder / "journal.jsonl").read_bytes() == before
+    assert load(folder / "experiment.yaml") == experiment
+
+
 def test_prompts_are_read_before_a_runner_starts(file, tmp_path, runners, capsys):
     said = complaint(capsys, "train", file, "-s", f"prompts.grid={tmp_path}/promtps.txt")
-    assert said == f"{tmp_path}/promtps.txt: no such file, did you mean '{tmp_path}/prompts.txt'?"
+    assert said == f"prompts.grid: {tmp_path}/promtps.txt: no such file, did you mean '{tmp_path}/prompts.txt'?"
     assert runners == {"local": [], "cluster": []}
 
 
@@ -191,6 +246,8 @@ def test_check_says_in_one_line_what_does_not_fit(file, capsys, monkeypatch):
     assert said == "cluster: asks for 2 CPUs and 0.5 GPUs, this machine has 4 and 0"
     said = complaint(capsys, "check", file, "-s", "device=cuda")
     assert said == "device: 'cuda' asked for, but torch sees no GPU here"
+    said = complaint(capsys, "check", file, "-s", "objective.t_max=5000")
+    assert said == "objective.t_max: got 5000, the reference's schedule has 1000 steps"
     said = complaint(capsys, "check", file, "-s", "reference.model=/nowhere")
     assert "/nowhere" in said
     assert "\n" not in said

@@ -251,3 +251,40 @@ def test_prompts_that_cannot_be_read(tmp_path, source, message):
     with pytest.raises(UserError, match=f"^{message}$") as caught:
         read_prompts(source.format(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 3000, "run.yaml:1: nested too deeply, or into itself"),
+        ("a: &a [*a]", "run.yaml:1: nested too deeply, or into itself"),
+        ("? [1, 2]\n: 3", "run.yaml:1: not YAML: a key should be a word"),
+        ("generator: {betas: 3}", "run.yaml:1: generator.betas: should be a list, got 3"),
+        ("tracking: {uri: 'foo://bar'}", "run.yaml:1: tracking.uri: should begin with one of http://, https://, sqlite://, "
+         "postgresql://, mysql://, mssql://, databricks://, got 'foo://bar'"),
+    ],
+)  # fmt: skip
+def test_strange_files_are_one_line(tmp_path, text, said):
+    assert errors(tmp_path, text) == [said]
+
+
+def test_a_missing_file_is_taken_for_one_of_nearly_its_name_only(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("")
+    (tmp_path / "bin.yaml").write_bytes(b"\xff\xfe")
+    for name, said in {
+        "recipy.yaml": f"No such file or directory, did you mean '{tmp_path}/recipe.yaml'?",
+        "missing.yaml": "No such file or directory",
+        "bin.yaml": "not UTF-8 text",
+    }.items():
+        with pytest.raises(ConfigErrors) as caught:
+            load(tmp_path / name)
+        assert str(caught.value) == f"{tmp_path}/{name}: {said}"
+
+
+@pytest.mark.parametrize("text", ["prompt\na cat, oil\na dog, ink\n", "prompt,x\na cat, sitting, oil,1\n", "prompt\nred\na, b\n"])
+def test_a_comma_without_quotes_is_no_column(tmp_path, text):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(UserError, match=r"p\.csv: .*(a prompt with a comma wants quotes|Expected 1 fields in line 3, saw 2)"):
+        read_prompts(tmp_path / "p.csv")
+    (tmp_path / "p.csv").write_text('prompt\n"a cat, oil"\n')
+    assert read_prompts(tmp_path / "p.csv")["prompt"].tolist() == ["a cat, oil"]

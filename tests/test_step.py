@@ -14,7 +14,8 @@ from diffinstruct.distances import pseudo_huber
 from diffinstruct.experiment import Experiment, UserError
 from diffinstruct.guidance import guided
 from diffinstruct.objectives import objective
-from diffinstruct.rewards import LatentRewards, Scores
+from diffinstruct.rewards import LatentRewards, RewardError, Scores
+from diffinstruct.run import make_rewards
 from diffinstruct.run import make_settings as configured_settings
 from diffinstruct.step import Draws, NonFinite, Players, Settings, alternating_round
 
@@ -247,3 +248,47 @@ def test_settings_refuse_what_only_the_schedule_and_the_import_can_tell(objectiv
     content["objective"] |= objective
     with pytest.raises(UserError, match=f"^{said}$"):
         configured_settings(Experiment.model_validate(content), SCHEDULE)
+
+
+def test_what_a_reward_writes_into_its_images_no_other_sees():
+    def vandal(images, prompts):
+        images[0] = 0
+        return images.flatten(1).mean(1)
+
+    x0 = torch.randn(BATCH, *SHAPE, generator=torch.Generator().manual_seed(0))
+    alone = LatentRewards(decode, {"contrast": (contrast, 1.0)}, {"brightness": brightness})(x0, PROMPTS)
+    beside = LatentRewards(
+        decode, {"vandal": (vandal, 0.0), "contrast": (contrast, 1.0)}, {"late": vandal, "brightness": brightness}
+    )(x0, PROMPTS)
+    assert torch.equal(alone.gradient, beside.gradient)
+    assert all(torch.equal(alone.scores[name], beside.scores[name]) for name in alone.scores)
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        (lambda images, prompts: images.detach().flatten(1).mean(1), "its scores carry no gradient to the images, so"),
+        (lambda images, prompts: [0.0] * len(prompts), r"returned a list, expected a tensor \[8\]"),
+        (lambda images, prompts: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda images, prompts: images.mean(), r"8 images got scores of shape \[\], expected \[8\]"),
+    ],
+)
+def test_a_reward_that_errs_is_named(reward, said):
+    rewards = LatentRewards(decode, {"mine": (reward, 1.0)}, {})
+    with pytest.raises(RewardError, match=f"^reward mine: {said}"):
+        rewards(torch.zeros(BATCH, *SHAPE), PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tiny_rewards:steps_done", r"cannot load 'tiny_rewards:steps_done': TypeError: steps_done\(\) missing 2 required"),
+        ("nowhere:Reward", "cannot load 'nowhere:Reward': ModuleNotFoundError: No module named 'nowhere'"),
+        ("os:getcwd", "'os:getcwd' makes a str, which is not callable"),
+    ],
+)
+def test_a_reward_that_cannot_be_made_is_said_before_the_first_step(name, said):
+    content = Experiment().model_dump()
+    content["rewards"] |= {"trained": [{"name": name, "weight": 1.0}], "held_out": []}
+    with pytest.raises(UserError, match=f"^rewards: {said}"):
+        make_rewards(Experiment.model_validate(content), decode, torch.device("cpu"))

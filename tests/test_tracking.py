@@ -536,3 +536,24 @@ def test_files_are_published_in_a_run_of_their_own(tmp_path: Path, uri: str, cap
     assert "does not take the files of the answer" in caplog.text
     publish("http://127.0.0.1:9", "test", "the answer", tmp_path / "table.md")  # nobody there: said, and nothing raised
     assert "has no parent run the answer" in caplog.text
+
+
+def test_a_death_while_the_tables_are_made_spoils_nothing(tmp_path: Path) -> None:
+    """MLflow's migration takes seconds and cannot be mended: a killed first run must not keep the next from its database."""
+    uri = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
+    code = """
+import os, signal, sys, threading, time
+from diffinstruct.tracking import start_parent
+def kill():
+    folder = os.path.dirname(sys.argv[1].removeprefix("sqlite:///"))
+    while not any(os.path.getsize(os.path.join(folder, f)) > 40_000 for f in os.listdir(folder) if ".db." in f):
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.makedirs(os.path.dirname(sys.argv[1].removeprefix("sqlite:///")))
+threading.Thread(target=kill).start()
+start_parent(sys.argv[1], "test", "first", {}, {})
+"""
+    assert python(code, uri).wait(240) == -signal.SIGKILL
+    assert not (tmp_path / "runs" / "mlflow.db").exists()
+    run_id = start_parent(uri, "test", "second", {}, {})
+    assert run_id and client_of(uri).get_run(run_id).info.run_name == "second"

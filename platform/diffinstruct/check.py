@@ -16,6 +16,7 @@ from torch import nn
 import reward_models
 from diffinstruct.experiment import Experiment, UserError
 from diffinstruct.pretrained import load_reference
+from diffinstruct.run import make_settings
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     Raises UserError where a model cannot be read.
     """
     reference = load_reference(experiment.reference.model)
+    make_settings(experiment, reference.schedule)
     generator, score = experiment.generator, experiment.score_network
     k = score.updates_per_step if experiment.objective.name != "reward_only" else 0
     guided = (k > 0) * (1 + (experiment.reference.cfg_scale != 0))  # conditional and null

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import secrets
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -79,16 +80,33 @@ def parser() -> argparse.ArgumentParser:
 
 
 def train(arguments: argparse.Namespace) -> None:
+    from diffinstruct.experiment import UserError
+
     experiment = _experiment(arguments)
     folder = new_run_folder(experiment) if arguments.resume is None else _existing_run(arguments.resume)
+    if arguments.resume:
+        _same_as_before(experiment, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"runs: cannot make {folder}: {error.strerror}") from None
     if arguments.local:
-        from diffinstruct.local import run as run_here
-
-        run_here(experiment, folder)
+        from diffinstruct.local import run
     else:
-        from diffinstruct.cluster.train import run as run_on_ray
+        from diffinstruct.cluster.train import run
+    from diffinstruct.checkpoint import CheckpointError
+    from diffinstruct.rewards import RewardError
+    from diffinstruct.step import NonFinite
 
-        run_on_ray(experiment, folder)
+    goes_on = f"diffinstruct train {shlex.quote(str(folder / 'experiment.yaml'))} --resume {shlex.quote(str(folder))}"
+    goes_on += " --local" * arguments.local
+    try:
+        run(experiment, folder)
+    except (RewardError, NonFinite, CheckpointError) as error:
+        raise SystemExit(f"{error}\nfrom its last checkpoint the run goes on with: {goes_on}") from None
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; from its last checkpoint the run goes on with: {goes_on}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -157,13 +175,30 @@ def new_run_folder(experiment: Experiment) -> Path:
 
 def _experiment(arguments: argparse.Namespace) -> Experiment:
     """The configuration, checked as far as can be without torch, so that mistakes show before anything starts."""
-    from diffinstruct.experiment import load
+    from diffinstruct.experiment import UserError, load
     from diffinstruct.prompts import read_prompts
 
     experiment = load(arguments.file, arguments.overrides)
-    for source in {experiment.prompts.train, experiment.prompts.grid}:
-        read_prompts(source)
+    for key in ("train", "grid"):
+        try:
+            read_prompts(getattr(experiment.prompts, key))
+        except UserError as error:
+            raise UserError(f"prompts.{key}: {error}") from None
     return experiment
+
+
+def _same_as_before(experiment: Experiment, folder: Path) -> None:
+    """Refuse to go on with a run under another configuration, and name the keys."""
+    from diffinstruct.experiment import UserError, load
+
+    before, now = load(folder / "experiment.yaml").to_params(), experiment.to_params()
+    lines = [
+        f"{key}: {now[key]!r}, but the run in {folder} has {before[key]!r}"
+        for key in now
+        if now[key] != before[key] and key != "runs" and not key.startswith("tracking.")
+    ]
+    if lines:
+        raise UserError("\n".join([*lines, f"--resume: goes on with {folder / 'experiment.yaml'}, unchanged"]))
 
 
 def _existing_run(folder: Path) -> Path:
@@ -172,5 +207,7 @@ def _existing_run(folder: Path) -> Path:
 
     if not (folder / "experiment.yaml").is_file():
         siblings = [str(path.parent) for path in folder.parent.glob("*/experiment.yaml")]
+        if inside := sorted(str(path.parent) for path in folder.glob("*/experiment.yaml")):
+            raise UserError(f"{folder}: is no run, but holds {', '.join(inside)}")
         raise UserError(f"{folder}: no run there (it has no experiment.yaml){did_you_mean(folder, siblings)}")
     return folder.absolute()

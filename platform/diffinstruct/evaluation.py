@@ -143,6 +143,8 @@ def bootstrap_mean(values: ArrayLike, seed: int) -> Figure:
     values = np.asarray(values, np.float64)
     if not np.isfinite(values).all():
         raise ValueError(f"{np.count_nonzero(~np.isfinite(values))} of {len(values)} values are not finite")
+    if len(values) == 1:
+        return Figure(float(values[0]), -math.inf, math.inf, 1, seed)
     return _figure(values.mean(), resamples(len(values), seed) @ values / len(values), len(values), seed)
 
 

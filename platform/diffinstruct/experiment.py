@@ -25,6 +25,7 @@ POCKET_SPLITS = ("train", "eval", "open", "grid")
 """Of the built-in prompts: for training, held-out combinations, face-free ones, and those of the picture grid."""
 
 
+TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 DISTANCES = ("pseudo_huber", "squared")
 
 
@@ -47,6 +48,13 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Ends a message: `, did you mean 'x'?` where a known name is near to `word`, else nothing."""
     near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.7)
     return f", did you mean {near[0]!r}?" if near else ""
+
+
+def nearest_file(path: Path, pattern: str) -> str:
+    """Ends a message on a file that is not there: the one beside it with the nearest name, if there is one."""
+    names = {sibling.stem: str(sibling) for sibling in path.parent.glob(pattern)}
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    return f", did you mean {names[near[0]]!r}?" if near else ""
 
 
 def _wrong(what: str, hint: str = "") -> PydanticCustomError:
@@ -275,6 +283,13 @@ class Tracking(Section):
         None,
         description="of the tracking server; none is MLFLOW_TRACKING_URI, else sqlite in the folder of runs (ours)",
     )
+    @field_validator("uri")
+    @classmethod
+    def _known_scheme(cls, value: str | None) -> str | None:
+        if value is not None and value.partition("://")[0] not in TRACKING_SCHEMES:
+            raise _wrong(f"should begin with one of {', '.join(f'{scheme}://' for scheme in TRACKING_SCHEMES)}")
+        return value
+
     experiment: Text = Field("diffinstruct", description="MLflow's name for the group of runs (ours)")
 
 
@@ -399,8 +414,8 @@ class _Source:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             what = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            siblings = [str(p) for p in path.parent.glob("*.y*ml")]
-            raise ConfigErrors([f"{path}: {what}{did_you_mean(path, siblings)}"]) from None
+            near = nearest_file(path, "*.y*ml") if isinstance(error, FileNotFoundError) else ""
+            raise ConfigErrors([f"{path}: {what}{near}"]) from None
         values = self._parse(text, (), lambda line: (line, f"{path}:{line}"))
         if isinstance(values, dict):
             self.values = values
@@ -441,6 +456,8 @@ class _Source:
             loader = _Loader(text)
             node = loader.get_single_node()
             return None if node is None else self._construct(loader, node, loc, place)
+        except RecursionError:
+            raise ConfigErrors([f"{place(1)[1]}: nested too deeply, or into itself"]) from None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = place(mark.line + 1 if mark else 1)[1]
@@ -460,6 +477,8 @@ class _Source:
                 raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
         values = {}
         for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key should be a word", problem_mark=key_node.start_mark)
             key = str(key_node.value)
             line, where = place(key_node.start_mark.line + 1)
             if key in values:
@@ -518,4 +537,4 @@ def _describe(kind: str, mistake: Any) -> str:
         case "rule":
             return f"{context['what']}{got}{context['hint']}"
     what = mistake["msg"][mistake["msg"].find("should") :]  # "Input should be greater than 0"
-    return what.replace("valid integer", "whole number").replace("valid ", "") + got
+    return what.replace("valid integer", "whole number").replace("valid ", "").replace("tuple", "list") + got

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffinstruct.experiment import POCKET_SPLITS, UserError, did_you_mean
+from diffinstruct.experiment import POCKET_SPLITS, UserError, did_you_mean, nearest_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,9 +32,14 @@ def read_prompts(source: str | Path) -> pd.DataFrame:
         if path.suffix == ".txt":
             table = pd.DataFrame({"prompt": path.read_text(encoding="utf-8").splitlines()}, dtype=str)
         else:
-            table = pd.read_csv(path, dtype=str, keep_default_na=False)  # "" and "None" are what they look like
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the header would lose its end
+                # "" and "None" are what they look like
+                table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file{did_you_mean(path, map(str, path.parent.glob('*')))}") from None
+        raise UserError(f"{path}: no such file{nearest_file(path, '*')}") from None
+    except pd.errors.ParserWarning:
+        raise UserError(f"{path}: a row has more fields than the header; a prompt with a comma wants quotes") from None
     except (OSError, ValueError) as error:  # pandas' parser and decoding errors are ValueErrors
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     if "prompt" not in table:

@@ -77,7 +77,9 @@ class LatentRewards:
         with torch.enable_grad():
             images = self.decode(leaf)
             for name, (reward, weight) in self.trained.items():
-                score = checked(name, reward(images, prompts), len(prompts))
+                score = scored(name, reward, images, prompts)
+                if not score.requires_grad:
+                    raise RewardError(f"reward {name}: its scores carry no gradient to the images, so it can only be held out")
                 total = total + weight * score.float().sum()
                 scores[name] = score.detach()
             gradient = torch.autograd.grad(total, leaf)[0] if self.trained else torch.zeros_like(leaf)
@@ -85,12 +87,20 @@ class LatentRewards:
             raise RewardError(f"the gradient of {' + '.join(self.trained)} at the latents is not finite")
         with torch.no_grad():
             for name, judge in self.held_out.items():
-                scores[name] = checked(name, judge(images.detach(), prompts), len(prompts))
+                scores[name] = scored(name, judge, images.detach(), prompts)
         return scores, gradient
 
 
-def checked(name: str, score: Tensor, batch: int) -> Tensor:
-    """`score` if it is [batch] and finite; a reward that errs is refused by name and never becomes a 0."""
+def scored(name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The reward's scores [B], finite. It gets images of its own: what it writes into them no other reward sees. One that errs
+    is refused by name and never becomes a 0."""
+    batch = len(prompts)
+    try:
+        score = reward(images.clone(), prompts)
+    except Exception as error:
+        raise RewardError(f"reward {name}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not isinstance(score, Tensor):
+        raise RewardError(f"reward {name}: returned a {type(score).__name__}, expected a tensor [{batch}]")
     if score.shape != (batch,):
         raise RewardError(f"reward {name}: {batch} images got scores of shape {list(score.shape)}, expected [{batch}]")
     if not torch.isfinite(score).all():

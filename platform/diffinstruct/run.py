@@ -26,7 +26,7 @@ from diffinstruct.guidance import guided
 from diffinstruct.objectives import objective
 from diffinstruct.pretrained import OneStepGenerator, Reference, load_reference, quiet
 from diffinstruct.prompts import read_prompts
-from diffinstruct.rewards import LatentRewards, Send
+from diffinstruct.rewards import LatentRewards, RewardModel, Send
 from diffinstruct.step import Draws, Metrics, Players, Settings, alternating_round
 from diffinstruct.tracking import Tracker
 
@@ -70,8 +70,11 @@ def train(
     settings = make_settings(experiment, reference.schedule)
     prompts = read_prompts(experiment.prompts.train)["prompt"].tolist()
     store = CheckpointStore(folder / "checkpoints")
+    found = newest(store, experiment)  # before anything is written: a run of another configuration stays as it is
     output = Output(experiment, folder, reference, players, parent_run_id, worker.where) if worker.rank == 0 else None
-    done = restore(store, players, experiment)
+    done, state = found
+    if state:
+        players.load_state_dict(state)
     per_worker = experiment.global_batch_size // worker.world
     rows = slice(worker.rank * per_worker, (worker.rank + 1) * per_worker)
     window = Window(experiment)
@@ -167,25 +170,34 @@ def make_rewards(experiment: Experiment, decode: Callable[[Tensor], Tensor], dev
     """The in-process scorer of the configured rewards, frozen, on one device."""
     from reward_models import load
 
-    with quiet():
-        trained = {r.name: (load(r.name).to(device), r.weight) for r in experiment.rewards.trained}
-        held_out = {name: load(name).to(device) for name in experiment.rewards.held_out}
-    return LatentRewards(decode, trained, held_out)
+    def loaded(name: str) -> RewardModel:
+        try:
+            with quiet():
+                reward = load(name)
+        except Exception as error:  # it may be anybody's code
+            raise UserError(f"rewards: cannot load {name!r}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        if not callable(reward):
+            raise UserError(f"rewards: {name!r} makes a {type(reward).__name__}, which is not callable")
+        return reward.to(device) if isinstance(reward, nn.Module) else reward
+
+    trained = {r.name: (loaded(r.name), r.weight) for r in experiment.rewards.trained}
+    return LatentRewards(decode, trained, {name: loaded(name) for name in experiment.rewards.held_out})
 
 
-def restore(store: CheckpointStore, players: Players, experiment: Experiment) -> int:
-    """Load the newest good checkpoint into `players`; the number of rounds already done."""
+def newest(store: CheckpointStore, experiment: Experiment) -> tuple[int, dict[str, Any] | None]:
+    """The rounds already done and the players' state, of the newest good checkpoint; (0, None) where there is none."""
     found = store.latest()
     if found is None:
-        return 0
+        if any(store.folder.glob("step-*")):
+            print(f"no checkpoint in {store.folder} can be used: starting over", flush=True)
+        return 0, None
     step, state = found
     if state["experiment"] != experiment.derived_id:
         raise UserError(
             f"{store.folder}: belongs to another configuration ({state['experiment']}, this one is {experiment.derived_id}); "
             "resume with the run's own experiment.yaml"
         )
-    players.load_state_dict(state["players"])
-    return step
+    return step, state["players"]
 
 
 # ----------------------------------------------------------------------------------------------------- output

@@ -408,6 +408,11 @@ def _open(uri: str, experiment_name: str | None = None) -> tuple[Any, str | None
     from mlflow.exceptions import MlflowException
 
     with _alone(uri) as artifacts:
+        if (database := uri.removeprefix("sqlite:///")) != uri and not os.path.exists(database):
+            # MLflow takes seconds to make its tables and never mends a file that it was killed over: make it aside.
+            aside = f"{database}.{os.getpid()}.tmp"
+            MlflowClient(f"sqlite:///{aside}").search_experiments(max_results=1)
+            os.replace(aside, database)
         client = MlflowClient(uri)
         if experiment_name is None:
             return client, None
