@@ -281,7 +281,7 @@ def test_a_missing_file_is_taken_for_one_of_nearly_its_name_only(tmp_path):
         assert str(caught.value) == f"{tmp_path}/{name}: {said}"
 
 
-@pytest.mark.parametrize("text", ["prompt\na cat, oil\na dog, ink\n", "prompt,x\na cat, sitting, oil,1\n", "prompt\nred\na, b\n"])
+@pytest.mark.parametrize("text", ["prompt\na cat, oil\na dog, ink\n", "prompt,x\na cat, sitting, oil,1\n", "prompt\nx\na, b\n"])
 def test_a_comma_without_quotes_is_no_column(tmp_path, text):
     (tmp_path / "p.csv").write_text(text)
     with pytest.raises(UserError, match=r"p\.csv: .*(a prompt with a comma wants quotes|Expected 1 fields in line 3, saw 2)"):
