@@ -17,7 +17,7 @@ from diffinstruct.results import paired_by_seed
 
 HERE = Path(__file__).parent
 # One reward scale is not one distance: those of a column lead about equally far from the reference (score_against_kl.py).
-SCALES = {"score": ("di_star", {"little": 1.0, "much": 4.0}), "KL": ("diff_instruct_pp", {"little": 4.0, "much": 16.0})}
+SCALES = {"score": ("di_star", {"little": 0.5, "much": 2.0}), "KL": ("diff_instruct_pp", {"little": 4.0, "much": 16.0})}
 
 
 def arms() -> dict[str, Point]:

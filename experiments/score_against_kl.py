@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 PATHS = {  # KL pulls about ten times as strongly at the sample, so its scales are other ones
-    "DI*": ("di_star", (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)),
-    "Diff-Instruct++": ("diff_instruct_pp", (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)),
+    "DI*": ("di_star", (0.125, 0.25, 0.5, 1.0, 2.0, 8.0)),
+    "Diff-Instruct++": ("diff_instruct_pp", (1.0, 2.0, 4.0, 8.0, 16.0, 64.0)),
 }
 MEASURES = {
     "reward/pocket_judge": "held-out preference",
