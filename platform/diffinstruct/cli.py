@@ -10,6 +10,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,15 +99,18 @@ def train(arguments: argparse.Namespace) -> None:
     from diffinstruct.rewards import RewardError
     from diffinstruct.step import NonFinite
 
-    goes_on = f"diffinstruct train {shlex.quote(str(folder / 'experiment.yaml'))} --resume {shlex.quote(str(folder))}"
-    goes_on += " --local" * arguments.local
+    file = folder / "experiment.yaml"
+    go_on = f"diffinstruct train {shlex.quote(str(file))} --resume {shlex.quote(str(folder))}{' --local' * arguments.local}"
     try:
         run(experiment, folder)
-    except (RewardError, NonFinite, CheckpointError) as error:
-        raise SystemExit(f"{error}\nfrom its last checkpoint the run goes on with: {goes_on}") from None
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; from its last checkpoint the run goes on with: {goes_on}", file=sys.stderr)
-        raise SystemExit(130) from None
+    except (RewardError, NonFinite, CheckpointError, KeyboardInterrupt) as error:
+        print(error if str(error) else "\ninterrupted", file=sys.stderr)
+        if file.exists():
+            print(f"from its last checkpoint the run goes on with: {go_on}", file=sys.stderr)
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # if nothing has begun in it
 
 
 def check(arguments: argparse.Namespace) -> None:
