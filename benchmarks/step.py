@@ -137,9 +137,7 @@ def local(experiment: Experiment, folder: Path) -> None:
     reference, of = load_reference(experiment.reference.model), experiment.generator
 
     def examined(start: Path) -> Evaluation:
-        generator = reference.generator(of.timestep, str(start), of.input_scale)
-        with torch.no_grad():
-            return examine(lambda prompts, z: reference.decode(generator(z, reference.encode_prompts(prompts))))
+        return examine(reference.sampler(reference.generator(of.timestep, str(start), of.input_scale)))
 
     ours, theirs = examined(result.export), examined(folder / "textbook")
     differences = compare(ours, theirs)

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from diffinstruct.cluster.study import Study
 from diffinstruct.cluster.sweep import Point
-from diffinstruct.pocket_world import examine_run
+from diffinstruct.pocket_world import MEASURES, examine_run
 from diffinstruct.results import paired_by_seed
 
 HERE = Path(__file__).parent
-OBJECTIVES: dict[str, Point] = {  # at the scales of about equal distance
+OBJECTIVES: dict[str, Point] = {  # scales at which reward and regulariser have about the same ratio of norms at the start
     "DI*": {"objective.name": "di_star", "objective.reward_scale": 2.0},
-    "Diff-Instruct++": {"objective.name": "diff_instruct_pp", "objective.reward_scale": 16.0},
+    "Diff-Instruct++": {"objective.name": "diff_instruct_pp", "objective.reward_scale": 8.0},
 }
 CHOICES: dict[str, Point] = {
     "the recipe": {},
@@ -39,9 +39,7 @@ CHOICES: dict[str, Point] = {
 }
 STUDY = Study(
     question=__doc__,
-    recipe=HERE / "recipes" / "pocket.yaml",
-    # Reward actors mostly wait: uncounted, they leave the CPUs to the trials.
-    base={"steps": 60, "cluster.reward_cpus": 0.0, "logging.every": 10, "logging.grid_every": 60},
+    recipe=HERE / "recipes" / "pocket_study.yaml",
     arms={
         f"{objective}, {choice}": {**of, **what}
         for objective, of in OBJECTIVES.items()
@@ -50,11 +48,8 @@ STUDY = Study(
     },
     seeds=(0, 1),
     measures={
-        "reward/pocket_judge": "held-out preference",
-        "kid": "KID to the reference",
-        "reward/pocket_preference": "trained preference",
-        "accuracy": "attributes right",
-        "diversity": "diversity",
+        key: MEASURES[key]
+        for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
     },
     examine=examine_run,
     rows=HERE.parent / "docs" / "results" / "open_choices.csv",

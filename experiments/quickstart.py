@@ -13,24 +13,13 @@ from textwrap import wrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from diffinstruct.evaluation import Evaluation
     from diffinstruct.experiment import Experiment
 
 RECIPE = Path(__file__).parent / "recipes" / "pocket.yaml"
 REFERENCE = "reference, 50 steps"
-SHOWN = {  # measure -> what the table calls it
-    "reward/pocket_preference": "trained preference",
-    "reward/pocket_judge": "held-out preference",
-    "accuracy/subject": "subject right",
-    "accuracy/colour": "colour right",
-    "accuracy/background": "background right",
-    "accuracy/mouth": "mouth right, where named",
-    "smiling": "smiling, where open",
-    "kid": "KID to the reference",
-    "diversity": "diversity",
-}
 
 
 def main() -> None:
@@ -59,7 +48,7 @@ def report(recipe: Experiment, trained: dict[str, Path], folder: Path) -> None:
     import torch
 
     from diffinstruct.evaluation import compare, markdown, table
-    from diffinstruct.pocket_world import examine, reference_examination
+    from diffinstruct.pocket_world import MEASURES, examine, reference_examination
     from diffinstruct.pretrained import load_reference
     from diffinstruct.prompts import read_prompts
     from diffinstruct.tracking import attach
@@ -73,18 +62,15 @@ def report(recipe: Experiment, trained: dict[str, Path], folder: Path) -> None:
     pictures: dict[str, Tensor] = {}
     for name, start in one_step.items():
         generator = reference.generator(recipe.generator.timestep, start, recipe.generator.input_scale)
-
-        @torch.no_grad()
-        def sample(prompts: list[str], z: Tensor, generator: nn.Module = generator) -> Tensor:
-            return reference.decode(generator(z, reference.encode_prompts(prompts)))
-
+        sample = reference.sampler(generator)
         print(f"measuring {name}", flush=True)
         examinations[name], pictures[name] = examine(sample), sample(prompts, noise)
         if name == "distilled start":  # the reference's figures are stored, its pictures are drawn
             examinations[REFERENCE] = reference_examination()
             pictures[REFERENCE] = reference.decode(reference.sample(prompts, noise, 50, 1 + recipe.reference.cfg_scale))
 
-    summaries = {n: {SHOWN[k]: v for k, v in e.summary().items() if k in SHOWN} for n, e in examinations.items()}
+    shown = {key: name for key, name in MEASURES.items() if key != "accuracy"}  # its parts say more
+    summaries = {n: {shown[k]: v for k, v in e.summary().items() if k in shown} for n, e in examinations.items()}
     print(table(summaries).T.to_string())
     lines = [markdown(summaries)]
     for other in ("distilled start", REFERENCE):

@@ -352,7 +352,7 @@ def test_evaluate_measures_runs_and_exports_side_by_side(judged, tmp_path, capsy
         (["{model}"], r"\S*: is no run that names rewards; name some with --reward"),
         (["{run}", "{run}-x"], r"\S*tiny-1-x: is neither a run nor an exported pipeline"),
         (["{run}", "{run}"], r"evaluate: the same folder is named twice"),
-        (["{run}", "--reward", "pikscore"], r"--reward: no reward is named 'pikscore', did you mean 'pickscore'\?.*"),
+        (["{run}", "--reward", "pikscore"], r"rewards: cannot load 'pikscore': ValueError: .*, did you mean 'pickscore'\?.*"),
         (["{run}", "--reward", "tiny_rewards:Calm"], r"--reward: none of tiny_rewards:Calm has image features .*"),
         (["{run}", "--reference-pictures", "1"], r"--reference-pictures: should be 0 or at least 2, got 1"),
         (["{model}", "--reward", "tiny_rewards:Seeing"], r"\S*: its scheduler \(DDIMScheduler\) holds no one-step .*"),

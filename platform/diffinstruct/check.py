@@ -13,9 +13,8 @@ from math import prod
 import torch
 from torch import nn
 
-import reward_models
-from diffinstruct.experiment import Experiment, UserError
-from diffinstruct.pretrained import load_reference
+from diffinstruct.experiment import Experiment
+from diffinstruct.pretrained import load_reference, load_reward
 from diffinstruct.run import make_settings
 
 
@@ -54,7 +53,7 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     Raises UserError where a model cannot be read.
     """
     reference = load_reference(experiment.reference.model)
-    make_settings(experiment, reference.schedule)
+    make_settings(experiment, reference.schedule)  # refuses what only the schedule can tell
     generator, score = experiment.generator, experiment.score_network
     k = score.updates_per_step if experiment.objective.name != "reward_only" else 0
     guided = (k > 0) * (1 + (experiment.reference.cfg_scale != 0))  # conditional and null
@@ -76,7 +75,7 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     trained = [reward.name for reward in experiment.rewards.trained]
     actor = [Role("decoder", *_count(reference.vae), forwards=1, backwards=1)]
     for name in [*trained, *experiment.rewards.held_out]:
-        actor.append(Role(name, *_count(_reward(name)), forwards=1, backwards=int(name in trained)))
+        actor.append(Role(name, *_count(load_reward(name)), forwards=1, backwards=int(name in trained)))
 
     # In forward passes of one network: a backward that reaches the weights costs two, one to the input alone costs one.
     work = worker[0].forwards + 2 + 3 * k + (1 + through) * ((k > 0) + guided)
@@ -119,13 +118,6 @@ def _count(model: object) -> tuple[int, int]:
     """(parameters, bytes of weights); a reward may be a plain function that has none."""
     tensors = list(model.parameters()) if isinstance(model, nn.Module) else []
     return sum(p.numel() for p in tensors), sum(p.numel() * p.element_size() for p in tensors)
-
-
-def _reward(name: str) -> object:
-    try:
-        return reward_models.load(name)
-    except (ValueError, ImportError, OSError) as error:
-        raise UserError(f"rewards: cannot load {name!r}: {' '.join(str(error).split())}") from None
 
 
 def _mib(size: float) -> str:

@@ -195,12 +195,8 @@ def _same_as_before(experiment: Experiment, folder: Path) -> None:
     """Refuse to go on with a run under another configuration, and name the keys."""
     from diffinstruct.experiment import UserError, load
 
-    before, now = load(folder / "experiment.yaml").to_params(), experiment.to_params()
-    lines = [
-        f"{key}: {now[key]!r}, but the run in {folder} has {before[key]!r}"
-        for key in now
-        if now[key] != before[key] and key != "runs" and not key.startswith("tracking.")
-    ]
+    changes = experiment.changes(load(folder / "experiment.yaml"))
+    lines = [f"{key}: {now!r}, but the run in {folder} has {before!r}" for key, (before, now) in changes.items()]
     if lines:
         raise UserError("\n".join([*lines, f"--resume: goes on with {folder / 'experiment.yaml'}, unchanged"]))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -268,7 +268,7 @@ def compare(a: Evaluation, b: Evaluation) -> Summary:
 def evaluate(
     sample: Sampler,
     prompts: pd.DataFrame,
-    rewards: dict[str, nn.Module],
+    rewards: Mapping[str, Callable[[Tensor, list[str]], Tensor]],
     examiner: Examiner,
     reference: Array | None,
     *,

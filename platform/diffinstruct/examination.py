@@ -26,12 +26,12 @@ from diffinstruct.evaluation import (
 )
 from diffinstruct.experiment import Experiment, UserError, load
 from diffinstruct.export import load_export
-from diffinstruct.pretrained import POCKET, load_reference, quiet
+from diffinstruct.pretrained import POCKET, load_reference, load_reward
 from diffinstruct.prompts import read_prompts
+from diffinstruct.rewards import RewardModel
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import nn
 
 STEPS = 50
 """Of the reference's own pictures, which distances are measured to."""
@@ -57,7 +57,7 @@ def examine(
     if not names:
         raise UserError(f"{folders[0]}: is no run that names rewards; name some with --reward")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    judges = _loaded(names, device)
+    judges = {name: load_reward(name, device) for name in names}
     examiner = _examiner(first, judges, device)
     own = _reference_features(first, examiner, table, reference_pictures, seed, device)
     found = {}
@@ -97,17 +97,7 @@ def _export_of(folder: Path, run: Experiment | None) -> Path:
     return export
 
 
-def _loaded(names: Sequence[str], device: torch.device) -> dict[str, nn.Module]:
-    import reward_models
-
-    try:
-        with quiet():
-            return {name: reward_models.load(name).to(device) for name in names}
-    except (ValueError, ImportError, OSError) as error:
-        raise UserError(f"--reward: {' '.join(str(error).split())}") from None
-
-
-def _examiner(run: Experiment | None, judges: Mapping[str, nn.Module], device: torch.device) -> Examiner:
+def _examiner(run: Experiment | None, judges: Mapping[str, RewardModel], device: torch.device) -> Examiner:
     if run and run.reference.model == "pocket":
         return AttributeClassifier.load(POCKET / "classifier").to(device)
     for reward in reversed(list(judges.values())):  # held-out ones come last: better than what was trained on

@@ -26,6 +26,8 @@ POCKET_SPLITS = ("train", "eval", "open", "grid")
 
 
 TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+WHEREABOUTS = {"runs", "tracking"}
+"""Sections that say where a run is kept: no part of what it computes."""
 DISTANCES = ("pseudo_huber", "squared")
 
 
@@ -283,14 +285,14 @@ class Tracking(Section):
         None,
         description="of the tracking server; none is MLFLOW_TRACKING_URI, else sqlite in the folder of runs (ours)",
     )
+    experiment: Text = Field("diffinstruct", description="MLflow's name for the group of runs (ours)")
+
     @field_validator("uri")
     @classmethod
     def _known_scheme(cls, value: str | None) -> str | None:
         if value is not None and value.partition("://")[0] not in TRACKING_SCHEMES:
             raise _wrong(f"should begin with one of {', '.join(f'{scheme}://' for scheme in TRACKING_SCHEMES)}")
         return value
-
-    experiment: Text = Field("diffinstruct", description="MLflow's name for the group of runs (ours)")
 
 
 class Experiment(Section):
@@ -344,8 +346,13 @@ class Experiment(Section):
     @property
     def derived_id(self) -> str:
         """12 hex digits that name the configuration; where runs are kept and tracked is no part of it."""
-        content = self.model_dump(mode="json", exclude={"runs", "tracking"})
+        content = self.model_dump(mode="json", exclude=WHEREABOUTS)
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+
+    def changes(self, before: Experiment) -> dict[str, tuple[Any, Any]]:
+        """Keys that differ from `before`, with (before, now); what `derived_id` passes over is passed over here."""
+        then, now = before.to_params(), self.to_params()
+        return {k: (then[k], now[k]) for k in now if then[k] != now[k] and k.partition(".")[0] not in WHEREABOUTS}
 
     def to_params(self) -> dict[str, str | int | float | bool | None]:
         """The whole configuration as one flat dictionary, "objective.t_min" -> 20; lists as JSON text."""

@@ -91,7 +91,7 @@ def diff_instruct(
 
 
 def dmd(x0: Tensor, t: Tensor, eps: Tensor, c: Conditions, **given: Any) -> Loss:
-    """DMD without its GAN and regression losses (arXiv 2311.18828, equations 7 and 8): Diff-Instruct, divided for each sample
+    """DMD without its GAN and regression losses (arXiv 2311.18828): Diff-Instruct, divided for each sample
     by mean|x0 - r|. Takes what `diff_instruct` takes."""
     loss, record = diff_instruct(x0, t, eps, c, **given)
     return loss / record["reference_error"], record

@@ -20,6 +20,18 @@ if TYPE_CHECKING:
 POCKET = Path(__file__).parent / "pocket"
 REWARDS = ("pocket_preference", "pocket_judge")
 SEED = 2_000_000
+MEASURES = {  # a figure of `examine` -> what tables call it
+    "reward/pocket_preference": "trained preference",
+    "reward/pocket_judge": "held-out preference",
+    "accuracy": "attributes right",
+    "accuracy/subject": "subject right",
+    "accuracy/colour": "colour right",
+    "accuracy/background": "background right",
+    "accuracy/mouth": "mouth right, where named",
+    "smiling": "smiling, where open",
+    "kid": "KID to the reference",
+    "diversity": "diversity",
+}
 
 
 def examination_prompts() -> pd.DataFrame:

@@ -23,6 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from diffinstruct.diffusion import Conditions, Schedule
+from diffinstruct.rewards import RewardModel
 
 POCKET = Path(__file__).parent / "pocket"
 SUPPORTED = "supported are pipelines of class StableDiffusionPipeline (one U-Net, one CLIP text encoder, beta schedule)"
@@ -212,6 +213,20 @@ def load_reference(model: str, dtype: torch.dtype = torch.float32, device: torch
             wanted = " or ".join(classes)
             raise _refusal(f"reference.model: the {part} of {model} is a {name}, not a {wanted}; {SUPPORTED}")
     return Reference(source, index, dtype, device)
+
+
+def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:
+    """A reward by its short name or import path, on `device`. Raises UserError: it may be anybody's code that fails to load."""
+    import reward_models
+
+    try:
+        with quiet():
+            reward = reward_models.load(name)
+    except Exception as error:
+        raise _refusal(f"rewards: cannot load {name!r}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not callable(reward):
+        raise _refusal(f"rewards: {name!r} makes a {type(reward).__name__}, which is not callable")
+    return reward.to(device) if isinstance(reward, nn.Module) else reward
 
 
 def _unet_subfolder(source: str) -> str | None:

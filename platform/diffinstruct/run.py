@@ -24,9 +24,9 @@ from diffinstruct.distances import distance
 from diffinstruct.experiment import Experiment, UserError
 from diffinstruct.guidance import guided
 from diffinstruct.objectives import objective
-from diffinstruct.pretrained import OneStepGenerator, Reference, load_reference, quiet
+from diffinstruct.pretrained import OneStepGenerator, Reference, load_reference, load_reward
 from diffinstruct.prompts import read_prompts
-from diffinstruct.rewards import LatentRewards, RewardModel, Send
+from diffinstruct.rewards import LatentRewards, Send
 from diffinstruct.step import Draws, Metrics, Players, Settings, alternating_round
 from diffinstruct.tracking import Tracker
 
@@ -70,9 +70,8 @@ def train(
     settings = make_settings(experiment, reference.schedule)
     prompts = read_prompts(experiment.prompts.train)["prompt"].tolist()
     store = CheckpointStore(folder / "checkpoints")
-    found = newest(store, experiment)  # before anything is written: a run of another configuration stays as it is
+    done, state = newest(store, experiment)  # before anything is written: a run of another configuration stays as it is
     output = Output(experiment, folder, reference, players, parent_run_id, worker.where) if worker.rank == 0 else None
-    done, state = found
     if state:
         players.load_state_dict(state)
     per_worker = experiment.global_batch_size // worker.world
@@ -168,20 +167,8 @@ def make_settings(experiment: Experiment, schedule: Schedule) -> Settings:
 
 def make_rewards(experiment: Experiment, decode: Callable[[Tensor], Tensor], device: torch.device) -> LatentRewards:
     """The in-process scorer of the configured rewards, frozen, on one device."""
-    from reward_models import load
-
-    def loaded(name: str) -> RewardModel:
-        try:
-            with quiet():
-                reward = load(name)
-        except Exception as error:  # it may be anybody's code
-            raise UserError(f"rewards: cannot load {name!r}: {type(error).__name__}: {' '.join(str(error).split())}") from error
-        if not callable(reward):
-            raise UserError(f"rewards: {name!r} makes a {type(reward).__name__}, which is not callable")
-        return reward.to(device) if isinstance(reward, nn.Module) else reward
-
-    trained = {r.name: (loaded(r.name), r.weight) for r in experiment.rewards.trained}
-    return LatentRewards(decode, trained, {name: loaded(name) for name in experiment.rewards.held_out})
+    trained = {r.name: (load_reward(r.name, device), r.weight) for r in experiment.rewards.trained}
+    return LatentRewards(decode, trained, {name: load_reward(name, device) for name in experiment.rewards.held_out})
 
 
 def newest(store: CheckpointStore, experiment: Experiment) -> tuple[int, dict[str, Any] | None]:

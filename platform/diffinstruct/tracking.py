@@ -204,9 +204,7 @@ def deliver(run_folder: Path | str, uri: str | None = None, status: str | None =
     """
     folder = Path(run_folder).absolute()
     if status:
-        with (folder / "journal.jsonl").open("ab") as file:
-            record = {"time": int(time.time() * 1000), "finish": status, "reason": reason}
-            file.write(b"\n" + json.dumps(record).encode() + b"\n")
+        _add(folder, {"finish": status, "reason": reason})
     delivery = _Delivery(folder, uri)
     delivery.connect()
     if not delivery.pump(everything=True):
@@ -216,21 +214,28 @@ def deliver(run_folder: Path | str, uri: str | None = None, status: str | None =
 def attach(run_folder: Path | str, *paths: Path) -> None:
     """Adds files to a run that has ended: journaled, then delivered; a warning where MLflow does not take them now."""
     folder = Path(run_folder).absolute()
-    records = [{"time": int(time.time() * 1000), "artifact": str(path.absolute())} for path in paths]
-    with (folder / "journal.jsonl").open("ab") as file:
-        file.write(b"".join(b"\n" + json.dumps(record).encode() + b"\n" for record in records))
+    for path in paths:
+        _add(folder, {"artifact": str(path.absolute())})
     try:
         deliver(folder)
     except Exception as error:
         logger.warning("%s: its files have not all reached MLflow: %s", folder, _in_one_line(error))
 
 
+def _add(folder: Path, record: dict[str, Any]) -> None:
+    """A line in the journal of a run whose own process is gone; the line before it may be torn."""
+    with (folder / "journal.jsonl").open("ab") as file:
+        file.write(b"\n" + json.dumps({"time": int(time.time() * 1000), **record}).encode() + b"\n")
+
+
 def publish(uri: str, experiment_name: str, name: str, *paths: Path) -> None:
     """Makes a finished run that holds files; a warning where MLflow does not answer."""
     run_id = start_parent(uri, experiment_name, name, {}, {})
     try:
-        for path in paths if run_id else ():
-            _open(uri)[0].log_artifact(run_id, str(path))
+        if run_id:
+            client, _ = _open(uri)
+            for path in paths:
+                client.log_artifact(run_id, str(path))
     except Exception as error:
         logger.warning("MLflow (%s) does not take the files of %s: %s", _public(uri), name, _in_one_line(error))
     finish_parent(uri, run_id)
@@ -408,11 +413,6 @@ def _open(uri: str, experiment_name: str | None = None) -> tuple[Any, str | None
     from mlflow.exceptions import MlflowException
 
     with _alone(uri) as artifacts:
-        if (database := uri.removeprefix("sqlite:///")) != uri and not os.path.exists(database):
-            # MLflow takes seconds to make its tables and never mends a file that it was killed over: make it aside.
-            aside = f"{database}.{os.getpid()}.tmp"
-            MlflowClient(f"sqlite:///{aside}").search_experiments(max_results=1)
-            os.replace(aside, database)
         client = MlflowClient(uri)
         if experiment_name is None:
             return client, None
@@ -435,6 +435,14 @@ def _alone(uri: str) -> Iterator[str | None]:
     Path(database).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{database}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if not Path(database).exists():
+            # MLflow takes seconds to make its tables and never mends a file that it was killed over: make it aside.
+            from mlflow import MlflowClient
+
+            for left_over in (f"{database}.tmp", f"{database}.tmp-journal"):
+                Path(left_over).unlink(missing_ok=True)
+            MlflowClient(f"sqlite:///{database}.tmp").search_experiments(max_results=1)
+            os.replace(f"{database}.tmp", database)
         yield (Path(database).absolute().parent / "mlartifacts").as_uri()
 
 

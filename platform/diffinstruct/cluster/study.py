@@ -7,15 +7,16 @@ kept with the code, and a trial whose row is there is not run again. The same co
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from diffinstruct import tracking
-from diffinstruct.cluster.sweep import Examine, Point, changed, sweep
+from diffinstruct.cluster.sweep import Examine, Point, SweepError, changed, sweep
 from diffinstruct.evaluation import Summary, markdown
 from diffinstruct.experiment import Experiment, UserError, load
 from diffinstruct.results import KEY, Rows, by_seed
@@ -29,13 +30,12 @@ class Answer:
     rows: pd.DataFrame
     table: dict[str, Summary]
     text: Path
-    said: list[str] = field(default_factory=list)
 
     def say(self, text: str) -> None:
         """Print, and write below what was said before."""
         print(text)
-        self.said.append(text)
-        self.text.write_text("\n".join(self.said) + "\n")
+        with self.text.open("a") as file:
+            file.write(f"{text}\n")
 
     def publish(self, *figures: Path) -> None:
         """Table, rows and figures into a run of MLflow's."""
@@ -48,12 +48,11 @@ SMOKE = {"steps": 2, "global_batch_size": 8, "logging.every": 1, "logging.grid_p
 
 @dataclass(frozen=True)
 class Study:
-    """arms: name -> what it changes of `recipe` with `base` on top. measures: column of a trial's row -> what the table calls
-    it. rows: the CSV file of finished trials; its name is the study's."""
+    """arms: name -> what it changes of `recipe`. measures: column of a trial's row -> what the table calls it. rows: the CSV
+    file of finished trials; its name is the study's."""
 
     question: str
     recipe: Path
-    base: Point
     arms: Mapping[str, Point]
     seeds: Sequence[int]
     measures: Mapping[str, str]
@@ -69,15 +68,18 @@ class Study:
         asked = parser.parse_args()
         try:
             return self.smoke() if asked.smoke else self.answer(asked.trials)
-        except UserError as error:
-            raise SystemExit(str(error)) from None
+        except (UserError, SweepError) as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None  # the sweep has said what is unfinished
 
     def answer(self, most: int | None = None) -> Answer | None:
-        base = changed(load(self.recipe), {"name": self.rows.stem, **self.base})
+        base = changed(load(self.recipe), {"name": self.rows.stem})
         return self._answer(base, Rows(self.rows), self.arms, self.seeds, most)
 
     def smoke(self) -> Answer | None:
-        base = changed(load(self.recipe), {"name": f"{self.rows.stem}-smoke", **self.base, **SMOKE})
+        base = changed(load(self.recipe), {"name": f"{self.rows.stem}-smoke", **SMOKE})
         first, *_, last = self.arms
         arms = {name: {k: v for k, v in self.arms[name].items() if k not in SMOKE} for name in (first, last)}
         return self._answer(base, Rows(_folder(base) / self.rows.name), arms, self.seeds[:1], None)
@@ -92,6 +94,7 @@ class Study:
         table = by_seed(frame, "arm", [*self.measures])
         named = {arm: {self.measures[key]: figure for key, figure in of.items()} for arm, of in table.items()}
         answer = Answer(base, frame, table, rows.path.with_suffix(".md"))
+        answer.text.unlink(missing_ok=True)
         answer.say(markdown(named, "training seeds (Student's); prompts and noise are the same for all"))
         return answer
 

@@ -7,7 +7,6 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +157,9 @@ def table(points: Sequence[Point], folders: Sequence[Path]) -> pd.DataFrame:
 
 def row(point: Point, folder: Path) -> dict[str, Any]:
     """A finished run: its point in the space, its folder, its last metrics, what was found on examination."""
-    found: dict[str, Any] = {**point, "run": str(folder)}
-    for name in ("metrics.json", "examination.json"):
-        with suppress(FileNotFoundError):
-            found |= json.loads((folder / name).read_text())
-    return found
+    found: dict[str, Any] = {**point, "run": str(folder)} | json.loads((folder / "metrics.json").read_text())
+    examination = folder / "examination.json"
+    return found | (json.loads(examination.read_text()) if examination.exists() else {})
 
 
 def _varied(points: Sequence[Point]) -> dict[str, list[Any]]:
