@@ -4,7 +4,7 @@
 
 Varied: c, the space of the distance (w), the law of t, lambda, K_TA and both learning rates (so also how far the score network
 lags behind). Budget: 14 arms of DI* and 12 of Diff-Instruct++ (it has no c), 2 seeds, 52 trials on the pocket world, one row
-each in docs/results/open_choices.csv. Prints the table, and each arm minus the recipe.
+each in docs/results/pocket_study.csv. Prints the table, and each arm minus the recipe.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ CHOICES: dict[str, Point] = {
     "score learning rate x 2": {"score_network.learning_rate": 4e-4},
 }
 STUDY = Study(
+    name="open_choices",
     question=__doc__,
     recipe=HERE / "recipes" / "pocket_study.yaml",
     arms={
@@ -52,7 +53,7 @@ STUDY = Study(
         for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
     },
     examine=examine_run,
-    rows=HERE.parent / "docs" / "results" / "open_choices.csv",
+    rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
 )
 
 

@@ -2,7 +2,7 @@
 
     python experiments/paper_ablation.py [--smoke] [--trials N]
 
-Budget: 14 arms x 3 seeds, 42 trials on the pocket world, one row each in docs/results/paper_ablation.csv. Prints the table, and
+Budget: 14 arms x 3 seeds, 42 trials on the pocket world, one row each in docs/results/pocket_study.csv. Prints the table, and
 what the score-based divergence gains over KL.
 """
 
@@ -40,6 +40,7 @@ def arms() -> dict[str, Point]:
 
 
 STUDY = Study(
+    name="paper_ablation",
     question=__doc__,
     recipe=HERE / "recipes" / "pocket_study.yaml",
     arms=arms(),
@@ -49,7 +50,7 @@ STUDY = Study(
         for key in ("reward/pocket_judge", "reward/pocket_preference", "accuracy", "smiling", "kid", "diversity")
     },
     examine=examine_run,
-    rows=HERE.parent / "docs" / "results" / "paper_ablation.csv",
+    rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
 )
 
 

@@ -4,7 +4,7 @@
 
 Equal coefficients mean nothing across objectives, equal distance from the reference does: DI* and Diff-Instruct++ each walk
 along their own reward scales, and the two paths are drawn in one plane. Budget: 2 objectives x 6 scales x 3 seeds, 36 trials on
-the pocket world, one row each in docs/results/score_against_kl.csv. Prints the table and draws score_against_kl.png beside it.
+the pocket world, one row each in docs/results/pocket_study.csv. Prints the table and draws score_against_kl.png beside it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ PATHS = {  # at the distilled start KL's pull at the sample has 3.5 times the no
     "Diff-Instruct++": ("diff_instruct_pp", tuple(4 * scale for scale in SCALES)),
 }
 STUDY = Study(
+    name="score_against_kl",
     question=__doc__,
     recipe=HERE / "recipes" / "pocket_study.yaml",
     arms={
@@ -38,7 +39,7 @@ STUDY = Study(
         for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
     },
     examine=examine_run,
-    rows=HERE.parent / "docs" / "results" / "score_against_kl.csv",
+    rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
 )
 
 

@@ -294,19 +294,21 @@ def test_ctrl_c_ends_a_sweep_that_the_same_call_finishes(session, world, tmp_pat
 
 
 def test_trials_that_have_a_row_are_not_run_again_wherever_it_came_from(session, world, tmp_path):
-    """A budget of one trial at a time; then the rows alone, in another folder, are enough."""
+    """A budget of one trial at a time; then the rows alone, in another folder, are enough, also for another study's arms."""
     arms = {"early": {"generator.timestep": 500}, "late": {"generator.timestep": 600}}
     rows = Rows(tmp_path / "rows.csv")
 
-    def complete(folder, most=None):
+    def complete(folder, most=None, arms=arms):
         return studies.complete(rows, world[1](), arms, (3,), tmp_path / folder, tiny_rewards.steps_done, most)
 
     assert complete("sweep", most=1) is None
-    assert rows.read()["trial"].tolist() == ["early, seed 3"]
+    assert rows.read()["trial"].tolist() == ["generator.timestep=500 seed=3"]
     frame = complete("sweep")
     assert frame["arm"].tolist() == ["early", "late"] and frame["seed"].tolist() == [3, 3]
     assert frame["examined"].tolist() == [2, 2] and frame["divergence"].nunique() == 2
     assert complete("elsewhere").equals(frame)
+    other = complete("elsewhere", arms={"again": arms["late"], "and again": arms["late"]})
+    assert other["arm"].tolist() == ["again", "and again"] and other["divergence"].tolist() == [frame["divergence"][1]] * 2
     assert not (tmp_path / "elsewhere").exists()
 
 

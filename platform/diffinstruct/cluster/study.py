@@ -1,12 +1,14 @@
 """A question put to many trials: named arms of one recipe, each with several training seeds, and a table over seeds.
 
 What an experiment that takes hours has found must outlive its machine. A finished trial adds its row to a CSV file that is
-kept with the code, and a trial whose row is there is not run again. The same command goes on where it was stopped.
+kept with the code, and a trial whose row is there is not run again, whichever of the recipe's studies ran it. The same command
+goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from diffinstruct.results import KEY, Rows, by_seed
 
 @dataclass(frozen=True)
 class Answer:
-    """rows: all trials. table: arm -> measure -> figure over seeds. text: the file that says it."""
+    """rows: all trials, with their `arm`. table: arm -> measure -> figure over seeds. text: the file that says it."""
 
     base: Experiment
     rows: pd.DataFrame
@@ -39,8 +41,10 @@ class Answer:
 
     def publish(self, *figures: Path) -> None:
         """Table, rows and figures into a run of MLflow's."""
-        name, uri = self.text.stem, tracking.tracking_uri(self.base.tracking.uri, Path(self.base.runs))
-        tracking.publish(uri, self.base.tracking.experiment, name, self.text, self.text.with_suffix(".csv"), *figures)
+        uri = tracking.tracking_uri(self.base.tracking.uri, Path(self.base.runs))
+        rows = self.text.with_suffix(".csv")
+        self.rows.to_csv(rows, index=False)
+        tracking.publish(uri, self.base.tracking.experiment, self.text.stem, self.text, rows, *figures)
 
 
 SMOKE = {"steps": 2, "global_batch_size": 8, "logging.every": 1, "logging.grid_prompts": 2}
@@ -49,8 +53,9 @@ SMOKE = {"steps": 2, "global_batch_size": 8, "logging.every": 1, "logging.grid_p
 @dataclass(frozen=True)
 class Study:
     """arms: name -> what it changes of `recipe`. measures: column of a trial's row -> what the table calls it. rows: the CSV
-    file of finished trials; its name is the study's."""
+    file of the recipe's finished trials, which its studies share."""
 
+    name: str
     question: str
     recipe: Path
     arms: Mapping[str, Point]
@@ -60,8 +65,8 @@ class Study:
     rows: Path
 
     def main(self) -> Answer | None:
-        """The command line of an experiment: run what is missing; with every row there, print the table and leave it beside the
-        rows. None while rows are missing."""
+        """The command line of an experiment: run what is missing; with every row there, print the table and leave it in the
+        folder of the runs. None while rows are missing."""
         parser = argparse.ArgumentParser(description=self.question, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--smoke", action="store_true", help="first and last arm, one seed, 2 steps")
         parser.add_argument("--trials", type=int, metavar="N", help="run at most N of those that are missing")
@@ -75,11 +80,11 @@ class Study:
             raise SystemExit(130) from None  # the sweep has said what is unfinished
 
     def answer(self, most: int | None = None) -> Answer | None:
-        base = changed(load(self.recipe), {"name": self.rows.stem})
+        base = load(self.recipe)
         return self._answer(base, Rows(self.rows), self.arms, self.seeds, most)
 
     def smoke(self) -> Answer | None:
-        base = changed(load(self.recipe), {"name": f"{self.rows.stem}-smoke", **SMOKE})
+        base = changed(load(self.recipe), {"name": f"{self.name}-smoke", **SMOKE})
         first, *_, last = self.arms
         arms = {name: {k: v for k, v in self.arms[name].items() if k not in SMOKE} for name in (first, last)}
         return self._answer(base, Rows(_folder(base) / self.rows.name), arms, self.seeds[:1], None)
@@ -93,7 +98,7 @@ class Study:
             return None
         table = by_seed(frame, "arm", [*self.measures])
         named = {arm: {self.measures[key]: figure for key, figure in of.items()} for arm, of in table.items()}
-        answer = Answer(base, frame, table, rows.path.with_suffix(".md"))
+        answer = Answer(base, frame, table, _folder(base) / f"{self.name}.md")
         answer.text.unlink(missing_ok=True)
         answer.say(markdown(named, "training seeds (Student's); prompts and noise are the same for all"))
         return answer
@@ -109,19 +114,31 @@ def complete(
     most: int | None = None,
 ) -> pd.DataFrame | None:
     """Run the trials, every arm with every seed, that have no row yet, `most` of them at most; all rows, or None while some are
-    missing. A row has `arm`, `seed`, and what the trial's own row has but for its folder."""
-    named = {f"{arm}, seed {seed}": (arm, seed) for seed in seeds for arm in arms}
-    missing = rows.missing(named)
+    missing. A row has what it changes of `base`, and what the trial's own row has but for its folder; `arm` is added here."""
+    points: dict[str, Point] = {}
+    wanted = []
+    for seed, (arm, changes) in itertools.product(seeds, arms.items()):
+        point = {**changes, "seed": seed}
+        wanted.append((arm, trial_name(point)))
+        points[trial_name(point)] = point
+    missing = rows.missing(points)
     todo = missing[:most]
 
     def add(i: int, row: dict[str, Any]) -> None:
-        arm, seed = named[todo[i]]
-        rows.add(todo[i], {"arm": arm, "seed": seed} | {key: value for key, value in row.items() if key not in ("run", "seed")})
+        rows.add(todo[i], {key: value for key, value in row.items() if key != "run"})
 
-    print(f"{rows.path}: {len(named) - len(missing)} of {len(named)} trials are there", flush=True)
+    print(f"{rows.path}: {len(points) - len(missing)} of {len(points)} trials are there", flush=True)
     if todo:
-        sweep(base, [{**arms[named[trial][0]], "seed": named[trial][1]} for trial in todo], folder, examine, add)
-    return None if rows.missing(named) else rows.read().set_index(KEY).loc[list(named)].reset_index()
+        sweep(base, [points[trial] for trial in todo], folder, examine, add)
+    if rows.missing(points):
+        return None
+    found = rows.read().set_index(KEY).loc[[trial for _, trial in wanted]].reset_index()
+    return found.assign(arm=[arm for arm, _ in wanted])
+
+
+def trial_name(point: Point) -> str:
+    """The changes of a recipe, as its rows name them: stays when the recipe's other keys become more."""
+    return " ".join(f"{key}={value}" for key, value in sorted(point.items()))
 
 
 def _folder(base: Experiment) -> Path:
