@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffinstruct.evaluation import Figure
-from diffinstruct.results import Rows, by_seed, flat, over_seeds, paired_by_seed
+from diffinstruct.results import Rows, by_seed, flat, over_seeds, paired_by_seed, seed_noise
 
 
 def test_rows_are_kept_and_what_is_missing_is_known(tmp_path):
@@ -67,6 +67,36 @@ def test_a_difference_is_paired_by_seed_over_those_that_both_have():
     difference = paired_by_seed(frame(), "arm", "one", "other", "judge")
     expected = over_seeds([0.5, 0.4, 0.3])
     assert (difference.value, difference.low, difference.n) == pytest.approx((expected.value, expected.low, 3))
+
+
+def test_the_noise_of_seeds_is_what_arms_and_seeds_leave():
+    """Arms and seeds shift as they like; a trial with one seed says nothing of noise. Checked against drawn sigma 0.3."""
+    import pandas as pd
+
+    rng = np.random.default_rng(1)
+    arms, seeds = rng.normal(0, 5, 40), rng.normal(0, 5, 4)
+    rows = [(f"arm {i}", s, a + b + rng.normal(0, 0.3)) for i, a in enumerate(arms) for s, b in enumerate(seeds)]
+    rows.append(("once", 0, 1e6))
+    frame = pd.DataFrame(rows, columns=["arm", "seed", "judge"])
+    sigma, freedom = seed_noise(frame, "arm", "judge")
+    assert freedom == 39 * 3 and sigma == pytest.approx(0.3, rel=0.15)
+    with pytest.raises(ValueError, match="the noise of judge takes two arms"):
+        seed_noise(frame[frame["seed"] == 0], "arm", "judge")
+
+
+def test_one_seed_has_an_interval_where_the_noise_is_known():
+    """At 95 % it covers the true difference of two arms, 0, of known noise."""
+    import pandas as pd
+
+    rng = np.random.default_rng(2)
+    covered = 0
+    columns = ["arm", "seed", "kid"]
+    for _ in range(400):
+        known = pd.DataFrame([(f"arm {i}", s, rng.normal()) for i in range(6) for s in range(3)], columns=columns)
+        pair = pd.DataFrame([("one", 0, rng.normal()), ("other", 0, rng.normal())], columns=columns)
+        figure = paired_by_seed(pair, "arm", "one", "other", "kid", seed_noise(known, "arm", "kid"))
+        covered += figure.low <= 0 <= figure.high
+    assert covered / 400 == pytest.approx(0.95, abs=0.035) and figure.n == 1
 
 
 def test_a_summary_becomes_columns():

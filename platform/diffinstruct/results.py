@@ -68,10 +68,34 @@ def by_seed(frame: pd.DataFrame, by: str, measures: Sequence[str]) -> dict[str, 
     }
 
 
-def paired_by_seed(frame: pd.DataFrame, by: str, one: str, other: str, measure: str) -> Figure:
-    """one - other, over the seeds that both have: same start, same prompts and noise of every round."""
+def paired_by_seed(
+    frame: pd.DataFrame, by: str, one: str, other: str, measure: str, noise: tuple[float, int] | None = None
+) -> Figure:
+    """one - other, over the seeds that both have: same start, same prompts and noise of every round.
+
+    noise: (sigma, degrees of freedom) of `seed_noise`, in place of the few differences' own spread: with it one seed has an
+        interval too, as wide as if this pair were as noisy as those that sigma was taken from.
+    """
     wide = frame[frame[by].isin([one, other])].pivot(index="seed", columns=by, values=measure).dropna()
-    return over_seeds((wide[one] - wide[other]).to_numpy())
+    figure = over_seeds((wide[one] - wide[other]).to_numpy())
+    if noise is None:
+        return figure
+    sigma, freedom = noise
+    half = float(stats.t.ppf(0.975, freedom)) * sigma * np.sqrt(2 / figure.n)
+    return Figure(figure.value, figure.value - half, figure.value + half, figure.n)
+
+
+def seed_noise(frame: pd.DataFrame, by: str, measure: str) -> tuple[float, int]:
+    """What is left of a measure when each arm's and each seed's own mean is taken away (two-way analysis of variance): its
+    standard deviation, and the degrees of freedom of that. Only seeds that all arms of more than one seed have count."""
+    wide = frame.pivot(index="seed", columns=by, values=measure)
+    wide = wide.loc[:, wide.notna().sum() > 1].dropna()
+    left = wide.sub(wide.mean(axis=0), axis=1)
+    left = left.sub(left.mean(axis=1), axis=0)
+    freedom = (wide.shape[0] - 1) * (wide.shape[1] - 1)
+    if freedom < 1:
+        raise ValueError(f"the noise of {measure} takes two arms with two seeds in common, there are {wide.shape[::-1]}")
+    return float(np.sqrt((left.to_numpy() ** 2).sum() / freedom)), freedom
 
 
 def _commit() -> str:
