@@ -12,8 +12,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import pandas as pd
+
 from diffinstruct.cluster.study import Study
 from diffinstruct.pocket_world import MEASURES, examine_run, reference_examination
+from diffinstruct.results import over_seeds
 
 if TYPE_CHECKING:
     from diffinstruct.evaluation import Summary
@@ -43,12 +47,32 @@ STUDY = Study(
 )
 
 
+KIDS = (0.5, 1.0, 2.0, 3.0)
+"""Distances to the reference at which the two paths are compared."""
+
+
 def main() -> None:
     if answer := STUDY.main():
+        for kid in KIDS:
+            one, other = (at_distance(answer.rows, path, kid) for path in PATHS)
+            gains = {key: over_seeds(gain) for key, gain in (one - other).dropna().items() if len(gain)}
+            if gains:
+                said = ", ".join(f"{STUDY.measures[str(key)]} {gain}" for key, gain in gains.items())
+                answer.say(f"- at KID {kid:g}, {' minus '.join(PATHS)}, paired over seeds: {said}")
         figure = answer.text.with_suffix(".png")
         draw(answer.table, figure)
         answer.publish(figure)
         print(f"figure {figure}")
+
+
+def at_distance(rows: pd.DataFrame, path: str, kid: float) -> pd.DataFrame:
+    """Each measure where a path is at that distance, between its two nearest trials on either side; a row a seed."""
+    found = {}
+    for seed, trials in rows[rows["arm"].str.startswith(f"{path}, ")].groupby("seed"):
+        trials = trials.sort_values("kid")
+        if trials["kid"].iloc[0] <= kid <= trials["kid"].iloc[-1]:
+            found[seed] = {key: np.interp(kid, trials["kid"], trials[key]) for key in STUDY.measures if key != "kid"}
+    return pd.DataFrame.from_dict(found, orient="index")
 
 
 def draw(table: dict[str, Summary], path: Path) -> None:

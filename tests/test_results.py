@@ -1,6 +1,7 @@
 """Rows that outlive their machine, and figures over training seeds."""
 
 import math
+import subprocess
 
 import numpy as np
 import pytest
@@ -19,6 +20,27 @@ def test_rows_are_kept_and_what_is_missing_is_known(tmp_path):
     assert frame["trial"].tolist() == ["b", "a"] and frame["kid"].tolist() == pytest.approx([1 / 3, 2.0], rel=1e-5)
     assert math.isnan(frame["new"][0]) and frame["commit"].notna().all() and frame["at"].str.fullmatch(r"\d{4}-\d\d-\d\d").all()
     assert [path.name for path in rows.path.parent.iterdir()] == ["rows.csv"]
+
+
+def test_a_row_names_the_commit_and_rows_alone_do_not_make_it_dirty(tmp_path, monkeypatch):
+    def git(*command):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *who, "-C", str(tmp_path), *command], check=True, capture_output=True, text=True).stdout
+
+    code, rows = tmp_path / "platform" / "code.py", Rows(tmp_path / "docs" / "rows.csv")
+    code.parent.mkdir()
+    code.write_text("1")
+    monkeypatch.setattr("diffinstruct.results.__file__", str(code))
+    rows.add("before", {})
+    git("init")
+    git("add", "-A")
+    git("commit", "-m", "x")
+    commit = git("rev-parse", "--short", "HEAD").strip()
+    rows.add("second", {})
+    rows.add("third", {})
+    code.write_text("2")
+    rows.add("fourth", {})
+    assert rows.read()["commit"].tolist() == ["unknown", commit, commit, f"{commit}-dirty"]
 
 
 def test_a_write_that_fails_leaves_the_rows_as_they_were(tmp_path, monkeypatch):

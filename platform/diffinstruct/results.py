@@ -99,7 +99,11 @@ def seed_noise(frame: pd.DataFrame, by: str, measure: str) -> tuple[float, int]:
 
 
 def _commit() -> str:
-    """The code that made a row, as git says it; "unknown" where it is no checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    """The code that made a row, as git says it, "-dirty" where files other than the rows differ; "unknown" without git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+
+    def said(*command: str) -> str:
+        return subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
+
+    commit = said("rev-parse", "--short", "HEAD")
+    return (commit or "unknown") + "-dirty" * bool(said("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/docs"))
