@@ -76,15 +76,15 @@ def at_distance(rows: pd.DataFrame, path: str, kid: float) -> pd.DataFrame:
 
 
 def draw(table: dict[str, Summary], path: Path) -> None:
-    """Two planes, held-out preference and right attributes against KID; a point an arm, its intervals over seeds."""
+    """Held-out preference, right attributes and diversity against KID; a point an arm, its intervals over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    picture, axes = plt.subplots(1, 2, figsize=(11, 4.4))
-    for axis, measure in zip(axes, ("reward/pocket_judge", "accuracy"), strict=True):
-        for path_name in PATHS:
+    picture, axes = plt.subplots(1, 3, figsize=(15, 4.4))
+    for axis, measure in zip(axes, ("reward/pocket_judge", "accuracy", "diversity"), strict=True):
+        for path_name, (colour, offset) in zip(PATHS, {"tab:blue": (5, -11), "tab:orange": (-11, 6)}.items(), strict=True):
             points = [(arm.split()[-1], of) for arm, of in table.items() if arm.startswith(f"{path_name}, ")]
             x, y = ([of[key] for _, of in points] for key in ("kid", measure))
             over_seeds = y[0].n > 1  # one seed has no interval
@@ -93,10 +93,11 @@ def draw(table: dict[str, Summary], path: Path) -> None:
                 [f.value for f in y],
                 xerr=[f.high - f.value for f in x] if over_seeds else None,
                 yerr=[f.high - f.value for f in y] if over_seeds else None,
-                marker="o", capsize=2, linewidth=1, label=path_name,
+                marker="o", markersize=4, capsize=2, linewidth=1, elinewidth=0.6, label=path_name, color=colour,
             )  # fmt: skip
             for (scale, _), fx, fy in zip(points, x, y, strict=True):
-                axis.annotate(scale, (fx.value, fy.value), textcoords="offset points", xytext=(5, 5), fontsize=8)
+                at = {"textcoords": "offset points", "xytext": offset, "fontsize": 8, "color": colour}
+                axis.annotate(scale, (fx.value, fy.value), **at)
         start = reference_examination().summary()[measure].value
         axis.axhline(start, color="grey", linewidth=0.8, linestyle=":", label="reference, 50 steps")
         axis.set(xlabel="KID to the reference", ylabel=MEASURES[measure])

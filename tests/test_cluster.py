@@ -312,6 +312,28 @@ def test_trials_that_have_a_row_are_not_run_again_wherever_it_came_from(session,
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_a_study_whose_rows_are_all_there_answers_at_once(tmp_path, monkeypatch, capsys):
+    """Nothing is run, and the table is printed and kept where the runs would have been."""
+    monkeypatch.setattr(studies, "sweep", None)
+    (tmp_path / "recipe.yaml").write_text(f"name: mine\nruns: {tmp_path / 'runs'}\n")
+    rows = Rows(tmp_path / "rows.csv")
+    for t in (500, 600):
+        for seed in (0, 1):
+            rows.add(f"generator.timestep={t} seed={seed}", {"generator.timestep": t, "seed": seed, "kid": t + seed})
+    study = studies.Study(
+        name="when", question="?", recipe=tmp_path / "recipe.yaml", seeds=(0, 1), measures={"kid": "KID"}, rows=rows.path,
+        arms={"early": {"generator.timestep": 500}, "late": {"generator.timestep": 600}}, examine=tiny_rewards.steps_done,
+    )  # fmt: skip
+    answer = study.answer()
+    assert answer.table["late"]["kid"].value == 600.5 and answer.table["late"]["kid"].n == 2
+    answer.say("- more")
+    written = (tmp_path / "runs" / "mine" / "when.md").read_text()
+    assert written in capsys.readouterr().out and "| late | 600 [594, 607] |" in written and written.endswith("- more\n")
+    missing = replace(study, seeds=(0, 1, 2))
+    assert missing.answer(most=0) is None
+    assert "4 of 6 trials are there\ntrials are missing" in capsys.readouterr().out
+
+
 def test_a_sweep_refuses_what_it_cannot_vary(world, tmp_path):
     for key, message in {"objective.reward_scal": "did you mean 'objective.reward_scale'", "rewards.held_out": "share"}.items():
         with pytest.raises(UserError, match=message):

@@ -99,6 +99,7 @@ class Study:
         table = by_seed(frame, "arm", [*self.measures])
         named = {arm: {self.measures[key]: figure for key, figure in of.items()} for arm, of in table.items()}
         answer = Answer(base, frame, table, _folder(base) / f"{self.name}.md")
+        answer.text.parent.mkdir(parents=True, exist_ok=True)
         answer.text.unlink(missing_ok=True)
         answer.say(markdown(named, "training seeds (Student's); prompts and noise are the same for all"))
         return answer
