@@ -17,7 +17,7 @@ import pandas as pd
 
 from diffinstruct.cluster.study import Study
 from diffinstruct.pocket_world import MEASURES, examine_run, reference_examination
-from diffinstruct.results import over_seeds
+from diffinstruct.results import over_seeds, paired_by_seed
 
 if TYPE_CHECKING:
     from diffinstruct.evaluation import Summary
@@ -49,16 +49,23 @@ STUDY = Study(
 
 KIDS = (0.5, 1.0, 2.0, 3.0)
 """Distances to the reference at which the two paths are compared."""
+MINUS = f"{' minus '.join(PATHS)}, paired over seeds"
 
 
 def main() -> None:
     if answer := STUDY.main():
+        of_one, of_other = (set(scales) for _, scales in PATHS.values())
+        for scale in sorted(of_one & of_other):
+            one, other = (f"{path}, scale {scale:g}" for path in PATHS)
+            if {one, other} <= answer.table.keys():
+                judge, distance = (paired_by_seed(answer.rows, "arm", one, other, key) for key in ("reward/pocket_judge", "kid"))
+                answer.say(f"- at scale {scale:g}, {MINUS}: held-out preference {judge}, KID {distance}")
         for kid in KIDS:
-            one, other = (at_distance(answer.rows, path, kid) for path in PATHS)
-            gains = {key: over_seeds(gain) for key, gain in (one - other).dropna().items() if len(gain)}
+            ours, theirs = (at_distance(answer.rows, path, kid) for path in PATHS)
+            gains = {key: over_seeds(gain) for key, gain in (ours - theirs).dropna().items() if len(gain)}
             if gains:
                 said = ", ".join(f"{STUDY.measures[str(key)]} {gain}" for key, gain in gains.items())
-                answer.say(f"- at KID {kid:g}, {' minus '.join(PATHS)}, paired over seeds: {said}")
+                answer.say(f"- at KID {kid:g}, {MINUS}: {said}")
         figure = answer.text.with_suffix(".png")
         draw(answer.table, figure)
         answer.publish(figure)
