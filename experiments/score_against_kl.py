@@ -58,13 +58,13 @@ def main() -> None:
         for scale in sorted(of_one & of_other):
             one, other = (f"{path}, scale {scale:g}" for path in PATHS)
             if {one, other} <= answer.table.keys():
-                judge, distance = (paired_by_seed(answer.rows, "arm", one, other, key) for key in ("reward/pocket_judge", "kid"))
-                answer.say(f"- at scale {scale:g}, {MINUS}: held-out preference {judge}, KID {distance}")
+                gains = (paired_by_seed(answer.rows, "arm", one, other, key) for key in ("reward/pocket_judge", "kid"))
+                answer.say("- at scale {:g}, {}: held-out preference {}, KID {}".format(scale, MINUS, *gains))
         for kid in KIDS:
             ours, theirs = (at_distance(answer.rows, path, kid) for path in PATHS)
-            gains = {key: over_seeds(gain) for key, gain in (ours - theirs).dropna().items() if len(gain)}
-            if gains:
-                said = ", ".join(f"{STUDY.measures[str(key)]} {gain}" for key, gain in gains.items())
+            paired = (ours - theirs).dropna()
+            if len(paired):
+                said = ", ".join(f"{STUDY.measures[str(key)]} {over_seeds(gain)}" for key, gain in paired.items())
                 answer.say(f"- at KID {kid:g}, {MINUS}: {said}")
         figure = answer.text.with_suffix(".png")
         draw(answer.table, figure)
