@@ -2,8 +2,8 @@
 
     python experiments/paper_ablation.py [--smoke] [--trials N]
 
-Budget: 14 arms x 3 seeds, 42 trials on the pocket world, one row each in docs/results/pocket_study.csv. Prints the table, and
-what the score-based divergence gains over KL.
+Budget: 14 arms x 3 seeds, 42 trials on the pocket world, one row each in docs/results/pocket_study.csv. Prints the table,
+what each lever does by itself, and what the score-based divergence gains over KL, paired over seeds.
 """
 
 from __future__ import annotations
@@ -54,13 +54,27 @@ STUDY = Study(
 )
 
 
+LEVERS = [  # what each does by itself: (with it, without)
+    (f"{divergence}{with_it}", f"{divergence}{without}")
+    for with_it, without in (
+        (", guidance", ""),
+        (", guidance, little reward", ", little reward"),
+        (", guidance, little reward", ", guidance"),
+        (", guidance, much reward", ", guidance, little reward"),
+        (", guidance outside, much reward", ", guidance, much reward"),
+        (", guidance, much reward, twice as long", ", guidance, much reward"),
+    )
+    for divergence in SCALES
+]
+
+
 def main() -> None:
     if (answer := STUDY.main()) is None:
         return
-    for arm in answer.table:
-        if arm.startswith("score") and (other := arm.replace("score", "KL")) in answer.table:
+    for arm, other in LEVERS + [(arm, arm.replace("score", "KL")) for arm in answer.table if arm.startswith("score")]:
+        if arm in answer.table and other in answer.table:
             judge, kid = (paired_by_seed(answer.rows, "arm", arm, other, key) for key in ("reward/pocket_judge", "kid"))
-            answer.say(f"- {arm}, minus {other}, paired over seeds: held-out preference {judge}, KID {kid}")
+            answer.say(f"- {arm}, minus {other}: held-out preference {judge}, KID {kid}")
     answer.publish()
 
 
