@@ -5,12 +5,15 @@
 Varied: c, the space of the distance (w), the law of t, lambda, K_TA and both learning rates (so also how far the score network
 lags behind). Budget: 14 arms of DI* and 12 of Diff-Instruct++ (it has no c), 1 seed, 26 trials on the pocket world, one row
 each in docs/results/pocket_study.csv. Prints the table, and each arm minus the recipe; how much of a difference training seeds
-make is known from the trials of score_against_kl.py and paper_ablation.py, which have several, so they come first.
+make is known from the trials of score_against_kl.py and paper_ablation.py that have several, so those come first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import pandas as pd
 
 from diffinstruct.cluster.study import Study
 from diffinstruct.cluster.sweep import Point
@@ -61,19 +64,27 @@ STUDY = Study(
 def main() -> None:
     if (answer := STUDY.main()) is None:
         return
-    trials = Rows(STUDY.rows).read()
-    trials["arm"] = trials["trial"].str.replace(r"\bseed=\d+", "", regex=True)
-    noise = {key: seed_noise(trials, "arm", key) for key in ("reward/pocket_judge", "kid")}
+    noise = noise_at_these_scales(("reward/pocket_judge", "kid", "diversity"))
     answer.say(
         "- noise of training seeds, standard deviation: "
-        + ", ".join(f"{MEASURES[key]} {sigma:.3g} ({freedom} degrees of freedom)" for key, (sigma, freedom) in noise.items())
+        + ", ".join(f"{MEASURES[key]} {sigma:.3g}" for key, (sigma, _) in noise.items())
+        + f" ({min(freedom for _, freedom in noise.values())} degrees of freedom)"
     )
     for arm in answer.table:
         recipe = f"{arm.split(', ')[0]}, the recipe"
         if arm != recipe and recipe in answer.table:
-            judge, kid = (paired_by_seed(answer.rows, "arm", arm, recipe, key, of) for key, of in noise.items())
-            answer.say(f"- {arm}, minus the recipe, paired over seeds: held-out preference {judge}, KID {kid}")
+            judge, kid, diversity = (paired_by_seed(answer.rows, "arm", arm, recipe, key, of) for key, of in noise.items())
+            answer.say(f"- {arm}, minus the recipe: held-out preference {judge}, KID {kid}, diversity {diversity}")
     answer.publish()
+
+
+def noise_at_these_scales(measures: Sequence[str]) -> dict[str, tuple[float, int]]:
+    """How far seeds scatter in the recipe's kept trials with these objectives and scales, in whatever study. (With less reward
+    they scatter more.)"""
+    trials = Rows(STUDY.rows).read()
+    trials["arm"] = trials["trial"].str.replace(r"\bseed=\d+", "", regex=True)
+    alike = [(trials[list(of)] == pd.Series(of)).all(axis=1) for of in OBJECTIVES.values()]
+    return {key: seed_noise(trials[pd.concat(alike, axis=1).any(axis=1)], "arm", key) for key in measures}
 
 
 if __name__ == "__main__":

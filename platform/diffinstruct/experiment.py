@@ -137,7 +137,9 @@ class Generator(Player):
     input_scale: Literal["unit", "sigma"] = Field(
         "unit", description="what it is fed: z ~ N(0, I) as it is (DMD2's way), or sigma_T z (SiD's)"
     )
-    learning_rate: Positive = Field(1e-4, description="of Adam, per step (ours)")
+    learning_rate: Positive = Field(
+        1e-4, description="of Adam, per step (left open; ours, kept by open_choices: twice as much costs diversity)"
+    )
     ema_decay: float = Field(
         0.99, ge=0, lt=1, description="per step, of the averaged weights that are shown and exported (ours)"
     )
@@ -146,11 +148,19 @@ class Generator(Player):
 class ScoreNetwork(Player):
     """The network that follows the generator's own distribution (the paper's TA)."""
 
-    learning_rate: Positive = Field(2e-4, description="of Adam, per update (ours)")
-    updates_per_step: Count = Field(1, description="denoising updates before each generator update (K_TA; left open, ours)")
+    learning_rate: Positive = Field(
+        2e-4, description="of Adam, per update (left open; ours, kept by open_choices: neither half nor twice is better)"
+    )
+    updates_per_step: Count = Field(
+        1,
+        description="denoising updates before each generator update (K_TA; left open; ours, kept by open_choices: 2 and 4 are not "
+        "better and cost more)",
+    )
     reuse_sample: bool = Field(True, description="the generator's update goes on with the sample of the score phase (ours)")
     space: Literal["x0", "eps", "v"] = Field(
-        "eps", description="whose squared error it learns from: lambda(t) (left open; neighbours' choice)"
+        "eps",
+        description="whose squared error it learns from: lambda(t) (left open; neighbours' choice, kept by open_choices: x0 and v "
+        "are not better)",
     )
 
 
@@ -168,11 +178,15 @@ class Objective(Section):
         "'module:attribute' (the paper)",
     )
     huber_c: Positive = Field(
-        0.1, description="pseudo-Huber's c per square root of a dimension, in the units of `space` (left open, ours)"
+        0.1,
+        description="pseudo-Huber's c per square root of a dimension, in the units of `space` (left open; ours, kept by "
+        "open_choices: neither 0.03 nor 0.3 is better)",
     )
     sid_alpha: float = Field(1.0, description="SiD's alpha, of sid (SiD: 1 to 1.2)")
     space: Literal["x0", "eps", "v", "score"] = Field(
-        "x0", description="in which differences of predictions are measured: w(t) (left open, ours)"
+        "x0",
+        description="in which differences of predictions are measured: w(t) (left open; ours, kept by open_choices: eps and v are "
+        "not better)",
     )
     regularization_weight: NotNegative = Field(
         1.0, description="of the divergence: sum over a sample's dimensions, mean over the batch (ours)"
@@ -185,8 +199,8 @@ class Objective(Section):
     )
     t_law: Literal["uniform", "log_normal"] = Field(
         "uniform",
-        description="of t, for both players: uniform on [t_min, t_max) (neighbours' choice), or ln(sigma_t / alpha_t) "
-        "normal and cut to it (Karras et al. 2022)",
+        description="of t, for both players: uniform on [t_min, t_max) (left open; neighbours' choice, kept by open_choices: the "
+        "other costs diversity), or ln(sigma_t / alpha_t) normal and cut to it (Karras et al. 2022)",
     )
     t_log_mean: float = Field(-0.5, description="mean of the log-normal law (Karras et al. 2022, for data of unit variance)")
     t_log_std: Positive = Field(1.2, description="standard deviation of the log-normal law (Karras et al. 2022)")
