@@ -153,14 +153,14 @@ class ScoreNetwork(Player):
     )
     updates_per_step: Count = Field(
         1,
-        description="denoising updates before each generator update (K_TA; left open; ours, kept by open_choices: 2 and 4 are not "
-        "better and cost more)",
+        description="denoising updates before each generator update (K_TA; left open; ours, kept by open_choices: 2 and 4 are "
+        "not better and cost more)",
     )
     reuse_sample: bool = Field(True, description="the generator's update goes on with the sample of the score phase (ours)")
     space: Literal["x0", "eps", "v"] = Field(
         "eps",
-        description="whose squared error it learns from: lambda(t) (left open; neighbours' choice, kept by open_choices: x0 and v "
-        "are not better)",
+        description="whose squared error it learns from: lambda(t) (left open; neighbours' choice, kept by open_choices: x0 and "
+        "v are not better)",
     )
 
 
@@ -185,8 +185,8 @@ class Objective(Section):
     sid_alpha: float = Field(1.0, description="SiD's alpha, of sid (SiD: 1 to 1.2)")
     space: Literal["x0", "eps", "v", "score"] = Field(
         "x0",
-        description="in which differences of predictions are measured: w(t) (left open; ours, kept by open_choices: eps and v are "
-        "not better)",
+        description="in which differences of predictions are measured: w(t) (left open; ours, kept by open_choices: eps and v "
+        "are not better)",
     )
     regularization_weight: NotNegative = Field(
         1.0, description="of the divergence: sum over a sample's dimensions, mean over the batch (ours)"
@@ -199,8 +199,8 @@ class Objective(Section):
     )
     t_law: Literal["uniform", "log_normal"] = Field(
         "uniform",
-        description="of t, for both players: uniform on [t_min, t_max) (left open; neighbours' choice, kept by open_choices: the "
-        "other costs diversity), or ln(sigma_t / alpha_t) normal and cut to it (Karras et al. 2022)",
+        description="of t, for both players: uniform on [t_min, t_max) (left open; neighbours' choice, kept by open_choices: "
+        "the other costs diversity), or ln(sigma_t / alpha_t) normal and cut to it (Karras et al. 2022)",
     )
     t_log_mean: float = Field(-0.5, description="mean of the log-normal law (Karras et al. 2022, for data of unit variance)")
     t_log_std: Positive = Field(1.2, description="standard deviation of the log-normal law (Karras et al. 2022)")
