@@ -159,8 +159,8 @@ class ScoreNetwork(Player):
     reuse_sample: bool = Field(True, description="the generator's update goes on with the sample of the score phase (ours)")
     space: Literal["x0", "eps", "v"] = Field(
         "eps",
-        description="whose squared error it learns from: lambda(t) (left open; neighbours' choice, kept by open_choices: x0 and "
-        "v are not better)",
+        description="whose squared error it learns from: lambda(t) (left open; neighbours' choice, kept by open_choices: x0 "
+        "and v are not better)",
     )
 
 
