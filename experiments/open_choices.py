@@ -10,6 +10,7 @@ make is known from the trials of score_against_kl.py and paper_ablation.py that 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pandas as pd
 
 from diffinstruct.cluster.study import Study
 from diffinstruct.cluster.sweep import Point
+from diffinstruct.experiment import UserError, load
 from diffinstruct.pocket_world import MEASURES, examine_run
 from diffinstruct.results import Rows, paired_by_seed, seed_noise
 
@@ -62,9 +64,14 @@ STUDY = Study(
 
 
 def main() -> None:
+    try:  # before hours of trials that could not be compared
+        noise = noise_at_these_scales(("reward/pocket_judge", "kid", "diversity"))
+    except (KeyError, ValueError):
+        sys.exit(f"{STUDY.rows}: no trials with several seeds to know their noise from; run score_against_kl.py first")
+    except UserError as error:
+        sys.exit(str(error))
     if (answer := STUDY.main()) is None:
         return
-    noise = noise_at_these_scales(("reward/pocket_judge", "kid", "diversity"))
     answer.say(
         "- noise of training seeds, standard deviation: "
         + ", ".join(f"{MEASURES[key]} {sigma:.3g}" for key, (sigma, _) in noise.items())
@@ -80,8 +87,9 @@ def main() -> None:
 
 def noise_at_these_scales(measures: Sequence[str]) -> dict[str, tuple[float, int]]:
     """How far seeds scatter in the recipe's kept trials with these objectives and scales, in whatever study. (With less reward
-    they scatter more.)"""
+    they scatter more; longer ones share their first rounds with the others, so they do not count.)"""
     trials = Rows(STUDY.rows).read()
+    trials = trials[trials["step"] == load(STUDY.recipe).steps].copy()
     trials["arm"] = trials["trial"].str.replace(r"\bseed=\d+", "", regex=True)
     alike = [(trials[list(of)] == pd.Series(of)).all(axis=1) for of in OBJECTIVES.values()]
     return {key: seed_noise(trials[pd.concat(alike, axis=1).any(axis=1)], "arm", key) for key in measures}

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
 from diffinstruct.cluster.study import Study
 from diffinstruct.cluster.sweep import Point
 from diffinstruct.pocket_world import MEASURES, examine_run
-from diffinstruct.results import paired_by_seed
+from diffinstruct.results import Rows, over_seeds, paired_by_seed
 
 HERE = Path(__file__).parent
-# Scales of a column give reward and regulariser about the same ratio of norms at the start. Whether that is one distance from
-# the reference only score_against_kl.py can say: read rows beside their KID.
+# A column's scales give the two divergences the same ratio of reward to regulariser at the sample, with guidance about 1/4 and
+# 1. Whether that is one distance from the reference only score_against_kl.py can say: read rows beside their KID.
 SCALES = {"score": ("di_star", {"little": 0.5, "much": 2.0}), "KL": ("diff_instruct_pp", {"little": 2.0, "much": 8.0})}
 
 
@@ -68,6 +71,9 @@ LEVERS = [  # what each does by itself: (with it, without)
 ]
 
 
+GAINS = [(", little reward", ""), (", guidance, little reward", ", guidance"), (", guidance, much reward", ", guidance")]
+
+
 def main() -> None:
     if (answer := STUDY.main()) is None:
         return
@@ -75,7 +81,41 @@ def main() -> None:
         if arm in answer.table and other in answer.table:
             judge, kid = (paired_by_seed(answer.rows, "arm", arm, other, key) for key in ("reward/pocket_judge", "kid"))
             answer.say(f"- {arm}, minus {other}: held-out preference {judge}, KID {kid}")
+    for with_it, without in GAINS:
+        if len(gained := gains(answer.rows, with_it, without)):
+            more = f"KL's gain from {with_it.strip(', ')} minus the score divergence's"
+            answer.say(f"- {more}: held-out preference {over_seeds(gained)}")
+    for divergence, (name, _) in SCALES.items():
+        outside = answer.rows[answer.rows["arm"] == f"{divergence}, guidance outside, much reward"]
+        inside = [inside_at(name, seed, kid) for seed, kid in zip(outside["seed"], outside["kid"], strict=True)]
+        if inside and all(inside):
+            judge, diversity = (
+                over_seeds(outside[key] - [at[key] for at in inside]) for key in ("reward/pocket_judge", "diversity")
+            )
+            which = f"{divergence}, guidance outside, minus inside at equal KID"
+            answer.say(f"- {which}: held-out preference {judge}, diversity {diversity}")
     answer.publish()
+
+
+def gains(rows: pd.DataFrame, with_it: str, without: str) -> pd.Series:
+    """KL's gain in held-out preference minus the score divergence's, a value a seed."""
+    wide = rows.pivot(index="seed", columns="arm", values="reward/pocket_judge")
+    wanted = [f"{divergence}{arm}" for divergence in ("KL", "score") for arm in (with_it, without)]
+    if not set(wanted) <= set(wide):
+        return pd.Series(dtype=float)
+    kl_with, kl_without, score_with, score_without = (wide[arm] for arm in wanted)
+    return ((kl_with - kl_without) - (score_with - score_without)).dropna()
+
+
+def inside_at(name: str, seed: int, kid: float) -> dict[str, float]:
+    """Held-out preference and diversity with guidance inside, at that distance: between the two nearest kept trials that vary
+    nothing but the reward scale. Nothing where there is none on either side."""
+    trials = Rows(STUDY.rows).read()
+    scale_alone = trials["trial"].str.fullmatch(rf"objective.name={name} objective.reward_scale=\S+ seed={seed}")
+    path = trials[scale_alone].sort_values("kid")
+    if path.empty or not path["kid"].iloc[0] <= kid <= path["kid"].iloc[-1]:
+        return {}
+    return {key: float(np.interp(kid, path["kid"], path[key])) for key in ("reward/pocket_judge", "diversity")}
 
 
 if __name__ == "__main__":

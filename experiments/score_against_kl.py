@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 8.0)
-PATHS = {  # at the distilled start KL's pull at the sample has 3.5 times the norm (3.0 against 0.86), so its scales are larger
+PATHS = {  # KL's pull at the sample has 3 to 4 times the norm (gradient_norm/sample_regularizer), so its scales are larger
     "DI*": ("di_star", SCALES),
     "Diff-Instruct++": ("diff_instruct_pp", tuple(4 * scale for scale in SCALES)),
 }
@@ -47,8 +47,9 @@ STUDY = Study(
 )
 
 
-KIDS = (0.5, 1.0, 2.0, 3.0)
-"""Distances to the reference at which the two paths are compared."""
+KIDS = np.linspace(1.25, 2.25, 11)
+"""Distances to the reference that both paths pass with every seed, with trials near on either side; the difference between the
+paths is averaged over them."""
 MINUS = f"{' minus '.join(PATHS)}, paired over seeds"
 
 
@@ -60,25 +61,24 @@ def main() -> None:
             if {one, other} <= answer.table.keys():
                 gains = (paired_by_seed(answer.rows, "arm", one, other, key) for key in ("reward/pocket_judge", "kid"))
                 answer.say("- at scale {:g}, {}: held-out preference {}, KID {}".format(scale, MINUS, *gains))
-        for kid in KIDS:
-            ours, theirs = (at_distance(answer.rows, path, kid) for path in PATHS)
-            paired = (ours - theirs).dropna()
-            if len(paired):
-                said = ", ".join(f"{STUDY.measures[str(key)]} {over_seeds(gain)}" for key, gain in paired.items())
-                answer.say(f"- at KID {kid:g}, {MINUS}: {said}")
+        ours, theirs = (over_distances(answer.rows, path) for path in PATHS)
+        said = ", ".join(f"{STUDY.measures[str(key)]} {over_seeds(gain)}" for key, gain in (ours - theirs).items())
+        answer.say(f"- at equal KID, mean from {KIDS[0]:g} to {KIDS[-1]:g}, {MINUS}, n {len(ours)}: {said}")
         figure = answer.text.with_suffix(".png")
         draw(answer.table, figure)
         answer.publish(figure)
         print(f"figure {figure}")
 
 
-def at_distance(rows: pd.DataFrame, path: str, kid: float) -> pd.DataFrame:
-    """Each measure where a path is at that distance, between its two nearest trials on either side; a row a seed."""
+def over_distances(rows: pd.DataFrame, path: str) -> pd.DataFrame:
+    """Each measure's mean over KIDS, between a path's neighbouring trials by distance; a row a seed, NaN where it does not go
+    that far."""
     found = {}
     for seed, trials in rows[rows["arm"].str.startswith(f"{path}, ")].groupby("seed"):
         trials = trials.sort_values("kid")
-        if trials["kid"].iloc[0] <= kid <= trials["kid"].iloc[-1]:
-            found[seed] = {key: np.interp(kid, trials["kid"], trials[key]) for key in STUDY.measures if key != "kid"}
+        within = trials["kid"].iloc[0] <= KIDS[0] and KIDS[-1] <= trials["kid"].iloc[-1]
+        at = {key: np.interp(KIDS, trials["kid"], trials[key]).mean() for key in STUDY.measures if key != "kid"}
+        found[seed] = {key: value if within else np.nan for key, value in at.items()}
     return pd.DataFrame.from_dict(found, orient="index")
 
 

@@ -329,6 +329,9 @@ def test_a_study_whose_rows_are_all_there_answers_at_once(tmp_path, monkeypatch,
     answer.say("- more")
     written = (tmp_path / "runs" / "mine" / "when.md").read_text()
     assert written in capsys.readouterr().out and "| late | 600 [594, 607] |" in written and written.endswith("- more\n")
+    rows.path.write_text(rows.path.read_text().rstrip("\n").rpartition(",")[0] + "\n")  # a torn last line
+    with pytest.raises(UserError, match=r"rows.csv: no kid for generator.timestep=600 seed=1; take that row out"):
+        study.answer()
     missing = replace(study, seeds=(0, 1, 2))
     assert missing.answer(most=0) is None
     assert "4 of 6 trials are there\ntrials are missing" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from diffinstruct.evaluation import Figure
+from diffinstruct.experiment import UserError
 from diffinstruct.results import Rows, by_seed, flat, over_seeds, paired_by_seed, seed_noise
 
 
@@ -20,6 +21,21 @@ def test_rows_are_kept_and_what_is_missing_is_known(tmp_path):
     assert frame["trial"].tolist() == ["b", "a"] and frame["kid"].tolist() == pytest.approx([1 / 3, 2.0], rel=1e-5)
     assert math.isnan(frame["new"][0]) and frame["commit"].notna().all() and frame["at"].str.fullmatch(r"\d{4}-\d\d-\d\d").all()
     assert [path.name for path in rows.path.parent.iterdir()] == ["rows.csv"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "No columns to parse from file"),
+        ("arm,kid\nx,1\n", "no column 'trial'"),
+        ("trial,kid\na,1\nb,2\na,3\n", "has a trial twice: a"),
+        ("trial,kid\na,1,2\nb,2,3,4\n", "Error tokenizing data"),
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_line(tmp_path, text, said):
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/rows.csv: {said}[^\n]*$"):
+        Rows(tmp_path / "rows.csv").missing(["a"])
 
 
 def test_a_row_names_the_commit_and_rows_alone_do_not_make_it_dirty(tmp_path, monkeypatch):

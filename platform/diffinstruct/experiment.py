@@ -138,7 +138,7 @@ class Generator(Player):
         "unit", description="what it is fed: z ~ N(0, I) as it is (DMD2's way), or sigma_T z (SiD's)"
     )
     learning_rate: Positive = Field(
-        1e-4, description="of Adam, per step (left open; ours, kept by open_choices: twice as much costs diversity)"
+        1e-4, description="of Adam, per step (left open; ours, kept by open_choices: neither half nor twice is better)"
     )
     ema_decay: float = Field(
         0.99, ge=0, lt=1, description="per step, of the averaged weights that are shown and exported (ours)"

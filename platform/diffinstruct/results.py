@@ -17,6 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from diffinstruct.evaluation import Figure, Summary
+from diffinstruct.experiment import UserError
 
 KEY = "trial"
 
@@ -28,7 +29,18 @@ class Rows:
         self.path = path
 
     def read(self) -> pd.DataFrame:
-        return pd.read_csv(self.path) if self.path.exists() else pd.DataFrame(columns=[KEY])
+        """Raises UserError for a file that cannot be read, or that has a trial twice."""
+        if not self.path.exists():
+            return pd.DataFrame(columns=[KEY])
+        try:
+            frame = pd.read_csv(self.path)
+        except ValueError as error:  # pandas' parser errors, too
+            raise UserError(f"{self.path}: {' '.join(str(error).split())}") from None
+        if KEY not in frame:
+            raise UserError(f"{self.path}: no column {KEY!r}")
+        if (twice := frame[KEY].duplicated()).any():
+            raise UserError(f"{self.path}: has a trial twice: {frame[KEY][twice].iloc[0]}")
+        return frame
 
     def missing(self, trials: Iterable[str]) -> list[str]:
         """Those of `trials` that have no row yet."""
@@ -103,7 +115,10 @@ def _commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
 
     def said(*command: str) -> str:
-        return subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
 
     commit = said("rev-parse", "--short", "HEAD")
     return (commit or "unknown") + "-dirty" * bool(said("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/docs"))

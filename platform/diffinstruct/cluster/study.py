@@ -71,6 +71,8 @@ class Study:
         parser.add_argument("--smoke", action="store_true", help="first and last arm, one seed, 2 steps")
         parser.add_argument("--trials", type=int, metavar="N", help="run at most N of those that are missing")
         asked = parser.parse_args()
+        if asked.trials is not None and asked.trials < 0:
+            parser.error(f"--trials: should be 0 or more, got {asked.trials}")
         try:
             return self.smoke() if asked.smoke else self.answer(asked.trials)
         except (UserError, SweepError) as error:
@@ -96,6 +98,9 @@ class Study:
         if frame is None:
             print("trials are missing: the same command goes on")
             return None
+        for measure in self.measures:
+            if (gap := frame[measure].isna()).any():
+                raise UserError(f"{rows.path}: no {measure} for {frame[KEY][gap].iloc[0]}; take that row out to run it again")
         table = by_seed(frame, "arm", [*self.measures])
         named = {arm: {self.measures[key]: figure for key, figure in of.items()} for arm, of in table.items()}
         answer = Answer(base, frame, table, _folder(base) / f"{self.name}.md")
