@@ -66,10 +66,9 @@ STUDY = Study(
 def main() -> None:
     try:  # before hours of trials that could not be compared
         noise = noise_at_these_scales(("reward/pocket_judge", "kid", "diversity"))
-    except (KeyError, ValueError):
-        sys.exit(f"{STUDY.rows}: no trials with several seeds to know their noise from; run score_against_kl.py first")
     except UserError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
     if (answer := STUDY.main()) is None:
         return
     answer.say(
@@ -89,10 +88,15 @@ def noise_at_these_scales(measures: Sequence[str]) -> dict[str, tuple[float, int
     """How far seeds scatter in the recipe's kept trials with these objectives and scales, in whatever study. (With less reward
     they scatter more; longer ones share their first rounds with the others, so they do not count.)"""
     trials = Rows(STUDY.rows).read()
+    if trials.empty:
+        raise UserError(f"{STUDY.rows}: no trials to know the noise of seeds from; run score_against_kl.py first")
     trials = trials[trials["step"] == load(STUDY.recipe).steps].copy()
     trials["arm"] = trials["trial"].str.replace(r"\bseed=\d+", "", regex=True)
     alike = [(trials[list(of)] == pd.Series(of)).all(axis=1) for of in OBJECTIVES.values()]
-    return {key: seed_noise(trials[pd.concat(alike, axis=1).any(axis=1)], "arm", key) for key in measures}
+    try:
+        return {key: seed_noise(trials[pd.concat(alike, axis=1).any(axis=1)], "arm", key) for key in measures}
+    except ValueError as error:
+        raise UserError(f"{STUDY.rows}: {error}; run score_against_kl.py first") from None
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from diffinstruct.cluster.study import Study
 from diffinstruct.cluster.sweep import Point
 from diffinstruct.pocket_world import MEASURES, examine_run
-from diffinstruct.results import Rows, over_seeds, paired_by_seed
+from diffinstruct.results import Rows, at_distance, over_seeds, paired_by_seed
 
 HERE = Path(__file__).parent
 # A column's scales give the two divergences the same ratio of reward to regulariser at the sample, with guidance about 1/4 and
@@ -55,8 +54,6 @@ STUDY = Study(
     examine=examine_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
 )
-
-
 LEVERS = [  # what each does by itself: (with it, without)
     (f"{divergence}{with_it}", f"{divergence}{without}")
     for with_it, without in (
@@ -69,8 +66,6 @@ LEVERS = [  # what each does by itself: (with it, without)
     )
     for divergence in SCALES
 ]
-
-
 GAINS = [(", little reward", ""), (", guidance, little reward", ", guidance"), (", guidance, much reward", ", guidance")]
 
 
@@ -85,13 +80,9 @@ def main() -> None:
         if len(gained := gains(answer.rows, with_it, without)):
             more = f"KL's gain from {with_it.strip(', ')} minus the score divergence's"
             answer.say(f"- {more}: held-out preference {over_seeds(gained)}")
-    for divergence, (name, _) in SCALES.items():
-        outside = answer.rows[answer.rows["arm"] == f"{divergence}, guidance outside, much reward"]
-        inside = [inside_at(name, seed, kid) for seed, kid in zip(outside["seed"], outside["kid"], strict=True)]
-        if inside and all(inside):
-            judge, diversity = (
-                over_seeds(outside[key] - [at[key] for at in inside]) for key in ("reward/pocket_judge", "diversity")
-            )
+    for divergence in SCALES:
+        if len(paired := outside_minus_inside(answer.rows, divergence)):
+            judge, diversity = (over_seeds(gain) for _, gain in paired.items())
             which = f"{divergence}, guidance outside, minus inside at equal KID"
             answer.say(f"- {which}: held-out preference {judge}, diversity {diversity}")
     answer.publish()
@@ -107,15 +98,16 @@ def gains(rows: pd.DataFrame, with_it: str, without: str) -> pd.Series:
     return ((kl_with - kl_without) - (score_with - score_without)).dropna()
 
 
-def inside_at(name: str, seed: int, kid: float) -> dict[str, float]:
-    """Held-out preference and diversity with guidance inside, at that distance: between the two nearest kept trials that vary
-    nothing but the reward scale. Nothing where there is none on either side."""
-    trials = Rows(STUDY.rows).read()
-    scale_alone = trials["trial"].str.fullmatch(rf"objective.name={name} objective.reward_scale=\S+ seed={seed}")
-    path = trials[scale_alone].sort_values("kid")
-    if path.empty or not path["kid"].iloc[0] <= kid <= path["kid"].iloc[-1]:
-        return {}
-    return {key: float(np.interp(kid, path["kid"], path[key])) for key in ("reward/pocket_judge", "diversity")}
+def outside_minus_inside(rows: pd.DataFrame, divergence: str) -> pd.DataFrame:
+    """Guidance outside minus inside at the former's KID, a row a seed. Inside is the path of all kept trials that vary nothing
+    but the reward scale."""
+    (name, _), measures = SCALES[divergence], ("reward/pocket_judge", "diversity")
+    kept, gained = Rows(STUDY.rows).read(), {}
+    for _, outside in rows[rows["arm"] == f"{divergence}, guidance outside, much reward"].iterrows():
+        alike = rf"objective.name={name} objective.reward_scale=\S+ seed={outside['seed']}"
+        inside = at_distance(kept[kept["trial"].str.fullmatch(alike)], "kid", outside["kid"], measures)
+        gained[outside["seed"]] = {key: outside[key] - value for key, value in inside.items()}
+    return pd.DataFrame(gained).T.dropna()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pandas as pd
 
 from diffinstruct.cluster.study import Study
 from diffinstruct.pocket_world import MEASURES, examine_run, reference_examination
-from diffinstruct.results import over_seeds, paired_by_seed
+from diffinstruct.results import at_distance, over_seeds, paired_by_seed
 
 if TYPE_CHECKING:
     from diffinstruct.evaluation import Summary
@@ -61,25 +61,22 @@ def main() -> None:
             if {one, other} <= answer.table.keys():
                 gains = (paired_by_seed(answer.rows, "arm", one, other, key) for key in ("reward/pocket_judge", "kid"))
                 answer.say("- at scale {:g}, {}: held-out preference {}, KID {}".format(scale, MINUS, *gains))
-        ours, theirs = (over_distances(answer.rows, path) for path in PATHS)
-        said = ", ".join(f"{STUDY.measures[str(key)]} {over_seeds(gain)}" for key, gain in (ours - theirs).items())
-        answer.say(f"- at equal KID, mean from {KIDS[0]:g} to {KIDS[-1]:g}, {MINUS}, n {len(ours)}: {said}")
+        ours, theirs = (at_these_distances(answer.rows, path) for path in PATHS)
+        paired = (ours - theirs).dropna()
+        if len(paired):
+            said = ", ".join(f"{STUDY.measures[str(key)]} {over_seeds(gain)}" for key, gain in paired.items())
+            answer.say(f"- at equal KID, mean from {KIDS[0]:g} to {KIDS[-1]:g}, {MINUS}, n {len(paired)}: {said}")
         figure = answer.text.with_suffix(".png")
         draw(answer.table, figure)
         answer.publish(figure)
         print(f"figure {figure}")
 
 
-def over_distances(rows: pd.DataFrame, path: str) -> pd.DataFrame:
-    """Each measure's mean over KIDS, between a path's neighbouring trials by distance; a row a seed, NaN where it does not go
-    that far."""
-    found = {}
-    for seed, trials in rows[rows["arm"].str.startswith(f"{path}, ")].groupby("seed"):
-        trials = trials.sort_values("kid")
-        within = trials["kid"].iloc[0] <= KIDS[0] and KIDS[-1] <= trials["kid"].iloc[-1]
-        at = {key: np.interp(KIDS, trials["kid"], trials[key]).mean() for key in STUDY.measures if key != "kid"}
-        found[seed] = {key: value if within else np.nan for key, value in at.items()}
-    return pd.DataFrame.from_dict(found, orient="index")
+def at_these_distances(rows: pd.DataFrame, path: str) -> pd.DataFrame:
+    """Each measure's mean over KIDS along a path; a row a seed."""
+    measures = [key for key in STUDY.measures if key != "kid"]
+    by_seed = rows[rows["arm"].str.startswith(f"{path}, ")].groupby("seed")
+    return pd.DataFrame({seed: at_distance(trials, "kid", KIDS, measures) for seed, trials in by_seed}).T
 
 
 def draw(table: dict[str, Summary], path: Path) -> None:
@@ -94,12 +91,12 @@ def draw(table: dict[str, Summary], path: Path) -> None:
         for path_name, (colour, offset) in zip(PATHS, {"tab:blue": (5, -11), "tab:orange": (-11, 6)}.items(), strict=True):
             points = [(arm.split()[-1], of) for arm, of in table.items() if arm.startswith(f"{path_name}, ")]
             x, y = ([of[key] for _, of in points] for key in ("kid", measure))
-            over_seeds = y[0].n > 1  # one seed has no interval
+            several = y[0].n > 1  # one seed has no interval
             axis.errorbar(
                 [f.value for f in x],
                 [f.value for f in y],
-                xerr=[f.high - f.value for f in x] if over_seeds else None,
-                yerr=[f.high - f.value for f in y] if over_seeds else None,
+                xerr=[f.high - f.value for f in x] if several else None,
+                yerr=[f.high - f.value for f in y] if several else None,
                 marker="o", markersize=4, capsize=2, linewidth=1, elinewidth=0.6, label=path_name, color=colour,
             )  # fmt: skip
             for (scale, _), fx, fy in zip(points, x, y, strict=True):

@@ -8,7 +8,7 @@ import pytest
 
 from diffinstruct.evaluation import Figure
 from diffinstruct.experiment import UserError
-from diffinstruct.results import Rows, by_seed, flat, over_seeds, paired_by_seed, seed_noise
+from diffinstruct.results import Rows, at_distance, by_seed, flat, over_seeds, paired_by_seed, seed_noise
 
 
 def test_rows_are_kept_and_what_is_missing_is_known(tmp_path):
@@ -135,6 +135,17 @@ def test_one_seed_has_an_interval_where_the_noise_is_known():
         figure = paired_by_seed(pair, "arm", "one", "other", "kid", seed_noise(known, "arm", "kid"))
         covered += figure.low <= 0 <= figure.high
     assert covered / 400 == pytest.approx(0.95, abs=0.035) and figure.n == 1
+
+
+def test_a_path_is_read_between_its_trials_and_nowhere_else():
+    import pandas as pd
+
+    path = pd.DataFrame({"kid": [2.0, 0.0, 1.0], "judge": [5.0, 1.0, 2.0]})  # in no order
+    assert at_distance(path, "kid", 0.5, ["judge"]) == {"judge": 1.5}
+    assert at_distance(path, "kid", [0.5, 1.5], ["judge"]) == {"judge": 2.5}  # the mean of 1.5 and 3.5
+    for outside in (2.1, -0.1, [1.0, 2.1]):
+        assert math.isnan(at_distance(path, "kid", outside, ["judge"])["judge"])
+    assert math.isnan(at_distance(path[:0], "kid", 1.0, ["judge"])["judge"])
 
 
 def test_a_summary_becomes_columns():

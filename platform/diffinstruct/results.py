@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from diffinstruct.evaluation import Figure, Summary
@@ -95,6 +96,14 @@ def paired_by_seed(
     sigma, freedom = noise
     half = float(stats.t.ppf(0.975, freedom)) * sigma * np.sqrt(2 / figure.n)
     return Figure(figure.value, figure.value - half, figure.value + half, figure.n)
+
+
+def at_distance(trials: pd.DataFrame, distance: str, at: ArrayLike, measures: Sequence[str]) -> dict[str, float]:
+    """Each measure where a path of trials is `at` that distance, the mean over several: between the two trials that are nearest
+    by distance. NaN where the path does not go that far, either way."""
+    path = trials.sort_values(distance)
+    within = len(path) and path[distance].iloc[0] <= np.min(at) and np.max(at) <= path[distance].iloc[-1]
+    return {key: float(np.interp(at, path[distance], path[key]).mean()) if within else np.nan for key in measures}
 
 
 def seed_noise(frame: pd.DataFrame, by: str, measure: str) -> tuple[float, int]:
