@@ -101,9 +101,9 @@ def paired_by_seed(
 def at_distance(trials: pd.DataFrame, distance: str, at: ArrayLike, measures: Sequence[str]) -> dict[str, float]:
     """Each measure where a path of trials is `at` that distance, the mean over several: between the two trials that are nearest
     by distance. NaN where the path does not go that far, either way."""
-    path = trials.sort_values(distance)
-    within = len(path) and path[distance].iloc[0] <= np.min(at) and np.max(at) <= path[distance].iloc[-1]
-    return {key: float(np.interp(at, path[distance], path[key]).mean()) if within else np.nan for key in measures}
+    path, wanted = trials.sort_values(distance), np.atleast_1d(np.asarray(at, np.float64))
+    within = len(path) and path[distance].iloc[0] <= wanted.min() and wanted.max() <= path[distance].iloc[-1]
+    return {key: float(np.interp(wanted, path[distance], path[key]).mean()) if within else np.nan for key in measures}
 
 
 def seed_noise(frame: pd.DataFrame, by: str, measure: str) -> tuple[float, int]:
