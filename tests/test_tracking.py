@@ -288,6 +288,28 @@ os.kill(os.getpid(), signal.SIGKILL)
         deliver(tmp_path)
 
 
+def test_what_breaks_in_a_run_that_was_ended_by_hand_is_no_failure(tmp_path: Path, uri: str) -> None:
+    """Ctrl-C in the driver, and a worker that loses its reward actors meanwhile, in either order; until it starts again."""
+
+    def status() -> str:
+        return client_of(uri).get_run(tracker.run_id).info.status
+
+    for worker_first in (False, True):
+        tracker = tracker_of(tmp_path, uri)
+        tracker.metrics(1, {"loss": 1.0})
+        if worker_first:
+            tracker.finish("FAILED", "a reward actor is dead")
+            deliver(tmp_path / "run", uri, "KILLED", "KeyboardInterrupt")
+        else:
+            deliver(tmp_path / "run", uri, "KILLED", "KeyboardInterrupt")
+            tracker.finish("FAILED", "a reward actor is dead")
+            deliver(tmp_path / "run", uri, "FAILED", "the workers are gone")
+        assert status() == "KILLED"
+    tracker = tracker_of(tmp_path, uri)
+    tracker.finish("FAILED", "its own fault")
+    assert status() == "FAILED"
+
+
 def test_what_mlflow_refuses_is_named_and_the_rest_arrives(tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture) -> None:
     tracker = tracker_of(tmp_path, uri, {"k" * 300: 1, "seed": 0})
     for step in range(3):

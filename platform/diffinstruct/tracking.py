@@ -138,7 +138,8 @@ class Tracker:
         What did not arrive is kept; one warning says how to deliver it.
         """
         if not self._finishing.is_set():
-            self._append({"finish": status, "reason": reason})
+            if not _after_the_end(self.folder, status):
+                self._append({"finish": status, "reason": reason})
             self._finishing.set()
             self._thread.join(PATIENCE if self.uri.startswith("http") else 6 * PATIENCE)
             if not self._complete:
@@ -203,7 +204,7 @@ def deliver(run_folder: Path | str, uri: str | None = None, status: str | None =
     not do so itself, such as a trial that a scheduler stopped.
     """
     folder = Path(run_folder).absolute()
-    if status:
+    if status and not _after_the_end(folder, status):
         _add(folder, {"finish": status, "reason": reason})
     delivery = _Delivery(folder, uri)
     delivery.connect()
@@ -220,6 +221,12 @@ def attach(run_folder: Path | str, *paths: Path) -> None:
         deliver(folder)
     except Exception as error:
         logger.warning("%s: its files have not all reached MLflow: %s", folder, _in_one_line(error))
+
+
+def _after_the_end(folder: Path, status: str) -> bool:
+    """Whether somebody has ended the run since it was last started: what breaks in it after that is no failure."""
+    marks = [record for _, _, record in _records(folder / "journal.jsonl") if record.keys() & {"start", "finish"}]
+    return status == "FAILED" and bool(marks) and marks[-1].get("finish") == "KILLED"
 
 
 def _add(folder: Path, record: dict[str, Any]) -> None:
