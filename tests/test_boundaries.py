@@ -13,11 +13,11 @@ OURS = {"diffinstruct", "reward_models", "experiments", "benchmarks", "tests"}
 
 # From the ground up. A module imports from floors below its own; a room (a folder) also from itself.
 FLOORS = [
-    {"__init__", "diffusion", "distances", "experiment"},
+    {"__init__", "diffusion", "distances", "experiment", "watch"},
     {"guidance", "objectives", "rewards", "prompts", "checkpoint", "tracking"},
-    {"step", "pretrained", "evaluation"},
-    {"roles", "export", "results"},
-    {"run", "examination", "pocket_world"},
+    {"step", "pretrained", "evaluation", "handshake"},
+    {"roles", "export", "results", "jury"},
+    {"run", "examination", "pocket_world", "scoring"},
     {"local", "cluster", "check"},
     {"cli"},
     {"__main__"},

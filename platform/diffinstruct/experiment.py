@@ -242,6 +242,14 @@ class Rewards(Section):
     held_out: tuple[RewardName, ...] = Field(
         ("pocket_judge",), strict=False, description="rewards that are measured and never trained on (ours)"
     )
+    normalize: Literal["none", "std"] = Field(
+        "none",
+        description="std: each trained reward is divided by its standard deviation over 64 pictures of the starting generator "
+        "(ours)",
+    )
+    micro_batch: Count = Field(
+        16, description="samples that go through decoder and rewards at once; halved where memory does not hold them (ours)"
+    )
 
     @field_validator("trained")
     @classmethod
@@ -254,6 +262,11 @@ class Rewards(Section):
     def _not_trained(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         _no_repeats(value, [reward.name for reward in info.data.get("trained", ())])
         return value
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Trained ones, then held-out ones."""
+        return (*(reward.name for reward in self.trained), *self.held_out)
 
 
 class Prompts(Section):
@@ -271,6 +284,17 @@ class Prompts(Section):
         return value
 
 
+class Watch(Section):
+    """Whether the reward is being hacked: it rises, and what it stands for does not."""
+
+    every: int = Field(10, ge=0, description="steps between two looks at 64 pictures of the averaged generator; 0: none (ours)")
+    on_hacking: Literal["warn", "stop", "lower_scale"] = Field(
+        "warn",
+        description="what an alarm does beside being written down: nothing, end the run there as if it were finished, or halve "
+        "objective.reward_scale from there on (ours)",
+    )
+
+
 class Logging(Section):
     """How often something is written down, in steps."""
 
@@ -278,6 +302,13 @@ class Logging(Section):
     grid_every: Count = Field(50, description="steps between two picture grids (ours)")
     grid_prompts: Count = Field(8, description="rows of the grid: this many first prompts of prompts.grid (ours)")
     checkpoint_every: Count = Field(50, description="steps between two checkpoints (ours)")
+
+
+class RewardEnvironment(Section):
+    """Rewards whose packages do not go together with the others': reward actors of their own, in an environment of their own."""
+
+    rewards: tuple[RewardName, ...] = Field(strict=False, min_length=1, description="names among trained and held_out")
+    runtime_env: Text = Field(description="a Ray runtime environment, a YAML file as of `ray job submit --runtime-env`")
 
 
 class Cluster(Section):
@@ -290,6 +321,14 @@ class Cluster(Section):
     reward_cpus: NotNegative = Field(1.0, description="CPUs per reward actor, fractions allowed; 0 leaves it uncounted (ours)")
     reward_gpus: NotNegative = Field(0.0, description="GPUs per reward actor, fractions allowed (ours)")
     reward_deadline_s: Positive = Field(300.0, description="seconds after which a silent reward actor is replaced (ours)")
+    reward_place: Literal["auto", "actor", "process"] = Field(
+        "auto",
+        description="where rewards are computed: in reward actors, in the training process, or where the first rounds show that "
+        "they hold it up less (ours)",
+    )
+    reward_environments: tuple[RewardEnvironment, ...] = Field(
+        (), strict=False, description="rewards in actors with a runtime environment of their own: {rewards, runtime_env} (ours)"
+    )
 
 
 class Tracking(Section):
@@ -326,6 +365,7 @@ class Experiment(Section):
     objective: Objective = Objective()
     rewards: Rewards = Rewards()
     prompts: Prompts = Prompts()
+    watch: Watch = Watch()
     logging: Logging = Logging()
     cluster: Cluster = Cluster()
     tracking: Tracking = Tracking()
@@ -355,6 +395,23 @@ class Experiment(Section):
             raise _at("workers", value.workers, _wrong(f"should divide global_batch_size ({batch})"))
         if value.use_gpu and info.data.get("device") == "cpu":
             raise _at("use_gpu", value.use_gpu, _wrong("should be false where device is 'cpu'"))
+        return value
+
+    @field_validator("cluster")
+    @classmethod
+    def _environments_of_rewards(cls, value: Cluster, info: ValidationInfo) -> Cluster:
+        known = info.data["rewards"].names if "rewards" in info.data else ()
+        placed: set[str] = set()
+        for i, environment in enumerate(value.reward_environments):
+            for name in environment.rewards:
+                if known and name not in known:
+                    hint = did_you_mean(name, known)
+                    raise _at("reward_environments", name, _wrong(f"item {i} names no reward of this run", hint))
+                if name in placed:
+                    raise _at("reward_environments", name, _wrong("a reward has one environment, this one is named twice"))
+                placed.add(name)
+        if placed and value.reward_place == "process":
+            raise _at("reward_place", "process", _wrong("should be 'actor' where cluster.reward_environments names rewards"))
         return value
 
     @property

@@ -2,7 +2,7 @@
 
 The contract of a reward model: images [B, 3, H, W] float in [0, 1] and prompts list[str] -> scores [B], higher is better.
 `LatentRewards` is that, moved to where the generator's samples live. It runs in the trainer's process or in a reward actor;
-both speak through `Send`, so the step cannot tell which.
+both are asked through `Send`, so the step cannot tell which.
 """
 
 from __future__ import annotations
@@ -23,13 +23,29 @@ class RewardError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What a caller wants of the rewards.
+
+    weights: name -> its weight in the sum whose gradient is wanted; every other reward is scored and no more. None of them: no
+        gradient is computed.
+    micro_batch: rows that go through decoder and rewards at once. Rows in batches of another size differ in the last bits, so
+        the caller fixes it: answers are reproducible, and memory is bounded.
+    """
+
+    weights: Mapping[str, float]
+    micro_batch: int
+
+
+@dataclass(frozen=True)
 class Scores:
-    """`scores`: each reward's own [B]. `gradient`, like the latents: d(sum_b sum_i weight_i r_i) / d latents over the trained
-    rewards, so row b is sample b's own gradient whatever the batch. `seconds`: what computing it took."""
+    """`scores`: each reward's own [B]. `gradient`, like the latents: d(sum_b sum_i weight_i r_i) / d latents, so row b is
+    sample b's own gradient whatever the batch. `seconds`: what computing it took. `micro_batch`: the rows that went at once,
+    fewer than asked for where memory did not hold them."""
 
     scores: dict[str, Tensor]
     gradient: Tensor
     seconds: float
+    micro_batch: int
 
 
 Collect = Callable[[], Scores]
@@ -38,66 +54,89 @@ Send = Callable[[Tensor, Sequence[str]], Collect]
 
 
 class LatentRewards:
-    """Decoder and rewards in one process. A pure function of latents and prompts: asking twice is harmless.
+    """Decoder and rewards in one process. A pure function of latents, prompts and terms: asking twice is harmless.
+
+    A reward that has a `tower` and a `head` (see `reward_models`) is head(tower.features(images), prompts); rewards with one and
+    the same tower share its features.
 
     Args:
         decode: latents [B, ...] -> images [B, 3, H, W] in [0, 1], differentiable.
-        trained: name -> (reward, weight); their weighted sum is what `gradient` climbs.
-        held_out: name -> reward, scored without gradient; may be a black box.
-        micro_batch: rows that go through decoder and rewards at once. Rows in batches of another size differ in the last
-            bits, so a fixed value makes answers reproducible, and memory bounded.
+        models: name -> reward. One whose scores carry no gradient can be scored, and not trained on.
     """
 
-    def __init__(
-        self,
-        decode: Callable[[Tensor], Tensor],
-        trained: Mapping[str, tuple[RewardModel, float]],
-        held_out: Mapping[str, RewardModel],
-        micro_batch: int = 16,
-    ) -> None:
-        self.decode, self.trained, self.held_out, self.micro_batch = decode, trained, held_out, micro_batch
+    def __init__(self, decode: Callable[[Tensor], Tensor], models: Mapping[str, RewardModel]) -> None:
+        self.decode, self.models = decode, models
 
-    def __call__(self, latents: Tensor, prompts: Sequence[str]) -> Scores:
-        if not self.trained and not self.held_out:  # reward scale 0 and nobody watching: no reason to decode
-            return Scores({}, torch.zeros_like(latents), 0.0)
+    def __call__(self, latents: Tensor, prompts: Sequence[str], terms: Terms) -> Scores:
+        """Raises RewardError, with the reward's name."""
+        if unknown := [name for name in terms.weights if name not in self.models]:
+            raise RewardError(f"reward {unknown[0]}: asked for, but there are {', '.join(self.models) or 'none'}")
         started = time.perf_counter()
-        rows = range(0, len(latents), self.micro_batch)
-        parts = [self._score(latents[i : i + self.micro_batch], prompts[i : i + self.micro_batch]) for i in rows]
-        scores = {name: torch.cat([p[0][name] for p in parts]) for name in [*self.trained, *self.held_out]}
-        return Scores(scores, torch.cat([p[1] for p in parts]), time.perf_counter() - started)
+        if not self.models:  # reward scale 0 and nobody watching: no reason to decode
+            return Scores({}, torch.zeros_like(latents), 0.0, terms.micro_batch)
+        micro_batch = terms.micro_batch
+        while True:
+            try:
+                rows = [slice(i, i + micro_batch) for i in range(0, len(latents), micro_batch)]
+                parts = [self._score(latents[of], prompts[of], terms.weights) for of in rows]
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                if micro_batch == 1:
+                    raise RewardError(f"rewards {', '.join(self.models)}: out of memory with one sample") from error
+            # Outside the handler: the error's frames, which hold the tensors that were too many, are gone.
+            micro_batch = -(-min(micro_batch, len(latents)) // 2)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        scores = {name: torch.cat([p[0][name] for p in parts]) for name in self.models}
+        return Scores(scores, torch.cat([p[1] for p in parts]), time.perf_counter() - started, micro_batch)
 
-    def send(self, latents: Tensor, prompts: Sequence[str]) -> Collect:
-        answer = self(latents, prompts)
-        return lambda: answer
-
-    def _score(self, latents: Tensor, prompts: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
-        leaf = latents.detach().requires_grad_()
+    def _score(
+        self, latents: Tensor, prompts: Sequence[str], weights: Mapping[str, float]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        leaf = latents.detach().requires_grad_(bool(weights))
         scores: dict[str, Tensor] = {}
+        seen: dict[int, Tensor] = {}  # features of these images, by tower
         total = leaf.new_zeros(())
-        with torch.enable_grad():
+        with torch.set_grad_enabled(bool(weights)):
             images = self.decode(leaf)
-            for name, (reward, weight) in self.trained.items():
-                score = scored(name, reward, images, prompts)
+            for name, weight in weights.items():
+                score = scored(name, self.models[name], images, prompts, seen)
                 if not score.requires_grad:
                     raise RewardError(f"reward {name}: its scores carry no gradient to the images, so it can only be held out")
                 total = total + weight * score.float().sum()
                 scores[name] = score.detach()
-            gradient = torch.autograd.grad(total, leaf)[0] if self.trained else torch.zeros_like(leaf)
+            gradient = torch.autograd.grad(total, leaf)[0] if weights else torch.zeros_like(leaf)
         if not math.isfinite(gradient.abs().sum().item()):
-            raise RewardError(f"the gradient of {' + '.join(self.trained)} at the latents is not finite")
+            raise RewardError(f"the gradient of {' + '.join(weights)} at the latents is not finite")
+        seen = {tower: features.detach() for tower, features in seen.items()}
         with torch.no_grad():
-            for name, judge in self.held_out.items():
-                scores[name] = scored(name, judge, images.detach(), prompts)
+            for name in (name for name in self.models if name not in weights):
+                scores[name] = scored(name, self.models[name], images.detach(), prompts, seen)
         return scores, gradient
 
 
-def scored(name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str]) -> Tensor:
+def scored(
+    name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str], seen: dict[int, Tensor] | None = None
+) -> Tensor:
     """The reward's scores [B], finite. It gets images of its own: what it writes into them no other reward sees. One that errs
-    is refused by name and never becomes a 0."""
+    is refused by name and never becomes a 0.
+
+    seen: features of the same images by their tower's id; those of this reward's tower are used, or added.
+    """
     batch = len(prompts)
     try:
-        score = reward(images.clone(), prompts)
+        tower = getattr(reward, "tower", None)
+        if tower is None or seen is None:
+            score = reward(images.clone(), prompts)
+        else:
+            if id(tower) not in seen:
+                seen[id(tower)] = tower.features(images.clone())
+            score = reward.head(seen[id(tower)].clone(), prompts)  # type: ignore[attr-defined]
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise RewardError(f"reward {name}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not isinstance(score, Tensor):
         raise RewardError(f"reward {name}: returned a {type(score).__name__}, expected a tensor [{batch}]")
@@ -106,3 +145,8 @@ def scored(name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str
     if not torch.isfinite(score).all():
         raise RewardError(f"reward {name}: {int((~torch.isfinite(score)).sum())} of {batch} scores are not finite")
     return score
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that the memory of a GPU or of the machine is used up."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
