@@ -45,6 +45,23 @@ class Sleepy(Red):
         return super().forward(images, prompts)
 
 
+class Patient(Red):
+    """Waits for the file that a prompt names after "wait"."""
+
+    def forward(self, images, prompts):
+        word, _, path = prompts[0].partition(" ")
+        while word == "wait" and not Path(path).exists():
+            time.sleep(0.05)
+        return super().forward(images, prompts)
+
+
+class BlackBox:
+    """Looks at the pictures' numbers, not at tensors: no gradient."""
+
+    def __call__(self, images, prompts):
+        return torch.tensor([float(image.mean()) for image in images.detach().numpy()])
+
+
 class Deadly(Red):
     """Kills its process the first time it sees a prompt that names a file that is not there yet."""
 

@@ -36,7 +36,6 @@ from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
     GetTimeoutError,
-    RayActorError,
     RayError,
     RayTaskError,
     RuntimeEnvSetupError,
@@ -163,6 +162,7 @@ class Call:
     ) -> None:
         self.actor, self.place, self.what, self.send, self.fault = actor, place, what, send, fault
         self.deadline, self.grace = deadline, min(deadline, GRACE)
+        self.ended: tuple[str, int] | None = None  # the process that was killed last; a stopped one takes seconds to die
         self.id = uuid.uuid4().hex
         self.request = f"{self.id}/1"
         self.reference = send(self.request)
@@ -200,15 +200,11 @@ class Call:
         return ray.get(self.reference)
 
     def _look(self) -> float:
-        """Ask the actor what it does, and end it if it is not to be waited for. Returns seconds until the next look."""
-        try:
-            task, seconds = ray.get(self.actor.doing.remote(), timeout=self.grace)
-        except GetTimeoutError:
-            if self._alive():
-                self._replace(f"silent for {self.grace:g} s")
+        """End the actor if what it does is not to be waited for. Returns seconds until the next look."""
+        doing = self._doing()
+        if doing is None:
             return self.grace
-        except RayActorError:  # so the call has failed, too
-            return self.grace
+        task, seconds = doing
         if task == self.request:
             most = self.deadline
         elif task == LOADING:
@@ -223,24 +219,33 @@ class Call:
         until = time.monotonic() + STARTING
         while True:
             time.sleep(pause)
-            try:
-                ray.get(self.actor.doing.remote(), timeout=self.grace)
+            if self._doing():
                 return
-            except GetTimeoutError:
-                if self._alive():
-                    self._replace(f"silent for {self.grace:g} s")
-            except ActorUnavailableError:
-                pass
             if time.monotonic() > until:
                 self._replace(f"not back after {STARTING:g} s")
             pause = min(2 * pause, 5.0)
 
-    def _alive(self) -> bool:
-        """Whether its process has been started: one that waits for resources, for its environment or for its imports is silent,
-        too. (The public API asks the dashboard, which need not be there.)"""
-        return cluster_state.actor_table(self.actor._actor_id.hex(), None, None)["State"] == "ALIVE"
+    def _doing(self) -> tuple[str | None, float] | None:
+        """What the actor says it does; None if it is not there at present. One that is there and silent is ended."""
+        before = self._process()
+        try:
+            return ray.get(self.actor.doing.remote(), timeout=self.grace)
+        except GetTimeoutError:
+            # One that waits for resources, for its environment or for its imports is silent, too; or the question went to
+            # a process that is no more.
+            if before == self._process() != self.ended and before[0] == "ALIVE":
+                self._replace(f"silent for {self.grace:g} s")
+        except ActorUnavailableError:
+            pass
+        return None
+
+    def _process(self) -> tuple[str, int]:
+        """State and number of the actor's process. (The public API asks the dashboard, which need not be there.)"""
+        table = cluster_state.actor_table(self.actor._actor_id.hex(), None, None)
+        return table["State"], table["NumRestarts"]
 
     def _replace(self, why: str) -> NoReturn:
+        self.ended = self._process()
         ray.kill(self.actor, no_restart=False)  # reaches a stopped process, too
         raise Fault(f"{why}, so it was killed")
 
