@@ -21,3 +21,8 @@ class Report:
 def handshake(name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str], trained: bool) -> Report:
     """Put `reward` to the test on images [B, 3, H, W] in [0, 1] and their prompts. trained: whether it needs a gradient."""
     raise NotImplementedError
+
+
+def refuse(reports: Sequence[Report]) -> None:
+    """Raises RewardError with every fault of every report, a line each."""
+    raise NotImplementedError
