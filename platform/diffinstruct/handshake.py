@@ -271,9 +271,9 @@ class _Examination:
         expected = weights.view(-1, 1, 1, 1) * gradient
         off = ((self._gradient(images, weights) - expected).norm() / expected.norm()).item()
         if off > 0.01 + 8 * self.epsilon:
-            one = torch.zeros_like(weights)
-            one[0] = 1
-            if self._gradient(images, one)[1:].norm() > 0.01 * sizes.max():
+            weights = torch.ones_like(weights)
+            weights[0] = 2
+            if (self._gradient(images, weights) - gradient)[1:].norm() > 0.01 * sizes.max():
                 raise self._fault("the gradient of one picture's score reaches the other pictures of the batch")
             raise self._fault(f"its gradient is not linear in the scores' weights, it is off by {off:.0%}")
         return f"each picture has its own, of norm {sizes.min():.3g} to {sizes.max():.3g}"
