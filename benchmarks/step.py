@@ -24,9 +24,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ from torch import Tensor
 from diffinstruct import tracking
 from diffinstruct.evaluation import Evaluation, compare
 from diffinstruct.experiment import Experiment, load
+from diffinstruct.handshake import Report
+from diffinstruct.jury import InProcess, RewardService, make_rewards
 from diffinstruct.pocket_world import examine
 from diffinstruct.pretrained import load_reference
-from diffinstruct.rewards import Collect, LatentRewards
-from diffinstruct.run import make_rewards, train
+from diffinstruct.rewards import Collect, Terms
+from diffinstruct.run import train
 
 PAIRS, WARM_UP = 48, 8
 BOUND = {"local": 1.03, "ray": 1.10, "actor": 1.10}
@@ -61,15 +64,11 @@ class Meter:
         self.beside: list[float] = []
         self.tracked: list[float] = []
         self.journaling = self.began = 0.0
-        self.rewards: LatentRewards | None = None
         self.parts: dict[str, Parts] = {}
         self.running: dict[str, Iterator[None]] = {}
 
     def __call__(self) -> None:
         if not self.running:
-            device = torch.device("cpu")
-            decode = load_reference(self.experiment.reference.model, device=device).decode
-            self.rewards = make_rewards(self.experiment, decode, device)
             self.parts = {name: Parts(self.experiment) for name in self.loops}
             self.running = {name: LOOPS[name](parts) for name, parts in self.parts.items()}
             for loop in self.running.values():
@@ -120,18 +119,32 @@ class Meter:
             time.sleep(0.1)
 
 
+@dataclass
+class Metered:
+    """The rewards, in actors or in the process that asks; each round's question stops at the door first."""
+
+    meter: Meter
+    actors: RewardService | None = None
+
+    @cached_property
+    def service(self) -> RewardService:
+        decode = load_reference(self.meter.experiment.reference.model).decode
+        return self.actors or InProcess(make_rewards(self.meter.experiment.rewards.names, decode, "cpu"))
+
+    def ask(self, latents: Tensor, prompts: Sequence[str], terms: Terms) -> Collect:
+        self.meter()
+        return self.service.ask(latents, prompts, terms)
+
+    def meet(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
+        return self.service.meet(latents, prompts, trained)
+
+
 def local(experiment: Experiment, folder: Path) -> None:
     """`local.run`, its rewards stopped at the door; then what came of its generator and of the textbook's."""
     torch.set_num_threads(1)
     meter = Meter(experiment, folder, [*LOOPS])
-
-    def send(latents: Tensor, prompts: Sequence[str]) -> Collect:
-        meter()
-        assert meter.rewards
-        return meter.rewards.send(latents, prompts)
-
     with (folder / "output.txt").open("w") as output, redirect_stdout(output):
-        result = train(experiment, folder, send)
+        result = train(experiment, folder, Metered(meter))
     assert result
     meter.parts["textbook"].ema.save_pretrained(folder / "textbook")
     reference, of = load_reference(experiment.reference.model), experiment.generator
@@ -152,22 +165,13 @@ def on_ray(experiment: Experiment, folder: Path, actor: bool) -> None:
     """`cluster.train.run` with one worker, its pool stopped at the door."""
     import ray
 
-    from diffinstruct.cluster.rewards import RewardPool, reward_pool
+    from diffinstruct.cluster.rewards import reward_pool
     from diffinstruct.cluster.train import attached, fit
 
-    @dataclass(frozen=True)
-    class MeteredPool(RewardPool):
-        meter: Meter | None = None
-
-        def send(self, latents: Tensor, prompts: Sequence[str]) -> Collect:
-            assert self.meter
-            self.meter()
-            assert self.meter.rewards
-            return RewardPool.send(self, latents, prompts) if self.replicas else self.meter.rewards.send(latents, prompts)
-
-    with attached() as where, reward_pool(experiment) if actor else nullcontext(RewardPool((), 0, 0.0)) as pool:
-        actors = ray.get([replica.__ray_call__.remote(lambda _: os.getpid()) for replica in pool.replicas])
-        fit(experiment, folder, MeteredPool(**vars(pool), meter=Meter(experiment, folder, ["plain"], actors)), where)
+    with attached() as where, reward_pool(experiment) if actor else nullcontext() as pool:
+        handles = pool.actors() if pool else ()
+        pids = ray.get([handle.__ray_call__.remote(lambda _: os.getpid()) for handle in handles])
+        fit(experiment, folder, Metered(Meter(experiment, folder, ["plain"], pids), pool), where)
 
 
 def interval(statistic: Callable[[np.ndarray], np.ndarray], pairs: np.ndarray) -> tuple[float, float, float]:
@@ -224,7 +228,8 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "run"
             folder.mkdir()
-            own = [f"steps={WARM_UP + PAIRS + 1}", f"tracking.uri=sqlite:///{temporary}/mlflow.db"]
+            # Without looks, which the loops beside it do not have, and without a choice of place: it asks once more.
+            own = ["watch.every=0", "cluster.reward_place=actor", f"steps={WARM_UP + PAIRS + 1}", f"tracking.uri=sqlite:///{temporary}/mlflow.db"]
             e = load(recipe, [*own, *asked.overrides])
             local(e, folder) if name == "local" else on_ray(e, folder, actor=name == "actor")
             good.append(report(name, e, folder))

@@ -27,7 +27,7 @@ def counted(run):
 
 
 def nobody(latents, prompts):
-    return lambda: Scores({}, torch.zeros_like(latents), 0.0)
+    return lambda: Scores({}, torch.zeros_like(latents), 0.0, 16)
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ class Network(nn.Module):
 
 
 def nobody(latents, prompts):
-    return lambda: Scores({}, torch.zeros_like(latents), 0.0)
+    return lambda: Scores({}, torch.zeros_like(latents), 0.0, 16)
 
 
 @pytest.mark.parametrize(("name", "space"), [("di_star", "x0"), ("diff_instruct", "eps"), ("sid", "x0"), ("dmd", "x0")])

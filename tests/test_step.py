@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from diffinstruct.diffusion import Schedule, uniform_t
 from diffinstruct.distances import pseudo_huber
 from diffinstruct.experiment import Experiment, UserError
 from diffinstruct.guidance import guided
+from diffinstruct.jury import make_rewards
 from diffinstruct.objectives import objective
-from diffinstruct.rewards import LatentRewards, RewardError, Scores
-from diffinstruct.run import make_rewards
+from diffinstruct.rewards import LatentRewards, RewardError, Terms
 from diffinstruct.run import make_settings as configured_settings
 from diffinstruct.step import Draws, NonFinite, Players, Settings, alternating_round
 
@@ -87,10 +88,19 @@ def condition(rows=slice(0, BATCH)):
     return {"prompt_embeds": torch.randn(BATCH, 3, generator=torch.Generator().manual_seed(9))[rows]}
 
 
-REWARDS = LatentRewards(decode, {"contrast": (contrast, 1.0), "brightness": (brightness, -0.5)}, {}, micro_batch=3)
+REWARDS = LatentRewards(decode, {"contrast": contrast, "brightness": brightness})
+TERMS = Terms({"contrast": 1.0, "brightness": -0.5}, micro_batch=3)
 
 
-def round_(players, settings=None, step=0, rows=slice(0, BATCH), send=REWARDS.send):
+def sender(rewards, terms):
+    def send(latents, prompts):
+        answer = rewards(latents, prompts, terms)
+        return lambda: answer
+
+    return send
+
+
+def round_(players, settings=None, step=0, rows=slice(0, BATCH), send=sender(REWARDS, TERMS)):  # noqa: B008
     draws = Draws(0, step, BATCH, SHAPE, rows, torch.device("cpu"))
     return alternating_round(players, settings or make_settings(), SCHEDULE, draws, PROMPTS[rows], condition(rows), send)
 
@@ -187,10 +197,10 @@ def test_reward_only_leaves_the_score_network_alone():
 
 def test_a_gradient_that_is_not_finite_stops_the_round_before_the_update():
     def spoiled(latents, prompts):
-        scores = REWARDS(latents, prompts)
+        scores = REWARDS(latents, prompts, TERMS)
         gradient = scores.gradient.clone()
         gradient[2, 0, 1, 1] = float("nan")
-        return lambda: Scores(scores.scores, gradient, 0.0)
+        return lambda: replace(scores, gradient=gradient)
 
     players = make_players()
     before, averaged = weights(players.generator), weights(players.ema)
@@ -215,10 +225,10 @@ def test_a_held_out_reward_is_measured_and_never_pulls():
         seen.append(images.requires_grad)
         return 1000 * images.flatten(1).mean(1)
 
-    trained = {"contrast": (contrast, 1.0)}
+    terms = Terms({"contrast": 1.0}, 16)
     alone, judged = make_players(), make_players()
-    round_(alone, send=LatentRewards(decode, trained, {}).send)
-    metrics = round_(judged, send=LatentRewards(decode, trained, {"judge": judge}).send)
+    round_(alone, send=sender(LatentRewards(decode, {"contrast": contrast}), terms))
+    metrics = round_(judged, send=sender(LatentRewards(decode, {"judge": judge, "contrast": contrast}), terms))
     assert equal(weights(alone.generator), weights(judged.generator))
     assert metrics["reward/judge"] > 0 and seen == [False]
 
@@ -256,10 +266,10 @@ def test_what_a_reward_writes_into_its_images_no_other_sees():
         return images.flatten(1).mean(1)
 
     x0 = torch.randn(BATCH, *SHAPE, generator=torch.Generator().manual_seed(0))
-    alone = LatentRewards(decode, {"contrast": (contrast, 1.0)}, {"brightness": brightness})(x0, PROMPTS)
-    beside = LatentRewards(
-        decode, {"vandal": (vandal, 0.0), "contrast": (contrast, 1.0)}, {"late": vandal, "brightness": brightness}
-    )(x0, PROMPTS)
+    models = {"vandal": vandal, "contrast": contrast, "late": vandal, "brightness": brightness}
+    beside = LatentRewards(decode, models)(x0, PROMPTS, Terms({"vandal": 0.0, "contrast": 1.0}, 16))
+    honest = {name: models[name] for name in ("contrast", "brightness")}
+    alone = LatentRewards(decode, honest)(x0, PROMPTS, Terms({"contrast": 1.0}, 16))
     assert torch.equal(alone.gradient, beside.gradient)
     assert all(torch.equal(alone.scores[name], beside.scores[name]) for name in alone.scores)
 
@@ -274,9 +284,9 @@ def test_what_a_reward_writes_into_its_images_no_other_sees():
     ],
 )
 def test_a_reward_that_errs_is_named(reward, said):
-    rewards = LatentRewards(decode, {"mine": (reward, 1.0)}, {})
+    rewards = LatentRewards(decode, {"mine": reward})
     with pytest.raises(RewardError, match=f"^reward mine: {said}"):
-        rewards(torch.zeros(BATCH, *SHAPE), PROMPTS)
+        rewards(torch.zeros(BATCH, *SHAPE), PROMPTS, Terms({"mine": 1.0}, 16))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +298,60 @@ def test_a_reward_that_errs_is_named(reward, said):
     ],
 )
 def test_a_reward_that_cannot_be_made_is_said_before_the_first_step(name, said):
-    content = Experiment().model_dump()
-    content["rewards"] |= {"trained": [{"name": name, "weight": 1.0}], "held_out": []}
     with pytest.raises(UserError, match=f"^rewards: {said}"):
-        make_rewards(Experiment.model_validate(content), decode, torch.device("cpu"))
+        make_rewards([name], decode, "cpu")
+
+
+# ------------------------------------------------------------------------------------------------- terms and memory
+class Tower:
+    """Sees the mean colour, and counts how often it looks; takes no more than `room` pictures at once."""
+
+    def __init__(self, room=100):
+        self.room, self.looks = room, 0
+
+    def features(self, images):
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        self.looks += 1
+        return images.mean((2, 3))
+
+
+class Headed:
+    def __init__(self, tower, channel):
+        self.tower, self.channel = tower, channel
+
+    def head(self, features, prompts):
+        return features[:, self.channel].exp()
+
+    def __call__(self, images, prompts):
+        return self.head(self.tower.features(images), prompts)
+
+
+def test_a_tower_is_looked_through_once_and_changes_no_bit():
+    x0 = torch.randn(BATCH, *SHAPE, generator=torch.Generator().manual_seed(0))
+    tower, terms = Tower(), Terms({"a": 1.0, "b": -2.0}, 3)
+    shared = LatentRewards(decode, {name: Headed(tower, i) for i, name in enumerate("abc")})(x0, PROMPTS, terms)
+    assert tower.looks == 3  # micro-batches of 3, 3 and 2
+    apart = LatentRewards(decode, {name: Headed(Tower(), i) for i, name in enumerate("abc")})(x0, PROMPTS, terms)
+    assert all(torch.equal(shared.scores[name], apart.scores[name]) for name in "abc")
+    torch.testing.assert_close(shared.gradient, apart.gradient)
+    assert shared.gradient.norm() > 0
+
+
+def test_a_weight_of_nothing_asks_for_scores_alone():
+    x0 = torch.randn(BATCH, *SHAPE, generator=torch.Generator().manual_seed(0))
+    scores, both = REWARDS(x0, PROMPTS, Terms({}, 3)), REWARDS(x0, PROMPTS, TERMS)
+    assert not scores.gradient.any() and both.gradient.any()
+    assert all(torch.equal(scores.scores[name], both.scores[name]) for name in both.scores)
+    with pytest.raises(RewardError, match=r"^reward glare: asked for, but there are contrast, brightness$"):
+        REWARDS(x0, PROMPTS, Terms({"glare": 1.0}, 3))
+
+
+def test_where_memory_ends_the_micro_batch_is_halved_and_said():
+    x0 = torch.randn(BATCH, *SHAPE, generator=torch.Generator().manual_seed(0))
+    narrow = LatentRewards(decode, {"a": Headed(Tower(room=2), 0)})(x0, PROMPTS, Terms({"a": 1.0}, 16))
+    wide = LatentRewards(decode, {"a": Headed(Tower(), 0)})(x0, PROMPTS, Terms({"a": 1.0}, 2))
+    assert (narrow.micro_batch, wide.micro_batch) == (2, 2)
+    assert torch.equal(narrow.gradient, wide.gradient) and torch.equal(narrow.scores["a"], wide.scores["a"])
+    with pytest.raises(RewardError, match=r"^rewards a: out of memory with one sample$"):
+        LatentRewards(decode, {"a": Headed(Tower(room=0), 0)})(x0, PROMPTS, Terms({"a": 1.0}, 16))

@@ -73,29 +73,31 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         Role("text encoder", *_count(reference.text_encoder)),
     ]
     trained = [reward.name for reward in experiment.rewards.trained]
+    apart = [name for environment in experiment.cluster.reward_environments for name in environment.rewards]
     actor = [Role("decoder", *_count(reference.vae), forwards=1, backwards=1)]
-    for name in [*trained, *experiment.rewards.held_out]:
+    for name in (name for name in experiment.rewards.names if name not in apart):  # those may not even import here
         actor.append(Role(name, *_count(load_reward(name)), forwards=1, backwards=int(name in trained)))
 
     # In forward passes of one network: a backward that reaches the weights costs two, one to the input alone costs one.
     work = worker[0].forwards + 2 + 3 * k + (1 + through) * ((k > 0) + guided)
     per_sample = 4 * prod(reference.latent_shape)
-    asked = experiment.cluster
-    cpus = asked.workers * asked.cpus_per_worker + asked.reward_replicas * asked.reward_cpus
-    gpus = asked.workers * asked.use_gpu + asked.reward_replicas * asked.reward_gpus
+    asked, actors = experiment.cluster, experiment.reward_actors
+    cpus = asked.workers * asked.cpus_per_worker + actors * asked.reward_cpus
+    gpus = asked.workers * asked.use_gpu + actors * asked.reward_gpus
     have_cpus, have_gpus = os.cpu_count() or 1, torch.cuda.device_count()
     per_worker, per_actor = (sum(role.memory for role in roles) for roles in (worker, actor))
-    in_ram = asked.workers * per_worker * (not asked.use_gpu) + asked.reward_replicas * per_actor * (asked.reward_gpus == 0)
+    in_ram = asked.workers * per_worker * (not asked.use_gpu) + actors * per_actor * (asked.reward_gpus == 0)
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     lines = [
         HEADER,
         f"each of {asked.workers} training processes, {_mib(per_worker)}",
         *(role.row for role in worker),
-        f"each of {asked.reward_replicas} reward actors, {_mib(per_actor)}",
+        f"each of {actors} reward actors, {_mib(per_actor)}",
         *(role.row for role in actor),
+        *(f"{name:<24}in an environment of its own: not counted" for name in apart),
         f"work       {work} U-Net forwards' worth per sample and step, {experiment.global_batch_size} samples a step",
         f"payload    {_mib(experiment.global_batch_size * per_sample)} of latents to the reward actors a step, as much back",
-        f"placement  {asked.workers} x {asked.cpus_per_worker} + {asked.reward_replicas} x {asked.reward_cpus:g} = {cpus:g} "
+        f"placement  {asked.workers} x {asked.cpus_per_worker} + {actors} x {asked.reward_cpus:g} = {cpus:g} "
         f"CPUs and {gpus:g} GPUs; this machine has {have_cpus} and {have_gpus}",
         f"memory     {_mib(in_ram)} before activations; this machine has {_mib(ram)}",
     ]

@@ -305,7 +305,7 @@ class Logging(Section):
 
 
 class RewardEnvironment(Section):
-    """Rewards whose packages do not go together with the others': reward actors of their own, in an environment of their own."""
+    """Rewards whose packages do not go together with the others': they get actors in an environment of their own."""
 
     rewards: tuple[RewardName, ...] = Field(strict=False, min_length=1, description="names among trained and held_out")
     runtime_env: Text = Field(description="a Ray runtime environment, a YAML file as of `ray job submit --runtime-env`")
@@ -323,8 +323,8 @@ class Cluster(Section):
     reward_deadline_s: Positive = Field(300.0, description="seconds after which a silent reward actor is replaced (ours)")
     reward_place: Literal["auto", "actor", "process"] = Field(
         "auto",
-        description="where rewards are computed: in reward actors, in the training process, or where the first rounds show that "
-        "they hold it up less (ours)",
+        description="where rewards are computed: in reward actors, in the training process, or where the first rounds show "
+        "that they hold them up less (ours)",
     )
     reward_environments: tuple[RewardEnvironment, ...] = Field(
         (), strict=False, description="rewards in actors with a runtime environment of their own: {rewards, runtime_env} (ours)"
@@ -413,6 +413,13 @@ class Experiment(Section):
         if placed and value.reward_place == "process":
             raise _at("reward_place", "process", _wrong("should be 'actor' where cluster.reward_environments names rewards"))
         return value
+
+    @property
+    def reward_actors(self) -> int:
+        """How many the Ray runner starts: replicas of a group for each environment, and of one for all other rewards."""
+        apart = [name for environment in self.cluster.reward_environments for name in environment.rewards]
+        groups = len(self.cluster.reward_environments) + (len(self.rewards.names) > len(apart))
+        return 0 if self.cluster.reward_place == "process" else self.cluster.reward_replicas * groups
 
     @property
     def derived_id(self) -> str:

@@ -1,20 +1,31 @@
-"""The rewards of a run and how it asks them: in this process or in actors, at one interface.
+"""The rewards of a run: who answers for them, on what terms they are asked, and whether they are being hacked.
 
 `cluster/rewards.py` has the actors; this file knows no Ray.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffinstruct.experiment import Experiment
-from diffinstruct.handshake import Report, handshake
-from diffinstruct.pretrained import load_reward
-from diffinstruct.rewards import Collect, LatentRewards, Terms
+from diffinstruct.handshake import Report, handshake, refuse
+from diffinstruct.pretrained import Reference, load_reward
+from diffinstruct.rewards import Collect, LatentRewards, RewardError, Scores, Terms
+from diffinstruct.watch import Alarm, Look, Watch
+
+EVALUATION_SEED = 1_000_000
+"""Pictures that are shown or judged draw their noise from seeds at and above this one, training from those below."""
+PICTURES = 64
+"""Of the starting generator, which every reward meets; and of the averaged one, in each look."""
+NOISES = 4
+"""Of each prompt of a look: how much its pictures differ is the variety."""
+MEASURED_ROUNDS = 3
+"""The first ones, which show what the rewards hold up."""
 
 
 class RewardService(Protocol):
@@ -43,13 +54,184 @@ class InProcess:
         return [handshake(name, reward, images, prompts, name in trained) for name, reward in self.rewards.models.items()]
 
 
-def make_rewards(
-    names: Sequence[str], decode: Callable[[Tensor], Tensor], device: torch.device | str
-) -> LatentRewards:
+def make_rewards(names: Sequence[str], decode: Callable[[Tensor], Tensor], device: torch.device | str) -> LatentRewards:
     """The rewards of these names, frozen, on one device, behind one decoder."""
     return LatentRewards(decode, {name: load_reward(name, device) for name in names})
 
 
-def terms_of(experiment: Experiment) -> Terms:
-    """What the configuration asks for."""
-    return Terms({reward.name: reward.weight for reward in experiment.rewards.trained}, experiment.rewards.micro_batch)
+class Jury:
+    """The rewards as a run asks them.
+
+    What it has found out on the way is the run's state: the micro-batch that memory holds, the scales of the rewards, and where
+    they are computed. A resumed run asks on the same terms, so it gets the same bits.
+
+    in_process: makes the rewards in this process, for a run that has no actors or is better off without.
+    """
+
+    def __init__(self, experiment: Experiment, actors: RewardService | None, in_process: Callable[[], InProcess]) -> None:
+        self.experiment, self.actors, self.in_process = experiment, actors, in_process
+        self.micro_batch = experiment.rewards.micro_batch
+        self.scales = {reward.name: 1.0 for reward in experiment.rewards.trained}
+        self.place = "process" if actors is None else experiment.cluster.reward_place  # "auto" until it is settled
+        self._service: RewardService | None = None
+        self._held_up: list[float] = []  # seconds a round, while the place is not decided
+        self._last: tuple[Tensor, Sequence[str]] | None = None
+
+    @property
+    def service(self) -> RewardService:
+        if self._service is None:
+            self._service = self.in_process() if self.place == "process" or self.actors is None else self.actors
+        return self._service
+
+    @property
+    def terms(self) -> Terms:
+        """What the configuration asks for, with what the run has found out."""
+        weights = {reward.name: reward.weight / self.scales[reward.name] for reward in self.experiment.rewards.trained}
+        return Terms(weights, self.micro_batch)
+
+    def send(self, latents: Tensor, prompts: Sequence[str]) -> Collect:
+        """The `Send` of a round."""
+        began = time.perf_counter()
+        answer = self.service.ask(latents, prompts, self.terms)
+        sent = time.perf_counter()
+        self._last = latents, prompts
+
+        def collect() -> Scores:
+            waiting = time.perf_counter()
+            scores = self._collected(answer)
+            if self.place == "auto":
+                self._held_up.append(sent - began + time.perf_counter() - waiting)
+            return scores
+
+        return collect
+
+    def score(self, latents: Tensor, prompts: Sequence[str]) -> Collect:
+        """Scores without a gradient."""
+        answer = self.service.ask(latents, prompts, Terms({}, self.micro_batch))
+        return lambda: self._collected(answer)
+
+    def meet(self, latents: Tensor, prompts: Sequence[str]) -> list[Report]:
+        """The handshake with all rewards, on pictures of the starting generator. Raises RewardError, a line for each fault."""
+        reports = self.service.meet(latents, prompts, [reward.name for reward in self.experiment.rewards.trained])
+        refuse(reports)
+        return reports
+
+    def measure_scales(self, latents: Tensor, prompts: Sequence[str]) -> None:
+        """`rewards.normalize`: the standard deviations of the trained rewards over pictures of the starting generator."""
+        if self.experiment.rewards.normalize == "std" and self.scales:
+            scores = self.score(latents, prompts)().scores
+            self.scales = {name: scores[name].double().std().item() for name in self.scales}
+            if flat := [name for name, scale in self.scales.items() if scale == 0]:
+                raise RewardError(f"reward {flat[0]}: the same score for {len(latents)} pictures, nothing to normalize by")
+
+    def settle(self, agree: Callable[[int], int]) -> str | None:
+        """Where the rewards are computed from now on, once enough rounds have been seen; a line that says why, or None.
+
+        agree: the least of all workers' values; a collective call, so every worker is to settle after the same round.
+        """
+        if self.place != "auto" or len(self._held_up) < MEASURED_ROUNDS or self._last is None:
+            return None
+        held_up = sorted(self._held_up)[len(self._held_up) // 2]
+        taken, why = self._in_this_process()
+        here = agree(int(taken < held_up))
+        self.place = "process" if here else "actor"
+        if not here:
+            self._service = self.actors
+        return (
+            f"rewards are computed in the {'training process' if here else 'reward actors'}: actors hold a round up by "
+            f"{held_up:.3f} s, the training process {why}"
+        )
+
+    def _in_this_process(self) -> tuple[float, str]:
+        """Seconds that the last question takes here; it is asked twice, since the first time reads the models."""
+        assert self._last is not None
+        try:
+            here, seconds = self.in_process(), 0.0
+            for _ in range(2):
+                began = time.perf_counter()
+                here.ask(*self._last, self.terms)()
+                seconds = time.perf_counter() - began
+        except Exception as error:  # memory, or packages that only the actors have
+            return float("inf"), f"cannot: {type(error).__name__}: {' '.join(str(error).split())}"
+        self._service = here
+        return seconds, f"would by {seconds:.3f} s"
+
+    def _collected(self, answer: Collect) -> Scores:
+        scores = answer()
+        self.micro_batch = min(self.micro_batch, scores.micro_batch)
+        return scores
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"micro_batch": self.micro_batch, "scales": dict(self.scales), "place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.micro_batch, self.scales = state["micro_batch"], dict(state["scales"])
+        if self.actors is not None:
+            self.place = state["place"]
+
+
+class Watcher:
+    """Looks at the averaged generator's pictures, always of the same prompts and noise, and has the watch judge them.
+
+    A look is sent before a round and collected after it: the rewards score it meanwhile.
+    """
+
+    def __init__(self, experiment: Experiment, reference: Reference, prompts: Sequence[str], jury: Jury) -> None:
+        self.reference, self.jury = reference, jury
+        self.held_out = experiment.rewards.held_out
+        self.watch = Watch()
+        few, self.noise = pictures_to_meet(reference, prompts, PICTURES // NOISES, EVALUATION_SEED + 1, NOISES)
+        self.prompts = [prompt for prompt in few for _ in range(NOISES)]
+        self.divergences: list[float] = []  # of the rounds since the last look
+
+    def note(self, divergence: float | None) -> None:
+        """What a round has said of the distance to the reference."""
+        if divergence is not None:
+            self.divergences.append(divergence)
+
+    def look(self, step: int, generator: nn.Module) -> Callable[[], tuple[dict[str, float], Alarm | None]]:
+        """At the generator after `step` rounds; collecting gives metrics and, maybe, an alarm."""
+        latents = sample(self.reference, generator, self.noise, self.prompts, self.jury.micro_batch)
+        weights, answer = self.jury.terms.weights, self.jury.score(latents, self.prompts)
+        distance = sum(self.divergences) / len(self.divergences) if self.divergences else float("nan")
+        self.divergences = []
+
+        def collect() -> tuple[dict[str, float], Alarm | None]:
+            scores = {name: score.double().cpu() for name, score in answer().scores.items()}
+            trained = sum((weight * scores[name] for name, weight in weights.items()), torch.zeros(len(latents)).double())
+            held_out = {name: scores[name].numpy() for name in self.held_out}
+            alarm = self.watch.see(Look(step, trained.numpy(), held_out, variety(latents), distance))
+            return self.watch.figures(), alarm
+
+        return collect
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"watch": self.watch.state_dict(), "divergences": list(self.divergences)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.watch.load_state_dict(state["watch"])
+        self.divergences = list(state["divergences"])
+
+
+def pictures_to_meet(
+    reference: Reference, prompts: Sequence[str], n: int, seed: int, noises: int = 1
+) -> tuple[list[str], Tensor]:
+    """n of the prompts, drawn by `seed` (again and again where there are fewer), and noise [n * noises, ...] for them."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(len(prompts), generator=generator) for _ in range(-(-n // len(prompts)))])
+    noise = torch.randn(n * noises, *reference.latent_shape, generator=generator)
+    return [prompts[i] for i in order[:n]], noise.to(reference.device)
+
+
+@torch.no_grad()
+def sample(reference: Reference, generator: nn.Module, noise: Tensor, prompts: Sequence[str], batch: int) -> Tensor:
+    """The generator's latents, some at a time: a look takes no more memory than a round."""
+    rows = [slice(i, i + batch) for i in range(0, len(noise), batch)]
+    return torch.cat([generator(noise[of], reference.encode_prompts(list(prompts[of]))) for of in rows])
+
+
+def variety(latents: Tensor) -> float:
+    """Mean distance between the latents [n * NOISES, ...] of one prompt, per square root of a dimension."""
+    of_prompt = latents.flatten(1).double().unflatten(0, (-1, NOISES))
+    distances = torch.cdist(of_prompt, of_prompt).sum((1, 2)) / (NOISES * (NOISES - 1))
+    return (distances.mean() / latents[0].numel() ** 0.5).item()

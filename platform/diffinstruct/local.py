@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffinstruct.experiment import Experiment
-from diffinstruct.pretrained import load_reference
-from diffinstruct.run import Result, make_rewards, resolve_device, train
+from diffinstruct.run import Result, train
 
 
 def run(experiment: Experiment, folder: Path, parent_run_id: str | None = None) -> Result:
     """Train `experiment` in `folder` (absolute), or go on with what is there."""
-    device = resolve_device(experiment.device)
-    rewards = make_rewards(experiment, load_reference(experiment.reference.model, device=device).decode, device)
-    result = train(experiment, folder, rewards.send, parent_run_id=parent_run_id)
+    result = train(experiment, folder, parent_run_id=parent_run_id)
     assert result is not None  # this process is rank 0
     return result

@@ -56,8 +56,8 @@ Send = Callable[[Tensor, Sequence[str]], Collect]
 class LatentRewards:
     """Decoder and rewards in one process. A pure function of latents, prompts and terms: asking twice is harmless.
 
-    A reward that has a `tower` and a `head` (see `reward_models`) is head(tower.features(images), prompts); rewards with one and
-    the same tower share its features.
+    A reward that has a `tower` and a `head` (see `reward_models`) is head(tower.features(images), prompts); rewards with one
+    and the same tower share its features.
 
     Args:
         decode: latents [B, ...] -> images [B, 3, H, W] in [0, 1], differentiable.
@@ -92,9 +92,7 @@ class LatentRewards:
         scores = {name: torch.cat([p[0][name] for p in parts]) for name in self.models}
         return Scores(scores, torch.cat([p[1] for p in parts]), time.perf_counter() - started, micro_batch)
 
-    def _score(
-        self, latents: Tensor, prompts: Sequence[str], weights: Mapping[str, float]
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def _score(self, latents: Tensor, prompts: Sequence[str], weights: Mapping[str, float]) -> tuple[dict[str, Tensor], Tensor]:
         leaf = latents.detach().requires_grad_(bool(weights))
         scores: dict[str, Tensor] = {}
         seen: dict[int, Tensor] = {}  # features of these images, by tower

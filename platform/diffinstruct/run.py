@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,27 @@ from diffinstruct.diffusion import Schedule, log_normal_t, uniform_t
 from diffinstruct.distances import distance
 from diffinstruct.experiment import Experiment, UserError
 from diffinstruct.guidance import guided
+from diffinstruct.jury import (
+    EVALUATION_SEED,
+    PICTURES,
+    InProcess,
+    Jury,
+    RewardService,
+    Watcher,
+    make_rewards,
+    pictures_to_meet,
+    sample,
+)
 from diffinstruct.objectives import objective
-from diffinstruct.pretrained import OneStepGenerator, Reference, load_reference, load_reward
+from diffinstruct.pretrained import OneStepGenerator, Reference, load_reference
 from diffinstruct.prompts import read_prompts
-from diffinstruct.rewards import LatentRewards, Send
 from diffinstruct.step import Draws, Metrics, Players, Settings, alternating_round
 from diffinstruct.tracking import Tracker
+from diffinstruct.watch import Alarm
 
 GRID_NOISES = 3
-EVALUATION_SEED = 1_000_000
-"""Grids and evaluations draw their noise from seeds at and above this one, training from those below."""
+GO_ON, LOWER_SCALE, STOP = 2, 1, 0
+"""What a look leads to, for all workers: the least of them counts."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class Worker:
     world: int = 1
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module  # data parallelism
     average: Callable[[Metrics], Metrics] = lambda metrics: metrics  # over the workers
+    least: Callable[[int], int] = lambda value: value  # of all workers
     on_metrics: Callable[[int, Metrics], None] = lambda step, metrics: None  # at every logging interval, on every rank
     where: str = ""  # the cluster's address, for the first and the last line
 
@@ -58,9 +70,13 @@ class Result:
 
 
 def train(
-    experiment: Experiment, folder: Path, send: Send, worker: Worker = Worker(), parent_run_id: str | None = None
+    experiment: Experiment,
+    folder: Path,
+    actors: RewardService | None = None,
+    worker: Worker = Worker(),
+    parent_run_id: str | None = None,
 ) -> Result | None:
-    """Run or resume `experiment` in `folder`; the result on rank 0, None elsewhere.
+    """Run or resume `experiment` in `folder`; the result on rank 0, None elsewhere. Without `actors` rewards are computed here.
 
     Raises NonFinite or RewardError with the run resumable: weights on disk are from the last checkpoint.
     """
@@ -69,37 +85,78 @@ def train(
     players = make_players(experiment, reference, worker.wrap)
     settings = make_settings(experiment, reference.schedule)
     prompts = read_prompts(experiment.prompts.train)["prompt"].tolist()
+    jury = Jury(experiment, actors, lambda: InProcess(make_rewards(experiment.rewards.names, reference.decode, device)))
+    watcher = Watcher(experiment, reference, prompts, jury)
     store = CheckpointStore(folder / "checkpoints")
     done, state = newest(store, experiment)  # before anything is written: a run of another configuration stays as it is
     output = Output(experiment, folder, reference, players, parent_run_id, worker.where) if worker.rank == 0 else None
+    stopped = False
     if state:
-        players.load_state_dict(state)
+        players.load_state_dict(state["players"])
+        jury.load_state_dict(state["jury"])
+        watcher.load_state_dict(state["watcher"])
+        settings, stopped = replace(settings, reward_scale=state["reward_scale"]), state["stopped"]
     per_worker = experiment.global_batch_size // worker.world
     rows = slice(worker.rank * per_worker, (worker.rank + 1) * per_worker)
-    window = Window(experiment)
-    if output and done == 0:
-        output.grid(0)
+    window, at = Window(experiment), done
     try:
-        for step in range(done, experiment.steps):
+        if done == 0:
+            meet(reference, players, prompts, jury, output)
+        for step in range(done, 0 if stopped else experiment.steps):
+            at = step + 1
+            looks = experiment.watch.every > 0 and step % experiment.watch.every == 0
+            look = watcher.look(step, players.ema) if output and looks else None
             draws = Draws(experiment.seed, step, experiment.global_batch_size, reference.latent_shape, rows, device)
             chosen = [prompts[i] for i in draws.prompts(len(prompts))]
             c = reference.encode_prompts(chosen)
-            window.add(alternating_round(players, settings, reference.schedule, draws, chosen, c, send))
-            at = step + 1
-            if at % experiment.logging.every == 0 or at == experiment.steps:
+            metrics = alternating_round(players, settings, reference.schedule, draws, chosen, c, jury.send)
+            window.add(metrics)
+            watcher.note(metrics.get("divergence"))
+            verdict = output.looked(step, *look()) if output and look else GO_ON
+            if looks and (verdict := worker.least(verdict)) == LOWER_SCALE:
+                settings = replace(settings, reward_scale=settings.reward_scale / 2)
+                if output:
+                    output.said(at, "reward_scale", f"watch.on_hacking: reward_scale is {settings.reward_scale:g} from here on")
+            if (stopped := verdict == STOP) and output:
+                output.said(at, "stopped", "watch.on_hacking: the run ends here, as if it were finished")
+            if (place := jury.settle(worker.least)) and output:
+                output.said(at, "rewards", place)
+            last = stopped or at == experiment.steps
+            if at % experiment.logging.every == 0 or last:
                 metrics = worker.average(window.mean())
                 if output:
                     output.metrics(at, metrics)
                 worker.on_metrics(at, metrics)
-            if output and (at % experiment.logging.grid_every == 0 or at == experiment.steps):
+            if output and (at % experiment.logging.grid_every == 0 or last):
                 output.grid(at)
-            if output and (at % experiment.logging.checkpoint_every == 0 or at == experiment.steps):
-                store.save(at, {"experiment": experiment.derived_id, "players": players.state_dict()})
+            if at % experiment.logging.checkpoint_every == 0 or last:
+                jury.micro_batch = worker.least(jury.micro_batch)
+                if output:
+                    state = {"players": players, "jury": jury, "watcher": watcher}
+                    state = {name: part.state_dict() for name, part in state.items()}
+                    state |= {"reward_scale": settings.reward_scale, "stopped": stopped}
+                    store.save(at, {"experiment": experiment.derived_id, **state})
+            if stopped:
+                break
+        if output and experiment.watch.every:
+            output.looked(at, *watcher.look(at, players.ema)())
     except BaseException as error:
         if output:
             output.failed(error)
         raise
-    return output.finished() if output else None
+    return output.finished(at) if output else None
+
+
+def meet(reference: Reference, players: Players, prompts: Sequence[str], jury: Jury, output: Output | None) -> None:
+    """Before the first round: the start's pictures, the handshake with the rewards on some of them, their scales."""
+    if output:
+        output.grid(0)
+    few, noise = pictures_to_meet(reference, prompts, PICTURES, EVALUATION_SEED + 2)
+    latents = sample(reference, players.ema, noise, few, jury.micro_batch)
+    if output:
+        for report in jury.meet(latents, few):
+            output.said(0, f"reward.{report.name}", str(report))
+    jury.measure_scales(latents, few)
 
 
 # --------------------------------------------------------------------------------------------------- building
@@ -165,14 +222,8 @@ def make_settings(experiment: Experiment, schedule: Schedule) -> Settings:
     )
 
 
-def make_rewards(experiment: Experiment, decode: Callable[[Tensor], Tensor], device: torch.device) -> LatentRewards:
-    """The in-process scorer of the configured rewards, frozen, on one device."""
-    trained = {r.name: (load_reward(r.name, device), r.weight) for r in experiment.rewards.trained}
-    return LatentRewards(decode, trained, {name: load_reward(name, device) for name in experiment.rewards.held_out})
-
-
 def newest(store: CheckpointStore, experiment: Experiment) -> tuple[int, dict[str, Any] | None]:
-    """The rounds already done and the players' state, of the newest good checkpoint; (0, None) where there is none."""
+    """The rounds already done and the run's state, of the newest good checkpoint; (0, None) where there is none."""
     found = store.latest()
     if found is None:
         if any(store.folder.glob("step-*")):
@@ -184,7 +235,7 @@ def newest(store: CheckpointStore, experiment: Experiment) -> tuple[int, dict[st
             f"{store.folder}: belongs to another configuration ({state['experiment']}, this one is {experiment.derived_id}); "
             "resume with the run's own experiment.yaml"
         )
-    return step, state["players"]
+    return step, state
 
 
 # ----------------------------------------------------------------------------------------------------- output
@@ -204,6 +255,8 @@ class Window:
         """The mean of each metric and images per second over the window, which starts anew."""
         now = time.perf_counter()
         mean = {key: sum(row[key] for row in self.rows) / len(self.rows) for key in self.rows[0]}
+        if mean["time/reward"]:
+            mean["time/reward_hidden_fraction"] = 1 - min(1.0, mean["time/reward_exposed"] / mean["time/reward"])
         mean["throughput/images_per_second"] = len(self.rows) * self.experiment.global_batch_size / (now - self.since)
         self.rows, self.since = [], now
         return mean
@@ -260,6 +313,19 @@ class Output:
         live = sys.stdout.isatty() and step < self.experiment.steps
         print(f"\r\x1b[K{line}" if sys.stdout.isatty() else line, end="" if live else "\n", flush=True)
 
+    def said(self, step: int, kind: str, text: str) -> None:
+        """Something has happened: a line for whoever watches, an event for whoever comes later."""
+        print(f"step {step}: {text}", flush=True)
+        self.tracker.event(step, kind, text)
+
+    def looked(self, step: int, figures: Metrics, alarm: Alarm | None) -> int:
+        """Keep what a look has seen; what follows from it."""
+        self.tracker.metrics(step, figures)
+        if alarm is None:
+            return GO_ON
+        self.said(step, "hacking", f"reward hacking: {alarm.line}")
+        return {"warn": GO_ON, "lower_scale": LOWER_SCALE, "stop": STOP}[self.experiment.watch.on_hacking]
+
     def grid(self, step: int) -> None:
         """Rows are prompts; the first column is the starting generator, then the current one on the same and on more noise."""
         columns = [self.start_column, *(self._pictures(i) for i in range(GRID_NOISES))]
@@ -271,14 +337,14 @@ class Output:
         z = self.grid_noise[noise].to(device)
         return self.reference.decode(self.players.ema(z, self.reference.encode_prompts(self.grid_prompts))).cpu()
 
-    def finished(self) -> Result:
+    def finished(self, step: int) -> Result:
         """Export the averaged generator as a stock pipeline, hand model and last metrics to the tracker."""
         from diffinstruct.export import export
 
         assert isinstance(self.players.ema, OneStepGenerator)
         folder = export(self.experiment.reference.model, self.players.ema, self.folder / "export")
         table = self.folder / "metrics.json"
-        table.write_text(json.dumps({"step": self.experiment.steps, **self.last}, indent=2) + "\n")
+        table.write_text(json.dumps({"step": step, **self.last}, indent=2) + "\n")
         self.tracker.artifact(folder)
         self.tracker.artifact(table)
         self.tracker.finish("FINISHED")

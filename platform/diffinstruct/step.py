@@ -133,7 +133,9 @@ def alternating_round(
     with autocast:
         x0 = players.generator(z, c)
     sample = x0.detach()
+    sending = time.perf_counter()
     collect = send(sample, prompts)
+    exposed = time.perf_counter() - sending  # rewards in this process have their answer now
 
     if settings.objective:
         for k in range(settings.score_updates):
@@ -155,7 +157,7 @@ def alternating_round(
 
     waiting = time.perf_counter()
     answer = collect()
-    metrics["time/reward_exposed"] = time.perf_counter() - waiting
+    metrics["time/reward_exposed"] = exposed + time.perf_counter() - waiting
     metrics["time/reward"] = answer.seconds
     push = settings.reward_scale * answer.gradient.to(sample)
     metrics |= {f"reward/{name}": score.mean().item() for name, score in answer.scores.items()}

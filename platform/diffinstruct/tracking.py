@@ -4,6 +4,7 @@
                           "start": {...}   who the run is; another one at each resume
                           "metrics": {key: value}, "step": n        (Python's JSON: NaN and Infinity are kept as such)
                           "image": "images/....png", "key": ..., "step": n
+                          "event": kind, "step": n, "text": ...     (MLflow has the last of a kind in the tag event.<kind>)
                           "artifact": path                          (relative to the run's folder where it lies in it)
                           "finish": status, "reason": ...
     <run>/journal.ack     how far MLflow has confirmed it: {"offset": bytes, "postponed": [offsets of pictures and files]}
@@ -101,8 +102,8 @@ class Tracker:
         if starts and starts[-1]["params"] == start["params"]:
             for record in before:
                 if "step" in record:
-                    keys = record.get("metrics") or [f"image:{record['key']}"]
-                    self._seen.setdefault(record["step"], set()).update(keys)
+                    once = f"event:{record['event']}" if "event" in record else f"image:{record.get('key')}"
+                    self._seen.setdefault(record["step"], set()).update(record.get("metrics") or [once])
         torn = journal.exists() and not journal.read_bytes().endswith(b"\n")
         self._file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._separator = b"\n" if torn else b""
@@ -126,6 +127,11 @@ class Tracker:
             path = f"images/{_name(key).replace('/', '~')}-{step:08d}.png"
             Image.fromarray(pixels).save(self.folder / path, compress_level=1)  # the quickest
             self._append({"step": int(step), "key": key, "image": path})
+
+    def event(self, step: int, kind: str, text: str) -> None:
+        """Journals that something has happened, at most once of a kind and step."""
+        if f"event:{kind}" not in self._seen.get(step, ()):
+            self._append({"step": int(step), "event": kind, "text": text})
 
     def artifact(self, path: Path | str) -> None:
         """Journals a file or folder, to be stored under its own name. It is read when it is delivered: leave it there."""
@@ -330,6 +336,8 @@ class _Delivery:
                 batch = []
                 if "image" in record or "artifact" in record:
                     self._store(begin, record)
+                elif "event" in record:
+                    self._send(_entities(tags={f"event.{record['event']}": f"step {record['step']}: {record['text']}"}))
                 elif "start" in record:
                     self._start(record["start"])
                 elif "finish" in record:

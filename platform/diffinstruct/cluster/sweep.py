@@ -7,6 +7,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from diffinstruct.experiment import Experiment, UserError, did_you_mean
 DRIVER = {"node:__internal_head__": 0.001}
 """What a trial's own process asks for: a slot that every cluster has, on its head. If it took a CPU, trials could hold all of
 them and wait for ever for their workers'."""
+
+SHARED = "is the same in all trials of a sweep, because they share their reward actors"
 
 Point = Mapping[str, Any]
 """What one trial changes: dotted key -> value."""
@@ -53,16 +56,19 @@ def sweep(
     Returns one row a trial: its point, "run" (its folder, below `folder`), its last metrics, and what `examine` makes of it,
     in a task of a worker's size. The same call again goes on: finished trials are not run twice, others continue from their
     checkpoints. `on_row` gets the point's index and the row in the driver, as soon as a trial has ended.
-    All trials are checked before the first one starts, and share the reward actors of `base`, so they vary neither rewards nor
-    reference.model. Raises SweepError if any trial failed, after all have ended, and KeyboardInterrupt after Ctrl-C.
+    All trials are checked before the first one starts, and share the reward actors of `base`: weights may vary, and
+    which rewards are held out, but neither their names nor reference.model nor what is asked of the cluster.
+    Raises SweepError if any trial failed, after all have ended, and KeyboardInterrupt after Ctrl-C.
     """
     folder = folder.absolute()
     for key in itertools.chain(*points):
-        if key.split(".")[0] in ("rewards", "cluster") or key == "reference.model":
-            raise UserError(f"{key}: is the same in all trials of a sweep, because they share their reward actors")
+        if key.split(".")[0] == "cluster" or key == "reference.model":
+            raise UserError(f"{key}: {SHARED}")
     uri = tracking.tracking_uri(base.tracking.uri, folder.parent)
     base = changed(base, {"tracking.uri": uri})
     trials = [changed(base, point) for point in points]
+    if any(set(trial.rewards.names) != set(base.rewards.names) for trial in trials):
+        raise UserError(f"rewards: which rewards there are {SHARED}")
     folders = [folder / trial.derived_id for trial in trials]
     if len(set(folders)) < len(folders):
         twice = next(point for i, point in enumerate(points) if folders.index(folders[i]) < i)
@@ -73,7 +79,7 @@ def sweep(
         check_fits(base)
         parent = tracking.start_parent(uri, base.tracking.experiment, folder.name, _varied(points), {"sweep": str(folder)})
         print(f"sweep {folder}  {len(trials)} trials  tracking {uri}  {where}", flush=True)
-        with reward_pool(base) as pool:
+        with reward_pool(base) if base.reward_actors else nullcontext() as pool:
 
             def trial(config: dict[str, int]) -> None:
                 i = config["trial"]
@@ -173,10 +179,10 @@ def _varied(points: Sequence[Point]) -> dict[str, list[Any]]:
 
 def at_once(experiment: Experiment) -> int:
     """How many trials the cluster has workers for, beside the reward actors; at least one."""
-    asked, total = experiment.cluster, ray.cluster_resources()
-    fits = [(total.get("CPU", 0) - asked.reward_replicas * asked.reward_cpus) // (asked.workers * asked.cpus_per_worker)]
+    asked, actors, total = experiment.cluster, experiment.reward_actors, ray.cluster_resources()
+    fits = [(total.get("CPU", 0) - actors * asked.reward_cpus) // (asked.workers * asked.cpus_per_worker)]
     if asked.use_gpu:
-        fits.append((total.get("GPU", 0) - asked.reward_replicas * asked.reward_gpus) // asked.workers)
+        fits.append((total.get("GPU", 0) - actors * asked.reward_gpus) // asked.workers)
     return max(1, int(min(fits)))
 
 

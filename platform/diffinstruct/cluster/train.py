@@ -42,6 +42,7 @@ from diffinstruct.rewards import RewardError
 from diffinstruct.step import Metrics, NonFinite
 
 if TYPE_CHECKING:
+    from diffinstruct.jury import RewardService
     from diffinstruct.run import Result
 
 OUTPUT = "output.txt"
@@ -61,19 +62,20 @@ def run(experiment: Experiment, folder: Path, parent_run_id: str | None = None) 
     experiment = experiment.model_copy(update={"tracking": experiment.tracking.model_copy(update={"uri": uri})})
     with attached() as where:
         check_fits(experiment)
-        with reward_pool(experiment) as pool, shown(folder / OUTPUT):
+        with reward_pool(experiment) if experiment.reward_actors else nullcontext() as pool, shown(folder / OUTPUT):
             return fit(experiment, folder, pool, where, parent_run_id)
 
 
 def fit(
     experiment: Experiment,
     folder: Path,
-    pool: RewardPool,
+    pool: RewardService | None,
     where: str,
     parent_run_id: str | None = None,
     callbacks: Sequence[UserCallback] = (),
 ) -> Result:
-    """One TorchTrainer; callable from a driver or from a trial. `where` is said in the run's first and last line.
+    """One TorchTrainer; callable from a driver or from a trial. Without a `pool` each worker computes its rewards itself.
+    `where` is said in the run's first and last line.
 
     Raises what the workers raised, if it is one of FINAL, else Ray's own error; either way the run can be resumed.
     """
@@ -112,7 +114,7 @@ def fit(
 
 
 def train_loop(
-    experiment: Experiment, folder: Path, pool: RewardPool, where: str, parent_run_id: str | None, started_in: str
+    experiment: Experiment, folder: Path, pool: RewardService | None, where: str, parent_run_id: str | None, started_in: str
 ) -> Result | None:
     """What runs in each worker; the result on rank 0."""
     from diffinstruct.run import Worker, train  # driver and controller need not spend the seconds of this import
@@ -124,17 +126,29 @@ def train_loop(
     rank, world = context.get_world_rank(), context.get_world_size()
     worker = Worker(rank, world, on_metrics=lambda step, metrics: ray.train.report({"step": step, **metrics}), where=where)
     if world > 1:
-        worker = replace(worker, wrap=DistributedDataParallel, average=average)
+        worker = replace(worker, wrap=DistributedDataParallel, average=average, least=least)
     with (folder / OUTPUT).open("a", buffering=1) if rank == 0 else nullcontext(sys.stdout) as output, redirect_stdout(output):
-        return train(experiment, folder, replace(pool, first=rank).send, worker, parent_run_id)
+        if isinstance(pool, RewardPool):
+            pool = replace(pool, first=rank)  # workers do not all queue for the same actor
+        return train(experiment, folder, pool, worker, parent_run_id)
 
 
 def average(metrics: Metrics) -> Metrics:
     """The mean of each metric over the workers; a collective call."""
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)
+    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=_collective_device())
     torch.distributed.all_reduce(values)
     return dict(zip(metrics, (values / torch.distributed.get_world_size()).tolist(), strict=True))
+
+
+def least(value: int) -> int:
+    """Of all workers' values; a collective call."""
+    values = torch.tensor(value, device=_collective_device())
+    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MIN)
+    return int(values)
+
+
+def _collective_device() -> str:
+    return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
 
 
 # ------------------------------------------------------------------------------------------------------ failures
@@ -226,10 +240,11 @@ def check_fits(experiment: Experiment) -> None:
         ("CPU", "CPUs", asked.cpus_per_worker, asked.reward_cpus),
         ("GPU", "GPUs", int(asked.use_gpu), asked.reward_gpus),
     ):
-        needed, has = asked.workers * per_worker + asked.reward_replicas * per_actor, max(total.get(kind, 0), most.get(kind, 0))
+        needed = asked.workers * per_worker + experiment.reward_actors * per_actor
+        has = max(total.get(kind, 0), most.get(kind, 0))
         if needed > has:
             raise UserError(
-                f"cluster: asks for {needed:g} {unit} ({asked.workers} workers x {per_worker} + {asked.reward_replicas} "
+                f"cluster: asks for {needed:g} {unit} ({asked.workers} workers x {per_worker} + {experiment.reward_actors} "
                 f"reward actors x {per_actor:g}), Ray has {has:g}"
             )
 
