@@ -19,7 +19,7 @@ import torch
 
 from diffinstruct.cluster import rewards as actors
 from diffinstruct.experiment import Experiment, UserError
-from diffinstruct.jury import InProcess, make_rewards, terms_of
+from diffinstruct.jury import InProcess, make_rewards
 from diffinstruct.pretrained import load_reference
 from diffinstruct.rewards import RewardError, Terms
 
@@ -86,6 +86,10 @@ def warnings(caplog):
     """One line for each restart or kill that the caller has noticed."""
     caplog.set_level(logging.WARNING, logger=actors.__name__)
     return lambda: [record.getMessage() for record in caplog.records if record.name == actors.__name__]
+
+
+def terms_of(experiment):
+    return Terms({reward.name: reward.weight for reward in experiment.rewards.trained}, experiment.rewards.micro_batch)
 
 
 def latents(rows):
