@@ -31,8 +31,8 @@ BATCH = 16
 """Pictures at once in the range, halved where memory ends."""
 MARGIN = 0.1
 """Difference quotients are taken on pictures in [MARGIN, 1 - MARGIN]: beyond black and white a reward may clamp."""
-STEPS = (0.01, 0.04, 0.0025)
-"""Of the difference quotients, in the units of a picture. The small one is for rewards that bend, the large for noisy ones."""
+STEPS = (0.01, 0.04, 0.0025, 0.0006)
+"""Of the difference quotients, in the units of a picture. The small ones are for rewards that bend, the large for noisy ones."""
 WRONG = 0.1
 """The share of a change in score by which the gradient may miss it. A sign is off by 2, a factor of 2 by 1/2."""
 HALF = 1e-4
