@@ -5,11 +5,13 @@ import re
 
 import numpy as np
 import pytest
+import tiny_clip
 import tiny_rewards
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import reward_models
 from diffinstruct.handshake import Report, handshake, refuse
 from diffinstruct.pretrained import load_reference, load_reward
 from diffinstruct.prompts import read_prompts
@@ -458,6 +460,14 @@ def test_the_pocket_rewards_pass_on_pictures_of_the_start(name):
     report = met(load_reward(name), images=images, prompts=prompts)
     assert report.faults == report.remarks == ()
     assert report.figures["gradient_error"] < 0.1
+
+
+def test_the_built_in_rewards_pass_with_tiny_weights(tmp_path):
+    prompts = ["a red pot", "a blue cactus", "a smiling cactus", "a pot"] * 4
+    for name, settings in tiny_clip.build(tmp_path).items():
+        report = met(reward_models.load(name, **settings), images=tiny_clip.pictures(16, 48, 80), prompts=prompts)
+        assert report.faults == (), name
+        assert (report.remarks == ("it does not look at the prompts",)) == name.startswith("aesthetic"), name
 
 
 # ------------------------------------------------------------------------------------------- figures and remarks

@@ -376,7 +376,7 @@ class _Examination:
 
     @property
     def _other_texts(self) -> list[str]:
-        return [f"another {text}" for text in self.texts]
+        return [next((other for other in self.all_texts if other != text), f"not {text}") for text in self.texts]
 
     @property
     def _inside(self) -> Tensor:
