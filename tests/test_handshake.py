@@ -151,6 +151,16 @@ class TwoFaced(Towered):
         return 1 - super().forward(images, prompts)
 
 
+class RandomHead(Towered):
+    """In a run, which asks tower and head apart; asked as a whole it is steady."""
+
+    def head(self, features, prompts):
+        return super().head(features, prompts) + 0.1 * torch.randn(len(features))
+
+    def forward(self, images, prompts):
+        return super().head(self.tower.features(images), prompts)
+
+
 def minus_the_batch(images, prompts):
     scores = honest(images, prompts)
     return scores - scores.mean() / 2
@@ -290,6 +300,7 @@ OF_ANY = [  # lie, the check that refuses it, its line
     (swallows_errors, "range", r"the same score 0 for 64 different pictures: it tells nothing apart"),
     (noise, "repetition", r"its scores are random: asked twice, they differ by 0.0\d+ \(is it in eval mode\?\)"),
     (python_noise, "repetition", r"its scores are random: .*"),
+    (RandomHead(), "repetition", r"its scores are random: .*"),
     (noise_of_its_own, "repetition", r"asked twice, it gave scores that differ .*: it remembers, or draws random numbers .*"),
     (Drifts(), "repetition", r"asked twice, it gave scores that differ by 0.0001: it remembers, or draws .*"),
     (Compares(), "repetition", r"asked about other pictures in between, it gave scores that differ by .*: it remembers"),

@@ -48,8 +48,8 @@ def pictures_with_prompts(folder: Path, prompts: str | Path) -> pd.DataFrame:
         return table[["image", *table.columns.drop("image")]]
     if len(names) != len(table):
         raise UserError(
-            f"{folder}: {len(names)} pictures, but {len(table)} prompts in {prompts}; give one for each, in the order of names, or "
-            "a .csv with columns 'image' and 'prompt'"
+            f"{folder}: {len(names)} pictures, but {len(table)} prompts in {prompts}; give one for each, in the order of "
+            "names, or a .csv with columns 'image' and 'prompt'"
         )
     table.insert(0, "image", names)
     return table
