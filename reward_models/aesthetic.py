@@ -28,7 +28,7 @@ class Aesthetic(TowerReward):
 
     def __init__(self, tower: ClipTower, net: nn.Module) -> None:
         super().__init__(tower)
-        self.net = net.eval().requires_grad_(False)
+        self.net = net.requires_grad_(False)
 
     def _score(self, features: Tensor, prompts: list[str]) -> Tensor:
         return self.net(F.normalize(features, dim=-1)).squeeze(1)
