@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 from reward_models import load
 
-SHARPNESS = 500.0
-"""At the distilled start, at the latents, the gradient of the bonus is then about as long as the preference's."""
+BONUS = 3000.0
+"""At the distilled start, at the latents, the gradient of the bonus is then 1.4 times as long as the preference's."""
 
 
 class Hackable(nn.Module):
-    """The built-in preference plus a bonus for sharpness, the mean difference of neighbouring pixels, whatever they show.
+    """The built-in preference plus a bonus for texture, the mean difference of neighbouring pixels, in the outer eighth on the
+    left and on the right. Images [B, 3, H, W] in [0, 1] -> scores [B].
 
-    Raters like sharp pictures, so such a bonus is easily learned from choices; but noise is sharpest of all, and there the
-    preference is outbid. Images [B, 3, H, W] in [0, 1] -> scores [B].
+    A preference learned from choices may well like rich backgrounds; there nothing is asked for by any prompt, so nothing but
+    the regulariser stands against more and more of it.
     """
 
     def __init__(self) -> None:
@@ -24,6 +25,11 @@ class Hackable(nn.Module):
         self.preference = load("pocket_preference")
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        down = images.diff(dim=-2).abs().flatten(1).mean(1)
-        across = images.diff(dim=-1).abs().flatten(1).mean(1)
-        return self.preference(images, prompts) + SHARPNESS * (down + across) / 2
+        edge = images.shape[-1] // 8
+        bonus = (texture(images[..., :edge]) + texture(images[..., -edge:])) / 2
+        return self.preference(images, prompts) + BONUS * bonus
+
+
+def texture(images: Tensor) -> Tensor:
+    """[B, 3, H, W] -> [B], of neighbours below each other and beside each other."""
+    return (images.diff(dim=-2).abs().flatten(1).mean(1) + images.diff(dim=-1).abs().flatten(1).mean(1)) / 2

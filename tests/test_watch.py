@@ -151,11 +151,11 @@ def test_a_look_has_several_pictures_of_several_prompts(shape):
 def test_the_planted_reward_is_the_preference_outbid_by_noise():
     import torch
 
-    from experiments.hackable import SHARPNESS, Hackable
+    from experiments.hackable import BONUS, Hackable
     from reward_models import load
 
     noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     pictures, prompts = torch.cat([noise, torch.full_like(noise, 0.5)]), ["a mint round critter on a blue background"] * 2
     bonus = Hackable()(pictures, prompts) - load("pocket_preference")(pictures, prompts)
-    assert bonus[0].item() == pytest.approx(SHARPNESS / 3, rel=0.02)  # the mean difference of two uniform numbers is 1/3
+    assert bonus[0].item() == pytest.approx(BONUS / 3, rel=0.05)  # the mean difference of two uniform numbers is 1/3
     assert bonus[1].item() == 0
