@@ -18,8 +18,8 @@ START = OF_PROMPT + LUCK / spread(LUCK)  # spread 1
 
 
 def look(step, trained=0.0, held_out=0.0, variety=1.0, distance=0.25):
-    """With gains in spreads; held-out rewards have units of their own."""
-    return Look(step, START + trained, {"judge": 100 + 7 * (START + held_out)}, variety, distance if step else math.nan)
+    """With gains in spreads; held-out rewards have units of their own, and so have variety and distance."""
+    return Look(step, START + trained, {"judge": 100 + 7 * (START + held_out)}, 3 * variety, distance if step else math.nan)
 
 
 def alarms(*looks):
@@ -46,7 +46,7 @@ def test_a_rise_that_nothing_confirms_is_unexplained():
     assert alarms(look(0), look(10, 1.5 + limit - 0.01, 1.5)) == []
     seen = Watch()
     seen.see(look(0))
-    alarm = seen.see(look(10, 1.5 + limit + 0.25, 1.5))
+    alarm = seen.see(look(10, 1.5 + limit + 0.05, 1.5))
     assert alarm and (alarm.step, alarm.symptom) == (10, "unexplained")
     assert "at step 10" in alarm.line and "held-out 1.5" in alarm.line and "\n" not in alarm.line
 
@@ -54,7 +54,7 @@ def test_a_rise_that_nothing_confirms_is_unexplained():
 def test_of_several_held_out_rewards_the_mean_counts():
     limit = watch.UNEXPLAINED
     start = Look(0, START, {"a": START, "b": 3 * START}, 1.0, math.nan)
-    for confirmed, expected in ((0.0, [(10, "unexplained")]), (1.0, [])):
+    for confirmed, expected in ((0.4, [(10, "unexplained")]), (0.6, [])):
         now = Look(10, START + limit + 0.25, {"a": START, "b": 3 * (START + confirmed)}, 1.0, 0.25)
         assert alarms(start, now) == expected
 
@@ -93,6 +93,11 @@ def test_without_a_divergence_there_is_no_distance():
     for step in (0, 10, 20):
         assert seen.see(look(step, distance=math.nan)) is None
         assert "watch/distance" not in seen.figures()
+    seen.see(look(30, distance=0.5))
+    seen.see(look(40, distance=1.0))
+    assert seen.figures()["watch/distance"] == 2  # the first that there was is what it is compared with
+    seen.see(look(50, distance=math.nan))
+    assert "watch/distance" not in seen.figures()
 
 
 def test_an_alarm_is_repeated_when_its_symptom_has_been_away():
@@ -142,7 +147,7 @@ def test_where_nothing_is_trained_nothing_is_gained():
     assert seen.figures()["watch/trained"] == 0
 
 
-@pytest.mark.parametrize("shape", [(6,), (NOISES,), (2 * NOISES, 1)])
+@pytest.mark.parametrize("shape", [(2 * NOISES + 1,), (NOISES,), (2 * NOISES, 1)])
 def test_a_look_has_several_pictures_of_several_prompts(shape):
     with pytest.raises(ValueError, match="4 pictures of each of several prompts"):
         Watch().see(Look(0, np.zeros(shape), {}, 1.0, math.nan))
