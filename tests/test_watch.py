@@ -162,5 +162,5 @@ def test_the_planted_reward_is_the_preference_outbid_by_noise():
     noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     pictures, prompts = torch.cat([noise, torch.full_like(noise, 0.5)]), ["a mint round critter on a blue background"] * 2
     bonus = Hackable()(pictures, prompts) - load("pocket_preference")(pictures, prompts)
-    assert bonus[0].item() == pytest.approx(BONUS / 3, rel=0.05)  # the mean difference of two uniform numbers is 1/3
+    assert bonus[0].item() == pytest.approx(BONUS * (1 / 3 - 0.02), rel=0.05)  # two uniform numbers differ by 1/3
     assert bonus[1].item() == 0
