@@ -16,14 +16,12 @@ from diffinstruct.experiment import Experiment
 from diffinstruct.handshake import Report, handshake, refuse
 from diffinstruct.pretrained import Reference, load_reward
 from diffinstruct.rewards import Collect, LatentRewards, RewardError, Scores, Terms
-from diffinstruct.watch import Alarm, Look, Watch
+from diffinstruct.watch import NOISES, Alarm, Look, Watch
 
 EVALUATION_SEED = 1_000_000
 """Pictures that are shown or judged draw their noise from seeds at and above this one, training from those below."""
 PICTURES = 64
 """Of the starting generator, which every reward meets; and of the averaged one, in each look."""
-NOISES = 4
-"""Of each prompt of a look: how much its pictures differ is the variety."""
 MEASURED_ROUNDS = 3
 """The first ones, which show what the rewards hold up."""
 

@@ -1,9 +1,9 @@
 """The hacking watch: does the trained reward rise while what it stands for does not?
 
 A reward is a proxy: optimised far enough it rises on while held-out rewards and variety fall (Gao et al. 2022, "Scaling laws
-for reward model overoptimization", arXiv 2210.10760). The watch sees the averaged generator's pictures now and then, always of the
-same prompts and noise, and compares them with those of the start and of its best look. It is arithmetic on the looks seen and
-nothing else, so a resumed run alarms as the uninterrupted one would.
+for reward model overoptimization", arXiv 2210.10760). The watch sees the averaged generator's pictures now and then, always of
+the same prompts and noise, and compares them with those of the start and of its best look. It is arithmetic on the looks seen
+and nothing else, so a resumed run alarms as the uninterrupted one would.
 
 Gains are counted in spreads: the standard deviation, at the start, of the scores of one prompt's pictures. How scores differ
 from prompt to prompt is no matter: the generator cannot choose its prompts, and a planted flaw hides behind it.
@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 NOISES = 4
-"""Pictures of each prompt in a look."""
+"""Of each prompt of a look: how much its pictures differ is the variety, and how much their scores do the spread."""
 
 # Where a symptom begins: tuned on recorded looks of the pocket world, see docs/results.md.
-UNEXPLAINED = 3.0
+UNEXPLAINED = 3.5
 """Spreads that the trained reward has gained more than the held-out ones."""
-FALL, FALL_ERRORS, FALL_LEAST = 0.1, 3.0, 0.1
+FALL, FALL_ERRORS, FALL_LEAST = 0.25, 3.0, 0.1
 """A held-out reward has fallen from its best look by this share of its gain, this many standard errors, and these spreads."""
 VARIETY = 0.4
 """Share of the start's."""

@@ -87,7 +87,7 @@ class Study:
 
     def smoke(self) -> Answer | None:
         base = changed(load(self.recipe), {"name": f"{self.name}-smoke", **SMOKE})
-        first, *_, last = self.arms
+        first, *_, last = [*self.arms] * 2  # there may be one
         arms = {name: {k: v for k, v in self.arms[name].items() if k not in SMOKE} for name in (first, last)}
         return self._answer(base, Rows(_folder(base) / self.rows.name), arms, self.seeds[:1], None)
 
