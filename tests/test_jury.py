@@ -280,7 +280,7 @@ def test_what_follows_an_alarm(world, tmp_path, monkeypatch, capsys, on_hacking)
         again = local.run(experiment, tmp_path / "run")
         assert json.loads((again.folder / "metrics.json").read_text())["step"] == 3 and max(metrics(tmp_path / "run")) == 3
     else:
-        assert last == 6 and state(tmp_path / "run")["reward_scale"] == 5.0 and "5 from here on" in events["reward_scale"][1]
+        assert last == 6 and state(tmp_path / "run")["reward_scale"] == 5.0 and "5 from here on" in events["on_hacking"][1]
         pull = "gradient_norm/sample_reward"
         assert run[3][pull] == calm[3][pull] and run[4][pull] == pytest.approx(calm[4][pull] / 2, rel=1e-4)
 

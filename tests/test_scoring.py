@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,15 @@ def test_test_prints_each_check_with_what_was_seen(capsys):
     assert said["declared"] == NAMES["pocket_preference"].range
     assert "on 64 pictures" in said["range"] and "the gradient misses at most" in said["slope"]
     assert said["reward"] == "pocket_preference can be trained on"
+
+
+def test_a_reward_in_the_folder_where_one_types_is_found(folder, prompts, monkeypatch, tmp_path, capsys):
+    source = "def Warmth():\n    return lambda images, prompts: (images[:, 0] - images[:, 2]).flatten(1).mean(1)\n"
+    (tmp_path / "warmth_of_mine.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    run("rewards", "score", folder, prompts, "--reward", "warmth_of_mine:Warmth")
+    assert "warmth_of_mine:Warmth  " in capsys.readouterr().out
 
 
 def test_test_refuses_by_name_on_pictures_of_ones_own(folder, prompts, capsys):

@@ -6,6 +6,7 @@ Heavy packages are imported inside the commands: `--help` and a mistake in the c
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
 import shlex
 import sys
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0, or 2 where the user has to mend something (said on stderr). A run that breaks off
     and a reward that fails or is refused end with 1."""
     arguments = parser().parse_args(argv)
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # where a reward of one's own may lie; `python -m diffinstruct` has it there already
     from diffinstruct.experiment import UserError
 
     try:

@@ -90,11 +90,11 @@ def train(
     store = CheckpointStore(folder / "checkpoints")
     done, state = newest(store, experiment)  # before anything is written: a run of another configuration stays as it is
     output = Output(experiment, folder, reference, players, parent_run_id, worker.where) if worker.rank == 0 else None
+    kept: dict[str, Any] = {"players": players, "jury": jury, "watcher": watcher}
     stopped = False
     if state:
-        players.load_state_dict(state["players"])
-        jury.load_state_dict(state["jury"])
-        watcher.load_state_dict(state["watcher"])
+        for name, part in kept.items():
+            part.load_state_dict(state[name])
         settings, stopped = replace(settings, reward_scale=state["reward_scale"]), state["stopped"]
     per_worker = experiment.global_batch_size // worker.world
     rows = slice(worker.rank * per_worker, (worker.rank + 1) * per_worker)
@@ -112,13 +112,9 @@ def train(
             metrics = alternating_round(players, settings, reference.schedule, draws, chosen, c, jury.send)
             window.add(metrics)
             watcher.note(metrics.get("divergence"))
-            verdict = output.looked(step, *look()) if output and look else GO_ON
-            if looks and (verdict := worker.least(verdict)) == LOWER_SCALE:
-                settings = replace(settings, reward_scale=settings.reward_scale / 2)
-                if output:
-                    output.said(at, "reward_scale", f"watch.on_hacking: reward_scale is {settings.reward_scale:g} from here on")
-            if (stopped := verdict == STOP) and output:
-                output.said(at, "stopped", "watch.on_hacking: the run ends here, as if it were finished")
+            if looks:
+                verdict = output.looked(step, *look()) if output and look else GO_ON
+                settings, stopped = heed(worker.least(verdict), settings, at, output)
             if (place := jury.settle(worker.least)) and output:
                 output.said(at, "rewards", place)
             last = stopped or at == experiment.steps
@@ -132,10 +128,8 @@ def train(
             if at % experiment.logging.checkpoint_every == 0 or last:
                 jury.micro_batch = worker.least(jury.micro_batch)
                 if output:
-                    state = {"players": players, "jury": jury, "watcher": watcher}
-                    state = {name: part.state_dict() for name, part in state.items()}
-                    state |= {"reward_scale": settings.reward_scale, "stopped": stopped}
-                    store.save(at, {"experiment": experiment.derived_id, **state})
+                    state = {"experiment": experiment.derived_id, "reward_scale": settings.reward_scale, "stopped": stopped}
+                    store.save(at, state | {name: part.state_dict() for name, part in kept.items()})
             if stopped:
                 break
         if output and experiment.watch.every:
@@ -157,6 +151,17 @@ def meet(reference: Reference, players: Players, prompts: Sequence[str], jury: J
         for report in jury.meet(latents, few):
             output.said(0, f"reward.{report.name}", str(report))
     jury.measure_scales(latents, few)
+
+
+def heed(verdict: int, settings: Settings, step: int, output: Output | None) -> tuple[Settings, bool]:
+    """What a look leads to, on all workers alike: the settings from here on, and whether the run ends."""
+    if verdict == LOWER_SCALE:
+        settings = replace(settings, reward_scale=settings.reward_scale / 2)
+    if output and verdict != GO_ON:
+        halved = f"reward_scale is {settings.reward_scale:g} from here on"
+        what = halved if verdict == LOWER_SCALE else "the run ends here, as if it were finished"
+        output.said(step, "on_hacking", f"watch.on_hacking: {what}")
+    return settings, verdict == STOP
 
 
 # --------------------------------------------------------------------------------------------------- building
