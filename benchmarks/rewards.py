@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -173,9 +173,9 @@ def noise(experiment: Experiment, rows: int, seed: int = 0) -> Tensor:
 class LightActor(RewardActor):
     """Its models take next to nothing: what is left is what asking costs."""
 
-    @cached_property
-    def rewards(self) -> LatentRewards:
-        return LatentRewards(lambda latents: latents[:, :3].sigmoid(), dict.fromkeys(self.names, brightness))
+    def __init__(self, experiment: Experiment, names: tuple[str, ...], folder: str) -> None:
+        super().__init__(experiment, names, folder)
+        self.rewards = LatentRewards(lambda latents: latents[:, :3].sigmoid(), dict.fromkeys(names, brightness))
 
 
 def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
