@@ -1,6 +1,6 @@
-"""On Ray: workers against `local.py`, what dies and comes back, a sweep.
+"""On Ray: workers against `local.py`, what dies and comes back, a sweep. (The actors themselves: test_reward_actors.py.)
 
-One Ray session for the module, one pair of reward actors for most of it (their own tests are in `test_reward_actors.py`).
+One Ray session for the module, one pair of reward actors for most of it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def session():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")  # by default Ray's workers stand back behind everything else, at 15
-        patch.setenv("PYTHONPATH", str(ROOT / "tests"))  # for tiny_rewards: pytest's own path does not reach the workers
+        # pytest's own path does not reach the workers; and what they import is to be this checkout.
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT / "tests", ROOT / "platform", ROOT))))
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to start for each run
         ray.init(address="local", num_cpus=5, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
         yield ray
@@ -62,7 +63,7 @@ def world(tmp_path_factory):
             "prompts.grid": str(folder / "prompts.txt"), "objective.reward_scale": 10.0, "logging.every": 1,
             "logging.grid_every": 1000, "logging.grid_prompts": 2, "logging.checkpoint_every": 1,
             "rewards.trained": [{"name": f"tiny_rewards:{name}", "weight": w} for name, w in [("Red", 1.0), ("Broken", 0.5)]],
-            "rewards.held_out": ["tiny_rewards:Calm"],
+            "rewards.held_out": ["tiny_rewards:Calm"], "cluster.reward_place": "actor",
         }  # fmt: skip
         content = Experiment().model_dump()
         for key, value in (values | {key.replace("__", "."): value for key, value in changes.items()}).items():
@@ -82,7 +83,11 @@ def pool(session, world):
 def journal(folder):
     """Metrics by step, and how the run ended."""
     records = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines() if line]
-    return {r["step"]: r["metrics"] for r in records if "metrics" in r}, [r["finish"] for r in records if "finish" in r]
+    metrics: dict[int, dict] = {}
+    for record in records:
+        if "metrics" in record:
+            metrics.setdefault(record["step"], {}).update(record["metrics"])
+    return metrics, [record["finish"] for record in records if "finish" in record]
 
 
 def agree(folder, other, rel=SAME):
@@ -104,7 +109,7 @@ def test_one_worker_gives_the_numbers_of_local(pool, world, tmp_path):
     expected = local.run(experiment, tmp_path / "local")
     result = cluster.fit(experiment, tmp_path / "ray", pool, "ray somewhere")
     agree(tmp_path / "ray", tmp_path / "local")
-    assert len(journal(tmp_path / "ray")[0]) == 20
+    assert [*journal(tmp_path / "ray")[0]] == [*range(21)]  # the watch has looked at the start, too
     assert result.folder == tmp_path / "ray" and (result.export / "model_index.json").exists()
     assert result.metrics["divergence"] == pytest.approx(expected.metrics["divergence"], rel=SAME)
     assert "ray somewhere" in (tmp_path / "ray" / "output.txt").read_text().splitlines()[0]

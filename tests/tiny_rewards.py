@@ -23,6 +23,27 @@ class Seeing(Red):
         return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
 
 
+class RedInThousandths(Red):
+    def forward(self, images, prompts):
+        return 1e-3 * super().forward(images, prompts)
+
+
+class Drunk(Red):
+    """Random, so no handshake with it ends well."""
+
+    def forward(self, images, prompts):
+        return super().forward(images, prompts) + torch.randn(len(prompts))
+
+
+class Greedy(Red):
+    """Four pictures at once fit into its memory."""
+
+    def forward(self, images, prompts):
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().forward(images, prompts)
+
+
 class Calm(nn.Module):
     def forward(self, images, prompts):
         return -images.flatten(1).var(1)
