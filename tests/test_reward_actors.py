@@ -26,7 +26,7 @@ from diffinstruct.rewards import RewardError, Terms
 
 ROOT = Path(__file__).parents[1]
 TRAINED = [{"name": "tiny_rewards:Red", "weight": 1.0}, {"name": "tiny_rewards:Broken", "weight": 0.5}]
-WATCHED = ["Calm", "Sleepy", "Patient", "Deadly", "BlackBox"]
+WATCHED = ["Calm", "Sleepy", "Patient", "Deadly", "BlackBox", "Relative"]
 
 
 @pytest.fixture(scope="module")

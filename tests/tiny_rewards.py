@@ -76,6 +76,13 @@ class Patient(Red):
         return super().forward(images, prompts)
 
 
+class Relative(Red):
+    """Judges each picture against those beside it, so it matters which they are."""
+
+    def forward(self, images, prompts):
+        return super().forward(images, prompts) - super().forward(images, prompts).mean()
+
+
 class BlackBox:
     """Looks at the pictures' numbers, not at tensors: no gradient."""
 
