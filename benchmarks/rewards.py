@@ -39,7 +39,7 @@ from diffinstruct.cluster.rewards import Answer, RewardActor, RewardPool, reward
 from diffinstruct.cluster.train import attached, fit
 from diffinstruct.experiment import Experiment, load
 from diffinstruct.handshake import Report
-from diffinstruct.jury import make_rewards, terms_of
+from diffinstruct.jury import make_rewards
 from diffinstruct.pretrained import load_reference
 from diffinstruct.rewards import Collect, LatentRewards, Scores, Terms
 
@@ -160,6 +160,10 @@ def overlap(overrides: list[str]) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ what it saves
+def terms_of(experiment: Experiment) -> Terms:
+    return Terms({reward.name: reward.weight for reward in experiment.rewards.trained}, experiment.rewards.micro_batch)
+
+
 def noise(experiment: Experiment, rows: int, seed: int = 0) -> Tensor:
     shape = load_reference(experiment.reference.model).latent_shape
     return torch.randn(rows, *shape, generator=torch.Generator().manual_seed(seed))

@@ -1,6 +1,6 @@
-"""On Ray: workers against `local.py`, what dies and comes back, a sweep. (The actors themselves: test_reward_actors.py.)
+"""On Ray: workers against `local.py`, what dies and comes back, a sweep.
 
-One Ray session for the module, one pair of reward actors for most of it.
+One Ray session for the module, one pair of reward actors for most of it (their own tests are in `test_reward_actors.py`).
 """
 
 from __future__ import annotations

@@ -5,11 +5,13 @@ import re
 
 import numpy as np
 import pytest
+import tiny_clip
 import tiny_rewards
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import reward_models
 from diffinstruct.handshake import Report, handshake, refuse
 from diffinstruct.pretrained import load_reference, load_reward
 from diffinstruct.prompts import read_prompts
@@ -147,6 +149,16 @@ class Towered(nn.Module):
 class TwoFaced(Towered):
     def forward(self, images, prompts):
         return 1 - super().forward(images, prompts)
+
+
+class RandomHead(Towered):
+    """In a run, which asks tower and head apart; asked as a whole it is steady."""
+
+    def head(self, features, prompts):
+        return super().head(features, prompts) + 0.1 * torch.randn(len(features))
+
+    def forward(self, images, prompts):
+        return super().head(self.tower.features(images), prompts)
 
 
 def minus_the_batch(images, prompts):
@@ -288,6 +300,7 @@ OF_ANY = [  # lie, the check that refuses it, its line
     (swallows_errors, "range", r"the same score 0 for 64 different pictures: it tells nothing apart"),
     (noise, "repetition", r"its scores are random: asked twice, they differ by 0.0\d+ \(is it in eval mode\?\)"),
     (python_noise, "repetition", r"its scores are random: .*"),
+    (RandomHead(), "repetition", r"its scores are random: .*"),
     (noise_of_its_own, "repetition", r"asked twice, it gave scores that differ .*: it remembers, or draws random numbers .*"),
     (Drifts(), "repetition", r"asked twice, it gave scores that differ by 0.0001: it remembers, or draws .*"),
     (Compares(), "repetition", r"asked about other pictures in between, it gave scores that differ by .*: it remembers"),
@@ -458,6 +471,14 @@ def test_the_pocket_rewards_pass_on_pictures_of_the_start(name):
     report = met(load_reward(name), images=images, prompts=prompts)
     assert report.faults == report.remarks == ()
     assert report.figures["gradient_error"] < 0.1
+
+
+def test_the_built_in_rewards_pass_with_tiny_weights(tmp_path):
+    prompts = ["a red pot", "a blue cactus", "a smiling cactus", "a pot"] * 4
+    for name, settings in tiny_clip.build(tmp_path).items():
+        report = met(reward_models.load(name, **settings), images=tiny_clip.pictures(16, 48, 80), prompts=prompts)
+        assert report.faults == (), name
+        assert (report.remarks == ("it does not look at the prompts",)) == name.startswith("aesthetic"), name
 
 
 # ------------------------------------------------------------------------------------------- figures and remarks

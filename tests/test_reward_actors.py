@@ -16,10 +16,11 @@ import pytest
 import tiny
 import tiny_actors
 import torch
+from chaos.rewards import chaos, compare
 
 from diffinstruct.cluster import rewards as actors
 from diffinstruct.experiment import Experiment, UserError
-from diffinstruct.jury import InProcess, make_rewards, terms_of
+from diffinstruct.jury import InProcess, make_rewards
 from diffinstruct.pretrained import load_reference
 from diffinstruct.rewards import RewardError, Terms
 
@@ -86,6 +87,10 @@ def warnings(caplog):
     """One line for each restart or kill that the caller has noticed."""
     caplog.set_level(logging.WARNING, logger=actors.__name__)
     return lambda: [record.getMessage() for record in caplog.records if record.name == actors.__name__]
+
+
+def terms_of(experiment):
+    return Terms({reward.name: reward.weight for reward in experiment.rewards.trained}, experiment.rewards.micro_batch)
 
 
 def latents(rows):
@@ -255,6 +260,18 @@ def test_another_questions_answer_is_refused_and_repeated_failure_an_error(sessi
     assert said.endswith(" (the cluster has 8 CPUs, 0 GPUs)")
 
 
+def test_a_run_does_not_notice_what_befalls_its_actor(session, tmp_path):
+    """The script's check, with few disturbances; and it does see a difference."""
+    line, good = chaos(tmp_path, kills=1, stops=1)
+    assert good, line
+    journal = tmp_path / "wild" / "journal.jsonl"
+    lines = journal.read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if '"divergence"' in line)
+    lines[at] = lines[at].replace('"divergence": ', '"divergence": 1')
+    journal.write_text("\n".join(lines) + "\n")
+    assert [place.split(" of ")[0] for place in compare(tmp_path / "calm", tmp_path / "wild")] == ["metrics"]
+
+
 # -------------------------------------------------------------------------------------------- groups, handshakes
 ODD = """
 import os
@@ -329,6 +346,7 @@ def test_handshakes_are_made_once_and_reported_in_the_order_of_the_names(apart):
         ("env_vars: {A: 1}", ".*env_vars.*"),
         ("pip: missing.txt", ".*missing.txt.*"),
         ("py_modules: [missing]", ".*missing.*"),
+        ("conda: an-environment-that-nobody-has", "cannot be set up: .*conda.*"),
     ],
 )  # fmt: skip
 def test_a_bad_environment_is_said_in_one_line(session, world, tmp_path, monkeypatch, content, said):

@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffinstruct.experiment import Experiment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0, or 2 where the user has to mend something (said on stderr)."""
+    """Run one command; the exit status: 0, or 2 where the user has to mend something (said on stderr). A run that breaks off
+    and a reward that fails or is refused end with 1."""
     arguments = parser().parse_args(argv)
     from diffinstruct.experiment import UserError
 
@@ -38,8 +39,8 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function: object, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
+    def command(name: str, function: object, help: str, group: Any = commands) -> argparse.ArgumentParser:
+        sub = group.add_parser(name, help=help, description=help)
         sub.set_defaults(command=function)
         return sub
 
@@ -77,6 +78,24 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", dest="out", type=Path, required=True, metavar="out.png", help="the picture to write")
     sub.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next one (default 0)")
     sub.add_argument("--n", type=int, default=1, help="how many, side by side (default 1)")
+
+    help = "what rewards there are, whether one can be trusted, and what they say of pictures"
+    rewards = commands.add_parser("rewards", help=help, description=help).add_subparsers(required=True, metavar="COMMAND")
+    command("list", list_rewards, "the built-in rewards: what they measure, their scores, papers, weights, licences", rewards)
+
+    sub = command("test", test_reward, "the handshake that every run begins with, check by check", rewards)
+    sub.add_argument("reward", metavar="NAME", help="a built-in reward, or your own as module:callable")
+    sub.add_argument("--images", type=Path, metavar="FOLDER", help="of pictures; default: made by the pocket world's generator")
+    sub.add_argument("--prompts", metavar="FILE", help="as for `rewards score`; default: the pocket world's")
+    sub.add_argument("--held-out", action="store_true", help="to judge only, not to train on: it needs no gradient")
+
+    sub = command("score", score_pictures, "score a folder of pictures, each with its prompt", rewards)
+    sub.add_argument("images", type=Path, metavar="IMAGES", help="a folder of .png, .jpg or .webp")
+    sub.add_argument(
+        "prompts", metavar="PROMPTS", help="a .txt or .csv, a prompt a picture in the order of names; or a .csv that names them"
+    )
+    sub.add_argument("--reward", dest="rewards", action="append", default=[], metavar="NAME", help="may be repeated")
+    sub.add_argument("-o", dest="out", type=Path, metavar="scores.csv", help="a row a picture, a column a reward")
     return top
 
 
@@ -171,6 +190,63 @@ def generate(arguments: argparse.Namespace) -> None:
     print(arguments.out)
 
 
+def list_rewards(arguments: argparse.Namespace) -> None:
+    from reward_models import NAMES
+
+    width = max(map(len, NAMES)) + 2
+    for name, entry in NAMES.items():
+        paper = "no paper" if entry.paper == "-" else f"arXiv {entry.paper}"
+        print(f"{name:<{width}}{entry.line}")
+        for line in (f"scores {entry.range}", f"{paper}; licences: {entry.licences}", f"weights: {entry.weights}", entry.path):
+            print(" " * width + line)
+
+
+def test_reward(arguments: argparse.Namespace) -> None:
+    _known_rewards([arguments.reward], "rewards test")
+    from diffinstruct.handshake import refuse
+    from diffinstruct.rewards import RewardError
+    from diffinstruct.scoring import meet
+    from reward_models import NAMES
+
+    report = meet(arguments.reward, arguments.images, arguments.prompts, not arguments.held_out)
+    if arguments.reward in NAMES:
+        print(f"{'declared':<12}{NAMES[arguments.reward].range}")
+    for check, seen in [*report.checks.items(), *(("remark", remark) for remark in report.remarks)]:
+        print(f"{check:<12}{seen}")
+    try:
+        refuse([report])
+    except RewardError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
+    print(f"reward {arguments.reward} can be {'held out' if arguments.held_out else 'trained on'}")
+
+
+def score_pictures(arguments: argparse.Namespace) -> None:
+    from diffinstruct.experiment import UserError
+
+    names = list(dict.fromkeys(arguments.rewards))
+    _known_rewards(names, "--reward")
+    out: Path | None = arguments.out
+    if out and out.suffix != ".csv":
+        raise UserError(f"-o: should be a .csv file, got {str(out)!r}")
+    if out and not out.absolute().parent.is_dir():
+        raise UserError(f"-o: no folder {str(out.parent)!r}")
+    from diffinstruct.rewards import RewardError
+    from diffinstruct.scoring import pictures_with_prompts, save, score, summary
+
+    table = pictures_with_prompts(arguments.images, arguments.prompts)
+    print(f"scoring {len(table)} pictures", flush=True)
+    try:
+        table = score(arguments.images, table, names)
+    except RewardError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
+    print(summary(table, names))
+    if out:
+        save(table, out)
+        print(out)
+
+
 def new_run_folder(experiment: Experiment) -> Path:
     """An absolute path that no other run has: <runs>/<name>-<UTC time>-<4 hex digits>. It is not created here."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
@@ -189,6 +265,18 @@ def _experiment(arguments: argparse.Namespace) -> Experiment:
         except UserError as error:
             raise UserError(f"prompts.{key}: {error}") from None
     return experiment
+
+
+def _known_rewards(names: Sequence[str], where: str) -> None:
+    """Refuse a name that is neither built in nor an import path, before torch starts; and no names at all."""
+    from diffinstruct.experiment import UserError, did_you_mean
+    from reward_models import NAMES
+
+    known = f"there are {', '.join(NAMES)}, and your own as module:callable"
+    if not names:
+        raise UserError(f"{where}: name at least one; {known}")
+    if wrong := next((name for name in names if name not in NAMES and ":" not in name), None):
+        raise UserError(f"{where}: no reward is named {wrong!r}{did_you_mean(wrong, NAMES) or f'; {known}'}")
 
 
 def _same_as_before(experiment: Experiment, folder: Path) -> None:

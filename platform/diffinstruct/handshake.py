@@ -31,8 +31,8 @@ BATCH = 16
 """Pictures at once in the range, halved where memory ends."""
 MARGIN = 0.1
 """Difference quotients are taken on pictures in [MARGIN, 1 - MARGIN]: beyond black and white a reward may clamp."""
-STEPS = (0.01, 0.04, 0.0025)
-"""Of the difference quotients, in the units of a picture. The small one is for rewards that bend, the large for noisy ones."""
+STEPS = (0.01, 0.04, 0.0025, 0.0006)
+"""Of the difference quotients, in the units of a picture. The small are for rewards that bend, the large for noisy ones."""
 WRONG = 0.1
 """The share of a change in score by which the gradient may miss it. A sign is off by 2, a factor of 2 by 1/2."""
 HALF = 1e-4
@@ -69,12 +69,12 @@ class Report:
 def handshake(name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str], trained: bool) -> Report:
     """Put `reward` to the test on images [B, 3, H, W] in [0, 1] and their prompts. trained: whether it needs a gradient.
 
-    The first 64 are scored; the other checks take four of them, or what there is and dimmed copies up to four. The state of
+    The first 64 are scored; the other checks take four of them. Fewer than four are filled up with dimmed copies. The state of
     torch's and Python's random numbers is left as it was.
     """
     images, texts = images.detach()[:PICTURES], list(prompts)[:PICTURES]
     while len(images) < FEW:
-        images, texts = torch.cat([images, images / 2]), texts + texts
+        images, texts = torch.cat([images, images / 2])[:FEW], (texts + texts)[:FEW]
     batch = BATCH
     while True:
         try:
@@ -376,7 +376,7 @@ class _Examination:
 
     @property
     def _other_texts(self) -> list[str]:
-        return [f"another {text}" for text in self.texts]
+        return [next((other for other in self.all_texts if other != text), f"not {text}") for text in self.texts]
 
     @property
     def _inside(self) -> Tensor:

@@ -169,7 +169,9 @@ class Call:
 
     def answer(self) -> Any:
         """The answer's content. Raises what the actor raised, or RewardError, one line, when all attempts have failed."""
-        for attempt in range(1, ATTEMPTS + 1):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 if attempt > 1:
                     self._wait_until_it_is_back(0.1 * 2**attempt)
@@ -191,7 +193,6 @@ class Call:
                         f"(the cluster has {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs)"
                     ) from error
                 logger.warning("%s: %s; asked again (%d of %d) to %s", self.place, failure, attempt + 1, ATTEMPTS, self.what)
-        raise AssertionError
 
     def _wait(self) -> Answer:
         pause = self.deadline
@@ -352,7 +353,8 @@ class RewardPool:
                 call.answer()
             except RewardError as error:
                 if group.environment and isinstance(error.__cause__, RuntimeEnvSetupError):
-                    raise _unusable(group.environment, error.__cause__) from None
+                    why = str(error.__cause__).strip().splitlines()[-1]  # of a traceback
+                    raise _unusable(group.environment, f"cannot be set up: {why}") from None
                 raise
 
     def _call(
@@ -428,10 +430,11 @@ def runtime_env(file: str) -> dict[str, Any]:
                 ready = upload(ready, include_gitignore=True, scratch_dir=scratch, logger=logger)
     except Exception as error:  # whatever Ray has against what stands in the file
         missing = isinstance(error, FileNotFoundError) and error.filename == file
-        raise _unusable(file, error, nearest_file(Path(file), "*.y*ml") if missing else "") from None
+        hint = nearest_file(Path(file), "*.y*ml") if missing else ""
+        raise _unusable(file, f"{' '.join(str(error).split())}{hint}") from None
     ready.pop("excludes", None)  # of the upload
     return ready
 
 
-def _unusable(file: str, error: BaseException, hint: str = "") -> UserError:
-    return UserError(f"cluster.reward_environments: {file}: {' '.join(str(error).split())}{hint}")
+def _unusable(file: str, why: str) -> UserError:
+    return UserError(f"cluster.reward_environments: {file}: {why}")

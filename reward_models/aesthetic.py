@@ -1,0 +1,66 @@
+"""LAION's aesthetic predictors: a small head on normalised CLIP-L image embeddings, trained on ratings of 1 to 10.
+
+v1: github.com/LAION-AI/aesthetic-predictor, one linear layer. v2: christophschuhmann/improved-aesthetic-predictor, five
+with nothing between them (Schuhmann et al. 2022, LAION-5B, arXiv 2210.08402). The prompt is not read.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .clip import CLIP_L, ClipTower, TowerReward, load_tower, shared_tower
+from .weights import Weights, fill, read
+
+# Each in its author's repository, at the commit that was looked at.
+V1 = "https://github.com/LAION-AI/aesthetic-predictor/raw/6d122adad522ab246644d9dc1c6d7a3810ee255f/sa_0_4_vit_l_14_linear.pth"
+V2 = (
+    "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/6934dd81792f086e613a121dbce43082cb8be85e/"
+    "sac%2Blogos%2Bava1-l14-linearMSE.pth"
+)
+
+
+class Aesthetic(TowerReward):
+    """`net`, [B, D] -> [B, 1], on image features of length 1."""
+
+    def __init__(self, tower: ClipTower, net: nn.Module) -> None:
+        super().__init__(tower)
+        self.net = net.requires_grad_(False)
+
+    def _score(self, features: Tensor, prompts: list[str]) -> Tensor:
+        return self.net(F.normalize(features, dim=-1)).squeeze(1)
+
+
+def score_mlp(width: int) -> nn.Sequential:
+    """[B, width] -> [B, 1] by five linear layers. They are numbered as their authors' checkpoints are, where dropouts
+    of the training stand between them; ImageReward took the same."""
+    sizes = [width, 1024, 128, 64, 16, 1]
+    layers = zip("02467", sizes[:-1], sizes[1:], strict=True)
+    return nn.Sequential(OrderedDict((number, nn.Linear(before, after)) for number, before, after in layers))
+
+
+def aesthetic_v1(
+    weights: Weights = V1,
+    model: str | Path = CLIP_L,
+    revision: str | None = None,
+) -> Aesthetic:
+    """v1. `weights` of the head: keys weight, bias; `model`, `revision`: hub id or local folder of its CLIP."""
+    tower = shared_tower(load_tower, model, revision)
+    net = nn.Linear(tower.clip.config.projection_dim, 1)
+    fill(net, read(weights), lambda name: name)
+    return Aesthetic(tower, net)
+
+
+def aesthetic_v2(
+    weights: Weights = V2,
+    model: str | Path = CLIP_L,
+    revision: str | None = None,
+) -> Aesthetic:
+    """v2. `weights` of the head: keys layers.0.weight and on; `model`, `revision`: hub id or local folder of its CLIP."""
+    tower = shared_tower(load_tower, model, revision)
+    net = score_mlp(tower.clip.config.projection_dim)
+    fill(net, read(weights), lambda name: f"layers.{name}")
+    return Aesthetic(tower, net)

@@ -1,0 +1,171 @@
+"""CLIP as the tower that rewards stand on: image features with gradient, text features remembered.
+
+Radford et al. 2021, arXiv 2103.00020. Rewards that name the same tower share one object, so that whoever holds several
+computes its features once: `reward.tower.features(images)`, then each `reward.head(features, prompts)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
+
+CLIP_L = "openai/clip-vit-large-patch14"
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+TEXTS_KEPT = 65_536  # of 4 KB each for a ViT-H: 270 MB at most
+
+
+def clip_pixels(images: Tensor, size: int) -> Tensor:
+    """[B, 3, H, W] in [0, 1] -> [B, 3, size, size] in [0, 1]: short side to `size`, centre crop, differentiable.
+
+    Within 1.5/255 of Pillow's bicubic, hard edges included: Pillow too goes across, then down, and cuts off the
+    overshoot after each. In one pass corners are off by up to 20/255. Of an odd margin the smaller half is cut off
+    first, as in transformers; torchvision rounds it to the even number, which may lie one pixel further.
+    """
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    if short != size:
+        new_height, new_width = size * height // short, size * width // short
+        for target in ((height, new_width), (new_height, new_width)):
+            images = F.interpolate(images, target, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
+    return images[..., top : top + size, left : left + size]
+
+
+class ClipTower(nn.Module):
+    """A frozen CLIP with its tokenizer and its way of looking at pictures.
+
+    pixels: images [B, 3, H, W] in [0, 1], size -> [B, 3, size, size], differentiable.
+    mean, std: of the three channels, for what `pixels` gives.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        clip: CLIPModel,
+        tokenizer: Any,
+        mean: tuple[float, ...] = OPENAI_MEAN,
+        std: tuple[float, ...] = OPENAI_STD,
+        pixels: Callable[[Tensor, int], Tensor] = clip_pixels,
+    ) -> None:
+        super().__init__()
+        self.clip = clip.eval().requires_grad_(False)
+        self.tokenizer, self.pixels = tokenizer, pixels
+        self.size: int = clip.config.vision_config.image_size
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self._texts: dict[str, Tensor] = {}
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the model sees in images [B, 3, H, W] in [0, 1]: [B, D], not normalised."""
+        pixels = (self.pixels(images.float(), self.size) - self.mean) / self.std
+        return self.clip.get_image_features(pixel_values=pixels.to(self.clip.dtype)).pooler_output
+
+    def similarity(self, features: Tensor, prompts: list[str]) -> Tensor:
+        """Cosine [B] of image features [B, D] and the features of as many prompts."""
+        texts = torch.stack([self._text(prompt) for prompt in prompts]).to(features)
+        return F.cosine_similarity(texts, features)
+
+    def _text(self, prompt: str) -> Tensor:
+        """Text features [D]. One prompt a forward: a score must not depend on which prompts came together or before,
+        or a run that resumes with an empty cache would part from the one that was never interrupted."""
+        if prompt not in self._texts:
+            longest = self.clip.config.text_config.max_position_embeddings
+            tokens = self.tokenizer([prompt], truncation=True, max_length=longest, return_tensors="pt")
+            with torch.no_grad():
+                features = self.clip.get_text_features(**tokens.to(self.clip.device)).pooler_output[0]
+            if len(self._texts) >= TEXTS_KEPT:
+                self._texts.pop(next(iter(self._texts)))
+            self._texts[prompt] = features
+        return self._texts[prompt]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClipTower:
+        self._texts.clear()  # a move to another device or type makes other features
+        return super()._apply(fn, recurse)
+
+
+class TowerReward(nn.Module):
+    """A reward that sees images through a tower alone. Subclasses say `_score(features, prompts)`."""
+
+    def __init__(self, tower: ClipTower) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.head(self.features(images), prompts)
+
+    def features(self, images: Tensor) -> Tensor:
+        """The tower's features [B, D] of images [B, 3, H, W] in [0, 1]."""
+        return self.tower.features(images)
+
+    def head(self, features: Tensor, prompts: list[str]) -> Tensor:
+        """Scores [B] from the tower's features [B, D]."""
+        if len(features) != len(prompts):
+            raise ValueError(f"{len(features)} images for {len(prompts)} prompts")
+        return self._score(features, prompts)
+
+    def _score(self, features: Tensor, prompts: list[str]) -> Tensor:
+        raise NotImplementedError
+
+
+def load_tower(
+    model: str | Path,
+    revision: str | None = None,
+    processor: str | Path | None = None,
+    processor_revision: str | None = None,
+) -> ClipTower:
+    """A tower from a folder or hub id of a `CLIPModel` (safetensors).
+
+    `processor`, by default the same, has its tokenizer and its preprocessor configuration. A local folder without the
+    latter means CLIP's own mean and deviation. A revision is a hub repository's commit; none means its newest.
+    """
+    from transformers import AutoTokenizer, CLIPModel
+    from transformers.utils import logging
+
+    if processor is None:
+        processor, processor_revision = model, revision
+    if Path(model).is_dir():
+        logging.disable_progress_bar()  # of loading; the one of a download stays
+    clip = CLIPModel.from_pretrained(model, revision=revision or "main", use_safetensors=True, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(processor, revision=processor_revision or "main")
+    return ClipTower(clip, tokenizer, *_mean_and_std(processor, processor_revision or "main"))
+
+
+def _mean_and_std(processor: str | Path, revision: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    folder = Path(processor)
+    if folder.is_dir() and not any(folder.glob("*processor_config.json")):
+        return OPENAI_MEAN, OPENAI_STD
+    settings, _ = ImageProcessingMixin.get_image_processor_dict(processor, revision=revision)
+    return tuple(settings.get("image_mean", OPENAI_MEAN)), tuple(settings.get("image_std", OPENAI_STD))
+
+
+_towers: WeakValueDictionary[tuple[object, ...], ClipTower] = WeakValueDictionary()
+
+
+def shared_tower(load: Callable[..., ClipTower], *sources: object) -> ClipTower:
+    """`load(*sources)`, or the tower that this gave before, while a reward of this process holds it.
+
+    Moving one of the rewards that share a tower moves it for all. What has no name (a state dict, a configuration) is
+    not shared. A local folder is taken to hold the same weights as long as a tower of it is in use.
+    """
+    if not all(source is None or isinstance(source, str | Path) for source in sources):
+        return load(*sources)
+    local = (Path(source) if isinstance(source, str | Path) and Path(source).exists() else None for source in sources)
+    key = (load, *(path.resolve() if path else source for path, source in zip(local, sources, strict=True)))
+    tower = _towers.get(key)
+    if tower is None:
+        tower = _towers[key] = load(*sources)
+    return tower

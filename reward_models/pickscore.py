@@ -1,0 +1,29 @@
+"""PickScore: a CLIP whose image-text similarity was trained on human choices.
+
+Kirstain et al. 2023, "Pick-a-Pic", arXiv 2305.01569.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from .clip import TowerReward, load_tower, shared_tower
+
+
+class PickScore(TowerReward):
+    """exp(logit_scale) * cos(text, image)."""
+
+    def _score(self, features: Tensor, prompts: list[str]) -> Tensor:
+        return self.tower.clip.logit_scale.exp() * self.tower.similarity(features, prompts)
+
+
+def pickscore(
+    model: str | Path = "yuvalkirstain/PickScore_v1",
+    processor: str | Path = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    revision: str | None = None,
+    processor_revision: str | None = None,
+) -> PickScore:
+    """PickScore v1, a ViT-H at 224 px, from hub ids or local folders of a `CLIPModel` and of its processor."""
+    return PickScore(shared_tower(load_tower, model, revision, processor, processor_revision))
