@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from reward_models import load
 
-BONUS = 6000.0
+BONUS = 1000.0
 """At the distilled start, at the latents, the gradient of the bonus is then somewhat longer than the preference's."""
 FAINT = 0.02
 """Differences well below it, 5 of 255 levels, hardly count; it makes the absolute value smooth."""

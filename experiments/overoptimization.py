@@ -27,7 +27,7 @@ RESULTS = HERE.parent / "docs" / "results"
 
 def examine_watched(experiment: Experiment, folder: Path) -> dict[str, float]:
     """What the examination finds, the step of the first alarm (NaN: none), and each figure of each look, as `watch/x@step`."""
-    records = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines() if line]
     looks = {
         f"{key}@{record['step']}": value
         for record in records
