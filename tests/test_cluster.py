@@ -284,9 +284,13 @@ def test_a_study_whose_rows_are_all_there_answers_at_once(tmp_path, monkeypatch,
 
 
 def test_a_sweep_refuses_what_it_cannot_vary(world, tmp_path):
-    for key, message in {"objective.reward_scal": "did you mean 'objective.reward_scale'", "rewards.held_out": "share"}.items():
+    for key, value, message in [
+        ("objective.reward_scal", 1.0, "did you mean 'objective.reward_scale'"),
+        ("cluster.workers", 2, "cluster.workers: is the same in all trials of a sweep, because they share"),
+        ("rewards.held_out", [], "rewards: which rewards there are is the same in all trials of a sweep, because they share"),
+    ]:
         with pytest.raises(UserError, match=message):
-            sweeps.sweep(world[1](), [{key: 1.0}], tmp_path)
+            sweeps.sweep(world[1](), [{key: value}], tmp_path)
     with pytest.raises(UserError, match=r"two trials have the same configuration, the second is \{'seed': 2\}"):
         sweeps.sweep(world[1](), [{"seed": 2}, {}, {"seed": 2}], tmp_path)
     with pytest.raises(UserError, match=r"objective.reward_scale: .*greater than or equal to 0, got -1"):
