@@ -7,6 +7,7 @@ checkpoints are open_clip's; here they become a `CLIPModel`.
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,22 +37,14 @@ def hpsv2(
     revision: str | None = None,
     tokenizer_revision: str | None = None,
     config: CLIPConfig | None = None,
+    file: str = "HPS_v2_compressed.pt",
 ) -> Hps:
-    """HPS v2. `weights`: a state dict, a file, or a folder or hub id with HPS_v2_compressed.pt; `config` is ViT-H's."""
-    file = "HPS_v2_compressed.pt"
+    """HPS v2. `weights`: a state dict, a file, or a folder or hub id with `file`; `config` is ViT-H's."""
     return Hps(shared_tower(load_open_clip, weights, file, revision, tokenizer, tokenizer_revision, config))
 
 
-def hpsv2_1(
-    weights: Weights = HUB,
-    tokenizer: str | Path = TOKENIZER,
-    revision: str | None = None,
-    tokenizer_revision: str | None = None,
-    config: CLIPConfig | None = None,
-) -> Hps:
-    """HPS v2.1. `weights`: a state dict, a file, or a folder or hub id with HPS_v2.1_compressed.pt; `config` is ViT-H's."""
-    file = "HPS_v2.1_compressed.pt"
-    return Hps(shared_tower(load_open_clip, weights, file, revision, tokenizer, tokenizer_revision, config))
+hpsv2_1 = partial(hpsv2, file="HPS_v2.1_compressed.pt")
+"""HPS v2.1, the same network with other weights."""
 
 
 def load_open_clip(

@@ -197,6 +197,19 @@ def test_one_worker_that_is_better_off_with_actors_decides_for_all(world, monkey
     assert jury.place == "actor" and jury.service is jury.actors
 
 
+def test_rewards_with_an_environment_of_their_own_stay_there(world):
+    environment = {"rewards": ["tiny_rewards:Red"], "runtime_env": "theirs.yaml"}
+    jury = Jury(world(cluster__reward_environments=[environment]), Fake([0.0], 9.0), lambda: Fake([0.0], 0.0))
+    assert jury.place == "actor" and jury.service is jury.actors
+
+
+def test_a_run_without_held_out_rewards_is_told_what_the_watch_cannot_see(world, tmp_path, capsys):
+    local.run(world(steps=1, rewards__held_out=[]), tmp_path / "run")
+    assert "step 0: no held-out reward: the watch sees variety and distance" in capsys.readouterr().out
+    local.run(world(steps=1), tmp_path / "judged")
+    assert "no held-out reward" not in capsys.readouterr().out
+
+
 def test_rewards_in_the_process_hide_nothing(world, tmp_path):
     local.run(world(steps=2), tmp_path / "run")
     rows = [record["metrics"] for record in records(tmp_path / "run", "metrics") if "time/reward" in record["metrics"]]

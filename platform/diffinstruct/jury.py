@@ -13,15 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from diffinstruct.experiment import Experiment
-from diffinstruct.handshake import Report, handshake, refuse
+from diffinstruct.handshake import PICTURES, Report, handshake, refuse
 from diffinstruct.pretrained import Reference, load_reward
 from diffinstruct.rewards import Collect, LatentRewards, RewardError, Scores, Terms
 from diffinstruct.watch import NOISES, Alarm, Look, Watch
 
 EVALUATION_SEED = 1_000_000
 """Pictures that are shown or judged draw their noise from seeds at and above this one, training from those below."""
-PICTURES = 64
-"""Of the starting generator, which every reward meets; and of the averaged one, in each look."""
 MEASURED_ROUNDS = 3
 """The first ones, which show what the rewards hold up."""
 
@@ -71,6 +69,8 @@ class Jury:
         self.micro_batch = experiment.rewards.micro_batch
         self.scales = {reward.name: 1.0 for reward in experiment.rewards.trained}
         self.place = "process" if actors is None else experiment.cluster.reward_place  # "auto" until it is settled
+        if self.place == "auto" and experiment.cluster.reward_environments:
+            self.place = "actor"  # what a package of the same name scores in this environment is another reward
         self._service: RewardService | None = None
         self._held_up: list[float] = []  # seconds a round, while the place is not decided
         self._last: tuple[Tensor, Sequence[str]] | None = None
@@ -92,7 +92,8 @@ class Jury:
         began = time.perf_counter()
         answer = self.service.ask(latents, prompts, self.terms)
         sent = time.perf_counter()
-        self._last = latents, prompts
+        if self.place == "auto":
+            self._last = latents, prompts
 
         def collect() -> Scores:
             waiting = time.perf_counter()

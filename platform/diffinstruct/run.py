@@ -23,9 +23,9 @@ from diffinstruct.diffusion import Schedule, log_normal_t, uniform_t
 from diffinstruct.distances import distance
 from diffinstruct.experiment import Experiment, UserError
 from diffinstruct.guidance import guided
+from diffinstruct.handshake import PICTURES
 from diffinstruct.jury import (
     EVALUATION_SEED,
-    PICTURES,
     InProcess,
     Jury,
     RewardService,
@@ -39,7 +39,7 @@ from diffinstruct.pretrained import OneStepGenerator, Reference, load_reference
 from diffinstruct.prompts import read_prompts
 from diffinstruct.step import Draws, Metrics, Players, Settings, alternating_round
 from diffinstruct.tracking import Tracker
-from diffinstruct.watch import Alarm
+from diffinstruct.watch import BLIND, Alarm
 
 GRID_NOISES = 3
 GO_ON, LOWER_SCALE, STOP = 2, 1, 0
@@ -150,6 +150,8 @@ def meet(reference: Reference, players: Players, prompts: Sequence[str], jury: J
     if output:
         for report in jury.meet(latents, few):
             output.said(0, f"reward.{report.name}", str(report))
+        if output.experiment.watch.every and not output.experiment.rewards.held_out:
+            output.said(0, "watch", BLIND)
     jury.measure_scales(latents, few)
 
 
