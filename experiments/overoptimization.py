@@ -43,13 +43,17 @@ def study(name: str, recipe: str, rows: str, arms: dict[str, dict[str, object]],
     return Study(name, __doc__ or "", HERE / "recipes" / recipe, arms, seeds, measures, examine_watched, RESULTS / rows)
 
 
+LONG = {"steps": 100}
 STUDIES = (
-    study("overoptimization_recipe", "pocket.yaml", "overoptimization.csv", {"the recipe": {}}, range(10)),
+    study("overoptimization_recipe", "pocket_study.yaml", "overoptimization.csv", {"the recipe": LONG}, range(10)),
     study(
         "overoptimization_stronger",
-        "pocket.yaml",
+        "pocket_study.yaml",
         "overoptimization.csv",
-        {"reward scale 8": {"objective.reward_scale": 8.0}, "reward alone": {"objective.name": "reward_only"}},
+        {
+            "reward scale 8": {**LONG, "objective.reward_scale": 8.0},
+            "reward alone": {**LONG, "objective.name": "reward_only"},
+        },
         range(1),
     ),
     study("overoptimization_planted", "pocket_hackable.yaml", "overoptimization_planted.csv", {"planted reward": {}}, range(2)),
