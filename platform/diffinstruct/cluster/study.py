@@ -44,7 +44,7 @@ class Answer:
         uri = tracking.tracking_uri(self.base.tracking.uri, Path(self.base.runs))
         rows = self.text.with_suffix(".csv")
         self.rows.to_csv(rows, index=False)
-        tracking.publish(uri, self.base.tracking.experiment, self.text.stem, self.text, rows, *figures)
+        tracking.publish(uri, self.base.tracking.experiment, self.text.with_suffix(""), self.text, rows, *figures)
 
 
 SMOKE = {"steps": 2, "global_batch_size": 8, "logging.every": 1, "logging.grid_prompts": 2}

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -34,26 +34,28 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch.nn.parallel import DistributedDataParallel
 
 import diffinstruct
-from diffinstruct import tracking
+from diffinstruct import orders, tracking
 from diffinstruct.checkpoint import CheckpointError
 from diffinstruct.cluster.rewards import RewardPool, reward_pool, stand_in
 from diffinstruct.experiment import Experiment, UserError
+from diffinstruct.orders import Paused
 from diffinstruct.rewards import RewardError
 from diffinstruct.step import Metrics, NonFinite
 
 if TYPE_CHECKING:
     from diffinstruct.jury import RewardService
     from diffinstruct.run import Result
+    from diffinstruct.tracking import Parent
 
 OUTPUT = "output.txt"
 """What rank 0 prints goes into this file of the run's folder, and from there to the user's terminal."""
-FINAL = (UserError, RewardError, NonFinite, CheckpointError)
+FINAL = (UserError, RewardError, NonFinite, CheckpointError, Paused)
 """Errors that a second try would meet again."""
 
 logger = logging.getLogger(__name__)
 
 
-def run(experiment: Experiment, folder: Path, parent_run_id: str | None = None) -> Result:
+def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> Result:
     """Train `experiment` in `folder`, or go on with what is there; as `local.run`, on a cluster."""
     folder = folder.absolute()
     if "working_dir_files" in folder.parts:
@@ -63,7 +65,7 @@ def run(experiment: Experiment, folder: Path, parent_run_id: str | None = None) 
     with attached() as where:
         check_fits(experiment)
         with reward_pool(experiment) if experiment.reward_actors else nullcontext() as pool, shown(folder / OUTPUT):
-            return fit(experiment, folder, pool, where, parent_run_id)
+            return fit(experiment, folder, pool, where, parent)
 
 
 def fit(
@@ -71,19 +73,17 @@ def fit(
     folder: Path,
     pool: RewardService | None,
     where: str,
-    parent_run_id: str | None = None,
-    callbacks: Sequence[UserCallback] = (),
+    parent: Parent | None = None,
 ) -> Result:
     """One TorchTrainer; callable from a driver or from a trial. Without a `pool` each worker computes its rewards itself.
     `where` is said in the run's first and last line.
 
     Raises what the workers raised, if it is one of FINAL, else Ray's own error; either way the run can be resumed.
     """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # `report` waits until the controller looks: 2 s
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # what we print is shown once, by `shown`
     asked, started_in = experiment.cluster, os.getcwd()
     trainer = TorchTrainer(
-        lambda: train_loop(experiment, folder, pool, where, parent_run_id, started_in),
+        lambda: train_loop(experiment, folder, pool, where, parent, started_in),
         scaling_config=ScalingConfig(
             num_workers=asked.workers,
             use_gpu=asked.use_gpu,
@@ -93,13 +93,15 @@ def fit(
             name=uuid.uuid4().hex,  # a name that was there before would be resumed, from Ray's snapshot
             storage_path=str(folder / "ray"),
             failure_config=FailureConfig(max_failures=3),
-            callbacks=[NoSecondTry(), *callbacks],
+            callbacks=[NoSecondTry()],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     in_main_thread, interrupt = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
+    orders.withdraw(folder)
     try:
-        return trainer.fit().return_value
+        with orders.on_sigterm(lambda: orders.give(folder, orders.PAUSE)):
+            return trainer.fit().return_value
     except BaseException as error:
         # Ray answers Ctrl-C by ending the workers and the program, with status 0.
         reason = KeyboardInterrupt() if isinstance(error, SystemExit) else final_error(error) or error
@@ -114,7 +116,7 @@ def fit(
 
 
 def train_loop(
-    experiment: Experiment, folder: Path, pool: RewardService | None, where: str, parent_run_id: str | None, started_in: str
+    experiment: Experiment, folder: Path, pool: RewardService | None, where: str, parent: Parent | None, started_in: str
 ) -> Result | None:
     """What runs in each worker; the result on rank 0."""
     from diffinstruct.run import Worker, train  # driver and controller need not spend the seconds of this import
@@ -124,13 +126,13 @@ def train_loop(
     torch.set_num_threads(experiment.cluster.cpus_per_worker)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    worker = Worker(rank, world, on_metrics=lambda step, metrics: ray.train.report({"step": step, **metrics}), where=where)
+    worker = Worker(rank, world, where=where)
     if world > 1:
         worker = replace(worker, wrap=DistributedDataParallel, average=average, least=least)
     with (folder / OUTPUT).open("a", buffering=1) if rank == 0 else nullcontext(sys.stdout) as output, redirect_stdout(output):
         if isinstance(pool, RewardPool):
             pool = replace(pool, first=rank)  # workers do not all queue for the same actor
-        return train(experiment, folder, pool, worker, parent_run_id)
+        return train(experiment, folder, pool, worker, parent)
 
 
 def average(metrics: Metrics) -> Metrics:
@@ -177,7 +179,7 @@ def final_error(error: BaseException | None) -> Exception | None:
 
 def close(folder: Path, experiment: Experiment, reason: BaseException) -> None:
     """End the MLflow run with the reason: a worker that was killed could not."""
-    status = "FAILED" if isinstance(reason, Exception) else "KILLED"
+    status = "KILLED" if isinstance(reason, Paused) or not isinstance(reason, Exception) else "FAILED"
     try:
         if (folder / "journal.jsonl").exists():
             tracking.deliver(folder, experiment.tracking.uri, status, f"{type(reason).__name__}: {reason}")
@@ -234,19 +236,22 @@ def check_fits(experiment: Experiment) -> None:
     if Path("~/ray_bootstrap_config.yaml").expanduser().exists():
         return  # the head of an autoscaled cluster, see ray_cluster.yaml: it starts machines when they are asked for
     asked = experiment.cluster
-    total = ray.cluster_resources()
-    most = cluster_state.get_max_resources_from_cluster_config() or {}
     for kind, unit, per_worker, per_actor in (
         ("CPU", "CPUs", asked.cpus_per_worker, asked.reward_cpus),
         ("GPU", "GPUs", int(asked.use_gpu), asked.reward_gpus),
     ):
         needed = asked.workers * per_worker + experiment.reward_actors * per_actor
-        has = max(total.get(kind, 0), most.get(kind, 0))
-        if needed > has:
+        if needed > (has := available(kind)):
             raise UserError(
                 f"cluster: asks for {needed:g} {unit} ({asked.workers} workers x {per_worker} + {experiment.reward_actors} "
                 f"reward actors x {per_actor:g}), Ray has {has:g}"
             )
+
+
+def available(kind: str) -> float:
+    """How much of a resource the cluster has, or will have once its autoscaler has started all that it may."""
+    most = cluster_state.get_max_resources_from_cluster_config() or {}
+    return float(max(ray.cluster_resources().get(kind, 0), most.get(kind, 0)))
 
 
 # ------------------------------------------------------------------------------------------------------ terminal
