@@ -118,6 +118,7 @@ def train(arguments: argparse.Namespace) -> None:
     else:
         from diffinstruct.cluster.train import run
     from diffinstruct.checkpoint import CheckpointError
+    from diffinstruct.orders import EXIT_PAUSED, Paused
     from diffinstruct.rewards import RewardError
     from diffinstruct.step import NonFinite
 
@@ -125,11 +126,12 @@ def train(arguments: argparse.Namespace) -> None:
     go_on = f"diffinstruct train {shlex.quote(str(file))} --resume {shlex.quote(str(folder))}{' --local' * arguments.local}"
     try:
         run(experiment, folder)
-    except (RewardError, NonFinite, CheckpointError, KeyboardInterrupt) as error:
+    except (RewardError, NonFinite, CheckpointError, Paused, KeyboardInterrupt) as error:
         print(error if str(error) else "\ninterrupted", file=sys.stderr)
         if file.exists():
             print(f"from its last checkpoint the run goes on with: {go_on}", file=sys.stderr)
-        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
+        status = {KeyboardInterrupt: 130, Paused: EXIT_PAUSED}.get(type(error), 1)
+        raise SystemExit(status) from None
     finally:
         with suppress(OSError):
             folder.rmdir()  # if nothing has begun in it

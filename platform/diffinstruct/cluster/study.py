@@ -21,6 +21,7 @@ from diffinstruct import tracking
 from diffinstruct.cluster.sweep import Examine, Point, SweepError, changed, sweep
 from diffinstruct.evaluation import Summary, markdown
 from diffinstruct.experiment import Experiment, UserError, load
+from diffinstruct.orders import EXIT_PAUSED, Paused
 from diffinstruct.results import KEY, Rows, by_seed
 
 
@@ -78,6 +79,8 @@ class Study:
         except (UserError, SweepError) as error:
             print(error, file=sys.stderr)
             raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+        except Paused:
+            raise SystemExit(EXIT_PAUSED) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None  # the sweep has said what is unfinished
 

@@ -84,8 +84,8 @@ def sample(space: Space, n: int, seed: int = 0) -> list[Point]:
 @dataclass(frozen=True)
 class Optuna:
     """`trials` points that Optuna's TPE sampler asks for, each knowing the results before it: the aim's `up` as large and its
-    `down` as small as can be, within the aim's bounds. With one trial at a time the same seed gives the same points, interrupted
-    or not; with several they depend on which ends first."""
+    `down` as small as can be, within the aim's bounds. With one trial at a time the same seed gives the same points,
+    interrupted or not; with several they depend on which ends first."""
 
     space: Space
     trials: int
@@ -170,8 +170,11 @@ def _tuned(
     on_row: OnRow,
 ) -> dict[int, BaseException]:
     """Run what is missing under Tune; the errors of those that failed."""
-    for i in filter(trials.finished, range(trials.count)):
+    done = [i for i in range(trials.count) if trials.finished(i)]
+    for i in done:
         on_row(i, trials.row(i))
+    if len(done) == trials.count:
+        return {}
     # A scheduler has to hear of finished trials, too: it judges the others by them.
     todo = [i for i in trials.known if scheduler or not trials.finished(i)]
     searcher = Asking(trials, aim) if aim and isinstance(trials.points, Optuna) else Listed(trials, todo)
@@ -181,8 +184,6 @@ def _tuned(
         stand_in(started_in)
         Trial(trials, config, pool, where, parent, aim, population, started_in).run()
 
-    if not todo and isinstance(searcher, Listed):
-        return {}
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # no tables of Tune's
     results = tune.Tuner(
         tune.with_resources(trial, DRIVER),
@@ -494,7 +495,7 @@ class Asking(Listed):
 
 
 class Gentle(TrialScheduler):
-    """A scheduler whose STOP is an order to the trial's run, which then ends as a finished one, not the death of its process."""
+    """A scheduler whose STOP is an order to the trial's run, which then ends as a finished one, not its death."""
 
     def __init__(self, scheduler: TrialScheduler, stop: Callable[[Any], None]) -> None:
         self.scheduler, self.stop = scheduler, stop

@@ -206,7 +206,11 @@ def attached() -> Iterator[str]:
     os.environ.update(hidden)
     if address == "local":
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
-        ray.init(address="local")
+
+        def found() -> None:  # Ray's own helpers look for their cluster, and are lost where this machine has another
+            os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+
+        ray.init(address="local", runtime_env={"worker_process_setup_hook": found})
     else:
         host, _, port = address.rpartition(":")
         try:  # Ray itself would try for many minutes
