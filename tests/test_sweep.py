@@ -32,6 +32,15 @@ from diffinstruct.orders import Paused
 from diffinstruct.results import Rows
 
 
+ANYWHERE = Aim(floors={}, ceilings={})
+
+
+def slow(world, **changes):
+    """Rounds long enough for a scheduler to follow."""
+    trained = [{"name": "tiny_rewards:Slow", "weight": 1.0}]
+    return world[1](watch__every=5, logging__every=5, logging__checkpoint_every=5, rewards__trained=trained, **changes)
+
+
 def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, world, tmp_path, capfd):
     from mlflow import MlflowClient
 
@@ -97,39 +106,39 @@ def test_a_sweep_that_was_ended_is_finished_by_the_same_call(number, error, sess
 def test_a_scheduler_ends_trials_that_are_behind_as_finished_runs(session, world, tmp_path):
     """Two at a time, the best first; so the later ones come to a rung where they are behind. A second life tells the scheduler
     of those that have ended, runs none of them, and the table is the same."""
-    base = world[1](steps=400, watch__every=20, logging__every=20, logging__checkpoint_every=100, cluster__cpus_per_worker=2)
-    points = sweeps.grid({"objective.reward_scale": [100.0, 0.3, 0.2, 0.1]})
+    base = slow(world, steps=60, cluster__cpus_per_worker=2)
+    points = sweeps.grid({"objective.reward_scale": [10.0, 0.3, 0.2]})
 
     def halving():
-        return ASHAScheduler(time_attr="step", max_t=400, grace_period=40, reduction_factor=2)
+        return ASHAScheduler(time_attr="step", max_t=60, grace_period=10, reduction_factor=2)
 
-    table = sweeps.sweep(base, points, tmp_path / "sweep", scheduler=halving())
-    assert table["step"].max() == 400 and table["step"].min() < 400
-    early = table[table["step"] < 400].iloc[0]
+    table = sweeps.sweep(base, points, tmp_path / "sweep", scheduler=halving(), aim=ANYWHERE)
+    assert table["step"].max() == 60 and table["step"].min() < 60
+    early = table[table["step"] < 60].iloc[0]
     assert (Path(early["run"]) / "export" / "model_index.json").exists() and journal(Path(early["run"]))[1] == ["FINISHED"]
     assert json.loads((Path(early["run"]) / "metrics.json").read_text())["step"] == early["step"]
 
     (Path(early["run"]) / "metrics.json").unlink()  # as if it had been killed just before its end
-    again = sweeps.sweep(base, points, tmp_path / "sweep", scheduler=halving())
+    again = sweeps.sweep(base, points, tmp_path / "sweep", scheduler=halving(), aim=ANYWHERE)
     pd.testing.assert_frame_equal(again, table)
     assert [starts(Path(run)) for run in table["run"]] == [1 + (run == early["run"]) for run in table["run"]]
 
 
 def test_a_population_takes_over_weights_and_keeps_its_lineage(session, world, tmp_path):
     """The worse of two goes on with the other's weights, under a configuration and in a run of its own."""
-    base = world[1](steps=300, watch__every=10, logging__every=10, logging__checkpoint_every=10)
-    points = sweeps.grid({"objective.reward_scale": [0.01, 100.0]})
+    base = slow(world, steps=60)
+    points = sweeps.grid({"objective.reward_scale": [0.01, 10.0]})
     scheduler = PopulationBasedTraining(
-        time_attr="step", perturbation_interval=100, quantile_fraction=0.5,
-        hyperparam_mutations={"objective.reward_scale": tune.loguniform(1, 200)},
+        time_attr="step", perturbation_interval=20, quantile_fraction=0.5,
+        hyperparam_mutations={"objective.reward_scale": tune.loguniform(1, 20)},
     )  # fmt: skip
-    table = sweeps.sweep(base, points, tmp_path / "sweep", scheduler=scheduler)
-    assert table["step"].tolist() == [300, 300]
+    table = sweeps.sweep(base, points, tmp_path / "sweep", scheduler=scheduler, aim=ANYWHERE)
+    assert table["step"].tolist() == [60, 60]
     *_, last = [json.loads(line) for line in (tmp_path / "sweep" / "trials.jsonl").read_text().splitlines()]
     row = table.iloc[last["trial"]]
     run = tmp_path / "sweep" / last["run"]
     assert row["run"] == str(run) and row["objective.reward_scale"] == last["point"]["objective.reward_scale"]
-    assert min(step for step in journal(run)[0]) >= 100  # what was before is in the other's journal
+    assert min(step for step in journal(run)[0]) >= 20  # what was before is in the other's journal
     (before,) = (
         record["reason"]
         for path in (tmp_path / "sweep").glob("*/journal.jsonl")
