@@ -31,7 +31,6 @@ from diffinstruct.experiment import UserError
 from diffinstruct.orders import Paused
 from diffinstruct.results import Rows
 
-
 ANYWHERE = Aim(floors={}, ceilings={})
 
 

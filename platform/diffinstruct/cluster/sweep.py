@@ -170,13 +170,13 @@ def _tuned(
     on_row: OnRow,
 ) -> dict[int, BaseException]:
     """Run what is missing under Tune; the errors of those that failed."""
-    done = [i for i in range(trials.count) if trials.finished(i)]
-    for i in done:
+    done = {i for i in range(trials.count) if trials.finished(i)}
+    for i in sorted(done):
         on_row(i, trials.row(i))
     if len(done) == trials.count:
         return {}
     # A scheduler has to hear of finished trials, too: it judges the others by them.
-    todo = [i for i in trials.known if scheduler or not trials.finished(i)]
+    todo = [i for i in trials.known if scheduler or i not in done]
     searcher = Asking(trials, aim) if aim and isinstance(trials.points, Optuna) else Listed(trials, todo)
     started_in, population = os.getcwd(), isinstance(scheduler, PopulationBasedTraining)
 
@@ -200,7 +200,7 @@ def _tuned(
             name=uuid.uuid4().hex,
             storage_path=str(trials.folder / "ray"),
             verbose=0,
-            callbacks=[Progress(trials, on_row)],
+            callbacks=[Progress(trials, done, on_row)],
         ),
     ).fit()
     trials.read()
@@ -534,25 +534,24 @@ class Gentle(TrialScheduler):
 
 
 class Progress(tune.Callback):
-    """A line for each trial that ends, and its row."""
+    """A line for each trial that ends, and its row; those of `ended` have had theirs."""
 
-    def __init__(self, trials: Trials, on_row: OnRow) -> None:
-        self.trials, self.on_row = trials, on_row
-        self.ended = sum(map(trials.finished, trials.known))
+    def __init__(self, trials: Trials, ended: set[int], on_row: OnRow) -> None:
+        self.trials, self.ended, self.on_row = trials, ended, on_row
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.trials.read()
-        i = trial.config["trial"]
-        self._say(i, "done")
-        self.on_row(i, self.trials.row(i))
+        if (i := trial.config["trial"]) not in self.ended:
+            self.trials.read()
+            self._say(i, "done")
+            self.on_row(i, self.trials.row(i))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         paused = orders.given(self.trials.folder) == orders.PAUSE
         self._say(trial.config["trial"], "paused" if paused else "failed")
 
     def _say(self, i: int, how: str) -> None:
-        self.ended += 1
-        print(f"trial {self.ended}/{self.trials.count} {how}  {dict(self.trials.point(i))}", flush=True)
+        self.ended.add(i)
+        print(f"trial {len(self.ended)}/{self.trials.count} {how}  {dict(self.trials.point(i))}", flush=True)
 
 
 def _check_looks(trials: Trials, aim: Aim, scheduler: TrialScheduler | None) -> None:
