@@ -79,7 +79,7 @@ def chaos(folder: Path, kills: int, chance: random.Random) -> int:
             print(f"life {lives}: ended by itself, status {driver.returncode}")
             break
         kill(driver)
-        print(f"life {lives}: killed after {wait:.1f} s of a trial; {finished(folder / 'killed')} of 4 have finished", flush=True)
+        print(f"life {lives}: killed {wait:.1f} s later; {finished(folder / 'killed')} of 4 have finished", flush=True)
     status = start(folder / "killed").wait()
     print(f"life {lives + 1}: ended by itself, status {status}")
     return judge(folder, status)
@@ -140,7 +140,7 @@ def judge(folder: Path, status: int) -> int:
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     tracked = client.search_runs([client.get_experiment_by_name("diffinstruct").experiment_id])
     children = [run for run in tracked if run.data.tags.get("mlflow.parentRunId") and run.info.status == "FINISHED"]
-    print(f"table equal: {equal}; finished trials started again: {again}; {len(tracked)} runs in MLflow, {len(children)} trials")
+    print(f"table equal: {equal}; finished trials begun again: {again}; MLflow: {len(tracked)} runs, {len(children)} trials")
     good = status == 0 and equal and not again and len(tracked) == 10 and len(children) == 8
     print("ok" if good else "FAILED")
     return 0 if good else 1
