@@ -18,11 +18,11 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from diffinstruct import tracking
-from diffinstruct.cluster.rewards import reward_pool, stand_in
-from diffinstruct.cluster.train import attached, check_fits, close, final_error, fit
+from diffinstruct.cluster.rewards import ray_options, reward_pool, stand_in
+from diffinstruct.cluster.train import HEAD, attached, check_fits, close, final_error, fit, most_nodes
 from diffinstruct.experiment import Experiment, UserError, did_you_mean
 
-DRIVER = {"node:__internal_head__": 0.001}
+DRIVER = {HEAD: 0.001}
 """What a trial's own process asks for: a slot that every cluster has, on its head. If it took a CPU, trials could hold all of
 them and wait for ever for their workers'."""
 
@@ -129,12 +129,8 @@ def examined(examine: Examine, experiment: Experiment, folder: Path, started_in:
         (folder / "examination.tmp").write_text(found + "\n")
         (folder / "examination.tmp").replace(folder / "examination.json")
 
-    asked = experiment.cluster
-    ray.get(
-        ray.remote(task)
-        .options(num_cpus=asked.cpus_per_worker, num_gpus=int(asked.use_gpu), scheduling_strategy="DEFAULT", max_retries=3)
-        .remote()
-    )
+    of_worker = ray_options(experiment.cluster.per_worker)
+    ray.get(ray.remote(task).options(**of_worker, scheduling_strategy="DEFAULT", max_retries=3).remote())
 
 
 class Progress(tune.Callback):
@@ -179,10 +175,13 @@ def _varied(points: Sequence[Point]) -> dict[str, list[Any]]:
 
 def at_once(experiment: Experiment) -> int:
     """How many trials the cluster has workers for, beside the reward actors; at least one."""
-    asked, actors, total = experiment.cluster, experiment.reward_actors, ray.cluster_resources()
-    fits = [(total.get("CPU", 0) - actors * asked.reward_cpus) // (asked.workers * asked.cpus_per_worker)]
-    if asked.use_gpu:
-        fits.append((total.get("GPU", 0) - actors * asked.reward_gpus) // asked.workers)
+    asked, actors = experiment.cluster, experiment.reward_actors
+    nodes = most_nodes() or [(ray.cluster_resources(), 1)]
+    total = {kind: sum(resources.get(kind, 0) * count for resources, count in nodes) for kind in asked.per_worker}
+    fits = [
+        (total[kind] - actors * asked.per_reward_actor.get(kind, 0)) / (asked.workers * amount) + 1e-9  # may be fractions
+        for kind, amount in asked.per_worker.items()
+    ]
     return max(1, int(min(fits)))
 
 
