@@ -26,7 +26,11 @@ POCKET_SPLITS = ("train", "eval", "open", "grid")
 
 
 TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-WHEREABOUTS: Mapping[str, set[str] | bool] = {"runs": True, "tracking": True, "cluster": {"worker_resources", "reward_resources"}}
+WHEREABOUTS: Mapping[str, set[str] | bool] = {
+    "runs": True,
+    "tracking": True,
+    "cluster": {"worker_resources", "reward_resources"},
+}
 """Sections and keys that say where a run is kept and on which machines it is placed: no part of what it computes."""
 RAYS_OWN = {
     "CPU": "cpus_per_worker and reward_cpus ask for CPUs",
@@ -349,6 +353,8 @@ class Cluster(Section):
         for name, amount in value.items():
             if name in RAYS_OWN:
                 raise _at(name, amount, _wrong(f"should be a resource that nodes declare ({RAYS_OWN[name]})"))
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]*", name):
+                raise _at(name, amount, _wrong("should be named in letters, digits, '.', '_', ':' and '-'"))
             if amount > 1 and amount % 1:
                 raise _at(name, amount, _wrong("should be a whole number where it is above 1"))
         return value
