@@ -18,7 +18,6 @@ import psutil
 import pytest
 import tiny
 import tiny_rewards
-import yaml
 
 from diffinstruct import local
 from diffinstruct.checkpoint import CheckpointStore
@@ -295,16 +294,3 @@ def test_a_sweep_refuses_what_it_cannot_vary(world, tmp_path):
         sweeps.sweep(world[1](), [{"seed": 2}, {}, {"seed": 2}], tmp_path)
     with pytest.raises(UserError, match=r"objective.reward_scale: .*greater than or equal to 0, got -1"):
         sweeps.changed(world[1](), {"objective.reward_scale": -1.0})
-
-
-# ----------------------------------------------------------------------------------------------------- files
-def test_the_cluster_file_passes_rays_own_validation():
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    content = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
-    prepared = prepare_config(content)
-    validate_config(prepared)
-    assert prepared["available_node_types"]["head"]["max_workers"] == 0
-    content["available_node_types"]["gpu"]["max_worker"] = 1
-    with pytest.raises(Exception, match="max_worker"):
-        validate_config(prepare_config(content))

@@ -39,16 +39,18 @@ def nodes():
         patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT / "tests", ROOT / "platform", ROOT))))
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # A node gives up where its agents are not up in seconds; it does not wait for those whose ports it knows.
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **ports()})
-        found = {"head": made.head_node.node_id}
-        # Whoever goes where most is free goes wrong.
-        found["trainer"] = made.add_node(num_cpus=3, resources={"trainer": 2}, **ports()).node_id
-        found["reward"] = made.add_node(num_cpus=8, resources={"reward": 1}, **ports()).node_id
-        ray.init(address=made.address, log_to_driver=False)
-        yield found
-        ray.shutdown()
-        made.shutdown()
+        made = Cluster()
+        try:
+            # A node gives up where its agents are not up in seconds; it does not wait for those whose ports it knows.
+            found = {"head": made.add_node(num_cpus=0, include_dashboard=False, **ports()).node_id}
+            # Whoever goes where most is free goes wrong.
+            found["trainer"] = made.add_node(num_cpus=3, resources={"trainer": 2}, **ports()).node_id
+            found["reward"] = made.add_node(num_cpus=8, resources={"reward": 1}, **ports()).node_id
+            ray.init(address=made.address, log_to_driver=False)
+            yield found
+        finally:
+            ray.shutdown()
+            made.shutdown()
 
 
 @pytest.fixture(scope="module")
