@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 from tiny_runs import SAME, agree, journal, starts
 
 from diffinstruct import local
@@ -110,16 +109,3 @@ def test_a_ray_address_that_is_none_is_said_at_once(address, said, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match=said), cluster.attached():
         pass
-
-
-# ----------------------------------------------------------------------------------------------------- files
-def test_the_cluster_file_passes_rays_own_validation():
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    content = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
-    prepared = prepare_config(content)
-    validate_config(prepared)
-    assert prepared["available_node_types"]["head"]["max_workers"] == 0
-    content["available_node_types"]["gpu"]["max_worker"] = 1
-    with pytest.raises(Exception, match="max_worker"):
-        validate_config(prepare_config(content))

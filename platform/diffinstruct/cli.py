@@ -61,6 +61,14 @@ def parser() -> argparse.ArgumentParser:
     sub = command("check", check, "say what a run takes, and whether it fits this machine, without starting it")
     takes_experiment(sub)
 
+    sub = command("rayjob", rayjob, "print a run as a manifest for KubeRay, for `kubectl apply -f -`")
+    takes_experiment(sub)
+    sub.add_argument("--image", required=True, help="a container image with this project and its Ray in it")
+    sub.add_argument(
+        "--claim", default="diffinstruct-runs", help="the PersistentVolumeClaim of the runs (default diffinstruct-runs)"
+    )
+    sub.add_argument("--resume", metavar="RUN", help="go on with the run in this folder of the claim")
+
     sub = command("evaluate", evaluate, "measure generators side by side, on the same prompts and noise")
     sub.add_argument("folders", nargs="+", type=Path, metavar="RUN_OR_FOLDER", help="a finished run, or an exported pipeline")
     sub.add_argument(
@@ -147,6 +155,15 @@ def check(arguments: argparse.Namespace) -> None:
     print(text)
     if problem:
         raise UserError(problem)
+
+
+def rayjob(arguments: argparse.Namespace) -> None:
+    from diffinstruct.cluster.rayjob import manifest
+    from diffinstruct.experiment import load
+
+    # Files that it names lie in the image: they are not looked for here.
+    experiment = load(arguments.file, arguments.overrides)
+    print(manifest(experiment, arguments.image, arguments.claim, arguments.resume), end="")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

@@ -37,8 +37,8 @@ from ray.tune.search.sample import Domain
 
 from diffinstruct import orders, tracking
 from diffinstruct.aim import Aim
-from diffinstruct.cluster.rewards import reward_pool, stand_in
-from diffinstruct.cluster.train import attached, available, check_fits, close, final_error, fit
+from diffinstruct.cluster.rewards import ray_options, reward_pool, stand_in
+from diffinstruct.cluster.train import HEAD, attached, check_fits, close, final_error, fit, most_nodes
 from diffinstruct.experiment import Experiment, UserError, did_you_mean
 from diffinstruct.orders import Paused
 from diffinstruct.tracking import Parent, Tracker, records
@@ -46,7 +46,7 @@ from diffinstruct.tracking import Parent, Tracker, records
 if TYPE_CHECKING:
     from diffinstruct.jury import RewardService
 
-DRIVER = {"node:__internal_head__": 0.001}
+DRIVER = {HEAD: 0.001}
 """What a trial's own process asks for: a slot that every cluster has, on its head. If it took a CPU, trials could hold all of
 them and wait for ever for their workers'."""
 
@@ -409,12 +409,8 @@ def examined(examine: Examine, experiment: Experiment, folder: Path, started_in:
         (folder / "examination.tmp").write_text(found + "\n")
         (folder / "examination.tmp").replace(folder / "examination.json")
 
-    asked = experiment.cluster
-    ray.get(
-        ray.remote(task)
-        .options(num_cpus=asked.cpus_per_worker, num_gpus=int(asked.use_gpu), scheduling_strategy="DEFAULT", max_retries=3)
-        .remote()
-    )
+    of_worker = ray_options(experiment.cluster.per_worker)
+    ray.get(ray.remote(task).options(**of_worker, scheduling_strategy="DEFAULT", max_retries=3).remote())
 
 
 # -------------------------------------------------------------------------------------------- what Tune is given
@@ -576,22 +572,36 @@ def _check_looks(trials: Trials, aim: Aim, scheduler: TrialScheduler | None) -> 
 # ----------------------------------------------------------------------------------------------------- resources
 def at_once(experiment: Experiment) -> int:
     """How many trials the cluster has workers for, beside the reward actors; at least one."""
-    asked, actors = experiment.cluster, experiment.reward_actors
-    fits = [(available("CPU") - actors * asked.reward_cpus) // (asked.workers * asked.cpus_per_worker)]
-    if asked.use_gpu:
-        fits.append((available("GPU") - actors * asked.reward_gpus) // asked.workers)
+    asked, actors, total = experiment.cluster, experiment.reward_actors, _total()
+    fits = [
+        (total.get(kind, 0) - actors * asked.per_reward_actor.get(kind, 0)) / (asked.workers * amount) + 1e-9  # may be fractions
+        for kind, amount in asked.per_worker.items()
+    ]
     return max(1, int(min(fits)))
 
 
 def placement(experiment: Experiment) -> str:
     """What the sweep asks of the cluster, in a line."""
-    asked, actors = experiment.cluster, experiment.reward_actors
+    asked, actors, total = experiment.cluster, experiment.reward_actors, _total()
+
+    def said(resources: Mapping[str, float]) -> str:
+        return ", ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
+
+    kinds = {**asked.per_worker, **asked.per_reward_actor}
     return (
-        f"placement  {at_once(experiment)} trials at once, each {asked.workers} workers x {asked.cpus_per_worker} CPUs"
-        + (" and a GPU" if asked.use_gpu else "")
-        + f"; for all of them {actors} reward actors x {asked.reward_cpus:g} CPUs, {asked.reward_gpus:g} GPUs; "
-        f"Ray has {available('CPU'):g} CPUs, {available('GPU'):g} GPUs"
+        f"placement  {at_once(experiment)} trials at once, {asked.workers} workers each, {said(asked.per_worker)} a worker; "
+        f"for all of them {actors} reward actors, {said(asked.per_reward_actor)} an actor; "
+        f"Ray has {said({kind: total.get(kind, 0) for kind in kinds})}"
     )
+
+
+def _total() -> dict[str, float]:
+    """What the cluster has of each resource, with what its autoscaler may start."""
+    total: dict[str, float] = {}
+    for resources, count in most_nodes() or [(ray.cluster_resources(), 1)]:
+        for kind, amount in resources.items():
+            total[kind] = total.get(kind, 0) + amount * count
+    return total
 
 
 def named(point: Point) -> str:

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed
+import yaml
 from ray._private.state import state as cluster_state
 from ray._private.worker import get_dashboard_url
 from ray.exceptions import RayTaskError
@@ -37,7 +38,7 @@ import diffinstruct
 from diffinstruct import orders, tracking
 from diffinstruct.checkpoint import CheckpointError
 from diffinstruct.cluster.rewards import RewardPool, reward_pool, stand_in
-from diffinstruct.experiment import Experiment, UserError
+from diffinstruct.experiment import Experiment, UserError, did_you_mean
 from diffinstruct.orders import Paused
 from diffinstruct.rewards import RewardError
 from diffinstruct.step import Metrics, NonFinite
@@ -51,6 +52,8 @@ OUTPUT = "output.txt"
 """What rank 0 prints goes into this file of the run's folder, and from there to the user's terminal."""
 FINAL = (UserError, RewardError, NonFinite, CheckpointError, Paused)
 """Errors that a second try would meet again."""
+HEAD = "node:__internal_head__"
+"""A resource that the head has, and no other node."""
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +90,7 @@ def fit(
         scaling_config=ScalingConfig(
             num_workers=asked.workers,
             use_gpu=asked.use_gpu,
-            resources_per_worker={"CPU": asked.cpus_per_worker} | ({"GPU": 1} if asked.use_gpu else {}),
+            resources_per_worker=asked.per_worker,
         ),
         run_config=RunConfig(
             name=uuid.uuid4().hex,  # a name that was there before would be resumed, from Ray's snapshot
@@ -237,25 +240,37 @@ def described() -> str:
 
 def check_fits(experiment: Experiment) -> None:
     """Raises UserError, one line, where the cluster will never have what is asked."""
-    if Path("~/ray_bootstrap_config.yaml").expanduser().exists():
-        return  # the head of an autoscaled cluster, see ray_cluster.yaml: it starts machines when they are asked for
-    asked = experiment.cluster
-    for kind, unit, per_worker, per_actor in (
-        ("CPU", "CPUs", asked.cpus_per_worker, asked.reward_cpus),
-        ("GPU", "GPUs", int(asked.use_gpu), asked.reward_gpus),
-    ):
-        needed = asked.workers * per_worker + experiment.reward_actors * per_actor
-        if needed > (has := available(kind)):
+    asked, actors, nodes = experiment.cluster, experiment.reward_actors, most_nodes()
+    if nodes is None:
+        return
+    for kind in {**asked.per_worker, **asked.per_reward_actor}:
+        per_worker, per_actor = asked.per_worker.get(kind, 0), asked.per_reward_actor.get(kind, 0)
+        needed = asked.workers * per_worker + actors * per_actor
+        has = sum(resources.get(kind, 0) * count for resources, count in nodes)
+        if needed > has + 1e-9:  # amounts may be fractions
+            unit = f"{kind}s" if kind in ("CPU", "GPU") else kind
+            hint = "" if has else did_you_mean(kind, {name for resources, _ in nodes for name in resources})
             raise UserError(
-                f"cluster: asks for {needed:g} {unit} ({asked.workers} workers x {per_worker} + {experiment.reward_actors} "
-                f"reward actors x {per_actor:g}), Ray has {has:g}"
+                f"cluster: asks for {needed:g} {unit} ({asked.workers} workers x {per_worker:g} + {actors} reward actors x "
+                f"{per_actor:g}), Ray has {has:g}{hint}"
             )
+    for what, each in (("training worker", asked.per_worker), ("reward actor", asked.per_reward_actor if actors else {})):
+        if not any(all(resources.get(kind, 0) >= amount for kind, amount in each.items()) for resources, _ in nodes):
+            of_one = ", ".join(f"{amount:g} {kind}" for kind, amount in each.items() if amount)
+            raise UserError(f"cluster: no node has all that one {what} asks for ({of_one})")
 
 
-def available(kind: str) -> float:
-    """How much of a resource the cluster has, or will have once its autoscaler has started all that it may."""
-    most = cluster_state.get_max_resources_from_cluster_config() or {}
-    return float(max(ray.cluster_resources().get(kind, 0), most.get(kind, 0)))
+def most_nodes() -> list[tuple[Mapping[str, float], int]] | None:
+    """(resources, how many) of the cluster's nodes, with those that its autoscaler may start; None where nobody knows yet."""
+    there = [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
+    file = Path("~/ray_bootstrap_config.yaml").expanduser()  # the head of a cluster that `ray up` has made has it
+    if file.exists():
+        types = [t for t in yaml.safe_load(file.read_text())["available_node_types"].values() if t["max_workers"]]
+        if not all(t["resources"] for t in types):
+            return None  # machines that one has already: what they declare is known when they have joined
+        return [node for node in there if HEAD in node[0]] + [(t["resources"], t["max_workers"]) for t in types]
+    most = cluster_state.get_max_resources_from_cluster_config()  # Kubernetes with its autoscaler tells sums alone
+    return [*there, (most, 1)] if most else there
 
 
 # ------------------------------------------------------------------------------------------------------ terminal
