@@ -2,8 +2,8 @@
 
     python experiments/guidance.py [--smoke] [--trials N]
 
-Guidance inside the divergence, DI* at reward scale 2, cfg_scale from 0 (plain conditional) to 6. Budget: 5 arms x 2 seeds on the
-pocket world, 60 rounds each, one row a trial in docs/results/pocket_study.csv. Prints the table and draws the Pareto front.
+Guidance inside the divergence, DI* at reward scale 2, cfg_scale from 0 (plain conditional) to 6. Budget: 5 arms x 2 seeds on
+the pocket world, 60 rounds each, one row a trial in docs/results/pocket_study.csv. Prints the table and draws the Pareto front.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python experiments/reward_against_regularization.py [--smoke] [--trials N]
 
-Where on the plane does the held-out preference peak, and where does it break? Under Adam mostly the ratio of the two matters: the
-grid has three ratios more than once, a canary for everything else. Budget: 3 x 3 points x 2 seeds, 18 trials of 60 rounds, one row
-each in docs/results/pocket_study.csv. Prints the table, and draws heat maps and the Pareto front.
+Where on the plane does the held-out preference peak, and where does it break? Under Adam mostly the ratio of the two matters:
+the grid has three ratios more than once, a canary for everything else. Budget: 3 x 3 points x 2 seeds, 18 trials of 60 rounds,
+one row each in docs/results/pocket_study.csv. Prints the table, and draws heat maps and the Pareto front.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def main() -> None:
         rows = answer.rows.assign(ratio=answer.rows[SCALE] / answer.rows[WEIGHT])
         for ratio, same in rows.groupby("ratio"):
             if same["arm"].nunique() > 1:
-                found = ", ".join(f"{arm}: {of['reward/pocket_judge']}" for arm, of in by_seed(same, "arm", ["reward/pocket_judge"]).items())
-                answer.say(f"- held-out preference at the ratio {ratio:g}: {found}")
+                found = by_seed(same, "arm", ["reward/pocket_judge"])
+                said = ", ".join(f"{arm}: {of['reward/pocket_judge']}" for arm, of in found.items())
+                answer.say(f"- held-out preference at the ratio {ratio:g}: {said}")
         answer.draw(x=SCALE, y=WEIGHT)
 
 

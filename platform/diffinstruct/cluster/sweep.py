@@ -573,8 +573,8 @@ def _check_looks(trials: Trials, aim: Aim, scheduler: TrialScheduler | None) -> 
 def at_once(experiment: Experiment) -> int:
     """How many trials the cluster has workers for, beside the reward actors; at least one."""
     asked, actors, total = experiment.cluster, experiment.reward_actors, _total()
-    fits = [
-        (total.get(kind, 0) - actors * asked.per_reward_actor.get(kind, 0)) / (asked.workers * amount) + 1e-9  # may be fractions
+    fits = [  # amounts may be fractions
+        (total.get(kind, 0) - actors * asked.per_reward_actor.get(kind, 0)) / (asked.workers * amount) + 1e-9
         for kind, amount in asked.per_worker.items()
     ]
     return max(1, int(min(fits)))
