@@ -242,6 +242,15 @@ def test_check_counts_the_work(file, capsys, overrides, work):
     assert f"work       {work} U-Net forwards' worth" in capsys.readouterr().out
 
 
+def test_check_says_what_nodes_have_to_declare(file, capsys, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    asked = ["cluster.workers=4", "cluster.worker_resources={trainer: 2}", "cluster.reward_resources={reward: 0.5}"]
+    assert main(["check", str(file), *(f"-s{override}" for override in asked)]) == 0
+    out = capsys.readouterr().out
+    assert "  4 x 2 = 8 trainer, which nodes have to declare\n" in out
+    assert "  1 x 0.5 = 0.5 reward, which nodes have to declare\n" in out
+
+
 def test_check_says_in_one_line_what_does_not_fit(file, capsys, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)

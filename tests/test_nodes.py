@@ -6,8 +6,6 @@ One cluster of three nodes on this machine: a head without CPUs, as ray_cluster.
 from __future__ import annotations
 
 import os
-import socket
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,14 +17,6 @@ from diffinstruct.cluster import train as cluster
 from diffinstruct.experiment import Experiment, UserError, load
 
 ROOT = Path(__file__).parents[1]
-
-
-def ports() -> dict[str, int]:
-    """Free ones, for a node's agents."""
-    agents = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
-    with ExitStack() as open_together:
-        sockets = [open_together.enter_context(socket.create_server(("", 0))) for _ in agents]
-        return {agent: s.getsockname()[1] for agent, s in zip(agents, sockets, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +31,10 @@ def nodes():
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         made = Cluster()
         try:
-            # A node gives up where its agents are not up in seconds; it does not wait for those whose ports it knows.
-            found = {"head": made.add_node(num_cpus=0, include_dashboard=False, **ports()).node_id}
+            found = {"head": made.add_node(num_cpus=0, include_dashboard=False).node_id}
             # Whoever goes where most is free goes wrong.
-            found["trainer"] = made.add_node(num_cpus=3, resources={"trainer": 2}, **ports()).node_id
-            found["reward"] = made.add_node(num_cpus=8, resources={"reward": 1}, **ports()).node_id
+            found["trainer"] = made.add_node(num_cpus=3, resources={"trainer": 2}).node_id
+            found["reward"] = made.add_node(num_cpus=8, resources={"reward": 1}).node_id
             ray.init(address=made.address, log_to_driver=False)
             yield found
         finally:
