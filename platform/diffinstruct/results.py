@@ -129,9 +129,9 @@ def load_sweep(path: Path | str) -> pd.DataFrame:
     """One row a run. `path`: a sweep's folder, whose folders with an experiment.yaml are the runs; a run's folder; or a CSV of
     kept rows, each of which is a finished trial.
 
-    Columns: `run` (its folder; in a CSV the trial's name), `status` ("finished", "failed", "unfinished"), `reason` (why it is not
-    finished), `step` (rounds it has measured), `alarm` (step of the first alarm of reward hacking), every dotted key of its
-    configuration, its last metrics, what was found on examination. A CSV has those that were kept. NaN: does not apply.
+    Columns: `run` (its folder; in a CSV the trial's name), `status` ("finished", "failed", "unfinished"), `reason` (why it
+    ended otherwise), `step` (rounds it has measured), `alarm` (step of the first alarm of reward hacking), every dotted key of
+    its configuration, its last metrics, what was found on examination. A CSV has those that were kept. NaN: does not apply.
     A measure of which any run has an interval holds examined values alone: training's metric of the same name is another thing.
     Raises UserError in one line for a path that holds no run, and for a file in it that cannot be read.
     """
@@ -281,9 +281,14 @@ def reward_gap(frame: pd.DataFrame) -> tuple[pd.Series, str]:
 def described(row: Mapping[str, Any], keys: Sequence[str]) -> str:
     """A configuration in the words of the swept `keys`: "reward_scale 2, t_law uniform". What the row lacks is passed over; one
     that lacks all is "the recipe"."""
-    last = [key.rpartition(".")[2] for key in keys]
-    names = {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
-    return ", ".join(f"{names[key]} {plain(row[key])}" for key in keys if not pd.isna(row[key])) or "the recipe"
+    said = short(keys)
+    return ", ".join(f"{said[key]} {plain(row[key])}" for key in keys if not pd.isna(row[key])) or "the recipe"
+
+
+def short(keys: Sequence[str]) -> dict[str, str]:
+    """Dotted keys -> their last words, where those tell them apart; "objective.name" is "objective"."""
+    last = {key: key.removesuffix(".name").rpartition(".")[2] for key in keys}
+    return {key: word if list(last.values()).count(word) == 1 else key for key, word in last.items()}
 
 
 def plain(value: Any) -> str:
