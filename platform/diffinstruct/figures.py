@@ -7,6 +7,7 @@ current one on the same noise and on more.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "savefig.dpi": 140,
+    "text.parse_math": False,  # prompts and names of rewards are no TeX
 }
 
 
@@ -156,9 +158,9 @@ def picture_grid(prompts: Sequence[str], columns: Mapping[str, Sequence[Image.Im
         for axis in axes.ravel():
             axis.set_axis_off()
         for prompt, row in zip(prompts, axes, strict=True):
-            row[0].text(0, 0.5, prompt, va="center", wrap=True, transform=row[0].transAxes, parse_math=False)
+            row[0].text(0, 0.5, textwrap.fill(prompt, 32), va="center", transform=row[0].transAxes)
         for j, (name, pictures) in enumerate(columns.items(), start=1):
-            axes[0, j].set_title(name, parse_math=False)
+            axes[0, j].set_title(name)
             for axis, made in zip(axes[:, j], pictures, strict=True):
                 axis.imshow(made)
 
@@ -253,7 +255,7 @@ def _strip(
             line = ConnectionPatch((0.5, 0), (point[at[0]], point[at[1]]), inset.transAxes, axis.transData)
             line.set(color="0.75", linewidth=0.7, zorder=-1)
             picture.add_artist(line)
-        inset.set_title(title, fontsize=8, pad=3, parse_math=False)
+        inset.set_title(title, fontsize=8, pad=3)
     if 1 <= len(keys) <= 2:
         said = short(keys)
         strip.set_title(" / ".join(said[key] for key in keys) + " along the front", loc="left", fontsize=8, color="0.35")
@@ -267,5 +269,5 @@ def _heat(axis: Axes, values: pd.DataFrame, colours: str) -> None:
     axis.grid(False)
     low, high = (np.nanmin(numbers), np.nanmax(numbers)) if np.isfinite(numbers).any() else (0.0, 0.0)
     for (i, j), value in np.ndenumerate(numbers):
-        text = f"{value:.3g}" if np.isfinite(value) else "–"
+        text = f"{value:#.3g}".rstrip(".") if np.isfinite(value) else "–"
         axis.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if value > (low + high) / 2 else "0.15")

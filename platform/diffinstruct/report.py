@@ -43,6 +43,8 @@ EDGE = 224
 """Pixels, of a picture in the page."""
 MOST_PROMPTS, MOST_TIMES, MOST_BEST = 8, 4, 5
 """Rows of a table of pictures; grids of a run between start and end; trials beside the start."""
+MOST_COLUMNS = 3
+"""Of swept keys that are columns of their own; more are put in words."""
 MOST_ROWS, MOST_EVENTS, MOST_CHARACTERS = 400, 200, 1000
 """Of a table of trials; of a run; of a cell or an event."""
 CURVES = {
@@ -117,12 +119,12 @@ def of_sweep(path: Path, frame: pd.DataFrame) -> str:
         title=path.absolute().name,
         counts=frame["status"].value_counts().to_dict(),
         alarms=int(frame["alarm"].notna().sum()) if "alarm" in frame else 0,
-        swept={key: [plain(value) or "–" for value in sorted(frame[key].unique(), key=_order)] for key in keys},
+        swept={key: [plain(value) or "as the recipe" for value in sorted(frame[key].unique(), key=_order)] for key in keys},
         seeds=[plain(seed) for seed in sorted(frame["seed"].unique())] if "seed" in frame else [],
         same={key: (default[key], value) for key, value in configuration.items() if value != default.get(key, value)},
         commits=sorted(frame["commit"].dropna().unique()) if "commit" in frame else [],
         titles=titles,
-        short=short(keys),
+        heads=_heads(keys),
         pareto=_pareto(by_point, of, keys),
         compared=0 if of.held_out is None or of.distance is None else len(by_point.dropna(subset=[of.held_out, of.distance])),
         by_point=_point_table(best, keys, titles) if several else [],
@@ -241,7 +243,7 @@ def _trial(row: pd.Series, keys: Sequence[str], titles: Mapping[str, str]) -> di
     return {
         "run": Path(row["run"]).name,
         "kind": "failed" if row["status"] == "failed" else "hacked" if alarm else row["status"],
-        "keys": [_cut(plain(row[key])) or "–" for key in keys],
+        "keys": _cells(row, keys),
         "seed": plain(row.get("seed")),
         "step": plain(row.get("step")),
         "figures": [figure(row, measure) for measure in titles],
@@ -252,12 +254,21 @@ def _trial(row: pd.Series, keys: Sequence[str], titles: Mapping[str, str]) -> di
 def _point_table(best: pd.DataFrame, keys: Sequence[str], titles: Mapping[str, str]) -> list[dict[str, Any]]:
     return [
         {
-            "keys": [_cut(plain(row[key])) or "–" for key in keys],
+            "keys": _cells(row, keys),
             "n": len(row["runs"]),
             "figures": [figure(row, measure) for measure in titles],
         }
         for _, row in best.head(MOST_ROWS).iterrows()
     ]
+
+
+def _cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """A trial's point, under `_heads`."""
+    return [_cut(described(row, keys))] if len(keys) > MOST_COLUMNS else [_cut(plain(row[key])) or "–" for key in keys]
+
+
+def _heads(keys: Sequence[str]) -> list[str]:
+    return ["configuration"] if len(keys) > MOST_COLUMNS else [*short(keys).values()]
 
 
 def _configuration(frame: pd.DataFrame) -> list[str]:

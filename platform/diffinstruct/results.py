@@ -287,7 +287,7 @@ def described(row: Mapping[str, Any], keys: Sequence[str]) -> str:
 
 def short(keys: Sequence[str]) -> dict[str, str]:
     """Dotted keys -> their last words, where those tell them apart; "objective.name" is "objective"."""
-    last = {key: key.removesuffix(".name").rpartition(".")[2] for key in keys}
+    last: dict[str, str] = {key: key.removesuffix(".name").rpartition(".")[2] for key in keys}
     return {key: word if list(last.values()).count(word) == 1 else key for key, word in last.items()}
 
 
