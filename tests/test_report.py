@@ -28,6 +28,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.rows: list[list[str]] = []
+        self.in_cell = False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -36,9 +37,13 @@ class Page(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th") and self.rows:
             self.rows[-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag):
+        self.in_cell = self.in_cell and tag not in ("td", "th")
 
     def handle_data(self, data):
-        if self.rows and self.rows[-1]:
+        if self.in_cell:
             self.rows[-1][-1] += data.strip()
 
     def named(self, tag: str) -> list[dict[str, str | None]]:
@@ -94,12 +99,12 @@ def test_what_others_wrote_is_shown_and_not_run(tmp_path):
 
 
 def test_a_page_is_small_whatever_the_pictures(tmp_path):
-    """Noise does not compress: these grids are 60 MB and more."""
+    """Noise does not compress: these grids are 40 MB and more."""
     folder = tmp_path / "s"
-    for i in range(6):
+    for i in range(4):
         scale = {"objective.reward_scale": float(i)}
         tiny_sweep.run(folder / str(i), scale, examination=tiny_sweep.examined(i, i, i), grids=(0, 10), edge=256)
-    assert sum(file.stat().st_size for file in folder.rglob("*.png")) > 60e6
+    assert sum(file.stat().st_size for file in folder.rglob("*.png")) > 40e6
     for path in (folder, folder / "3"):
         text = page(path, tmp_path)
         assert len(text.encode()) < report.MOST_BYTES
