@@ -17,8 +17,9 @@ FLOORS = [
     {"aim", "guidance", "objectives", "rewards", "prompts", "checkpoint", "tracking"},
     {"step", "pretrained", "evaluation", "handshake"},
     {"roles", "export", "results", "jury"},
-    {"run", "examination", "pocket_world", "scoring"},
-    {"local", "cluster", "check"},
+    {"run", "examination", "pocket_world", "scoring", "figures"},
+    {"local", "cluster", "check", "report"},
+    {"comparison"},
     {"cli"},
     {"__main__"},
 ]

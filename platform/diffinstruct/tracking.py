@@ -236,6 +236,12 @@ def attach(run_folder: Path | str, *paths: Path) -> None:
         logger.warning("%s: its files have not all reached MLflow: %s", folder, _in_one_line(error))
 
 
+def read_journal(run_folder: Path | str) -> list[dict[str, Any]]:
+    """The records of a run's journal, in order; a line that cannot be read is left out, and so is one being written."""
+    records = (record for _, _, record in _records(Path(run_folder) / "journal.jsonl"))
+    return [record for record in records if isinstance(record, dict) and record]
+
+
 def _after_the_end(folder: Path, status: str) -> bool:
     """Whether somebody has ended the run since it was last started: what breaks in it after that is no failure."""
     marks = [record for _, _, record in records(folder / "journal.jsonl") if record.keys() & {"start", "finish"}]
