@@ -18,8 +18,8 @@ FLOORS = [
     {"step", "pretrained", "evaluation", "handshake"},
     {"roles", "export", "results", "jury"},
     {"run", "examination", "pocket_world", "scoring", "figures"},
-    {"local", "cluster", "check", "report"},
-    {"comparison"},
+    {"local", "check", "report"},
+    {"cluster", "comparison"},
     {"cli"},
     {"__main__"},
 ]

@@ -238,8 +238,7 @@ def attach(run_folder: Path | str, *paths: Path) -> None:
 
 def read_journal(run_folder: Path | str) -> list[dict[str, Any]]:
     """The records of a run's journal, in order; a line that cannot be read is left out, and so is one being written."""
-    records = (record for _, _, record in _records(Path(run_folder) / "journal.jsonl"))
-    return [record for record in records if isinstance(record, dict) and record]
+    return [record for _, _, record in records(Path(run_folder) / "journal.jsonl") if record]
 
 
 def _after_the_end(folder: Path, status: str) -> bool:
@@ -521,7 +520,7 @@ def records(journal: Path, offset: int = 0) -> Iterator[tuple[int, int, dict[str
                 record = json.loads(line)
             except ValueError:
                 record = {}
-            yield begin, offset, record
+            yield begin, offset, record if isinstance(record, dict) else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

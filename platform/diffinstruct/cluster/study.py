@@ -22,7 +22,7 @@ from diffinstruct.cluster.sweep import Examine, Point, SweepError, changed, swee
 from diffinstruct.evaluation import Summary, markdown
 from diffinstruct.experiment import Experiment, UserError, load
 from diffinstruct.orders import EXIT_PAUSED, Paused
-from diffinstruct.results import KEY, Rows, by_seed
+from diffinstruct.results import KEY, Rows, by_seed, measures, points, swept
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,21 @@ class Answer:
         print(text)
         with self.text.open("a") as file:
             file.write(f"{text}\n")
+
+    def draw(self, x: str | None = None, y: str | None = None) -> None:
+        """Draw the Pareto front of the arms, and heat maps over two keys of the configuration; publish them with the table."""
+        from diffinstruct import figures
+
+        frame = self.rows.rename(columns={KEY: "run"}).assign(status="finished")
+        of, keys = measures(frame), swept(frame)
+        drawn = [self.text.with_name(f"{self.text.stem}_pareto.png")]
+        figures.pareto(points(frame), of, keys, drawn[0])
+        if x and y:
+            drawn.append(self.text.with_name(f"{self.text.stem}_heat_maps.png"))
+            figures.heat_maps(frame, of, x, y, drawn[-1])
+        self.publish(*drawn)
+        for path in drawn:
+            print(f"figure {path}")
 
     def publish(self, *figures: Path) -> None:
         """Table, rows and figures into a run of MLflow's."""
@@ -104,6 +119,8 @@ class Study:
         for measure in self.measures:
             if (gap := frame[measure].isna()).any():
                 raise UserError(f"{rows.path}: no {measure} for {frame[KEY][gap].iloc[0]}; take that row out to run it again")
+        unsaid = {key: value for key, value in base.to_params().items() if key in frame and value is not None}
+        frame = frame.fillna(unsaid)  # what a row does not change is as in the recipe
         table = by_seed(frame, "arm", [*self.measures])
         named = {arm: {self.measures[key]: figure for key, figure in of.items()} for arm, of in table.items()}
         answer = Answer(base, frame, table, _folder(base) / f"{self.name}.md")

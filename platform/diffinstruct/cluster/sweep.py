@@ -2,7 +2,7 @@
 
     <sweep>/<id>/           a trial's run; id is its configuration's hash, longer if it took over another trial's weights
     <sweep>/trials.jsonl    what no list of points can tell again: what Optuna asked for, who took over whose weights
-    <sweep>/journal.jsonl   the parent run's, as in every run's folder; table.csv its rows
+    <sweep>/journal.jsonl   the parent run's, as in every run's folder; table.csv, report.html: what came of it
 
 Tune decides which trial runs when. All that it hears of a trial is the trial's journal, so a trial that has ended in an earlier
 life of the sweep can be told once more, and Tune's own state is never read.
@@ -149,6 +149,11 @@ def sweep(
             table = trials.table()
             table.to_csv(folder / "table.csv", index=False)
             parent.artifact(folder / "table.csv")
+            if len(table):
+                from diffinstruct.report import write
+
+                write(folder, folder / "report.html")
+                parent.artifact(folder / "report.html")
         finally:
             parent.finish(status, reason)
             shutil.rmtree(folder / "ray", ignore_errors=True)
