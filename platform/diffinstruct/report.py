@@ -222,9 +222,10 @@ def _pareto(by_point: pd.DataFrame, of: Measures, keys: Sequence[str]) -> tuple[
 
 
 def _heat_maps(frame: pd.DataFrame, of: Measures, keys: Sequence[str]) -> str | None:
-    if len(keys) != 2 or not of.titles() or not (frame["status"] == "finished").any():
+    done = frame[frame["status"] == "finished"]
+    if len(keys) != 2 or not of.titles() or (done[list(keys)].nunique(dropna=False) < 2).any():
         return None
-    x, y = sorted(keys, key=lambda key: frame[key].nunique())
+    x, y = sorted(keys, key=lambda key: done[key].nunique())
     return _drawn(lambda file: figures.heat_maps(frame, of, x, y, file))[0]
 
 

@@ -308,7 +308,7 @@ def figure(row: Mapping[str, Any], measure: str) -> str:
 
 def _run(folder: Path) -> dict[str, Any]:
     records = read_journal(folder)
-    last: dict[str, Any] = next((of for of in reversed(records) if of.keys() & {"start", "finish"}), {})
+    last: dict[str, Any] = next((record for record in reversed(records) if record.keys() & {"start", "finish"}), {})
     measured = [record for record in records if "metrics" in record]
     row: dict[str, Any] = {
         "run": str(folder),
