@@ -220,8 +220,10 @@ def attached() -> Iterator[str]:
             if port.isdecimal():
                 socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address, runtime_env={"env_vars": {**hidden, "RAY_ADDRESS": address}})
-        except (OSError, ValueError) as error:  # Ray's ConnectionError is an OSError
-            raise UserError(f"RAY_ADDRESS: no Ray at {address}: {str(error).splitlines()[0]}") from None
+        except (OSError, ValueError) as error:  # Ray's ConnectionError is an OSError, without a number
+            refused = isinstance(error, ConnectionError) and error.errno is None
+            hint = "; if it asks for a token, RAY_AUTH_MODE=token and its token are needed here" if refused else ""
+            raise UserError(f"RAY_ADDRESS: no Ray at {address}: {str(error).splitlines()[0]}{hint}") from None
     try:
         yield described()
     finally:
