@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,8 +183,15 @@ def _tuned(
         return {}
     # A scheduler has to hear of finished trials, too: it judges the others by them.
     todo = [i for i in trials.known if scheduler or i not in done]
-    searcher = Asking(trials, aim) if aim and isinstance(trials.points, Optuna) else Listed(trials, todo)
     started_in, population = os.getcwd(), isinstance(scheduler, PopulationBasedTraining)
+    if population:  # Tune wants to hand out its points itself
+        keys = trials.point(todo[0])
+        told: dict[str, Any] = {key: tune.sample_from(partial(_value, trials, key)) for key in keys}
+        handed_out: dict[str, Any] = {"param_space": {"trial": tune.grid_search(todo), **told}}
+        searcher, samples = None, 1
+    else:
+        searcher = Asking(trials, aim) if aim and isinstance(trials.points, Optuna) else Listed(trials, todo)
+        handed_out, samples = {}, trials.count
 
     def trial(config: dict[str, Any]) -> None:
         stand_in(started_in)
@@ -192,8 +200,9 @@ def _tuned(
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # no tables of Tune's
     results = tune.Tuner(
         tune.with_resources(trial, DRIVER),
+        **handed_out,
         tune_config=tune.TuneConfig(
-            num_samples=trials.count,
+            num_samples=samples,
             max_concurrent_trials=at_once(trials.base),
             search_alg=searcher,
             scheduler=Gentle(scheduler, lambda trial: orders.give(trials.run(trial.config["trial"]), orders.STOP))
@@ -211,6 +220,11 @@ def _tuned(
     trials.read()
     errors = {r.config["trial"]: final_error(r.error) or r.error for r in results if r.error and r.config}
     return {i: error for i, error in errors.items() if not isinstance(error, Paused)}
+
+
+def _value(trials: Trials, key: str, spec: Any) -> Any:
+    """What the trial that Tune is making changes `key` to."""
+    return trials.point(spec.config.trial)[key]
 
 
 # -------------------------------------------------------------------------------------------------------- trials
@@ -566,6 +580,8 @@ def _check_looks(trials: Trials, aim: Aim, scheduler: TrialScheduler | None) -> 
             raise UserError("rewards.held_out: is empty, but the sweep looks at watch/held_out")
     if (counts := getattr(scheduler, "_time_attr", "step")) != "step":
         raise UserError(f'scheduler: time_attr should be "step", got {counts!r}, which starts anew when a trial does')
+    if isinstance(scheduler, PopulationBasedTraining) and len({tuple(point) for point, _ in trials.known.values()}) != 1:
+        raise UserError("sweep: the points of a population all change the same keys")
     every = trials.base.logging.checkpoint_every
     if isinstance(scheduler, PopulationBasedTraining) and every > scheduler._perturbation_interval:
         raise UserError(
