@@ -198,28 +198,30 @@ def _tuned(
         Trial(trials, config, pool, where, parent, aim, population, started_in).run()
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # no tables of Tune's
-    results = tune.Tuner(
+    progress = Progress(trials, done, on_row)
+
+    def stop(trial: Any) -> None:
+        orders.give(trials.run(trials.number(trial.trial_id, trial.config)), orders.STOP)
+
+    tune.Tuner(
         tune.with_resources(trial, DRIVER),
         **handed_out,
         tune_config=tune.TuneConfig(
             num_samples=samples,
             max_concurrent_trials=at_once(trials.base),
             search_alg=searcher,
-            scheduler=Gentle(scheduler, lambda trial: orders.give(trials.run(trial.config["trial"]), orders.STOP))
-            if scheduler
-            else None,
+            scheduler=Gentle(scheduler, stop) if scheduler else None,
             **({"metric": "score", "mode": "max"} if scheduler else {}),
         ),
         run_config=tune.RunConfig(
             name=uuid.uuid4().hex,
             storage_path=str(trials.folder / "ray"),
             verbose=0,
-            callbacks=[Progress(trials, done, on_row)],
+            callbacks=[progress],
         ),
     ).fit()
     trials.read()
-    errors = {r.config["trial"]: final_error(r.error) or r.error for r in results if r.error and r.config}
-    return {i: error for i, error in errors.items() if not isinstance(error, Paused)}
+    return {i: error for i, error in progress.errors.items() if not isinstance(error, Paused)}
 
 
 def _value(trials: Trials, key: str, spec: Any) -> Any:
@@ -291,6 +293,15 @@ class Trials:
         with self.ledger.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
+    def number(self, tune_id: str, config: Mapping[str, Any]) -> int:
+        """Ours, of a trial of Tune's. Its configuration has it at its first start only: one that takes over another's weights
+        is given that one's configuration."""
+        known = self.folder / "ray" / f"{tune_id}.number"
+        if not known.exists():
+            known.parent.mkdir(parents=True, exist_ok=True)
+            known.write_text(str(config["trial"]))
+        return int(known.read_text())
+
     def point(self, i: int) -> Point:
         return self.known[i][0]
 
@@ -320,7 +331,7 @@ class Trials:
 
 @dataclass
 class Trial:
-    """One trial in a process of its own, from its configuration to its last report; `config` is its point and its number."""
+    """One trial in a process of its own, from its configuration to its last report."""
 
     trials: Trials
     config: dict[str, Any]
@@ -332,7 +343,7 @@ class Trial:
     started_in: str
 
     def run(self) -> None:
-        i = self.config["trial"]
+        self.number = i = self.trials.number(tune.get_context().get_trial_id(), self.config)
         point = {key: value for key, value in self.config.items() if key != "trial"}
         if self.population:
             self._join(i, point)
@@ -375,7 +386,7 @@ class Trial:
             return
         with tempfile.TemporaryDirectory() as folder:
             if self.population:  # whoever takes over this trial's weights finds them by this; Tune only passes it on
-                (Path(folder) / "run.json").write_text(json.dumps({"trial": self.config["trial"], "run": self.folder.name}))
+                (Path(folder) / "run.json").write_text(json.dumps({"trial": self.number, "run": self.folder.name}))
             checkpoint = tune.Checkpoint.from_directory(folder) if self.population else None
             tune.report({**figures, "score": self.aim.score(figures)}, checkpoint=checkpoint)
 
@@ -553,16 +564,18 @@ class Progress(tune.Callback):
 
     def __init__(self, trials: Trials, ended: set[int], on_row: OnRow) -> None:
         self.trials, self.ended, self.on_row = trials, ended, on_row
+        self.errors: dict[int, BaseException] = {}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if (i := trial.config["trial"]) not in self.ended:
+        if (i := self.trials.number(trial.trial_id, trial.config)) not in self.ended:
             self.trials.read()
             self._say(i, "done")
             self.on_row(i, self.trials.row(i))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        paused = orders.given(self.trials.folder) == orders.PAUSE
-        self._say(trial.config["trial"], "paused" if paused else "failed")
+        i, error = self.trials.number(trial.trial_id, trial.config), trial.get_pickled_error() or trial.get_error()
+        self.errors[i] = final_error(error) or error
+        self._say(i, "paused" if isinstance(self.errors[i], Paused) else "failed")
 
     def _say(self, i: int, how: str) -> None:
         self.ended.add(i)
