@@ -198,12 +198,11 @@ def _tuned(
         Trial(trials, config, pool, where, parent, aim, population, started_in).run()
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # no tables of Tune's
-    progress = Progress(trials, done, on_row)
 
     def stop(trial: Any) -> None:
         orders.give(trials.run(trials.number(trial.trial_id, trial.config)), orders.STOP)
 
-    tune.Tuner(
+    results = tune.Tuner(
         tune.with_resources(trial, DRIVER),
         **handed_out,
         tune_config=tune.TuneConfig(
@@ -217,11 +216,15 @@ def _tuned(
             name=uuid.uuid4().hex,
             storage_path=str(trials.folder / "ray"),
             verbose=0,
-            callbacks=[progress],
+            callbacks=[Progress(trials, done, on_row)],
         ),
     ).fit()
     trials.read()
-    return {i: error for i, error in progress.errors.items() if not isinstance(error, Paused)}
+    errors = {}
+    for result, of in zip(results, results._experiment_analysis.trials, strict=True):  # a result alone does not say whose it is
+        if result.error:
+            errors[trials.number(of.trial_id, of.config)] = final_error(result.error) or result.error
+    return {i: error for i, error in errors.items() if not isinstance(error, Paused)}
 
 
 def _value(trials: Trials, key: str, spec: Any) -> Any:
@@ -564,7 +567,6 @@ class Progress(tune.Callback):
 
     def __init__(self, trials: Trials, ended: set[int], on_row: OnRow) -> None:
         self.trials, self.ended, self.on_row = trials, ended, on_row
-        self.errors: dict[int, BaseException] = {}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if (i := self.trials.number(trial.trial_id, trial.config)) not in self.ended:
@@ -573,9 +575,8 @@ class Progress(tune.Callback):
             self.on_row(i, self.trials.row(i))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        i, error = self.trials.number(trial.trial_id, trial.config), trial.get_pickled_error() or trial.get_error()
-        self.errors[i] = final_error(error) or error
-        self._say(i, "paused" if isinstance(self.errors[i], Paused) else "failed")
+        paused = orders.given(self.trials.folder) == orders.PAUSE
+        self._say(self.trials.number(trial.trial_id, trial.config), "paused" if paused else "failed")
 
     def _say(self, i: int, how: str) -> None:
         self.ended.add(i)
