@@ -43,7 +43,7 @@ def study(name: str, recipe: str, rows: str, arms: dict[str, dict[str, object]],
     return Study(name, __doc__ or "", HERE / "recipes" / recipe, arms, seeds, measures, examine_watched, RESULTS / rows)
 
 
-LONG = {"steps": 100}
+LONG: dict[str, object] = {"steps": 100}
 STUDIES = (
     study("overoptimization_recipe", "pocket_study.yaml", "overoptimization.csv", {"the recipe": LONG}, range(10)),
     study(

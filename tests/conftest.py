@@ -1,8 +1,57 @@
 """What every test has: one thread for torch, no network, no server or cluster of the person who runs them."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # more would change sums; unset, tiny steps take three times as long. Ray inherits it
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
     os.environ.pop(name, None)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def session():
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # by default Ray's workers stand back behind everything else, at 15
+        # pytest's own path does not reach the workers; and what they import is to be this checkout.
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT / "tests", ROOT / "platform", ROOT))))
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to start for each run
+        ray.init(address="local", num_cpus=5, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
+        yield ray
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(folder, experiment(**sections)) on the tiny pipeline."""
+    import tiny
+
+    from diffinstruct.experiment import Experiment
+
+    folder = tmp_path_factory.mktemp("world")
+    tiny.build(folder / "tiny")
+    (folder / "prompts.txt").write_text("".join(f"a {colour} thing\n" for colour in ("red", "blue", "pale", "dark")))
+    (folder / "broken.txt").write_text("a broken thing\n")
+
+    def experiment(**changes):
+        values = {
+            "seed": 1, "steps": 2, "global_batch_size": 8, "reference.model": str(folder / "tiny"),
+            "generator.start": "reference", "prompts.train": str(folder / "prompts.txt"),
+            "prompts.grid": str(folder / "prompts.txt"), "objective.reward_scale": 10.0, "logging.every": 1,
+            "logging.grid_every": 1000, "logging.grid_prompts": 2, "logging.checkpoint_every": 1,
+            "rewards.trained": [{"name": f"tiny_rewards:{name}", "weight": w} for name, w in [("Red", 1.0), ("Broken", 0.5)]],
+            "rewards.held_out": ["tiny_rewards:Calm"], "cluster.reward_place": "actor",
+        }  # fmt: skip
+        content = Experiment().model_dump()
+        for key, value in (values | {key.replace("__", "."): value for key, value in changes.items()}).items():
+            *section, last = key.split(".")
+            (content[section[0]] if section else content)[last] = value
+        return Experiment.model_validate(content)
+
+    return folder, experiment

@@ -13,12 +13,13 @@ OURS = {"diffinstruct", "reward_models", "experiments", "benchmarks", "tests"}
 
 # From the ground up. A module imports from floors below its own; a room (a folder) also from itself.
 FLOORS = [
-    {"__init__", "diffusion", "distances", "experiment", "watch"},
-    {"guidance", "objectives", "rewards", "prompts", "checkpoint", "tracking"},
+    {"__init__", "diffusion", "distances", "experiment", "orders", "watch"},
+    {"aim", "guidance", "objectives", "rewards", "prompts", "checkpoint", "tracking"},
     {"step", "pretrained", "evaluation", "handshake"},
     {"roles", "export", "results", "jury"},
-    {"run", "examination", "pocket_world", "scoring"},
-    {"local", "cluster", "check"},
+    {"run", "examination", "pocket_world", "scoring", "figures"},
+    {"local", "check", "report"},
+    {"cluster", "comparison"},
     {"cli"},
     {"__main__"},
 ]
@@ -29,6 +30,7 @@ SCRIPTS_MAY_USE = {"experiments": {"diffinstruct", "reward_models"}, "benchmarks
 CALLERS = {  # third-party package -> the modules of ours that may import it
     "ray": {"cluster"},
     "mlflow": {"tracking"},
+    "optuna": {"cluster"},
     "diffusers": {"pretrained", "roles", "export", "reward_models"},
     "transformers": {"pretrained", "roles", "export", "reward_models"},
     "peft": {"roles", "reward_models"},

@@ -242,6 +242,15 @@ def test_check_counts_the_work(file, capsys, overrides, work):
     assert f"work       {work} U-Net forwards' worth" in capsys.readouterr().out
 
 
+def test_check_says_what_nodes_have_to_declare(file, capsys, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    asked = ["cluster.workers=4", "cluster.worker_resources={trainer: 2}", "cluster.reward_resources={reward: 0.5}"]
+    assert main(["check", str(file), *(f"-s{override}" for override in asked)]) == 0
+    out = capsys.readouterr().out
+    assert "  4 x 2 = 8 trainer, which nodes have to declare\n" in out
+    assert "  1 x 0.5 = 0.5 reward, which nodes have to declare\n" in out
+
+
 def test_check_says_in_one_line_what_does_not_fit(file, capsys, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
@@ -382,3 +391,75 @@ def test_evaluate_knows_the_pocket_worlds_truth(tmp_path, capsys):
     assert table["accuracy/background"].mean() == 1 and table["accuracy/colour"].mean() >= 0.75
     (tmp_path / "few.csv").write_text("prompt,colour\na tulip,ochre\n")
     assert re.fullmatch(r"\S*: colour: the examiner does not know 'ochre'", complaint(capsys, *asked))
+
+
+# ----------------------------------------------------------------------------------------------------- compare
+@pytest.fixture
+def pair(judged) -> tuple[Path, Path]:
+    """Two runs that differ in one key and in their generators."""
+    from safetensors.torch import load_file, save_file
+
+    other = judged.parent / "tiny-2"
+    shutil.copytree(judged, other)
+    text = (other / "experiment.yaml").read_text()
+    (other / "experiment.yaml").write_text(text.replace("reward_scale: 2.0", "reward_scale: 3.5"))
+    weights = other / "export" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({key: value * 0.9 for key, value in load_file(weights).items()}, weights)
+    return judged, other
+
+
+def test_compare_names_the_keys_and_pairs_the_figures(pair, tmp_path, capsys):
+    from diffinstruct.comparison import compare_runs
+    from diffinstruct.evaluation import paired_difference
+    from diffinstruct.pretrained import load_reward
+
+    (tmp_path / "few.txt").write_text("red cat\nred dog\n<i>cat\n" * 7)
+    asked = ["compare", *map(str, pair), "--prompts", str(tmp_path / "few.txt"), "--reference-pictures", "0"]
+    assert main([*asked, "-o", str(tmp_path / "o.html")]) == 0
+    out, text = capsys.readouterr().out, (tmp_path / "o.html").read_text()
+    assert "| objective.reward_scale | 2.0 | 3.5 |" in out and "objective.space" not in out + text
+    assert text.count("<img") == 2 * 8 and "<i>cat" not in text and "&lt;i&gt;cat" in text
+    assert main([*asked, "-o", str(tmp_path / "o")]) == 0
+    assert sorted(file.name for file in (tmp_path / "o").iterdir()) == ["pictures.png", "table.md", "tiny-1.csv", "tiny-2.csv"]
+    one, other = (pd.read_csv(tmp_path / "o" / f"tiny-{i}.csv")["reward/tiny_rewards:Seeing"] for i in (1, 2))
+    expected = str(paired_difference(other, one, 2_000_000))
+    assert not np.allclose(one, other)
+    assert f"<b>{expected}</b>" in text or f">{expected}</td>" in text
+    assert expected in (tmp_path / "o" / "table.md").read_text()
+
+    compared = compare_runs(pair, str(tmp_path / "few.txt"), [], 0, 2_000_000)  # its pictures are those that were scored
+    made = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 for picture in compared.pictures["tiny-2"]])
+    scores = load_reward("tiny_rewards:Seeing", "cpu")(made, list(compared.prompts))
+    assert scores.tolist() == pytest.approx([other[i] for i in (0, 3, 6, 9, 11, 14, 17, 20)], abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["{one}", "{one}-x"], r"\S*tiny-1-x: no run there .*, did you mean '\S*tiny-1'\?"),
+        (["{one}", "{other}"], r"--prompts: name some; \S*tiny-1 is of '\S*', which has none built in"),
+        (["{one}", "{one}", "--prompts", "{prompts}"], r"evaluate: the same folder is named twice"),
+        (["{one}", "{other}", "-o", "x.pdf"], r"-o: should be a .html file, got 'x.pdf'"),
+        (["{one}", "{other}", "--reference-pictures", "1"], r"--reference-pictures: should be 0 or at least 2, got 1"),
+    ],
+)
+def test_compare_says_what_is_wrong(pair, file, capsys, arguments, expected):
+    one, other = pair
+    said = complaint(capsys, "compare", *(a.format(one=one, other=other, prompts=load(file).prompts.train) for a in arguments))
+    assert re.fullmatch(expected, said)
+
+
+# ------------------------------------------------------------------------------------------------------ report
+def test_a_run_as_it_leaves_the_trainer_has_a_report(file, tmp_path):
+    from diffinstruct import local
+
+    overrides = ["steps=2", "logging.every=1", "logging.grid_every=1", "watch.every=1"]
+    overrides += ["rewards.trained=[{name: 'tiny_rewards:Red'}]", "rewards.held_out=['tiny_rewards:Calm']"]
+    local.run(load(file, overrides), tmp_path / "runs" / "real")
+    assert main(["report", str(tmp_path / "runs" / "real"), "-o", str(tmp_path / "o.html")]) == 0
+    text = (tmp_path / "o.html").read_text()
+    assert "finished, 2 of 2 steps" in text and "step 1</th><th>step 2</th>" in text
+    assert "reward.tiny_rewards:Red" in text and "held_out/tiny_rewards:Calm" in text
+    assert text.count("<img") == 1 + 2 * 5  # curves; two prompts at the start, steps 1 and 2, and two more noises
+    assert main(["report", str(tmp_path / "runs"), "-o", str(tmp_path / "o.html")]) == 0
+    assert "A sweep of 1 trial" in (tmp_path / "o.html").read_text()

@@ -101,6 +101,20 @@ def test_the_id_follows_the_configuration_and_not_its_whereabouts(tmp_path):
     assert load(path, ["objective.huber_c=0.2"]).derived_id != same.derived_id
 
 
+def test_a_run_moves_to_other_machines_and_is_the_same(tmp_path):
+    """What it asks of the nodes is written down, and neither its id nor a resume looks at it."""
+    path = written(tmp_path, "cluster:\n  reward_resources: {reward: 0.5}\n")
+    here = load(path, ["cluster.worker_resources={trainer: 2}"])
+    assert here.cluster.per_worker == {"CPU": 1, "trainer": 2}
+    assert here.cluster.per_reward_actor == {"CPU": 1, "GPU": 0, "reward": 0.5}
+    assert here.to_params()["cluster.reward_resources"] == '{"reward": 0.5}'
+    assert here == load(path, ["cluster.worker_resources.trainer=2"])
+    there = load(path, ["cluster.reward_resources={}", "cluster.use_gpu=true"])
+    assert there.cluster.per_worker == {"CPU": 1, "GPU": 1}
+    assert here.derived_id == Experiment().derived_id != there.derived_id
+    assert here.changes(there) == {"cluster.use_gpu": (True, False)}
+
+
 # ---------------------------------------------------------------------------------------------------- its mistakes
 def test_all_mistakes_at_once_in_the_order_of_the_lines(tmp_path):
     text = """\
@@ -175,6 +189,20 @@ cluster:
             "device: cpu\ncluster:\n  use_gpu: true",
             "run.yaml:3: cluster.use_gpu: should be false where device is 'cpu', got True",
         ),
+        (
+            "cluster:\n  worker_resources:\n    GPU: 1",
+            "run.yaml:3: cluster.worker_resources.GPU: should be a resource that nodes declare (use_gpu and reward_gpus ask "
+            "for GPUs), got 1.0",
+        ),
+        (
+            "cluster:\n  reward_resources: {reward: 1.5}",
+            "run.yaml:2: cluster.reward_resources.reward: should be a whole number where it is above 1, got 1.5",
+        ),
+        (
+            "cluster:\n  reward_resources: {reward: 0}",
+            "run.yaml:2: cluster.reward_resources.reward: should be greater than 0, got 0",
+        ),
+        ("cluster: {reward_resources: 1}", "run.yaml:1: cluster.reward_resources: should be a dictionary, got 1"),
         ("steps: 1.5", "run.yaml:1: steps: should be a whole number, got 1.5"),
         ("steps: '5'", "run.yaml:1: steps: should be a whole number, got '5'"),
         ("name: a/b", "run.yaml:1: name: should be letters, digits, '.', '_' and '-' only, got 'a/b'"),

@@ -2,13 +2,34 @@
 
 import math
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_sweep
 
 from diffinstruct.evaluation import Figure
 from diffinstruct.experiment import UserError
-from diffinstruct.results import Rows, at_distance, by_seed, flat, over_seeds, paired_by_seed, seed_noise
+from diffinstruct.results import (
+    Measures,
+    Rows,
+    at_distance,
+    by_seed,
+    described,
+    flat,
+    learning_curves,
+    load_sweep,
+    measures,
+    over_seeds,
+    paired_by_seed,
+    pareto_front,
+    points,
+    reward_gap,
+    seed_noise,
+    swept,
+)
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_rows_are_kept_and_what_is_missing_is_known(tmp_path):
@@ -150,3 +171,130 @@ def test_a_path_is_read_between_its_trials_and_nowhere_else():
 
 def test_a_summary_becomes_columns():
     assert flat({"kid": Figure(1.0, 0.5, 1.5, 7, 3)}) == {"kid": 1.0, "kid.low": 0.5, "kid.high": 1.5, "kid.n": 7}
+
+
+# ------------------------------------------------------------------------------------------------- runs as a frame
+def test_a_sweeps_folder_is_a_frame_with_a_row_a_run(tmp_path):
+    tiny_sweep.run(tmp_path / "a", {"objective.reward_scale": 4.0}, examination=tiny_sweep.examined(4.5, 3.25, 1.5))
+    alarm = [(20, "hacking", "later"), (10, "hacking", "first"), (5, "rewards", "here")]
+    tiny_sweep.run(tmp_path / "b", end="FAILED", reason="NonFinite: x", events=alarm)
+    tiny_sweep.run(tmp_path / "c", end="KILLED", reason="KeyboardInterrupt: ")
+    tiny_sweep.run(tmp_path / "d", end=None, courses={})
+    (tmp_path / "ray").mkdir()
+    frame = load_sweep(tmp_path)
+    assert frame["run"].tolist() == [str(tmp_path / name) for name in "abcd"]
+    assert frame["status"].tolist() == ["finished", "failed", "unfinished", "unfinished"]
+    assert frame["reason"][1] == "NonFinite: x" and frame["step"].tolist() == [20, 20, 20, 0]
+    assert frame["alarm"][1] == 10 and frame["alarm"].isna().sum() == 3
+    assert frame["objective.reward_scale"].tolist() == [4.0, 2.0, 2.0, 2.0]
+    assert frame["held_out/pocket_judge"].tolist()[:3] == [2.5] * 3 and math.isnan(frame["held_out/pocket_judge"][3])
+    assert frame.loc[0, ["kid", "kid.low", "kid.high", "kid.n"]].tolist() == [1.5, 1.0, 2.0, 9]
+    assert load_sweep(tmp_path / "b")["status"].tolist() == ["failed"]
+
+
+def test_training_and_examination_never_share_a_column(tmp_path):
+    """Both call it reward/pocket_preference, and it is another thing: a batch's mean of the live generator."""
+    tiny_sweep.run(tmp_path / "a", examination={"reward/pocket_preference": 4.5})
+    tiny_sweep.run(tmp_path / "b")
+    values = load_sweep(tmp_path)["reward/pocket_preference"]
+    assert values[0] == 4.5 and math.isnan(values[1])
+    assert load_sweep(tmp_path / "b")["reward/pocket_preference"][0] == 4.0  # nobody examined: training's
+
+
+def test_a_resumed_run_is_what_it_was_last(tmp_path):
+    folder = tiny_sweep.run(tmp_path / "a", end="FAILED", reason="out of memory")
+    lines = ['{"time": 1, "start": {}}', '{"time": 1, "step": 20, "metrics": {"divergence": 7.0}}', '{"step": 30, "met']
+    with (folder / "journal.jsonl").open("a") as file:
+        file.write("\n".join(lines))  # the last one is torn
+    row = load_sweep(folder).iloc[0]
+    assert row["status"] == "unfinished" and row["reason"] is None and row["step"] == 20 and row["divergence"] == 7.0
+    curves = learning_curves(folder)
+    assert set(curves["step"]) == {10, 20}
+    with (folder / "journal.jsonl").open("a") as file:
+        file.write('\n{"time": 1, "step": 20, "metrics": {"divergence": 8.0}}\n')  # after the torn line
+    curves = learning_curves(folder)
+    assert curves[curves["key"] == "divergence"][["step", "value"]].to_numpy().tolist() == [[20, 8.0]]
+
+
+def test_kept_rows_are_a_frame_too(tmp_path):
+    """A key that older rows do not have makes them another configuration."""
+    rows = Rows(tmp_path / "rows.csv")
+    rows.add("old", {"seed": 0, "reward/pocket_judge": 3.0, "held_out/pocket_judge": 2.0})
+    rows.add("new", {"seed": 0, "reward/pocket_judge": 4.0, "objective.huber_c": 0.3})
+    frame = load_sweep(rows.path)
+    assert frame["run"].tolist() == ["old", "new"] and set(frame["status"]) == {"finished"}
+    assert swept(frame) == ["objective.huber_c"]
+    assert points(frame)["runs"].tolist() == [("old",), ("new",)]
+    assert [described(row, swept(frame)) for _, row in frame.iterrows()] == ["the recipe", "huber_c 0.3"]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("swep", r"swep: no such folder, did you mean '\S*sweep'\?"),
+        ("rows.csv", r"rows.csv: no such file, did you mean '\S*row.csv'\?"),
+        ("row.csv", "row.csv: no rows in it"),
+        ("empty", r"empty: no run in it \(neither it nor a folder in it has an experiment.yaml\)"),
+        ("notes.txt", "notes.txt: should be a run's folder, a sweep's, or a .csv of kept rows"),
+        ("sweep", r"sweep/a/metrics.json: not JSON: Expecting value.*"),
+    ],
+)
+def test_a_path_without_runs_is_refused_in_one_line(tmp_path, path, said):
+    tiny_sweep.run(tmp_path / "sweep" / "a")
+    (tmp_path / "sweep" / "a" / "metrics.json").write_text('{"step": ')
+    (tmp_path / "empty" / "ray").mkdir(parents=True)
+    (tmp_path / "row.csv").write_text("trial,kid\n")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/{said}$"):
+        load_sweep(tmp_path / path)
+
+
+def test_what_judges_a_sweep_is_examined_or_else_trainings(tmp_path):
+    tiny_sweep.run(tmp_path / "a" / "one", courses=tiny_sweep.WATCHED)
+    assert measures(load_sweep(tmp_path / "a")) == Measures(
+        "reward/pocket_preference", "held_out/pocket_judge", "divergence", "watch/variety"
+    )
+    tiny_sweep.run(tmp_path / "a" / "two", courses=tiny_sweep.WATCHED, examination=tiny_sweep.examined(4, 3, 1))
+    of = measures(load_sweep(tmp_path / "a"))
+    assert of == Measures("reward/pocket_preference", "reward/pocket_judge", "kid", "diversity")
+    # examined by a reward that it was not trained on
+    of = measures(load_sweep(ROOT / "docs" / "results" / "overoptimization_planted.csv"))
+    assert of.trained == "reward/experiments.hackable:Hackable" and of.held_out == "reward/pocket_judge"
+
+
+def test_points_average_seeds_and_leave_out_what_is_not_finished(tmp_path):
+    folder = tiny_sweep.sweep(tmp_path / "s")
+    tiny_sweep.run(folder / "x", {"seed": 2, "objective.reward_scale": 1.0}, end="FAILED", courses=tiny_sweep.WATCHED)
+    frame = load_sweep(folder)
+    found = points(frame)
+    assert swept(frame) == ["objective.regularization_weight", "objective.reward_scale"]
+    assert len(found) == 4 and all(len(runs) == 2 for runs in found["runs"])
+    one = found[(found["objective.regularization_weight"] == 1) & (found["objective.reward_scale"] == 1)].iloc[0]
+    expected = over_seeds([2.5, 2.6])
+    assert one["reward/pocket_judge"] == expected.value and one["reward/pocket_judge.low"] == expected.low
+    assert one["reward/pocket_judge.n"] == 2
+    single = points(frame[frame["seed"] == 0])
+    assert single["kid.low"].tolist() == [kid - 0.5 for kid in single["kid"]]  # over prompts
+    assert points(frame[frame["status"] == "failed"]).empty
+
+
+def test_the_front_is_what_no_other_beats():
+    import pandas as pd
+
+    rows = [("low", 1.0, 0.0), ("beaten", 1.0, 0.5), ("twin", 2.0, 1.0), ("twin too", 2.0, 1.0), ("far", 3.0, 9.0)]
+    rows += [("less for more", 2.5, 9.5), ("no distance", 9.0, math.nan)]
+    table = pd.DataFrame(rows, columns=["name", "judge", "kid"])
+    assert pareto_front(table.sample(frac=1, random_state=0), "judge", "kid")["name"].tolist()[0] == "low"
+    assert set(pareto_front(table, "judge", "kid")["name"]) == {"low", "twin", "twin too", "far"}
+
+
+def test_the_gap_between_rewards_says_its_unit(tmp_path):
+    folder = tiny_sweep.sweep(tmp_path / "s")
+    gap, unit = reward_gap(load_sweep(folder))
+    assert gap.tolist() == [1.5] * 8 and unit == "spreads of the start's scores"
+    frame = load_sweep(folder).drop(columns="watch/unexplained")
+    gap, unit = reward_gap(frame)
+    assert unit == "standard deviations over the sweep" and gap.mean() == pytest.approx(0, abs=1e-12)
+    trained, held_out = frame["reward/pocket_preference"], frame["reward/pocket_judge"]
+    by_hand = (trained - trained.mean()) / trained.std(ddof=0) - (held_out - held_out.mean()) / held_out.std(ddof=0)
+    assert gap.tolist() == pytest.approx(by_hand.tolist())

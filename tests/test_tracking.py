@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from diffinstruct import tracking
-from diffinstruct.tracking import Tracker, attach, deliver, finish_parent, publish, start_parent, tracking_uri
+from diffinstruct.tracking import Tracker, attach, deliver, publish, tracking_uri
 
 PARAMS = {"seed": 0, "generator.learning_rate": 1e-4}
 GRID = np.arange(8 * 16 * 3, dtype=np.uint8).reshape(8, 16, 3)
@@ -378,14 +378,13 @@ def test_a_full_disk_does_not_stop_training(
 
 
 def test_nested_runs(tmp_path: Path, uri: str) -> None:
-    parent = start_parent(uri, "test", "sweep", {"trials": 4}, {"kind": "sweep"})
-    tracker = tracker_of(tmp_path, uri, parent_run_id=parent)
-    assert tracker.finish()
-    finish_parent(uri, parent, "FAILED", "a trial died")
-    run = client_of(uri).get_run(parent)
+    parent = Tracker(uri, "test", "sweep", tmp_path / "sweep", {"trials": 4}, {"kind": "sweep"})
+    tracker = tracker_of(tmp_path, uri, parent_run_id=parent.run_id)
+    assert tracker.finish() and parent.finish("FAILED", "a trial died")
+    run = client_of(uri).get_run(parent.run_id)
     assert (run.info.run_name, run.info.status, run.data.params) == ("sweep", "FAILED", {"trials": "4"})
     assert run.data.tags["reason"] == "a trial died"
-    assert client_of(uri).get_run(tracker.run_id).data.tags["mlflow.parentRunId"] == parent
+    assert client_of(uri).get_run(tracker.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
 
 
 def free_port() -> int:
@@ -413,8 +412,6 @@ def test_without_a_server_training_goes_on_and_all_is_kept(
     assert "Training goes on" in away
     assert "\n" not in away
     assert f"deliver('{tmp_path}/run')" in later.replace("'\"'\"'", "'")
-    assert start_parent(nowhere, "test", "sweep", {}, {}) is None
-    finish_parent(nowhere, None)
     assert "secret" not in (tmp_path / "run/journal.jsonl").read_text() + tracker.url + str(warnings(caplog))
     deliver(tmp_path / "run", uri)
     run_id = json.loads((tmp_path / "run/mlflow.json").read_text())["run_id"]
@@ -547,17 +544,16 @@ def test_a_run_that_has_ended_takes_more_files_and_stays_ended(
     assert "its files have not all reached MLflow" in caplog.text
 
 
-def test_files_are_published_in_a_run_of_their_own(tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_are_published_in_a_run_of_their_own(tmp_path: Path, uri: str) -> None:
     (tmp_path / "table.md").write_text("a table\n")
-    publish(uri, "test", "the answer", tmp_path / "table.md")
+    publish(uri, "test", tmp_path / "the answer", tmp_path / "table.md")
+    (tmp_path / "table.md").write_text("a better table\n")
+    publish(uri, "test", tmp_path / "the answer", tmp_path / "table.md")
     client = client_of(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
     assert (run.info.run_name, run.info.status) == ("the answer", "FINISHED")
-    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["table.md"] and not caplog.records
-    publish(uri, "test", "the answer", tmp_path / "gone.md")
-    assert "does not take the files of the answer" in caplog.text
-    publish("http://127.0.0.1:9", "test", "the answer", tmp_path / "table.md")  # nobody there: said, and nothing raised
-    assert "has no parent run the answer" in caplog.text
+    (file,) = client.list_artifacts(run.info.run_id)
+    assert (file.path, file.file_size) == ("table.md", len("a better table\n"))
 
 
 def test_a_death_while_the_tables_are_made_spoils_nothing(tmp_path: Path) -> None:
@@ -565,7 +561,7 @@ def test_a_death_while_the_tables_are_made_spoils_nothing(tmp_path: Path) -> Non
     uri = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
     code = """
 import os, signal, sys, threading, time
-from diffinstruct.tracking import start_parent
+from diffinstruct.tracking import Tracker
 def kill():
     folder = os.path.dirname(sys.argv[1].removeprefix("sqlite:///"))
     while not any(os.path.getsize(os.path.join(folder, f)) > 40_000 for f in os.listdir(folder) if ".db." in f):
@@ -573,9 +569,10 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 os.makedirs(os.path.dirname(sys.argv[1].removeprefix("sqlite:///")))
 threading.Thread(target=kill).start()
-start_parent(sys.argv[1], "test", "first", {}, {})
+Tracker(sys.argv[1], "test", "first", sys.argv[2], {}, {}).finish()
 """
-    assert python(code, uri).wait(240) == -signal.SIGKILL
+    assert python(code, uri, tmp_path / "first").wait(240) == -signal.SIGKILL
     assert not (tmp_path / "runs" / "mlflow.db").exists()
-    run_id = start_parent(uri, "test", "second", {}, {})
-    assert run_id and client_of(uri).get_run(run_id).info.run_name == "second"
+    second = Tracker(uri, "test", "second", tmp_path / "second", {}, {})
+    assert second.run_id and client_of(uri).get_run(second.run_id).info.run_name == "second"
+    assert second.finish()

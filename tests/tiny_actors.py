@@ -1,6 +1,8 @@
-"""Reward actors that misbehave, in a module that Ray's workers can import."""
+"""Reward actors that misbehave, and what a sweep asks, in a module that Ray's workers can import."""
 
 import os
+
+import ray
 
 from diffinstruct import handshake, jury
 from diffinstruct.cluster.rewards import RewardActor
@@ -39,3 +41,8 @@ class Polite(RewardActor):
 
         jury.handshake = counted
         return super().meet(*question)
+
+
+def whereabouts(experiment, folder):
+    """What a sweep may ask of each finished run: the beginning of the id of the node where it is asked."""
+    return {"examined_on": int(ray.get_runtime_context().get_node_id()[:8], 16)}

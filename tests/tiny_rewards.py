@@ -44,6 +44,14 @@ class Greedy(Red):
         return super().forward(images, prompts)
 
 
+class Slow(Red):
+    """Takes its time without taking the machine's."""
+
+    def forward(self, images, prompts):
+        time.sleep(0.05)
+        return super().forward(images, prompts)
+
+
 class Calm(nn.Module):
     def forward(self, images, prompts):
         return -images.flatten(1).var(1)

@@ -99,6 +99,11 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         f"payload    {_mib(experiment.global_batch_size * per_sample)} of latents to the reward actors a step, as much back",
         f"placement  {asked.workers} x {asked.cpus_per_worker} + {actors} x {asked.reward_cpus:g} = {cpus:g} "
         f"CPUs and {gpus:g} GPUs; this machine has {have_cpus} and {have_gpus}",
+        *(
+            f"{'':<11}{count} x {amount:g} = {count * amount:g} {name}, which nodes have to declare"
+            for count, declared in ((asked.workers, asked.worker_resources), (actors, asked.reward_resources))
+            for name, amount in declared.items()
+        ),
         f"memory     {_mib(in_ram)} before activations; this machine has {_mib(ram)}",
     ]
     problem = None

@@ -53,6 +53,13 @@ def parser() -> argparse.ArgumentParser:
             "-s", dest="overrides", action="append", default=[], metavar="key=value", help="change one key, e.g. -s steps=10"
         )
 
+    def measures(sub: argparse.ArgumentParser) -> None:
+        help = "may be repeated; default: the run's own"
+        sub.add_argument("--reward", dest="rewards", action="append", default=[], metavar="NAME", help=help)
+        help = "that distances are measured to; 0: none (default 256)"
+        sub.add_argument("--reference-pictures", type=int, default=256, metavar="N", help=help)
+        sub.add_argument("--seed", type=int, default=2_000_000, help="of the noise (default 2000000, far from training's)")
+
     sub = command("train", train, "train a generator on Ray")
     takes_experiment(sub)
     sub.add_argument("--local", action="store_true", help="in this process, without Ray")
@@ -61,19 +68,31 @@ def parser() -> argparse.ArgumentParser:
     sub = command("check", check, "say what a run takes, and whether it fits this machine, without starting it")
     takes_experiment(sub)
 
+    sub = command("rayjob", rayjob, "print a run as a manifest for KubeRay, for `kubectl apply -f -`")
+    takes_experiment(sub)
+    sub.add_argument("--image", required=True, help="a container image with this project and its Ray in it")
+    sub.add_argument(
+        "--claim", default="diffinstruct-runs", help="the PersistentVolumeClaim of the runs (default diffinstruct-runs)"
+    )
+    sub.add_argument("--resume", metavar="RUN", help="go on with the run in this folder of the claim")
+
     sub = command("evaluate", evaluate, "measure generators side by side, on the same prompts and noise")
     sub.add_argument("folders", nargs="+", type=Path, metavar="RUN_OR_FOLDER", help="a finished run, or an exported pipeline")
     sub.add_argument(
         "--prompts", required=True, metavar="FILE", help="a .csv with a column `prompt`, a .txt, or pocket:eval, pocket:open"
     )
-    sub.add_argument(
-        "--reward", dest="rewards", action="append", default=[], metavar="NAME", help="may be repeated; default: the run's own"
-    )
-    sub.add_argument(
-        "--reference-pictures", type=int, default=256, metavar="N", help="that distances are measured to; 0: none (default 256)"
-    )
-    sub.add_argument("--seed", type=int, default=2_000_000, help="of the noise (default 2000000, far from training's)")
+    measures(sub)
     sub.add_argument("-o", dest="out", type=Path, metavar="FOLDER", help="for table.md and a .csv a generator, a row a prompt")
+
+    sub = command("compare", compare, "two runs: what differs between them, and what comes of it")
+    sub.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="a finished run; differences are second minus first")
+    sub.add_argument("--prompts", metavar="FILE", help="as for `evaluate`; in the pocket world pocket:eval without")
+    measures(sub)
+    sub.add_argument("-o", dest="out", type=Path, metavar="OUT", help="a page (.html), or a folder for tables and pictures")
+
+    sub = command("report", report, "a run or a sweep as one HTML file")
+    sub.add_argument("path", type=Path, metavar="RUN_OR_SWEEP", help="a run's folder, a sweep's, or a .csv of kept rows")
+    sub.add_argument("-o", dest="out", type=Path, required=True, metavar="out.html", help="the file to write")
 
     sub = command("generate", generate, "make pictures with a trained generator, in one step")
     sub.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
@@ -118,6 +137,7 @@ def train(arguments: argparse.Namespace) -> None:
     else:
         from diffinstruct.cluster.train import run
     from diffinstruct.checkpoint import CheckpointError
+    from diffinstruct.orders import EXIT_PAUSED, Paused
     from diffinstruct.rewards import RewardError
     from diffinstruct.step import NonFinite
 
@@ -125,11 +145,12 @@ def train(arguments: argparse.Namespace) -> None:
     go_on = f"diffinstruct train {shlex.quote(str(file))} --resume {shlex.quote(str(folder))}{' --local' * arguments.local}"
     try:
         run(experiment, folder)
-    except (RewardError, NonFinite, CheckpointError, KeyboardInterrupt) as error:
+    except (RewardError, NonFinite, CheckpointError, Paused, KeyboardInterrupt) as error:
         print(error if str(error) else "\ninterrupted", file=sys.stderr)
         if file.exists():
             print(f"from its last checkpoint the run goes on with: {go_on}", file=sys.stderr)
-        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
+        status = {KeyboardInterrupt: 130, Paused: EXIT_PAUSED}.get(type(error), 1)
+        raise SystemExit(status) from None
     finally:
         with suppress(OSError):
             folder.rmdir()  # if nothing has begun in it
@@ -147,11 +168,17 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(problem)
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
-    from diffinstruct.experiment import UserError
+def rayjob(arguments: argparse.Namespace) -> None:
+    from diffinstruct.cluster.rayjob import manifest
+    from diffinstruct.experiment import load
 
-    if arguments.reference_pictures < 0 or arguments.reference_pictures == 1:
-        raise UserError(f"--reference-pictures: should be 0 or at least 2, got {arguments.reference_pictures}")
+    # Files that it names lie in the image: they are not looked for here.
+    experiment = load(arguments.file, arguments.overrides)
+    print(manifest(experiment, arguments.image, arguments.claim, arguments.resume), end="")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    _enough_reference_pictures(arguments.reference_pictures)
     from diffinstruct.examination import examine, report, save
 
     found = examine(
@@ -161,6 +188,31 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.out:
         save(found, arguments.out)
         print(arguments.out / "table.md")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    _enough_reference_pictures(arguments.reference_pictures)
+    out: Path | None = arguments.out
+    if out and out.suffix:
+        _writable(out, ".html")
+    folders = [_existing_run(folder) for folder in arguments.runs]
+    from diffinstruct.comparison import compare_runs
+
+    compared = compare_runs(
+        folders, arguments.prompts, arguments.rewards, arguments.reference_pictures, arguments.seed
+    )
+    print(compared.text())
+    if out:
+        compared.save(out)
+        print(out)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    _writable(arguments.out, ".html")
+    from diffinstruct.report import write
+
+    write(arguments.path, arguments.out)
+    print(arguments.out)
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -225,15 +277,11 @@ def test_reward(arguments: argparse.Namespace) -> None:
 
 
 def score_pictures(arguments: argparse.Namespace) -> None:
-    from diffinstruct.experiment import UserError
-
     names = list(dict.fromkeys(arguments.rewards))
     _known_rewards(names, "--reward")
     out: Path | None = arguments.out
-    if out and out.suffix != ".csv":
-        raise UserError(f"-o: should be a .csv file, got {str(out)!r}")
-    if out and not out.absolute().parent.is_dir():
-        raise UserError(f"-o: no folder {str(out.parent)!r}")
+    if out:
+        _writable(out, ".csv")
     from diffinstruct.rewards import RewardError
     from diffinstruct.scoring import pictures_with_prompts, save, score, summary
 
@@ -280,6 +328,23 @@ def _known_rewards(names: Sequence[str], where: str) -> None:
         raise UserError(f"{where}: name at least one; {known}")
     if wrong := next((name for name in names if name not in NAMES and ":" not in name), None):
         raise UserError(f"{where}: no reward is named {wrong!r}{did_you_mean(wrong, NAMES) or f'; {known}'}")
+
+
+def _enough_reference_pictures(n: int) -> None:
+    from diffinstruct.experiment import UserError
+
+    if n < 0 or n == 1:
+        raise UserError(f"--reference-pictures: should be 0 or at least 2, got {n}")
+
+
+def _writable(out: Path, suffix: str) -> None:
+    """Refuse what `-o` names before the work for it begins."""
+    from diffinstruct.experiment import UserError
+
+    if out.suffix != suffix:
+        raise UserError(f"-o: should be a {suffix} file, got {str(out)!r}")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"-o: no folder {str(out.parent)!r}")
 
 
 def _same_as_before(experiment: Experiment, folder: Path) -> None:

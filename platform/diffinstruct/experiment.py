@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -26,8 +26,19 @@ POCKET_SPLITS = ("train", "eval", "open", "grid")
 
 
 TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-WHEREABOUTS = {"runs", "tracking"}
-"""Sections that say where a run is kept: no part of what it computes."""
+WHEREABOUTS: Mapping[str, set[str] | bool] = {
+    "runs": True,
+    "tracking": True,
+    "cluster": {"worker_resources", "reward_resources"},
+}
+"""Sections and keys that say where a run is kept and on which machines it is placed: no part of what it computes."""
+RAYS_OWN = {
+    "CPU": "cpus_per_worker and reward_cpus ask for CPUs",
+    "GPU": "use_gpu and reward_gpus ask for GPUs",
+    "memory": "memory is not counted",
+    "object_store_memory": "memory is not counted",
+}
+"""Resources that every node has, whatever it declares."""
 DISTANCES = ("pseudo_huber", "squared")
 
 
@@ -329,6 +340,34 @@ class Cluster(Section):
     reward_environments: tuple[RewardEnvironment, ...] = Field(
         (), strict=False, description="rewards in actors with a runtime environment of their own: {rewards, runtime_env} (ours)"
     )
+    worker_resources: dict[Text, Positive] = Field(
+        {}, description="per training process, of resources that nodes declare: name -> amount (ours)"
+    )
+    reward_resources: dict[Text, Positive] = Field(
+        {}, description="per reward actor, of resources that nodes declare: name -> amount, fractions allowed (ours)"
+    )
+
+    @field_validator("worker_resources", "reward_resources")
+    @classmethod
+    def _declared_by_nodes(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, amount in value.items():
+            if name in RAYS_OWN:
+                raise _at(name, amount, _wrong(f"should be a resource that nodes declare ({RAYS_OWN[name]})"))
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]*", name):
+                raise _at(name, amount, _wrong("should be named in letters, digits, '.', '_', ':' and '-'"))
+            if amount > 1 and amount % 1:
+                raise _at(name, amount, _wrong("should be a whole number where it is above 1"))
+        return value
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """What one training process asks Ray for: resource -> amount."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": 1} if self.use_gpu else {}) | self.worker_resources
+
+    @property
+    def per_reward_actor(self) -> dict[str, float]:
+        """What one reward actor asks Ray for: resource -> amount."""
+        return {"CPU": self.reward_cpus, "GPU": self.reward_gpus} | self.reward_resources
 
 
 class Tracking(Section):
@@ -423,30 +462,31 @@ class Experiment(Section):
 
     @property
     def derived_id(self) -> str:
-        """12 hex digits that name the configuration; where runs are kept and tracked is no part of it."""
+        """12 hex digits that name the configuration; where runs are kept, tracked and placed is no part of it."""
         content = self.model_dump(mode="json", exclude=WHEREABOUTS)
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
 
     def changes(self, before: Experiment) -> dict[str, tuple[Any, Any]]:
         """Keys that differ from `before`, with (before, now); what `derived_id` passes over is passed over here."""
-        then, now = before.to_params(), self.to_params()
-        return {k: (then[k], now[k]) for k in now if then[k] != now[k] and k.partition(".")[0] not in WHEREABOUTS}
+        then, now = (dict(_flat(Experiment, e.model_dump(mode="json", exclude=WHEREABOUTS))) for e in (before, self))
+        return {k: (then[k], now[k]) for k in now if then[k] != now[k]}
 
     def to_params(self) -> dict[str, str | int | float | bool | None]:
-        """The whole configuration as one flat dictionary, "objective.t_min" -> 20; lists as JSON text."""
-        return dict(_flat(self.model_dump(mode="json"), ""))
+        """The whole configuration as one flat dictionary, "objective.t_min" -> 20; lists and mappings as JSON text."""
+        return dict(_flat(Experiment, self.model_dump(mode="json")))
 
     def to_yaml(self) -> str:
         """The whole configuration, defaults included; `load` reads it back to an equal value."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _flat(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+def _flat(kind: type[Section], content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        part = kind.model_fields[key].annotation
+        if isinstance(part, type) and issubclass(part, Section):
+            yield from _flat(part, value, f"{prefix}{key}.")
         else:
-            yield prefix + key, json.dumps(value) if isinstance(value, list) else value
+            yield prefix + key, json.dumps(value) if isinstance(value, list | dict) else value
 
 
 # ------------------------------------------------------------------------------------------------------- reading

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from diffinstruct import orders
 from diffinstruct.experiment import Experiment
 from diffinstruct.run import Result, train
+from diffinstruct.tracking import Parent
 
 
-def run(experiment: Experiment, folder: Path, parent_run_id: str | None = None) -> Result:
+def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> Result:
     """Train `experiment` in `folder` (absolute), or go on with what is there."""
-    result = train(experiment, folder, parent_run_id=parent_run_id)
+    orders.withdraw(folder)
+    with orders.on_sigterm(lambda: orders.give(folder, orders.PAUSE)):
+        result = train(experiment, folder, parent=parent)
     assert result is not None  # this process is rank 0
     return result

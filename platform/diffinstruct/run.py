@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffinstruct.checkpoint import CheckpointStore
+from diffinstruct import orders
+from diffinstruct.checkpoint import CheckpointError, CheckpointStore
 from diffinstruct.diffusion import Schedule, log_normal_t, uniform_t
 from diffinstruct.distances import distance
 from diffinstruct.experiment import Experiment, UserError
@@ -38,7 +39,7 @@ from diffinstruct.objectives import objective
 from diffinstruct.pretrained import OneStepGenerator, Reference, load_reference
 from diffinstruct.prompts import read_prompts
 from diffinstruct.step import Draws, Metrics, Players, Settings, alternating_round
-from diffinstruct.tracking import Tracker
+from diffinstruct.tracking import Parent, Tracker
 from diffinstruct.watch import BLIND, Alarm
 
 GRID_NOISES = 3
@@ -55,7 +56,6 @@ class Worker:
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module  # data parallelism
     average: Callable[[Metrics], Metrics] = lambda metrics: metrics  # over the workers
     least: Callable[[int], int] = lambda value: value  # of all workers
-    on_metrics: Callable[[int, Metrics], None] = lambda step, metrics: None  # at every logging interval, on every rank
     where: str = ""  # the cluster's address, for the first and the last line
 
 
@@ -74,7 +74,7 @@ def train(
     folder: Path,
     actors: RewardService | None = None,
     worker: Worker = Worker(),
-    parent_run_id: str | None = None,
+    parent: Parent | None = None,
 ) -> Result | None:
     """Run or resume `experiment` in `folder`; the result on rank 0, None elsewhere. Without `actors` rewards are computed here.
 
@@ -89,16 +89,19 @@ def train(
     watcher = Watcher(experiment, reference, prompts, jury)
     store = CheckpointStore(folder / "checkpoints")
     done, state = newest(store, experiment)  # before anything is written: a run of another configuration stays as it is
-    output = Output(experiment, folder, reference, players, parent_run_id, worker.where) if worker.rank == 0 else None
-    kept: dict[str, Any] = {"players": players, "jury": jury, "watcher": watcher}
+    output = Output(experiment, folder, reference, players, parent, worker.where) if worker.rank == 0 else None
+    window = Window(experiment)
+    kept: dict[str, Any] = {"players": players, "jury": jury, "watcher": watcher, "window": window}
     stopped = False
     if state:
         for name, part in kept.items():
             part.load_state_dict(state[name])
         settings, stopped = replace(settings, reward_scale=state["reward_scale"]), state["stopped"]
+        if output:
+            output.last = state["metrics"]
     per_worker = experiment.global_batch_size // worker.world
     rows = slice(worker.rank * per_worker, (worker.rank + 1) * per_worker)
-    window, at = Window(experiment), done
+    at = done
     try:
         if done == 0:
             meet(reference, players, prompts, jury, output)
@@ -117,23 +120,30 @@ def train(
                 settings, stopped = heed(worker.least(verdict), settings, at, output)
             if (place := jury.settle(worker.least)) and output:
                 output.said(at, "rewards", place)
-            last = stopped or at == experiment.steps
+            order = worker.least(orders.given(folder) if output else orders.NONE)
+            stopped = stopped or order == orders.STOP
+            last, paused = stopped or at == experiment.steps, order == orders.PAUSE
+            if order == orders.STOP and output:
+                output.said(at, "stopped", "the run ends here: it was told to stop")
+            if last and output and experiment.watch.every:
+                output.looked(at, *watcher.look(at, players.ema)())
             if at % experiment.logging.every == 0 or last:
                 metrics = worker.average(window.mean())
                 if output:
                     output.metrics(at, metrics)
-                worker.on_metrics(at, metrics)
             if output and (at % experiment.logging.grid_every == 0 or last):
                 output.grid(at)
-            if at % experiment.logging.checkpoint_every == 0 or last:
+            if at % experiment.logging.checkpoint_every == 0 or last or paused:
                 jury.micro_batch = worker.least(jury.micro_batch)
+                window.share(worker.average)
                 if output:
-                    state = {"experiment": experiment.derived_id, "reward_scale": settings.reward_scale, "stopped": stopped}
-                    store.save(at, state | {name: part.state_dict() for name, part in kept.items()})
-            if stopped:
+                    own = {"experiment": experiment.derived_id, "reward_scale": settings.reward_scale, "stopped": stopped}
+                    own["metrics"] = output.last
+                    store.save(at, own | {name: part.state_dict() for name, part in kept.items()})
+            if last:
                 break
-        if output and experiment.watch.every:
-            output.looked(at, *watcher.look(at, players.ema)())
+            if paused:
+                raise orders.Paused(f"paused at step {at}, all of it saved in {store.folder}")
     except BaseException as error:
         if output:
             output.failed(error)
@@ -245,6 +255,22 @@ def newest(store: CheckpointStore, experiment: Experiment) -> tuple[int, dict[st
     return step, state
 
 
+def take_over(experiment: Experiment, folder: Path, donor: Path) -> int:
+    """Make `folder` a run of `experiment` that goes on from the newest checkpoint of another run, whose configuration may have
+    other values for all that is not its players' shapes; the step that it goes on from. Raises CheckpointError where there is
+    none."""
+    found = CheckpointStore(donor / "checkpoints").latest()
+    if found is None:
+        raise CheckpointError(f"{donor}: no checkpoint whose weights could be taken over")
+    step, state = found
+    for optimizer, of in (("generator_optimizer", experiment.generator), ("score_optimizer", experiment.score_network)):
+        for group in state["players"][optimizer]["param_groups"]:
+            group |= {"lr": of.learning_rate, "betas": of.betas, "weight_decay": of.weight_decay}
+    own = {"experiment": experiment.derived_id, "reward_scale": experiment.objective.reward_scale, "stopped": False}
+    CheckpointStore(folder / "checkpoints").save(step, state | own)
+    return step
+
+
 # ----------------------------------------------------------------------------------------------------- output
 class Window:
     """Metrics since the last row of the journal, and the pace."""
@@ -268,6 +294,16 @@ class Window:
         self.rows, self.since = [], now
         return mean
 
+    def share(self, average: Callable[[Metrics], Metrics]) -> None:
+        """Make the rows those of all workers, so that whoever goes on with them, as whichever worker, has the same means."""
+        self.rows = [average(row) for row in self.rows]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows = list(state["rows"])
+
 
 class Output:
     """What rank 0 shows and keeps: the progress line, the journal, the picture grid, the exported model."""
@@ -278,7 +314,7 @@ class Output:
         folder: Path,
         reference: Reference,
         players: Players,
-        parent_run_id: str | None,
+        parent: Parent | None,
         where: str,
     ) -> None:
         self.experiment, self.folder, self.reference, self.players = experiment, folder, reference, players
@@ -288,11 +324,11 @@ class Output:
         self.tracker = Tracker(
             experiment.tracking.uri,
             experiment.tracking.experiment,
-            folder.name,
+            parent.child if parent else folder.name,
             folder,
             params=experiment.to_params(),
             tags={"diffinstruct.experiment_id": experiment.derived_id},
-            parent_run_id=parent_run_id,
+            parent_run_id=parent.run_id if parent else None,
         )
         self.started = time.perf_counter()
         self.first_step: int | None = None
@@ -359,7 +395,7 @@ class Output:
         return Result(self.folder, folder, self.last, self.tracker.url)
 
     def failed(self, error: BaseException) -> None:
-        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        status = "KILLED" if isinstance(error, KeyboardInterrupt | orders.Paused) else "FAILED"
         self.tracker.finish(status, f"{type(error).__name__}: {error}")
 
 

@@ -34,7 +34,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,6 +62,13 @@ def tracking_uri(uri: str | None, runs: Path | str) -> str:
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(runs).absolute() / 'mlflow.db'}"
     return f"sqlite:///{Path(path).absolute()}" if (path := uri.removeprefix("sqlite:///")) != uri else uri
+
+
+class Parent(NamedTuple):
+    """Where in MLflow a run stands that is not by itself: under `run_id` (None: there was no answer), with the name `child`."""
+
+    run_id: str | None
+    child: str
 
 
 class Tracker:
@@ -94,7 +101,7 @@ class Tracker:
             "parent": parent_run_id,
         }
         journal = self.folder / "journal.jsonl"
-        before = [record for _, _, record in _records(journal)]
+        before = [record for _, _, record in records(journal)]
         starts = [record["start"] for record in before if "start" in record]
         self._seen: dict[int, set[str]] = {}  # keys the journal has, by step
         if starts:
@@ -229,9 +236,14 @@ def attach(run_folder: Path | str, *paths: Path) -> None:
         logger.warning("%s: its files have not all reached MLflow: %s", folder, _in_one_line(error))
 
 
+def read_journal(run_folder: Path | str) -> list[dict[str, Any]]:
+    """The records of a run's journal, in order; a line that cannot be read is left out, and so is one being written."""
+    return [record for _, _, record in records(Path(run_folder) / "journal.jsonl") if record]
+
+
 def _after_the_end(folder: Path, status: str) -> bool:
     """Whether somebody has ended the run since it was last started: what breaks in it after that is no failure."""
-    marks = [record for _, _, record in _records(folder / "journal.jsonl") if record.keys() & {"start", "finish"}]
+    marks = [record for _, _, record in records(folder / "journal.jsonl") if record.keys() & {"start", "finish"}]
     return status == "FAILED" and bool(marks) and marks[-1].get("finish") == "KILLED"
 
 
@@ -241,38 +253,12 @@ def _add(folder: Path, record: dict[str, Any]) -> None:
         file.write(b"\n" + json.dumps({"time": int(time.time() * 1000), **record}).encode() + b"\n")
 
 
-def publish(uri: str, experiment_name: str, name: str, *paths: Path) -> None:
-    """Makes a finished run that holds files; a warning where MLflow does not answer."""
-    run_id = start_parent(uri, experiment_name, name, {}, {})
-    try:
-        if run_id:
-            client, _ = _open(uri)
-            for path in paths:
-                client.log_artifact(run_id, str(path))
-    except Exception as error:
-        logger.warning("MLflow (%s) does not take the files of %s: %s", _public(uri), name, _in_one_line(error))
-    finish_parent(uri, run_id)
-
-
-def start_parent(uri: str, experiment_name: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> str | None:
-    """A run for others to be nested under, made at once; its id, or None (with a warning) where MLflow does not answer."""
-    try:
-        client, experiment_id = _open(uri, experiment_name)
-        run_id = client.create_run(experiment_id, run_name=name).info.run_id
-        _send(client, run_id, _entities(params=params, tags=tags), set())
-        return run_id
-    except Exception as error:
-        logger.warning("MLflow (%s) has no parent run %s: %s", _public(uri), name, _in_one_line(error))
-        return None
-
-
-def finish_parent(uri: str, run_id: str | None, status: str = "FINISHED", reason: str | None = None) -> None:
-    """Ends a run of `start_parent`; a warning where MLflow does not answer. Nothing for None."""
-    try:
-        if run_id:
-            _finish(_open(uri)[0], run_id, status, reason, int(time.time() * 1000))
-    except Exception as error:
-        logger.warning("MLflow (%s) does not end the run %s: %s", _public(uri), run_id, _in_one_line(error))
+def publish(uri: str, experiment_name: str, folder: Path, *paths: Path) -> None:
+    """A finished run, kept in `folder` and named like it, that holds files only. The same call again replaces them."""
+    tracker = Tracker(uri, experiment_name, folder.name, folder, {}, {})
+    for path in paths:
+        tracker.artifact(path)
+    tracker.finish()
 
 
 class _Delivery:
@@ -294,7 +280,7 @@ class _Delivery:
         """Finds the journal's run, or makes it, and what of the journal it has. Nothing if that is known."""
         if self._client is not None:
             return
-        starts = [(record["start"], record["time"]) for _, _, record in _records(self.journal) if "start" in record]
+        starts = [(record["start"], record["time"]) for _, _, record in records(self.journal) if "start" in record]
         if not starts:
             raise FileNotFoundError(f"{self.journal} does not hold a run")
         (_, began), (start, _) = starts[0], starts[-1]
@@ -327,7 +313,7 @@ class _Delivery:
         try:
             batch: list[Any] = []
             end = self.offset
-            for begin, end, record in _records(self.journal, self.offset):
+            for begin, end, record in records(self.journal, self.offset):
                 if "metrics" in record:
                     batch += self._measured(record)
                     if len(batch) < LIMITS["Metric"]:
@@ -350,7 +336,7 @@ class _Delivery:
                 self._confirm(end)
             if self.postponed and (everything or time.monotonic() > self._postponed_again):
                 for begin in list(self.postponed):
-                    _, _, record = next(_records(self.journal, begin))
+                    _, _, record = next(records(self.journal, begin))
                     self._store(begin, record)
                     self._confirm(self.offset)
                     if begin in self.postponed:
@@ -520,7 +506,7 @@ def _finish(client: Any, run_id: str | None, status: str, reason: str | None, at
     client.set_terminated(run_id, status, at)
 
 
-def _records(journal: Path, offset: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def records(journal: Path, offset: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """(first byte, byte after the end, record) of each complete line from `offset` on; {} for one that cannot be read."""
     if not journal.exists():
         return
@@ -534,7 +520,7 @@ def _records(journal: Path, offset: int = 0) -> Iterator[tuple[int, int, dict[st
                 record = json.loads(line)
             except ValueError:
                 record = {}
-            yield begin, offset, record
+            yield begin, offset, record if isinstance(record, dict) else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -387,7 +387,7 @@ def reward_pool(experiment: Experiment, actor: type[RewardActor] = RewardActor) 
     """
     asked = experiment.cluster
     # Ray restarts a process and repeats no call: whether an answer is still wanted only the caller knows.
-    options = {"num_cpus": asked.reward_cpus, "num_gpus": asked.reward_gpus, "max_restarts": -1, "max_task_retries": 0}
+    options = {**ray_options(asked.per_reward_actor), "max_restarts": -1, "max_task_retries": 0}
     prepared = [(names, file, {"runtime_env": runtime_env(file)} if file else {}) for names, file in grouped(experiment)]
     groups: list[Group] = []
     try:
@@ -395,7 +395,8 @@ def reward_pool(experiment: Experiment, actor: type[RewardActor] = RewardActor) 
             make = ray.remote(concurrency_groups={"watch": 1})(actor).options(**options, **own)
             replicas = tuple(make.remote(experiment, names, os.getcwd()) for _ in range(asked.reward_replicas))
             groups.append(Group(names, replicas, file))
-        needs = f"of {asked.reward_cpus:g} CPUs, {asked.reward_gpus:g} GPUs"
+        declared = "".join(f", {amount:g} {name}" for name, amount in asked.reward_resources.items())
+        needs = f"of {asked.reward_cpus:g} CPUs, {asked.reward_gpus:g} GPUs{declared}"
         pool = RewardPool(experiment.rewards.names, tuple(groups), asked.reward_deadline_s, needs)
         pool.load()
         yield pool
@@ -403,6 +404,12 @@ def reward_pool(experiment: Experiment, actor: type[RewardActor] = RewardActor) 
         for group in groups:
             for replica in group.replicas:
                 ray.kill(replica)
+
+
+def ray_options(asked: Mapping[str, float]) -> dict[str, Any]:
+    """Resources by name as the options of an actor or a task, which know CPU and GPU by other names."""
+    declared = {name: amount for name, amount in asked.items() if name not in ("CPU", "GPU")}
+    return {"num_cpus": asked["CPU"], "num_gpus": asked.get("GPU", 0), "resources": declared}
 
 
 def grouped(experiment: Experiment) -> list[tuple[tuple[str, ...], str | None]]:

@@ -21,7 +21,8 @@ from diffinstruct import tracking
 from diffinstruct.cluster.sweep import Examine, Point, SweepError, changed, sweep
 from diffinstruct.evaluation import Summary, markdown
 from diffinstruct.experiment import Experiment, UserError, load
-from diffinstruct.results import KEY, Rows, by_seed
+from diffinstruct.orders import EXIT_PAUSED, Paused
+from diffinstruct.results import KEY, Rows, by_seed, measures, points, swept
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,27 @@ class Answer:
         with self.text.open("a") as file:
             file.write(f"{text}\n")
 
+    def draw(self, x: str | None = None, y: str | None = None) -> None:
+        """Draw the Pareto front of the arms, and heat maps over two keys of the configuration; publish them with the table."""
+        from diffinstruct import figures
+
+        frame = self.rows.rename(columns={KEY: "run"}).assign(status="finished")
+        of, keys = measures(frame), swept(frame)
+        drawn = [self.text.with_name(f"{self.text.stem}_pareto.png")]
+        figures.pareto(points(frame), of, keys, drawn[0])
+        if x and y:
+            drawn.append(self.text.with_name(f"{self.text.stem}_heat_maps.png"))
+            figures.heat_maps(frame, of, x, y, drawn[-1])
+        self.publish(*drawn)
+        for path in drawn:
+            print(f"figure {path}")
+
     def publish(self, *figures: Path) -> None:
         """Table, rows and figures into a run of MLflow's."""
         uri = tracking.tracking_uri(self.base.tracking.uri, Path(self.base.runs))
         rows = self.text.with_suffix(".csv")
         self.rows.to_csv(rows, index=False)
-        tracking.publish(uri, self.base.tracking.experiment, self.text.stem, self.text, rows, *figures)
+        tracking.publish(uri, self.base.tracking.experiment, self.text.with_suffix(""), self.text, rows, *figures)
 
 
 SMOKE = {"steps": 2, "global_batch_size": 8, "logging.every": 1, "logging.grid_prompts": 2}
@@ -78,6 +94,8 @@ class Study:
         except (UserError, SweepError) as error:
             print(error, file=sys.stderr)
             raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+        except Paused:
+            raise SystemExit(EXIT_PAUSED) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None  # the sweep has said what is unfinished
 
@@ -101,6 +119,8 @@ class Study:
         for measure in self.measures:
             if (gap := frame[measure].isna()).any():
                 raise UserError(f"{rows.path}: no {measure} for {frame[KEY][gap].iloc[0]}; take that row out to run it again")
+        unsaid = {key: value for key, value in base.to_params().items() if key in frame and value is not None}
+        frame = frame.fillna(unsaid)  # what a row does not change is as in the recipe
         table = by_seed(frame, "arm", [*self.measures])
         named = {arm: {self.measures[key]: figure for key, figure in of.items()} for arm, of in table.items()}
         answer = Answer(base, frame, table, _folder(base) / f"{self.name}.md")

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed
+import yaml
 from ray._private.state import state as cluster_state
 from ray._private.worker import get_dashboard_url
 from ray.exceptions import RayTaskError
@@ -34,26 +35,30 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch.nn.parallel import DistributedDataParallel
 
 import diffinstruct
-from diffinstruct import tracking
+from diffinstruct import orders, tracking
 from diffinstruct.checkpoint import CheckpointError
 from diffinstruct.cluster.rewards import RewardPool, reward_pool, stand_in
-from diffinstruct.experiment import Experiment, UserError
+from diffinstruct.experiment import Experiment, UserError, did_you_mean
+from diffinstruct.orders import Paused
 from diffinstruct.rewards import RewardError
 from diffinstruct.step import Metrics, NonFinite
 
 if TYPE_CHECKING:
     from diffinstruct.jury import RewardService
     from diffinstruct.run import Result
+    from diffinstruct.tracking import Parent
 
 OUTPUT = "output.txt"
 """What rank 0 prints goes into this file of the run's folder, and from there to the user's terminal."""
-FINAL = (UserError, RewardError, NonFinite, CheckpointError)
+FINAL = (UserError, RewardError, NonFinite, CheckpointError, Paused)
 """Errors that a second try would meet again."""
+HEAD = "node:__internal_head__"
+"""A resource that the head has, and no other node."""
 
 logger = logging.getLogger(__name__)
 
 
-def run(experiment: Experiment, folder: Path, parent_run_id: str | None = None) -> Result:
+def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> Result:
     """Train `experiment` in `folder`, or go on with what is there; as `local.run`, on a cluster."""
     folder = folder.absolute()
     if "working_dir_files" in folder.parts:
@@ -63,7 +68,7 @@ def run(experiment: Experiment, folder: Path, parent_run_id: str | None = None) 
     with attached() as where:
         check_fits(experiment)
         with reward_pool(experiment) if experiment.reward_actors else nullcontext() as pool, shown(folder / OUTPUT):
-            return fit(experiment, folder, pool, where, parent_run_id)
+            return fit(experiment, folder, pool, where, parent)
 
 
 def fit(
@@ -71,35 +76,35 @@ def fit(
     folder: Path,
     pool: RewardService | None,
     where: str,
-    parent_run_id: str | None = None,
-    callbacks: Sequence[UserCallback] = (),
+    parent: Parent | None = None,
 ) -> Result:
     """One TorchTrainer; callable from a driver or from a trial. Without a `pool` each worker computes its rewards itself.
     `where` is said in the run's first and last line.
 
     Raises what the workers raised, if it is one of FINAL, else Ray's own error; either way the run can be resumed.
     """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # `report` waits until the controller looks: 2 s
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # what we print is shown once, by `shown`
     asked, started_in = experiment.cluster, os.getcwd()
     trainer = TorchTrainer(
-        lambda: train_loop(experiment, folder, pool, where, parent_run_id, started_in),
+        lambda: train_loop(experiment, folder, pool, where, parent, started_in),
         scaling_config=ScalingConfig(
             num_workers=asked.workers,
             use_gpu=asked.use_gpu,
-            resources_per_worker={"CPU": asked.cpus_per_worker} | ({"GPU": 1} if asked.use_gpu else {}),
+            resources_per_worker=asked.per_worker,
         ),
         run_config=RunConfig(
             name=uuid.uuid4().hex,  # a name that was there before would be resumed, from Ray's snapshot
             storage_path=str(folder / "ray"),
             failure_config=FailureConfig(max_failures=3),
-            callbacks=[NoSecondTry(), *callbacks],
+            callbacks=[NoSecondTry()],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     in_main_thread, interrupt = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
+    orders.withdraw(folder)
     try:
-        return trainer.fit().return_value
+        with orders.on_sigterm(lambda: orders.give(folder, orders.PAUSE)):
+            return trainer.fit().return_value
     except BaseException as error:
         # Ray answers Ctrl-C by ending the workers and the program, with status 0.
         reason = KeyboardInterrupt() if isinstance(error, SystemExit) else final_error(error) or error
@@ -114,7 +119,7 @@ def fit(
 
 
 def train_loop(
-    experiment: Experiment, folder: Path, pool: RewardService | None, where: str, parent_run_id: str | None, started_in: str
+    experiment: Experiment, folder: Path, pool: RewardService | None, where: str, parent: Parent | None, started_in: str
 ) -> Result | None:
     """What runs in each worker; the result on rank 0."""
     from diffinstruct.run import Worker, train  # driver and controller need not spend the seconds of this import
@@ -124,13 +129,13 @@ def train_loop(
     torch.set_num_threads(experiment.cluster.cpus_per_worker)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    worker = Worker(rank, world, on_metrics=lambda step, metrics: ray.train.report({"step": step, **metrics}), where=where)
+    worker = Worker(rank, world, where=where)
     if world > 1:
         worker = replace(worker, wrap=DistributedDataParallel, average=average, least=least)
     with (folder / OUTPUT).open("a", buffering=1) if rank == 0 else nullcontext(sys.stdout) as output, redirect_stdout(output):
         if isinstance(pool, RewardPool):
             pool = replace(pool, first=rank)  # workers do not all queue for the same actor
-        return train(experiment, folder, pool, worker, parent_run_id)
+        return train(experiment, folder, pool, worker, parent)
 
 
 def average(metrics: Metrics) -> Metrics:
@@ -177,7 +182,7 @@ def final_error(error: BaseException | None) -> Exception | None:
 
 def close(folder: Path, experiment: Experiment, reason: BaseException) -> None:
     """End the MLflow run with the reason: a worker that was killed could not."""
-    status = "FAILED" if isinstance(reason, Exception) else "KILLED"
+    status = "KILLED" if isinstance(reason, Paused) or not isinstance(reason, Exception) else "FAILED"
     try:
         if (folder / "journal.jsonl").exists():
             tracking.deliver(folder, experiment.tracking.uri, status, f"{type(reason).__name__}: {reason}")
@@ -204,15 +209,21 @@ def attached() -> Iterator[str]:
     os.environ.update(hidden)
     if address == "local":
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
-        ray.init(address="local")
+
+        def found() -> None:  # Ray's own helpers look for their cluster, and are lost where this machine has another
+            os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+
+        ray.init(address="local", runtime_env={"worker_process_setup_hook": found})
     else:
         host, _, port = address.rpartition(":")
         try:  # Ray itself would try for many minutes
             if port.isdecimal():
                 socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address, runtime_env={"env_vars": {**hidden, "RAY_ADDRESS": address}})
-        except (OSError, ValueError) as error:  # Ray's ConnectionError is an OSError
-            raise UserError(f"RAY_ADDRESS: no Ray at {address}: {str(error).splitlines()[0]}") from None
+        except (OSError, ValueError) as error:  # Ray's ConnectionError is an OSError, without a number
+            refused = isinstance(error, ConnectionError) and error.errno is None
+            hint = "; if it asks for a token, RAY_AUTH_MODE=token and its token are needed here" if refused else ""
+            raise UserError(f"RAY_ADDRESS: no Ray at {address}: {str(error).splitlines()[0]}{hint}") from None
     try:
         yield described()
     finally:
@@ -231,22 +242,37 @@ def described() -> str:
 
 def check_fits(experiment: Experiment) -> None:
     """Raises UserError, one line, where the cluster will never have what is asked."""
-    if Path("~/ray_bootstrap_config.yaml").expanduser().exists():
-        return  # the head of an autoscaled cluster, see ray_cluster.yaml: it starts machines when they are asked for
-    asked = experiment.cluster
-    total = ray.cluster_resources()
-    most = cluster_state.get_max_resources_from_cluster_config() or {}
-    for kind, unit, per_worker, per_actor in (
-        ("CPU", "CPUs", asked.cpus_per_worker, asked.reward_cpus),
-        ("GPU", "GPUs", int(asked.use_gpu), asked.reward_gpus),
-    ):
-        needed = asked.workers * per_worker + experiment.reward_actors * per_actor
-        has = max(total.get(kind, 0), most.get(kind, 0))
-        if needed > has:
+    asked, actors, nodes = experiment.cluster, experiment.reward_actors, most_nodes()
+    if nodes is None:
+        return
+    for kind in {**asked.per_worker, **asked.per_reward_actor}:
+        per_worker, per_actor = asked.per_worker.get(kind, 0), asked.per_reward_actor.get(kind, 0)
+        needed = asked.workers * per_worker + actors * per_actor
+        has = sum(resources.get(kind, 0) * count for resources, count in nodes)
+        if needed > has + 1e-9:  # amounts may be fractions
+            unit = f"{kind}s" if kind in ("CPU", "GPU") else kind
+            hint = "" if has else did_you_mean(kind, {name for resources, _ in nodes for name in resources})
             raise UserError(
-                f"cluster: asks for {needed:g} {unit} ({asked.workers} workers x {per_worker} + {experiment.reward_actors} "
-                f"reward actors x {per_actor:g}), Ray has {has:g}"
+                f"cluster: asks for {needed:g} {unit} ({asked.workers} workers x {per_worker:g} + {actors} reward actors x "
+                f"{per_actor:g}), Ray has {has:g}{hint}"
             )
+    for what, each in (("training worker", asked.per_worker), ("reward actor", asked.per_reward_actor if actors else {})):
+        if not any(all(resources.get(kind, 0) >= amount for kind, amount in each.items()) for resources, _ in nodes):
+            of_one = ", ".join(f"{amount:g} {kind}" for kind, amount in each.items() if amount)
+            raise UserError(f"cluster: no node has all that one {what} asks for ({of_one})")
+
+
+def most_nodes() -> list[tuple[Mapping[str, float], int]] | None:
+    """(resources, how many) of the cluster's nodes, with those that its autoscaler may start; None where nobody knows yet."""
+    there = [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
+    file = Path("~/ray_bootstrap_config.yaml").expanduser()  # the head of a cluster that `ray up` has made has it
+    if file.exists():
+        types = [t for t in yaml.safe_load(file.read_text())["available_node_types"].values() if t["max_workers"]]
+        if not all(t["resources"] for t in types):
+            return None  # machines that one has already: what they declare is known when they have joined
+        return [node for node in there if HEAD in node[0]] + [(t["resources"], t["max_workers"]) for t in types]
+    most = cluster_state.get_max_resources_from_cluster_config()  # Kubernetes with its autoscaler tells sums alone
+    return [*there, (most, 1)] if most else there
 
 
 # ------------------------------------------------------------------------------------------------------ terminal

@@ -1,0 +1,36 @@
+"""How much guidance should the reference have, and does the reward care? cfg_scale against held-out preference and distance.
+
+    python experiments/guidance.py [--smoke] [--trials N]
+
+Guidance inside the divergence, DI* at reward scale 2, cfg_scale from 0 (plain conditional) to 6. Budget: 5 arms x 2 seeds on
+the pocket world, 60 rounds each, one row a trial in docs/results/pocket_study.csv. Prints the table and draws the Pareto front.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffinstruct.cluster.study import Study
+from diffinstruct.pocket_world import MEASURES, examine_run
+
+HERE = Path(__file__).parent
+RECIPE = {"objective.name": "di_star", "objective.reward_scale": 2.0}  # its cfg_scale is 2
+STUDY = Study(
+    name="guidance",
+    question=__doc__,
+    recipe=HERE / "recipes" / "pocket_study.yaml",
+    arms={f"cfg_scale {s:g}": RECIPE | ({} if s == 2 else {"reference.cfg_scale": s}) for s in (0.0, 1.0, 2.0, 4.0, 6.0)},
+    seeds=(0, 1),
+    measures={key: MEASURES[key] for key in ("reward/pocket_judge", "kid", "smiling", "accuracy", "diversity")},
+    examine=examine_run,
+    rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
+)
+
+
+def main() -> None:
+    if answer := STUDY.main():
+        answer.draw()
+
+
+if __name__ == "__main__":
+    main()
