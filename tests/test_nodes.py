@@ -32,7 +32,7 @@ def nodes():
         made = Cluster()
         try:
             found = {"head": made.add_node(num_cpus=0, include_dashboard=False).node_id}
-            # Whoever goes where most is free goes wrong.
+            # Ray puts a group where most is free: a worker that asks for a CPU alone goes wrong.
             found["trainer"] = made.add_node(num_cpus=3, resources={"trainer": 2}).node_id
             found["reward"] = made.add_node(num_cpus=8, resources={"reward": 1}).node_id
             ray.init(address=made.address, log_to_driver=False)
