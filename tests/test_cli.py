@@ -242,6 +242,17 @@ def test_check_counts_the_work(file, capsys, overrides, work):
     assert f"work       {work} U-Net forwards' worth" in capsys.readouterr().out
 
 
+def test_check_counts_rewards_that_the_training_process_has_itself(file, capsys):
+    def memory(*overrides):
+        main(["check", str(file), *(f"-s{override}" for override in overrides)])
+        out = capsys.readouterr().out
+        return out, float(out.partition("memory     ")[2].partition(" MiB")[0])
+
+    (apart, of_actor), (together, of_process) = memory(), memory("cluster.reward_place=process")
+    assert of_process == of_actor and "reward actors, " in apart and "reward actors, " not in together
+    assert "payload    0.00 MiB" in together
+
+
 def test_check_says_what_nodes_have_to_declare(file, capsys, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     asked = ["cluster.workers=4", "cluster.worker_resources={trainer: 2}", "cluster.reward_resources={reward: 0.5}"]

@@ -286,6 +286,23 @@ def only_every_other(images, prompts):
     return honest(torch.stack(rows), prompts)
 
 
+def other_with_gradient(images, prompts):
+    return honest(images, prompts) + 5 * torch.is_grad_enabled()
+
+
+def nowhere(images, prompts):
+    return torch.empty(len(prompts), device="meta")
+
+
+def a_script(images, prompts):
+    raise SystemExit(0)
+
+
+def opinion_of_few(images, prompts):
+    """Has something to say of nearly white pictures alone."""
+    return (images.flatten(1).mean(1) > 0.97).float()
+
+
 OF_ANY = [  # lie, the check that refuses it, its line
     (column, "answers", r"4 images got scores of shape \[4, 1\], expected \[4\]"),
     (one_for_all, "answers", r"4 images got scores of shape \[\], expected \[4\]"),
@@ -295,6 +312,8 @@ OF_ANY = [  # lie, the check that refuses it, its line
     (a_list, "answers", r"returned a list, expected a tensor \[4\]"),
     (raises, "answers", r"KeyError: 'weights'"),
     (wants_normalised, "answers", r"ValueError: expected images in \[-1, 1\]"),
+    (a_script, "answers", r"SystemExit: 0"),
+    (nowhere, "answers", r"its scores are on the meta device, they have no values"),
     (infinite, "answers", r"4 of 4 scores are not finite"),
     (nan_for_some, "range", r"1 of 16 scores are not finite"),
     (swallows_errors, "range", r"the same score 0 for 64 different pictures: it tells nothing apart"),
@@ -320,6 +339,7 @@ OF_ANY = [  # lie, the check that refuses it, its line
 OF_TRAINED = [
     (detached, "gradient", r"its scores carry no gradient to the pictures, so it can only be held out"),
     (DetachedButTrainable(), "gradient", r"its scores carry no gradient to the pictures, so it can only be held out"),
+    (other_with_gradient, "gradient", r"asked for a gradient, it gives scores that differ by 5 from those without"),
     (zero_gradient, "gradient", r"its gradient is zero for all pictures"),
     (nan_gradient, "gradient", r"its gradient is not finite for 4 of 4 pictures"),
     (leaks, "gradient", r"the gradient of one picture's score reaches the other pictures of the batch"),
@@ -478,7 +498,7 @@ def test_the_built_in_rewards_pass_with_tiny_weights(tmp_path):
     for name, settings in tiny_clip.build(tmp_path).items():
         report = met(reward_models.load(name, **settings), images=tiny_clip.pictures(16, 48, 80), prompts=prompts)
         assert report.faults == (), name
-        assert (report.remarks == ("it does not look at the prompts",)) == name.startswith("aesthetic"), name
+        assert (report.remarks == ("other prompts made no difference to its scores",)) == name.startswith("aesthetic"), name
 
 
 # ------------------------------------------------------------------------------------------- figures and remarks
@@ -497,8 +517,14 @@ def test_the_report_says_in_a_line_what_was_seen():
     assert str(met(column)) == "reward column: 4 images got scores of shape [4, 1], expected [4]"
 
 
+def test_an_opinion_of_few_pictures_is_one():
+    images = PICTURES.clone()
+    images[40:50] = 0.99
+    assert met(opinion_of_few, trained=False, images=images).faults == ()
+
+
 def test_what_is_unusual_is_remarked():
-    assert met(tiny_rewards.Red()).remarks == ("it does not look at the prompts",)
+    assert met(tiny_rewards.Red()).remarks == ("other prompts made no difference to its scores",)
     assert "64 pictures got exactly the same score" in met(counts, trained=False).remarks[0]
     assert met(honest, images=PICTURES[:1].expand(N, -1, -1, -1), prompts=["a"] * N).remarks == (
         "all pictures are the same, so its range is not known",

@@ -95,6 +95,21 @@ def test_a_lying_reward_is_refused_before_the_first_round(world, tmp_path):
     assert records(tmp_path / "run", "finish")[-1]["finish"] == "FAILED"
 
 
+def test_a_resumed_run_shakes_hands_again(world, tmp_path, monkeypatch):
+    """Somebody may have mended a reward since, and not well."""
+    import tiny_rewards
+
+    experiment = world(steps=4, logging__checkpoint_every=2)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, 3)
+        local.run(experiment, tmp_path / "run")
+    monkeypatch.setattr(tiny_rewards.Red, "forward", tiny_rewards.Drunk().forward)
+    before = state(tmp_path / "run")["metrics"]
+    with pytest.raises(RewardError, match=r"^reward tiny_rewards:Red: its scores are random"):
+        local.run(experiment, tmp_path / "run")
+    assert state(tmp_path / "run")["metrics"] == before
+
+
 def test_what_the_handshake_saw_is_in_the_journal(world, tmp_path):
     local.run(world(steps=1), tmp_path / "run")
     seen = {record["event"]: record for record in records(tmp_path / "run", "event")}

@@ -262,7 +262,7 @@ def test_test_takes_pictures_alone_and_prompts_alone(folder, prompts, capsys):
     run("rewards", "test", "test_scoring:Honest", "--images", folder)
     run("rewards", "test", RED, "--prompts", prompts)
     out = capsys.readouterr().out
-    assert "remark      it does not look at the prompts" in out
+    assert "remark      other prompts made no difference to its scores" in out
     assert "on 64 pictures" in out  # the pocket world's, of these five prompts
 
 

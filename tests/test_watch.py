@@ -139,6 +139,20 @@ def test_without_held_out_rewards_variety_and_distance_remain():
     assert "rewards.held_out" in watch.BLIND
 
 
+def test_a_reward_without_a_spread_has_no_gain_to_count():
+    """One that says yes or no may say the same of all pictures of the start."""
+    yes, no = np.ones(PROMPTS * NOISES), np.zeros(PROMPTS * NOISES)
+    seen = Watch()
+    assert seen.see(Look(0, START, {"binary": no, "judge": START}, 1.0, math.nan)) is None
+    assert seen.see(Look(10, START + 1, {"binary": yes, "judge": START + 0.5}, 1.0, math.nan)) is None
+    expected = {"trained": 1.0, "held_out": 0.5, "unexplained": 0.5, "variety": 1.0}
+    assert seen.figures() == pytest.approx({f"watch/{name}": value for name, value in expected.items()})
+    alone = Watch()
+    alone.see(Look(0, START, {"binary": no}, 1.0, math.nan))
+    alone.see(Look(10, START + 1, {"binary": yes}, 1.0, math.nan))
+    assert alone.figures().keys() == {"watch/trained", "watch/variety"}
+
+
 def test_where_nothing_is_trained_nothing_is_gained():
     nothing = np.zeros(len(START))
     seen = Watch()

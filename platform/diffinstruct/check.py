@@ -82,6 +82,8 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     work = worker[0].forwards + 2 + 3 * k + (1 + through) * ((k > 0) + guided)
     per_sample = 4 * prod(reference.latent_shape)
     asked, actors = experiment.cluster, experiment.reward_actors
+    if not actors:  # each training process has the rewards itself
+        worker, actor = [*worker, *actor], []
     cpus = asked.workers * asked.cpus_per_worker + actors * asked.reward_cpus
     gpus = asked.workers * asked.use_gpu + actors * asked.reward_gpus
     have_cpus, have_gpus = os.cpu_count() or 1, torch.cuda.device_count()
@@ -92,11 +94,12 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         HEADER,
         f"each of {asked.workers} training processes, {_mib(per_worker)}",
         *(role.row for role in worker),
-        f"each of {actors} reward actors, {_mib(per_actor)}",
+        *([f"each of {actors} reward actors, {_mib(per_actor)}"] if actors else []),
         *(role.row for role in actor),
         *(f"{name:<24}in an environment of its own: not counted" for name in apart),
         f"work       {work} U-Net forwards' worth per sample and step, {experiment.global_batch_size} samples a step",
-        f"payload    {_mib(experiment.global_batch_size * per_sample)} of latents to the reward actors a step, as much back",
+        f"payload    {_mib(experiment.global_batch_size * per_sample * (actors > 0))} of latents to the reward actors a step, "
+        "as much back",
         f"placement  {asked.workers} x {asked.cpus_per_worker} + {actors} x {asked.reward_cpus:g} = {cpus:g} "
         f"CPUs and {gpus:g} GPUs; this machine has {have_cpus} and {have_gpus}",
         *(

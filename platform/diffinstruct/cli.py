@@ -147,7 +147,7 @@ def train(arguments: argparse.Namespace) -> None:
         run(experiment, folder)
     except (RewardError, NonFinite, CheckpointError, Paused, KeyboardInterrupt) as error:
         print(error if str(error) else "\ninterrupted", file=sys.stderr)
-        if file.exists():
+        if any((folder / "checkpoints").glob("step-*")):
             print(f"from its last checkpoint the run goes on with: {go_on}", file=sys.stderr)
         status = {KeyboardInterrupt: 130, Paused: EXIT_PAUSED}.get(type(error), 1)
         raise SystemExit(status) from None

@@ -112,6 +112,7 @@ class _Examination:
         self.checks: dict[str, str] = {}
         self.figures: dict[str, float] = {}
         self.first = torch.zeros(few)
+        self.scores = torch.zeros(len(images))  # of all pictures
         self.own_gradient = torch.zeros_like(self.images)  # of the pictures drawn `_inside`
         self.epsilon = 0.0  # relative rounding of the scores
         self.rounding = 0.0  # of a score, as far as it is known
@@ -170,7 +171,7 @@ class _Examination:
         images, texts = self.all_images, self.all_texts
         began = time.perf_counter()
         rows = [slice(i, i + self.batch) for i in range(0, len(images), self.batch)]
-        scores = torch.cat([self._ask(images[of], texts[of]) for of in rows])
+        scores = self.scores = torch.cat([self._ask(images[of], texts[of]) for of in rows])
         seconds = time.perf_counter() - began
         low, high, mean, std = (f(scores).item() for f in (torch.min, torch.max, torch.mean, torch.std))
         self.figures |= {"low": low, "high": high, "mean": mean, "std": std, "pictures_per_second": len(images) / seconds}
@@ -251,18 +252,28 @@ class _Examination:
 
     def sight(self) -> str:
         """Other pictures under the same prompts get other scores. Other prompts need not matter: some rewards rate beauty."""
-        if not _off(self._ask(self._others, self.texts), self.first):
+        if not _off(self._ask(self._others, self.texts), self.first) and not self._sees_some():
             raise self._fault("it does not look at the pictures: others under the same prompts get the same scores")
         if not _off(self._ask(self.images, self._other_texts), self.first):
-            self.remarks.append("it does not look at the prompts")
+            self.remarks.append("other prompts made no difference to its scores")
             return "scores depend on the pictures alone"
         return "scores depend on pictures and prompts"
+
+    def _sees_some(self) -> bool:
+        """Whether any picture under another's prompt gets another score: a reward may have an opinion of few only."""
+        pictures = self.all_images.roll(1, 0)
+        rows = [slice(i, i + self.batch) for i in range(0, len(pictures), self.batch)]
+        return any(_off(self._ask(pictures[of], self.all_texts[of]), self.scores[of]) for of in rows)
 
     # ---------------------------------------------------------------------------------------------- gradients
     def gradient(self) -> str:
         """There is one, finite, and each picture's is its own score's: with weights w_b, row b of the gradient is w_b times
         what it is with ones, unless other rows' scores have a part in it."""
         images = self._inside
+        with torch.enable_grad():
+            graded = scored(self.name, self.reward, images.clone().requires_grad_(), list(self.texts), {})
+        if (off := _off(graded.detach().double().cpu(), self._ask(images, self.texts))) > self.tolerance:
+            raise self._fault(f"asked for a gradient, it gives scores that differ by {off:.3g} from those without")
         gradient = self.own_gradient = self._gradient(images)
         sizes = gradient.flatten(1).norm(dim=1)
         if not sizes.any():

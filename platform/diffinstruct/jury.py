@@ -45,13 +45,13 @@ class InProcess:
         return lambda: answer
 
     def meet(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
-        with torch.no_grad():
-            images = self.rewards.decode(latents)
+        with torch.no_grad():  # one at a time: so many as a handshake takes need not fit a GPU's memory while they are decoded
+            images = torch.cat([self.rewards.decode(latent) for latent in latents.split(1)])
         return [handshake(name, reward, images, prompts, name in trained) for name, reward in self.rewards.models.items()]
 
 
 def make_rewards(names: Sequence[str], decode: Callable[[Tensor], Tensor], device: torch.device | str) -> LatentRewards:
-    """The rewards of these names, frozen, on one device, behind one decoder."""
+    """The rewards of these names on one device, behind one decoder."""
     return LatentRewards(decode, {name: load_reward(name, device) for name in names})
 
 

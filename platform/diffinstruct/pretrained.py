@@ -222,7 +222,7 @@ def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:
     try:
         with quiet():
             reward = reward_models.load(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that is taken for a reward may end the program
         raise _refusal(f"rewards: cannot load {name!r}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not callable(reward):
         raise _refusal(f"rewards: {name!r} makes a {type(reward).__name__}, which is not callable")

@@ -132,7 +132,7 @@ def scored(
             if id(tower) not in seen:
                 seen[id(tower)] = tower.features(images.clone())
             score = reward.head(seen[id(tower)].clone(), prompts)  # type: ignore[attr-defined]
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a reward that ends the program must not end it as if all were well
         if out_of_memory(error):
             raise
         raise RewardError(f"reward {name}: {type(error).__name__}: {' '.join(str(error).split())}") from error
@@ -140,6 +140,8 @@ def scored(
         raise RewardError(f"reward {name}: returned a {type(score).__name__}, expected a tensor [{batch}]")
     if score.shape != (batch,):
         raise RewardError(f"reward {name}: {batch} images got scores of shape {list(score.shape)}, expected [{batch}]")
+    if score.is_meta:
+        raise RewardError(f"reward {name}: its scores are on the meta device, they have no values")
     if not torch.isfinite(score).all():
         raise RewardError(f"reward {name}: {int((~torch.isfinite(score)).sum())} of {batch} scores are not finite")
     return score

@@ -103,8 +103,7 @@ def train(
     rows = slice(worker.rank * per_worker, (worker.rank + 1) * per_worker)
     at = done
     try:
-        if done == 0:
-            meet(reference, players, prompts, jury, output)
+        meet(reference, players, prompts, jury, done, output)
         for step in range(done, 0 if stopped else experiment.steps):
             at = step + 1
             looks = experiment.watch.every > 0 and step % experiment.watch.every == 0
@@ -151,18 +150,22 @@ def train(
     return output.finished(at) if output else None
 
 
-def meet(reference: Reference, players: Players, prompts: Sequence[str], jury: Jury, output: Output | None) -> None:
-    """Before the first round: the start's pictures, the handshake with the rewards on some of them, their scales."""
-    if output:
+def meet(
+    reference: Reference, players: Players, prompts: Sequence[str], jury: Jury, done: int, output: Output | None
+) -> None:
+    """Before the first round from here: the handshake with the rewards on the generator's pictures, also in a resumed run,
+    whose rewards somebody may have mended meanwhile; of a new run the start's pictures, and the rewards' scales."""
+    if output and done == 0:
         output.grid(0)
     few, noise = pictures_to_meet(reference, prompts, PICTURES, EVALUATION_SEED + 2)
     latents = sample(reference, players.ema, noise, few, jury.micro_batch)
     if output:
         for report in jury.meet(latents, few):
-            output.said(0, f"reward.{report.name}", str(report))
+            output.said(done, f"reward.{report.name}", str(report))
         if output.experiment.watch.every and not output.experiment.rewards.held_out:
-            output.said(0, "watch", BLIND)
-    jury.measure_scales(latents, few)
+            output.said(done, "watch", BLIND)
+    if done == 0:
+        jury.measure_scales(latents, few)
 
 
 def heed(verdict: int, settings: Settings, step: int, output: Output | None) -> tuple[Settings, bool]:

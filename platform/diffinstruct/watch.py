@@ -25,7 +25,8 @@ NOISES = 4
 UNEXPLAINED = 3.0
 """Spreads that the trained reward has gained more than the held-out ones."""
 FALL, FALL_ERRORS, FALL_LEAST = 0.25, 4.0, 0.3
-"""A held-out reward has fallen from its best look by this share of its gain, this many standard errors, and these spreads."""
+"""A held-out reward has fallen from its best look by this share of its gain, this many standard errors, and these spreads,
+while the trained reward has gained these spreads since the start."""
 VARIETY = 0.4
 """Share of the start's."""
 DISTANCE = 3.0
@@ -102,10 +103,11 @@ class Watch:
 
     def _compare(self, look: Look) -> dict[str, float]:
         figures = {"trained": gain(self._start["trained"], look.trained)}
-        if look.held_out:
-            gains = [gain(self._start["held_out"][name], scores) for name, scores in look.held_out.items()]
+        gains = [gain(self._start["held_out"][name], scores) for name, scores in look.held_out.items()]
+        if gains := [of for of in gains if math.isfinite(of)]:
             figures["held_out"] = sum(gains) / len(gains)
             figures["unexplained"] = figures["trained"] - figures["held_out"]
+        figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         if self._start["variety"] > 0:
             figures["variety"] = look.variety / self._start["variety"]
         if self._start["distance"] and math.isfinite(look.distance):
@@ -115,16 +117,18 @@ class Watch:
     def _symptoms(self, look: Look) -> dict[str, str]:
         """Those of this look, each with its line."""
         figures, found = self._figures, {}
+        trained = figures.get("trained", math.inf)  # no spread to count its gain in
         for name, scores in look.held_out.items():
             start, best = self._start["held_out"][name], self._best[name]
             fall = by_prompt(best["scores"]) - by_prompt(scores)
             error = fall.std(ddof=1) / math.sqrt(len(fall))
             rise = float(np.mean(best["scores"]) - np.mean(start))
-            if "held_out" not in found and fall.mean() > max(FALL * rise, FALL_ERRORS * error, FALL_LEAST * spread(start)):
+            least = max(FALL * rise, FALL_ERRORS * error, FALL_LEAST * spread(start))
+            if "held_out" not in found and trained > FALL_LEAST and fall.mean() > least:
                 found["held_out"] = (
                     f"at step {look.step} the held-out reward {name} is {fall.mean():.3g} (standard error {error:.2g}) below "
                     f"its best at step {best['step']}, where it had gained {rise:.3g}; the trained reward has gained "
-                    f"{figures['trained']:.2g} spreads"
+                    f"{trained:.2g} spreads"
                 )
         if figures.get("unexplained", 0.0) > UNEXPLAINED:
             found["unexplained"] = (
@@ -162,6 +166,9 @@ def spread(scores: Any) -> float:
 
 
 def gain(start: Any, scores: np.ndarray) -> float:
-    """In spreads of the start; 0 where nothing is trained, so that nothing spreads or gains."""
-    risen = float(np.mean(scores) - np.mean(start))
-    return risen / spread(start) if risen else 0.0
+    """In spreads of the start; 0 where nothing has risen. NaN where the start's scores of each prompt are all alike, as those
+    of a reward that says yes or no may be: there is nothing to count in."""
+    risen, unit = float(np.mean(scores) - np.mean(start)), spread(start)
+    if not risen:
+        return 0.0
+    return risen / unit if unit else math.nan

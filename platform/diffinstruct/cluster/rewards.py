@@ -51,6 +51,8 @@ ATTEMPTS = 5
 """So often a question is asked before its caller gives up."""
 GRACE = 10.0
 """Seconds in which a process that is alive says what it does, however hard it works; less where the deadline is shorter."""
+HANDSHAKE = 40
+"""So many questions' time a handshake may take with each actor."""
 STARTING = 1800.0
 """Seconds in which a process starts and loads its models, downloads included."""
 LOADING = "loading"
@@ -146,7 +148,8 @@ class Call:
     Args:
         place: says which actor it is.
         what: says what was asked for.
-        deadline: seconds that the actor may work on it; waiting for its turn behind other callers is no fault.
+        deadline: seconds that the actor may work on one question; waiting for its turn behind other callers is no fault.
+        asks: how many questions' time it may take.
         send: request id -> the reference of the Answer.
         fault: what is wrong with an Answer to it; raises Fault.
     """
@@ -159,11 +162,12 @@ class Call:
         deadline: float,
         send: Callable[[str], Any],
         fault: Callable[[Answer], None],
+        asks: int,
     ) -> None:
-        self.actor, self.place, self.what, self.send, self.fault = actor, place, what, send, fault
+        self.actor, self.place, self.what, self.send, self.fault, self.asks = actor, place, what, send, fault, asks
         self.deadline, self.grace = deadline, min(deadline, GRACE)
         self.ended: tuple[str, int] | None = None  # the process that was killed last; a stopped one takes seconds to die
-        self.id = uuid.uuid4().hex
+        self.id = f"{asks}x{uuid.uuid4().hex}"  # others who wait for the same actor see how long this may take
         self.request = f"{self.id}/1"
         self.reference = send(self.request)
 
@@ -207,13 +211,16 @@ class Call:
             return self.grace
         task, seconds = doing
         if task == self.request:
-            most = self.deadline
+            most = self.asks * self.deadline
         elif task == LOADING:
             most = STARTING
         else:  # somebody else's, who would have ended it by then, and so is dead
-            most = 2 * self.deadline + self.grace
+            asks = int(task.partition("x")[0]) if task else 1
+            most = 2 * asks * self.deadline + self.grace
         if seconds >= most:
-            self._replace(f"{seconds:.0f} s at work on {'it' if task == self.request else task}")
+            own = task == self.request
+            limit = f" (cluster.reward_deadline_s allows {most:g})" if own else ""
+            self._replace(f"{seconds:.0f} s at work on {'it' if own else task}{limit}")
         return min(self.deadline, most - seconds)
 
     def _wait_until_it_is_back(self, pause: float) -> None:
@@ -336,7 +343,8 @@ class RewardPool:
         array = ray.put(latents.detach().cpu().numpy())
         what, asked = f"shake hands over {len(prompts)} samples", frozenset(trained)
         calls = [
-            self._call(group, 0, what, lambda actor, id: actor.meet.remote(id, array, prompts, asked)) for group in self.groups
+            self._call(group, 0, what, lambda actor, id: actor.meet.remote(id, array, prompts, asked), asks=HANDSHAKE)
+            for group in self.groups
         ]
         reports = {report.name: report for call in calls for report in call.answer()}
         return [reports[name] for name in self.names]
@@ -364,6 +372,7 @@ class RewardPool:
         what: str,
         send: Callable[[ActorHandle, str], Any],
         fault: Callable[[Answer], None] = lambda answer: None,
+        asks: int = 1,
     ) -> Call:
         """A call of one replica, whose answer has to be of the group's rewards, in their order."""
         which %= len(group.replicas)
@@ -376,7 +385,7 @@ class RewardPool:
 
         place = f"reward actor {self.actors().index(actor)} ({self.needs})"
         what = f"{what} with {', '.join(group.rewards)}"
-        return Call(actor, place, what, self.deadline, lambda id: send(actor, id), of_other_rewards)
+        return Call(actor, place, what, self.deadline, lambda id: send(actor, id), of_other_rewards, asks)
 
 
 @contextmanager
