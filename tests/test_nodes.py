@@ -1,6 +1,6 @@
 """Several nodes: processes run where their resources are declared, and so many trials at once as those allow.
 
-One cluster of three nodes on this machine: a head without CPUs, as ray_cluster.yaml has it, and two that declare what they are.
+One cluster of three nodes on this machine: a head with room for everybody, and two that declare what they are.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ def nodes():
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         made = Cluster()
         try:
-            found = {"head": made.add_node(num_cpus=0, include_dashboard=False).node_id}
-            # Ray puts a group where most is free: a worker that asks for a CPU alone goes wrong.
+            found = {"head": made.add_node(num_cpus=16, include_dashboard=False).node_id}  # draws whoever asks for a CPU alone
             found["trainer"] = made.add_node(num_cpus=3, resources={"trainer": 2}).node_id
-            found["reward"] = made.add_node(num_cpus=8, resources={"reward": 1}).node_id
+            found["reward"] = made.add_node(num_cpus=3, resources={"reward": 1}).node_id
             ray.init(address=made.address, log_to_driver=False)
             yield found
         finally:
@@ -79,7 +78,8 @@ def test_each_process_of_a_sweep_runs_on_the_node_that_declares_what_it_asks_for
     [
         ({}, 2),  # the trainer's places, not all CPUs
         ({"workers": 2}, 1),
-        ({"worker_resources": {"trainer": 0.1}}, 10),  # 11 CPUs less one for the reward actor
+        ({"worker_resources": {"trainer": 0.1}}, 20),
+        ({"worker_resources": {"trainer": 0.1}, "cpus_per_worker": 3}, 7),  # 22 CPUs less one for the reward actor
         ({"worker_resources": {"reward": 0.1}}, 5),  # half is the actor's
     ],
 )
