@@ -149,6 +149,7 @@ def test_a_run_that_stops_says_why_and_how_it_goes_on(file, tmp_path, runners, m
     def run(experiment, folder):
         if begun:
             (folder / "experiment.yaml").write_text(experiment.to_yaml())
+            (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
         raise error
 
     monkeypatch.setitem(sys.modules, "diffinstruct.local", SimpleNamespace(run=run))

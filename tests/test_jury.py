@@ -103,7 +103,7 @@ def test_a_resumed_run_shakes_hands_again(world, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt_after(patch, 3)
         local.run(experiment, tmp_path / "run")
-    monkeypatch.setattr(tiny_rewards.Red, "forward", tiny_rewards.Drunk().forward)
+    monkeypatch.setattr(tiny_rewards.Red, "forward", lambda self, images, prompts: torch.randn(len(prompts)))
     before = state(tmp_path / "run")["metrics"]
     with pytest.raises(RewardError, match=r"^reward tiny_rewards:Red: its scores are random"):
         local.run(experiment, tmp_path / "run")
