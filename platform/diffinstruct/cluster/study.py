@@ -159,7 +159,7 @@ def complete(
     if rows.missing(points):
         return None
     found = rows.read().set_index(KEY).loc[[trial for _, trial in wanted]].reset_index()
-    return found.assign(arm=[arm for arm, _ in wanted])
+    return found.copy().assign(arm=[arm for arm, _ in wanted])  # a copy in one piece: rows have hundreds of columns
 
 
 def trial_name(point: Point) -> str:
