@@ -135,17 +135,19 @@ def test_a_file_without_tensors_is_refused(tmp_path):
 
 
 def test_names_of_the_hub_are_passed_on_with_their_revisions(settings, monkeypatch):
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, CLIPConfig
 
     asked = []
+    fits = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
     model, tokenizer = CLIPModel(tiny_clip.clip_config()), AutoTokenizer.from_pretrained(settings["clip_score"]["model"])
-    monkeypatch.setattr(CLIPModel, "from_pretrained", lambda s, **k: asked.append((s, k["revision"])) or model)
+    monkeypatch.setattr(CLIPModel, "from_pretrained", lambda s, **k: asked.append((s, k["revision"])) or (model, fits))
+    monkeypatch.setattr(CLIPConfig, "get_config_dict", lambda s, **k: asked.append((s, k["revision"])) or ({}, {}))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda s, **k: asked.append((s, k["revision"])) or tokenizer)
     monkeypatch.setattr("reward_models.clip._mean_and_std", lambda s, r: asked.append((s, r)) or ((0.5,) * 3, (0.5,) * 3))
 
     reward_models.load("pickscore", revision="a1", processor_revision="b2")
     processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    assert asked == [("yuvalkirstain/PickScore_v1", "a1"), (processor, "b2"), (processor, "b2")]
+    assert asked == [("yuvalkirstain/PickScore_v1", "a1")] * 2 + [(processor, "b2"), (processor, "b2")]
     asked.clear()
     reward_models.load("clip_score", revision="c3")
-    assert asked == [("openai/clip-vit-large-patch14", "c3")] * 3
+    assert asked == [("openai/clip-vit-large-patch14", "c3")] * 4
