@@ -58,8 +58,9 @@ def load_open_clip(
     """A tower from open_clip's state dict of a CLIP, which looks at pictures as HPS does."""
     from transformers import CLIPModel
 
+    state = read(weights, file, revision)  # first: a file that is not there should not be missed a minute later
     clip = CLIPModel(config or vit_h())
-    fill(clip, read(weights, file, revision), open_clip_name, open_clip_cut)
+    fill(clip, state, open_clip_name, open_clip_cut)
     return ClipTower(clip, load_tokenizer(tokenizer, tokenizer_revision), pixels=fit_pixels)
 
 

@@ -65,8 +65,9 @@ def image_reward(
     config: BlipConfig | None = None,
 ) -> ImageReward:
     """ImageReward v1.0. `weights`: a state dict, a file, or a folder or hub id with ImageReward.pt; `config` is BLIP-L's."""
+    state = read(weights, "ImageReward.pt", revision)  # first: a file that is not there should not be missed a minute later
     reward = ImageReward(config or blip_large(), load_tokenizer(tokenizer, tokenizer_revision))
-    fill(reward, read(weights, "ImageReward.pt", revision), blip_name, unused=UNUSED)
+    fill(reward, state, blip_name, unused=UNUSED)
     return reward
 
 

@@ -151,3 +151,26 @@ def test_names_of_the_hub_are_passed_on_with_their_revisions(settings, monkeypat
     asked.clear()
     reward_models.load("clip_score", revision="c3")
     assert asked == [("openai/clip-vit-large-patch14", "c3")] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("aesthetic_v1", "sa_0_4_vit_l_14_linear.pth"),
+        ("aesthetic_v2", "sac+logos+ava1-l14-linearMSE.pth"),
+        ("image_reward", "ImageReward.pt"),
+    ],
+)
+def test_weights_lie_in_a_folder_under_their_original_name(name, file, settings, tmp_path):
+    (tmp_path / file).write_bytes(settings[name]["weights"].read_bytes())
+    images, ask = pictures(2), settings[name] | {"weights": tmp_path}
+    assert torch.equal(
+        reward_models.load(name, **ask)(images, PROMPTS[:2]), reward_models.load(name, **settings[name])(images, PROMPTS[:2])
+    )
+
+
+@pytest.mark.parametrize("name", ["hpsv2", "image_reward", "aesthetic_v1", "aesthetic_v2"])
+def test_weights_that_are_not_there_are_missed_before_a_model_is_built(name, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Linear, "__init__", None)
+    with pytest.raises(FileNotFoundError, match=rf"there is no {tmp_path}/"):
+        reward_models.load(name, **settings[name] | {"weights": tmp_path})
