@@ -338,3 +338,14 @@ def test_a_folder_without_its_tokenizer_or_preprocessor_is_refused(copied, folde
     (copied / "vocab.json").write_text(json.dumps(words))
     (copied / "merges.txt").write_text("#version: 0.2\n")
     assert torch.equal(load_tower(copied)._text("a red pot"), load_tower(folder)._text("a red pot"))
+
+
+def test_what_is_the_reward_itself_makes_none(tmp_path, monkeypatch):
+    code = "import torch\n\ndef red(images, prompts):\n    return images[:, 0].flatten(1).mean(1)\n\n"
+    code += "class Red(torch.nn.Module):\n    def forward(self, images, prompts):\n        return red(images, prompts)\n\n"
+    (tmp_path / "reds.py").write_text(code + "made = Red()\nnumber = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("red", "made", "number"):
+        with pytest.raises(ValueError, match=f"reward 'reds:{name}': a class or a function without arguments is wanted"):
+            reward_models.load(f"reds:{name}")
+    assert reward_models.load("reds:Red")(pictures(2), ["a", "b"]).shape == (2,)
