@@ -30,7 +30,8 @@ def read_prompts(source: str | Path) -> pd.DataFrame:
         raise UserError(f"{source}: prompts are 'pocket:<split>', a .csv or a .txt")
     try:
         if path.suffix == ".txt":
-            table = pd.DataFrame({"prompt": path.read_text(encoding="utf-8").splitlines()}, dtype=str)
+            # Some editors begin a file with a byte order mark; `splitlines` would also cut at form feeds and at U+2028.
+            table = pd.DataFrame({"prompt": path.read_text(encoding="utf-8-sig").split("\n")}, dtype=str)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the header would lose its end
