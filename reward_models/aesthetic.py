@@ -51,7 +51,7 @@ def aesthetic_v1(
     model: str | Path = CLIP_L,
     revision: str | None = None,
 ) -> Aesthetic:
-    """v1. `weights` of the head, or the folder of V1_FILE: keys weight, bias; `model`, `revision`: hub id or folder of its CLIP."""
+    """v1. `weights` of the head: keys weight, bias, or a folder with V1_FILE; `model`, `revision`: hub id or folder of CLIP."""
     head = read(weights, V1_FILE)
     tower = shared_tower(load_tower, model, revision)
     net = nn.Linear(tower.clip.config.projection_dim, 1)
@@ -64,7 +64,7 @@ def aesthetic_v2(
     model: str | Path = CLIP_L,
     revision: str | None = None,
 ) -> Aesthetic:
-    """v2. `weights` of the head, or the folder of V2_FILE: keys layers.0.weight and on; `model`, `revision`: as of v1."""
+    """v2. `weights` of the head: keys layers.0.weight and on, or a folder with V2_FILE; `model`, `revision`: as of v1."""
     head = read(weights, V2_FILE)
     tower = shared_tower(load_tower, model, revision)
     net = score_mlp(tower.clip.config.projection_dim)
