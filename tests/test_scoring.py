@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -166,6 +167,15 @@ def test_turned_pictures_are_batched_by_the_size_they_are_seen_in(tmp_path):
     (tmp_path / "p.txt").write_text("x\n" * 3)
     run("rewards", "score", tmp_path, tmp_path / "p.txt", "--reward", RED, "-o", tmp_path / "s.csv")
     np.testing.assert_allclose(pd.read_csv(tmp_path / "s.csv")[RED], (np.array([200, 100, 50]) / 255) ** 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "note"), [(2, b"6\0\0\0"), (3, b"\0\0\0\0"), (3, b"\x63\0\0\0")])  # 2: text, 3: a number
+def test_a_camera_note_that_means_nothing_is_ignored(tmp_path, kind, note):
+    exif = b"Exif\0\0II*\0" + struct.pack("<IHHHI", 8, 1, 0x0112, kind, 2 if kind == 2 else 1) + note + bytes(4)
+    Image.new("RGB", (8, 4), (200, 0, 0)).save(tmp_path / "1.jpg", exif=exif, quality=100)
+    (tmp_path / "p.txt").write_text("x\n")
+    run("rewards", "score", tmp_path, tmp_path / "p.txt", "--reward", RED, "-o", tmp_path / "s.csv")
+    assert pd.read_csv(tmp_path / "s.csv")[RED][0] == pytest.approx((200 / 255) ** 2, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def read_picture(path: Path) -> Tensor:
 def _size(path: Path) -> tuple[int, int]:
     """Of the picture as `read_picture` gives it, from its head alone."""
     with _opened(path) as file:
-        lies = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        lies = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # it may be anything: as Pillow, ignore the rest
         return file.size[::-1] if lies else file.size
 
 
