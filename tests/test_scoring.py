@@ -228,6 +228,22 @@ def test_score_refuses_what_does_not_match_or_cannot_be_read(folder, prompts, tm
     assert not (tmp_path / "s.csv").exists()
 
 
+def Counting():
+    return lambda images, prompts: torch.arange(len(prompts))
+
+
+def Complex():
+    return lambda images, prompts: images.mean((1, 2, 3)) + 1j
+
+
+@pytest.mark.parametrize(("name", "kind"), [("Counting", "int64"), ("Complex", "complex64")])
+def test_scores_that_are_no_real_numbers_are_refused_as_in_the_handshake(folder, prompts, tmp_path, capsys, name, kind):
+    expected = f"reward test_scoring:{name}: scores of torch.{kind}, expected floating point"
+    ask = ["--reward", f"test_scoring:{name}", "-o", tmp_path / "s.csv"]
+    assert fails(capsys, "rewards", "score", folder, prompts, *ask) == expected
+    assert fails(capsys, "rewards", "test", f"test_scoring:{name}", "--images", folder).splitlines()[-1] == expected
+
+
 def test_a_reward_that_fails_is_named_and_nothing_is_written(folder, prompts, tmp_path, capsys):
     prompts.write_text("one\ntwo\nthree\nbroken\nfive\n")
     out = tmp_path / "s.csv"

@@ -140,6 +140,8 @@ def scored(
         raise RewardError(f"reward {name}: returned a {type(score).__name__}, expected a tensor [{batch}]")
     if score.shape != (batch,):
         raise RewardError(f"reward {name}: {batch} images got scores of shape {list(score.shape)}, expected [{batch}]")
+    if not score.is_floating_point():
+        raise RewardError(f"reward {name}: scores of {score.dtype}, expected floating point")
     if not torch.isfinite(score).all():
         raise RewardError(f"reward {name}: {int((~torch.isfinite(score)).sum())} of {batch} scores are not finite")
     return score
