@@ -117,7 +117,7 @@ def test_a_table_that_names_pictures_pairs_them_itself(folder, tmp_path, capsys)
     assert list(table) == ["image", "prompt", "model", RED]
     assert list(table["image"]) == ["b.png", "a1.png", "b.png"] and list(table["prompt"]) == ["b, again", "one", "the other"]
     np.testing.assert_allclose(table[RED], [(200 / 255) ** 2, (40 / 255) ** 2, (200 / 255) ** 2], rtol=1e-5)
-    assert f"3 of 5 pictures in {folder} are not named in {pairs} and not scored" in capsys.readouterr().out
+    assert f"3 of 5 pictures in {folder} are not named in {pairs} and are not scored" in capsys.readouterr().out
 
 
 def test_more_pictures_than_a_batch_keep_their_order(tmp_path):
@@ -226,6 +226,39 @@ def test_score_refuses_what_does_not_match_or_cannot_be_read(folder, prompts, tm
     Image.new("I;16", (4, 4), 40_000).save(folder / "b.png")
     assert complaint(capsys, *asked) == f"{folder}/b.png: has more than 8 bits a channel (I;16); save it with 8"
     assert not (tmp_path / "s.csv").exists()
+
+
+@pytest.mark.parametrize("column", ["Image", " image", "file_name", "filename", "path", "picture"])
+@pytest.mark.parametrize("cell", ["{}", " {}", "out/pictures/{}"])
+def test_a_column_of_pictures_by_another_name_is_not_paired_by_order(folder, tmp_path, capsys, column, cell):
+    pairs = tmp_path / "pairs.csv"
+    names = ["b.png", "a10.png", "A9.png", "a2.webp", "a1.png"]
+    pairs.write_text(f"prompt,{column}\n" + "".join(f"x,{cell.format(name)}\n" for name in names))
+    said = complaint(capsys, "rewards", "score", folder, pairs, "--reward", RED, "-o", tmp_path / "s.csv")
+    assert said == f"{pairs}: column {column!r} names pictures of {folder}; call it 'image', each name as in the folder"
+    pairs.write_text("prompt,model,mouth\n" + "x,y,\n" * 5)  # any other column is none of our business
+    run("rewards", "score", folder, pairs, "--reward", RED)
+
+
+def test_pictures_with_an_empty_prompt_are_told_from_those_that_are_not_named(folder, tmp_path, capsys):
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("image,prompt\na1.png,one\na2.webp,\nA9.png, \n")
+    run("rewards", "score", folder, pairs, "--reward", RED, "-o", tmp_path / "s.csv")
+    assert list(pd.read_csv(tmp_path / "s.csv")["image"]) == ["a1.png"]
+    said = capsys.readouterr().out
+    assert f"2 of 5 pictures in {folder} have an empty prompt in {pairs} and are not scored" in said
+    assert f"2 of 5 pictures in {folder} are not named in {pairs} and are not scored" in said
+    pairs.write_text("image,prompt\na1.png,\n")
+    assert complaint(capsys, "rewards", "score", folder, pairs, "--reward", RED) == f"{pairs}: no prompts in it"
+
+
+def test_the_prompts_are_not_written_over(folder, tmp_path, capsys, monkeypatch):
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("image,prompt\na1.png,one\n")
+    monkeypatch.chdir(tmp_path)
+    said = complaint(capsys, "rewards", "score", folder, pairs, "--reward", RED, "-o", "pairs.csv")
+    assert said == "-o: 'pairs.csv' is the prompts' own file, name another"
+    assert pairs.read_text() == "image,prompt\na1.png,one\n"
 
 
 def Counting():

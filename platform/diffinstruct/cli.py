@@ -278,11 +278,15 @@ def test_reward(arguments: argparse.Namespace) -> None:
 
 
 def score_pictures(arguments: argparse.Namespace) -> None:
+    from diffinstruct.experiment import UserError
+
     names = list(dict.fromkeys(arguments.rewards))
     _known_rewards(names, "--reward")
     out: Path | None = arguments.out
     if out:
         _writable(out, ".csv")
+        if out.exists() and Path(arguments.prompts).exists() and out.samefile(arguments.prompts):
+            raise UserError(f"-o: {str(out)!r} is the prompts' own file, name another")
     from diffinstruct.rewards import RewardError
     from diffinstruct.scoring import pictures_with_prompts, save, score, summary
 
