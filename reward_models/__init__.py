@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -121,7 +122,7 @@ NAMES = {
 def load(name: str, **settings: object) -> nn.Module:
     """The reward of a short name of `NAMES`, or of an import path `module:callable`, called with `settings`.
 
-    Raises ValueError for a name that is neither, with the nearest one that exists.
+    Raises ValueError for a name that is neither, with the nearest one that exists, and for what wants arguments and gets none.
     """
     path = NAMES[name].path if name in NAMES else name
     module, colon, attribute = path.partition(":")
@@ -130,7 +131,21 @@ def load(name: str, **settings: object) -> nn.Module:
     found = importlib.import_module(module)
     if not hasattr(found, attribute):
         raise ValueError(f"reward {name!r}: {module} has no {attribute!r}{_nearest(attribute, vars(found))}")
-    return getattr(found, attribute)(**settings)
+    made_by = getattr(found, attribute)
+    if not settings:
+        _refuse_what_takes_arguments(name, made_by)
+    return made_by(**settings)
+
+
+def _refuse_what_takes_arguments(name: str, made_by: object) -> None:
+    """The usual mistake is to name the reward itself, a function of images and prompts, or a module that is made already."""
+    called = made_by if isinstance(made_by, type) else getattr(made_by, "forward", made_by)
+    try:
+        inspect.signature(called).bind()  # type: ignore[arg-type]  # what cannot be called is a TypeError, too
+    except TypeError as error:
+        raise ValueError(
+            f"reward {name!r}: a class or a function without arguments is wanted, which makes the reward; this one: {error}"
+        ) from None
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
+from urllib.parse import unquote
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ V2 = (
     "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/6934dd81792f086e613a121dbce43082cb8be85e/"
     "sac%2Blogos%2Bava1-l14-linearMSE.pth"
 )
+
+
+V1_FILE, V2_FILE = (unquote(address.rpartition("/")[2]) for address in (V1, V2))
 
 
 class Aesthetic(TowerReward):
@@ -47,10 +51,11 @@ def aesthetic_v1(
     model: str | Path = CLIP_L,
     revision: str | None = None,
 ) -> Aesthetic:
-    """v1. `weights` of the head: keys weight, bias; `model`, `revision`: hub id or local folder of its CLIP."""
+    """v1. `weights` of the head: keys weight, bias, or a folder with V1_FILE; `model`, `revision`: hub id or folder of CLIP."""
+    head = read(weights, V1_FILE)
     tower = shared_tower(load_tower, model, revision)
     net = nn.Linear(tower.clip.config.projection_dim, 1)
-    fill(net, read(weights), lambda name: name)
+    fill(net, head, lambda name: name)
     return Aesthetic(tower, net)
 
 
@@ -59,8 +64,9 @@ def aesthetic_v2(
     model: str | Path = CLIP_L,
     revision: str | None = None,
 ) -> Aesthetic:
-    """v2. `weights` of the head: keys layers.0.weight and on; `model`, `revision`: hub id or local folder of its CLIP."""
+    """v2. `weights` of the head: keys layers.0.weight and on, or a folder with V2_FILE; `model`, `revision`: as of v1."""
+    head = read(weights, V2_FILE)
     tower = shared_tower(load_tower, model, revision)
     net = score_mlp(tower.clip.config.projection_dim)
-    fill(net, read(weights), lambda name: f"layers.{name}")
+    fill(net, head, lambda name: f"layers.{name}")
     return Aesthetic(tower, net)

@@ -127,19 +127,62 @@ def load_tower(
 ) -> ClipTower:
     """A tower from a folder or hub id of a `CLIPModel` (safetensors).
 
-    `processor`, by default the same, has its tokenizer and its preprocessor configuration. A local folder without the
-    latter means CLIP's own mean and deviation. A revision is a hub repository's commit; none means its newest.
+    `processor`, by default the same, has its tokenizer and its preprocessor configuration. A revision is a hub
+    repository's commit; none means its newest. Raises ValueError for weights that are not those of the configuration.
     """
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import CLIPConfig, CLIPModel
     from transformers.utils import logging
 
     if processor is None:
         processor, processor_revision = model, revision
     if Path(model).is_dir():
         logging.disable_progress_bar()  # of loading; the one of a download stays
-    clip = CLIPModel.from_pretrained(model, revision=revision or "main", use_safetensors=True, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(processor, revision=processor_revision or "main")
+    revision = revision or "main"
+    kind = CLIPConfig.get_config_dict(model, revision=revision)[0].get("model_type", "clip")
+    if kind != "clip":
+        raise ValueError(f"{model}: model_type in its config.json is {kind!r}, not 'clip'")
+    clip, found = CLIPModel.from_pretrained(
+        model,
+        revision=revision,
+        use_safetensors=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+    )
+    _refuse_what_does_not_fit(model, found)
+    tokenizer = load_tokenizer(processor, processor_revision)
     return ClipTower(clip, tokenizer, *_mean_and_std(processor, processor_revision or "main"))
+
+
+NAMED = 3  # keys that do not fit, of each kind: of a wrong model it would be hundreds
+
+
+def _refuse_what_does_not_fit(model: str | Path, found: dict[str, Any]) -> None:
+    """transformers fills what is missing or of another shape with random numbers and leaves out what is too much. What it
+    passes over on purpose, such as position_ids, is in none of its lists."""
+    missing = [f"{name} is missing" for name in sorted(found["missing_keys"])]
+    spare = [f"{name} is left over" for name in sorted(found["unexpected_keys"])]
+    shapes = [f"{name} has {list(has)} where {list(due)} is due" for name, has, due in sorted(found["mismatched_keys"])]
+    wrong = [line for lines in (missing, spare, shapes) for line in lines[:NAMED]]
+    if wrong:
+        more = len(missing) + len(spare) + len(shapes) - len(wrong)
+        raise ValueError(f"{model}: weights do not fit CLIPModel: {', '.join(wrong)}{f', and {more} more' if more else ''}")
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
+    """The tokenizer of a folder or hub id. Raises ValueError where there is none: transformers would make one up that knows
+    no word."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        whole = "tokenizer.json"
+        parts = " and ".join(file for file in tokenizer.vocab_files_names.values() if file != whole)
+        raise ValueError(
+            f"{source}: no tokenizer in it, there should be {whole} or {parts}; "
+            "processor= or tokenizer=, whichever the reward takes, names where they are"
+        )
+    return tokenizer
 
 
 def _mean_and_std(processor: str | Path, revision: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -147,7 +190,7 @@ def _mean_and_std(processor: str | Path, revision: str) -> tuple[tuple[float, ..
 
     folder = Path(processor)
     if folder.is_dir() and not any(folder.glob("*processor_config.json")):
-        return OPENAI_MEAN, OPENAI_STD
+        raise ValueError(f"{processor}: no preprocessor_config.json in it, which has the pictures' mean and deviation")
     settings, _ = ImageProcessingMixin.get_image_processor_dict(processor, revision=revision)
     return tuple(settings.get("image_mean", OPENAI_MEAN)), tuple(settings.get("image_std", OPENAI_STD))
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from .clip import ClipTower, TowerReward, shared_tower
+from .clip import ClipTower, TowerReward, load_tokenizer, shared_tower
 from .weights import Weights, fill, read
 
 if TYPE_CHECKING:
@@ -56,11 +56,12 @@ def load_open_clip(
     config: CLIPConfig | None,
 ) -> ClipTower:
     """A tower from open_clip's state dict of a CLIP, which looks at pictures as HPS does."""
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import CLIPModel
 
+    state = read(weights, file, revision)  # first: a file that is not there should not be missed a minute later
     clip = CLIPModel(config or vit_h())
-    fill(clip, read(weights, file, revision), open_clip_name, open_clip_cut)
-    return ClipTower(clip, AutoTokenizer.from_pretrained(tokenizer, revision=tokenizer_revision or "main"), pixels=fit_pixels)
+    fill(clip, state, open_clip_name, open_clip_cut)
+    return ClipTower(clip, load_tokenizer(tokenizer, tokenizer_revision), pixels=fit_pixels)
 
 
 def vit_h() -> CLIPConfig:

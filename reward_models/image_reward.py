@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .aesthetic import score_mlp
-from .clip import OPENAI_MEAN, OPENAI_STD, clip_pixels
+from .clip import OPENAI_MEAN, OPENAI_STD, clip_pixels, load_tokenizer
 from .weights import Weights, fill, read
 
 if TYPE_CHECKING:
@@ -65,11 +65,9 @@ def image_reward(
     config: BlipConfig | None = None,
 ) -> ImageReward:
     """ImageReward v1.0. `weights`: a state dict, a file, or a folder or hub id with ImageReward.pt; `config` is BLIP-L's."""
-    from transformers import AutoTokenizer
-
-    words = AutoTokenizer.from_pretrained(tokenizer, revision=tokenizer_revision or "main")
-    reward = ImageReward(config or blip_large(), words)
-    fill(reward, read(weights, "ImageReward.pt", revision), blip_name, unused=UNUSED)
+    state = read(weights, "ImageReward.pt", revision)  # first: a file that is not there should not be missed a minute later
+    reward = ImageReward(config or blip_large(), load_tokenizer(tokenizer, tokenizer_revision))
+    fill(reward, state, blip_name, unused=UNUSED)
     return reward
 
 

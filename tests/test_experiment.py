@@ -238,6 +238,14 @@ def test_prompts_of_a_csv_and_a_txt(tmp_path):
     assert table.index.tolist() == [0, 1]
 
 
+def test_prompts_of_other_editors(tmp_path):
+    """With a byte order mark, with Windows' ends of lines, with characters that only `splitlines` takes for one."""
+    (tmp_path / "a.txt").write_bytes("\ufeffa cat\r\na dog\u2028on\x0ca mat\r\n\r\na bird".encode())
+    assert read_prompts(tmp_path / "a.txt")["prompt"].tolist() == ["a cat", "a dog\u2028on\x0ca mat", "a bird"]
+    (tmp_path / "a.csv").write_bytes("\ufeffprompt\r\na dog\u2028on a mat\r\n".encode())
+    assert read_prompts(tmp_path / "a.csv")["prompt"].tolist() == ["a dog\u2028on a mat"]
+
+
 def test_the_pocket_splits(tmp_path, monkeypatch):
     path = tmp_path / "prompts.csv"
     path.write_text(

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -14,6 +15,7 @@ import pytest
 import tiny_clip
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_clip import pictures
 
 import reward_models
@@ -272,3 +274,78 @@ def test_the_documented_reward_of_your_own_keeps_the_contract(tmp_path, monkeypa
     assert scores.shape == (3,)
     assert (torch.autograd.grad(scores.sum(), images)[0] != 0).any()
     assert not any(p.requires_grad for p in reward.parameters())
+
+
+# ------------------------------------------------------------------------------------------ folders that are not whole
+@pytest.fixture
+def copied(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "clip"))
+
+
+def rewrite(folder, change):
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_tower_whose_weights_do_not_fit_is_refused_by_name(copied):
+    def spoil(state):
+        state["stranger"] = torch.zeros(1)
+        state["logit_scale"] = torch.zeros(2)
+        del state["visual_projection.weight"]
+
+    rewrite(copied, spoil)
+    with pytest.raises(ValueError, match=re.escape(f"{copied}: weights do not fit CLIPModel")) as error:
+        load_tower(copied)
+    for said in ("visual_projection.weight is missing", "stranger is left over", "logit_scale has [2] where [] is due"):
+        assert said in str(error.value)
+
+    rewrite(copied, lambda state: [state.pop(name) for name in list(state) if name.startswith("text_model")])
+    with pytest.raises(ValueError, match=r"layers\.0\.layer_norm1\.bias is missing, .*, and \d+ more$"):
+        load_tower(copied)
+
+
+def test_position_ids_of_old_checkpoints_are_passed_over(copied, folder):
+    names = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+    rewrite(copied, lambda state: state.update({name: torch.arange(17)[None] + 0 for name in names}))
+    images = pictures(2)
+    torch.testing.assert_close(load_tower(copied).features(images), load_tower(folder).features(images))
+
+
+def test_a_model_of_another_kind_is_refused_by_name(copied):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"model_type": "siglip"}))
+    with pytest.raises(ValueError, match=re.escape(f"{copied}: model_type in its config.json is 'siglip', not 'clip'")):
+        load_tower(copied)
+
+
+def test_a_folder_without_its_tokenizer_or_preprocessor_is_refused(copied, folder, settings, tmp_path):
+    (copied / "preprocessor_config.json").rename(tmp_path / "away.json")
+    with pytest.raises(ValueError, match=re.escape(f"{copied}: no preprocessor_config.json in it")):
+        load_tower(copied)
+    (tmp_path / "away.json").rename(copied / "preprocessor_config.json")
+    (copied / "tokenizer.json").unlink()
+    said = f"{copied}: no tokenizer in it, there should be tokenizer.json or vocab.json and merges.txt; processor= or"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        load_tower(copied)
+    bert = Path(shutil.copytree(settings["image_reward"]["tokenizer"], tmp_path / "bert"))
+    (bert / "tokenizer.json").unlink()
+    for name, empty, parts in (("hpsv2", copied, "vocab.json and merges.txt"), ("image_reward", bert, "vocab.txt")):
+        with pytest.raises(ValueError, match=f"no tokenizer in it, there should be tokenizer.json or {parts};"):
+            reward_models.load(name, **settings[name] | {"tokenizer": empty})
+
+    words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (copied / "vocab.json").write_text(json.dumps(words))
+    (copied / "merges.txt").write_text("#version: 0.2\n")
+    torch.testing.assert_close(load_tower(copied)._text("a red pot"), load_tower(folder)._text("a red pot"))
+
+
+def test_what_is_the_reward_itself_makes_none(tmp_path, monkeypatch):
+    code = "import torch\n\ndef red(images, prompts):\n    return images[:, 0].flatten(1).mean(1)\n\n"
+    code += "class Red(torch.nn.Module):\n    def forward(self, images, prompts):\n        return red(images, prompts)\n\n"
+    (tmp_path / "reds.py").write_text(code + "made = Red()\nnumber = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("red", "made", "number"):
+        with pytest.raises(ValueError, match=f"reward 'reds:{name}': a class or a function without arguments is wanted"):
+            reward_models.load(f"reds:{name}")
+    assert reward_models.load("reds:Red")(pictures(2), ["a", "b"]).shape == (2,)

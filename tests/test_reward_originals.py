@@ -135,17 +135,42 @@ def test_a_file_without_tensors_is_refused(tmp_path):
 
 
 def test_names_of_the_hub_are_passed_on_with_their_revisions(settings, monkeypatch):
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, CLIPConfig
 
     asked = []
+    fits = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
     model, tokenizer = CLIPModel(tiny_clip.clip_config()), AutoTokenizer.from_pretrained(settings["clip_score"]["model"])
-    monkeypatch.setattr(CLIPModel, "from_pretrained", lambda s, **k: asked.append((s, k["revision"])) or model)
+    monkeypatch.setattr(CLIPModel, "from_pretrained", lambda s, **k: asked.append((s, k["revision"])) or (model, fits))
+    monkeypatch.setattr(CLIPConfig, "get_config_dict", lambda s, **k: asked.append((s, k["revision"])) or ({}, {}))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda s, **k: asked.append((s, k["revision"])) or tokenizer)
     monkeypatch.setattr("reward_models.clip._mean_and_std", lambda s, r: asked.append((s, r)) or ((0.5,) * 3, (0.5,) * 3))
 
     reward_models.load("pickscore", revision="a1", processor_revision="b2")
     processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    assert asked == [("yuvalkirstain/PickScore_v1", "a1"), (processor, "b2"), (processor, "b2")]
+    assert asked == [("yuvalkirstain/PickScore_v1", "a1")] * 2 + [(processor, "b2"), (processor, "b2")]
     asked.clear()
     reward_models.load("clip_score", revision="c3")
-    assert asked == [("openai/clip-vit-large-patch14", "c3")] * 3
+    assert asked == [("openai/clip-vit-large-patch14", "c3")] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("aesthetic_v1", "sa_0_4_vit_l_14_linear.pth"),
+        ("aesthetic_v2", "sac+logos+ava1-l14-linearMSE.pth"),
+        ("image_reward", "ImageReward.pt"),
+    ],
+)
+def test_weights_lie_in_a_folder_under_their_original_name(name, file, settings, tmp_path):
+    (tmp_path / file).write_bytes(settings[name]["weights"].read_bytes())
+    images, ask = pictures(2), settings[name] | {"weights": tmp_path}
+    assert torch.equal(
+        reward_models.load(name, **ask)(images, PROMPTS[:2]), reward_models.load(name, **settings[name])(images, PROMPTS[:2])
+    )
+
+
+@pytest.mark.parametrize("name", ["hpsv2", "image_reward", "aesthetic_v1", "aesthetic_v2"])
+def test_weights_that_are_not_there_are_missed_before_a_model_is_built(name, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Linear, "__init__", None)
+    with pytest.raises(FileNotFoundError, match=rf"there is no {tmp_path}/"):
+        reward_models.load(name, **settings[name] | {"weights": tmp_path})

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def test_a_table_that_names_pictures_pairs_them_itself(folder, tmp_path, capsys)
     assert list(table) == ["image", "prompt", "model", RED]
     assert list(table["image"]) == ["b.png", "a1.png", "b.png"] and list(table["prompt"]) == ["b, again", "one", "the other"]
     np.testing.assert_allclose(table[RED], [(200 / 255) ** 2, (40 / 255) ** 2, (200 / 255) ** 2], rtol=1e-5)
-    assert f"3 of 5 pictures in {folder} are not named in {pairs} and not scored" in capsys.readouterr().out
+    assert f"3 of 5 pictures in {folder} are not named in {pairs} and are not scored" in capsys.readouterr().out
 
 
 def test_more_pictures_than_a_batch_keep_their_order(tmp_path):
@@ -168,6 +169,15 @@ def test_turned_pictures_are_batched_by_the_size_they_are_seen_in(tmp_path):
     np.testing.assert_allclose(pd.read_csv(tmp_path / "s.csv")[RED], (np.array([200, 100, 50]) / 255) ** 2, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "note"), [(2, b"6\0\0\0"), (3, b"\0\0\0\0"), (3, b"\x63\0\0\0")])  # 2: text, 3: a number
+def test_a_camera_note_that_means_nothing_is_ignored(tmp_path, kind, note):
+    exif = b"Exif\0\0II*\0" + struct.pack("<IHHHI", 8, 1, 0x0112, kind, 2 if kind == 2 else 1) + note + bytes(4)
+    Image.new("RGB", (8, 4), (200, 0, 0)).save(tmp_path / "1.jpg", exif=exif, quality=100)
+    (tmp_path / "p.txt").write_text("x\n")
+    run("rewards", "score", tmp_path, tmp_path / "p.txt", "--reward", RED, "-o", tmp_path / "s.csv")
+    assert pd.read_csv(tmp_path / "s.csv")[RED][0] == pytest.approx((200 / 255) ** 2, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -216,6 +226,55 @@ def test_score_refuses_what_does_not_match_or_cannot_be_read(folder, prompts, tm
     Image.new("I;16", (4, 4), 40_000).save(folder / "b.png")
     assert complaint(capsys, *asked) == f"{folder}/b.png: has more than 8 bits a channel (I;16); save it with 8"
     assert not (tmp_path / "s.csv").exists()
+
+
+@pytest.mark.parametrize("column", ["Image", " image", "file_name", "filename", "path", "picture"])
+@pytest.mark.parametrize("cell", ["{}", " {}", "out/pictures/{}"])
+def test_a_column_of_pictures_by_another_name_is_not_paired_by_order(folder, tmp_path, capsys, column, cell):
+    pairs = tmp_path / "pairs.csv"
+    names = ["b.png", "a10.png", "A9.png", "a2.webp", "a1.png"]
+    pairs.write_text(f"prompt,{column}\n" + "".join(f"x,{cell.format(name)}\n" for name in names))
+    said = complaint(capsys, "rewards", "score", folder, pairs, "--reward", RED, "-o", tmp_path / "s.csv")
+    assert said == f"{pairs}: column {column!r} names pictures of {folder}; call it 'image', each name as in the folder"
+    pairs.write_text("prompt,model,mouth\n" + "x,y,\n" * 5)  # any other column is none of our business
+    run("rewards", "score", folder, pairs, "--reward", RED)
+
+
+def test_pictures_with_an_empty_prompt_are_told_from_those_that_are_not_named(folder, tmp_path, capsys):
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("image,prompt\na1.png,one\na2.webp,\nA9.png, \n")
+    run("rewards", "score", folder, pairs, "--reward", RED, "-o", tmp_path / "s.csv")
+    assert list(pd.read_csv(tmp_path / "s.csv")["image"]) == ["a1.png"]
+    said = capsys.readouterr().out
+    assert f"2 of 5 pictures in {folder} have an empty prompt in {pairs} and are not scored" in said
+    assert f"2 of 5 pictures in {folder} are not named in {pairs} and are not scored" in said
+    pairs.write_text("image,prompt\na1.png,\n")
+    assert complaint(capsys, "rewards", "score", folder, pairs, "--reward", RED) == f"{pairs}: no prompts in it"
+
+
+def test_the_prompts_are_not_written_over(folder, tmp_path, capsys, monkeypatch):
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("image,prompt\na1.png,one\n")
+    monkeypatch.chdir(tmp_path)
+    said = complaint(capsys, "rewards", "score", folder, pairs, "--reward", RED, "-o", "pairs.csv")
+    assert said == "-o: 'pairs.csv' is the prompts' own file, name another"
+    assert pairs.read_text() == "image,prompt\na1.png,one\n"
+
+
+def Counting():
+    return lambda images, prompts: torch.arange(len(prompts))
+
+
+def Complex():
+    return lambda images, prompts: images.mean((1, 2, 3)) + 1j
+
+
+@pytest.mark.parametrize(("name", "kind"), [("Counting", "int64"), ("Complex", "complex64")])
+def test_scores_that_are_no_real_numbers_are_refused_as_in_the_handshake(folder, prompts, tmp_path, capsys, name, kind):
+    expected = f"reward test_scoring:{name}: scores of torch.{kind}, expected floating point"
+    ask = ["--reward", f"test_scoring:{name}", "-o", tmp_path / "s.csv"]
+    assert fails(capsys, "rewards", "score", folder, prompts, *ask) == expected
+    assert fails(capsys, "rewards", "test", f"test_scoring:{name}", "--images", folder).splitlines()[-1] == expected
 
 
 def test_a_reward_that_fails_is_named_and_nothing_is_written(folder, prompts, tmp_path, capsys):

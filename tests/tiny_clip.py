@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizer, BlipConfig, CLIPConfig, CLIPModel, CLIPTokenizer
 
+from reward_models.clip import OPENAI_MEAN, OPENAI_STD
 from reward_models.hps import open_clip_cut, open_clip_name
 from reward_models.weights import fill
 
@@ -68,6 +69,7 @@ def build(folder: Path) -> dict[str, dict[str, Any]]:
     model = CLIPModel(clip_config())
     fill(model, weights(**ORIGINALS["clip"]), open_clip_name, open_clip_cut)
     model.save_pretrained(clip)
+    (clip / "preprocessor_config.json").write_text(json.dumps({"image_mean": OPENAI_MEAN, "image_std": OPENAI_STD}))
 
     hps.mkdir()
     drawn = weights(ORIGINALS["clip"]["shapes"], ORIGINALS["hpsv2"]["seed"])

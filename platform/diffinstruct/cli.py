@@ -111,7 +111,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompts", metavar="FILE", help="as for `rewards score`; default: the pocket world's")
     sub.add_argument("--held-out", action="store_true", help="to judge only, not to train on: it needs no gradient")
 
-    sub = command("score", score_pictures, "score a folder of pictures, each with its prompt", rewards)
+    help = "score a folder of pictures, each with its prompt; whether a reward can be trusted is what `rewards test` tells"
+    sub = command("score", score_pictures, help, rewards)
     sub.add_argument("images", type=Path, metavar="IMAGES", help="a folder of .png, .jpg or .webp")
     sub.add_argument(
         "prompts", metavar="PROMPTS", help="a .txt or .csv, a prompt a picture in the order of names; or a .csv that names them"
@@ -277,11 +278,15 @@ def test_reward(arguments: argparse.Namespace) -> None:
 
 
 def score_pictures(arguments: argparse.Namespace) -> None:
+    from diffinstruct.experiment import UserError
+
     names = list(dict.fromkeys(arguments.rewards))
     _known_rewards(names, "--reward")
     out: Path | None = arguments.out
     if out:
         _writable(out, ".csv")
+        if out.exists() and Path(arguments.prompts).exists() and out.samefile(arguments.prompts):
+            raise UserError(f"-o: {str(out)!r} is the prompts' own file, name another")
     from diffinstruct.rewards import RewardError
     from diffinstruct.scoring import pictures_with_prompts, save, score, summary
 

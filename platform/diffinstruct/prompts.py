@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 POCKET_CSV = Path(__file__).parent / "pocket" / "prompts.csv"
 
 
-def read_prompts(source: str | Path) -> pd.DataFrame:
+def read_prompts(source: str | Path, empty: bool = False) -> pd.DataFrame:
     """The prompts of "pocket:<split>", of a .csv with a column `prompt`, or of a .txt with one prompt a line.
 
     The built-in table has the columns split, prompt, kind, subject, colour, background, mouth; an empty string is an
-    attribute that the prompt leaves open. Rows are numbered from 0. Raises UserError in one line that names the source.
+    attribute that the prompt leaves open. Rows without a prompt are left out, unless `empty` asks for them. Rows are numbered
+    from 0. Raises UserError in one line that names the source.
     """
     import pandas as pd
 
@@ -30,7 +31,8 @@ def read_prompts(source: str | Path) -> pd.DataFrame:
         raise UserError(f"{source}: prompts are 'pocket:<split>', a .csv or a .txt")
     try:
         if path.suffix == ".txt":
-            table = pd.DataFrame({"prompt": path.read_text(encoding="utf-8").splitlines()}, dtype=str)
+            # Some editors begin a file with a byte order mark; `splitlines` would also cut at form feeds and at U+2028.
+            table = pd.DataFrame({"prompt": path.read_text(encoding="utf-8-sig").split("\n")}, dtype=str)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the header would lose its end
@@ -46,8 +48,7 @@ def read_prompts(source: str | Path) -> pd.DataFrame:
         raise UserError(f"{path}: no column 'prompt', columns are {', '.join(table.columns)}")
     if name == "pocket":
         table = table[table["split"] == split]
-    else:
-        table = table[table["prompt"].str.strip() != ""]
-    if table.empty:
+    filled = table[table["prompt"].str.strip() != ""]
+    if filled.empty:
         raise UserError(f"{source}: no prompts in it")
-    return table.reset_index(drop=True)
+    return (table if empty else filled).reset_index(drop=True)

@@ -142,6 +142,8 @@ def scored(
         raise RewardError(f"reward {name}: {batch} images got scores of shape {list(score.shape)}, expected [{batch}]")
     if score.is_meta:
         raise RewardError(f"reward {name}: its scores are on the meta device, they have no values")
+    if not score.is_floating_point():
+        raise RewardError(f"reward {name}: scores of {score.dtype}, expected floating point")
     if not torch.isfinite(score).all():
         raise RewardError(f"reward {name}: {int((~torch.isfinite(score)).sum())} of {batch} scores are not finite")
     return score

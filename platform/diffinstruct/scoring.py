@@ -38,14 +38,22 @@ def pictures_with_prompts(folder: Path, prompts: str | Path) -> pd.DataFrame:
     A table that has a column `image` says itself which prompt belongs to which picture; otherwise there is one prompt for each
     picture, in the order of names, numbers by value: 2.png comes before 10.png. Raises UserError where they do not match.
     """
-    names, table = _names(folder), read_prompts(prompts)
+    names, table, everything = _names(folder), read_prompts(prompts), read_prompts(prompts, empty=True)
     if "image" in table:
         for name in table["image"]:
             if not (folder / name).is_file():
                 raise UserError(f"{prompts}: no picture {name!r} in {folder}{did_you_mean(name, names)}")
-        if rest := len(set(names) - set(table["image"])):
-            print(f"{rest} of {len(names)} pictures in {folder} are not named in {prompts} and not scored", flush=True)
+        left = set(names) - set(table["image"])
+        empty = left & set(everything["image"])
+        for some, why in ((empty, "have an empty prompt"), (left - empty, "are not named")):
+            if some:
+                print(f"{len(some)} of {len(names)} pictures in {folder} {why} in {prompts} and are not scored", flush=True)
         return table[["image", *table.columns.drop("image")]]
+    for column in table.columns.drop("prompt"):
+        if column.strip().lower() == "image" or {Path(cell.strip()).name for cell in table[column]} & set(names):
+            raise UserError(
+                f"{prompts}: column {column!r} names pictures of {folder}; call it 'image', each name as in the folder"
+            )
     if len(names) != len(table):
         raise UserError(
             f"{folder}: {len(names)} pictures, but {len(table)} prompts in {prompts}; give one for each, in the order of "
@@ -127,7 +135,7 @@ def read_picture(path: Path) -> Tensor:
 def _size(path: Path) -> tuple[int, int]:
     """Of the picture as `read_picture` gives it, from its head alone."""
     with _opened(path) as file:
-        lies = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        lies = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # it may be anything: as Pillow, ignore the rest
         return file.size[::-1] if lies else file.size
 
 
