@@ -292,7 +292,7 @@ def test_a_reward_that_errs_is_named(reward, said):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("tiny_rewards:steps_done", r"cannot load 'tiny_rewards:steps_done': TypeError: steps_done\(\) missing 2 required"),
+        ("tiny_rewards:steps_done", r"cannot load 'tiny_rewards:steps_done': ValueError: .* a class or a function without argum"),
         ("nowhere:Reward", "cannot load 'nowhere:Reward': ModuleNotFoundError: No module named 'nowhere'"),
         ("os:getcwd", "'os:getcwd' makes a str, which is not callable"),
     ],
