@@ -24,7 +24,6 @@ from tiny_runs import agree, journal, starts
 
 from diffinstruct import local
 from diffinstruct.aim import Aim
-from diffinstruct.checkpoint import CheckpointStore
 from diffinstruct.cluster import study as studies
 from diffinstruct.cluster import sweep as sweeps
 from diffinstruct.experiment import UserError
@@ -70,34 +69,39 @@ def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, wor
     assert client.get_run(parent.info.run_id).info.status == "FINISHED"  # the same parent, which has not failed any more
 
 
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Paused)])
-def test_a_sweep_that_was_ended_is_finished_by_the_same_call(number, error, session, world, tmp_path, capfd):
-    """Ctrl-C goes back to the last checkpoint; SIGTERM (`ray job stop`) saves first, so that no step is done twice."""
+def test_a_sweep_that_was_ended_is_finished_by_the_same_call(session, world, tmp_path, capfd):
+    """SIGTERM (`ray job stop`) saves first, so that no step is done twice; Ctrl-C goes back to the last checkpoint."""
     from mlflow import MlflowClient
 
     base, points = world[1](steps=200, logging__checkpoint_every=20), sweeps.grid({"generator.timestep": [500]})
     folder = tmp_path / "sweep" / sweeps.changed(base, points[0]).derived_id
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
-    def interrupt():
-        while not (folder / "checkpoints" / "step-00000020").exists():
+    def tracked():
+        return client.search_runs([client.get_experiment_by_name("diffinstruct").experiment_id])
+
+    def newest():
+        return max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step-" + 8 * "[0-9]")), default=0)
+
+    def interrupt(number, after):
+        while newest() <= after:
             time.sleep(0.05)
         os.kill(os.getpid(), number)
 
-    interrupter = threading.Thread(target=interrupt, daemon=True)
-    interrupter.start()
-    with pytest.raises(error):
-        sweeps.sweep(base, points, tmp_path / "sweep")
-    interrupter.join(1)
-    assert "interrupted: 1 of 1 trials are unfinished" in capfd.readouterr().out
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    runs = client.search_runs([client.get_experiment_by_name("diffinstruct").experiment_id])
-    assert {run.info.status for run in runs} == {"KILLED"} and len(runs) == 2
-    if error is Paused:
-        assert CheckpointStore(folder / "checkpoints").latest()[0] == max(journal(folder)[0])
+    for life, (number, error) in enumerate([(signal.SIGTERM, Paused), (signal.SIGINT, KeyboardInterrupt)]):
+        interrupter = threading.Thread(target=interrupt, args=(number, newest()), daemon=True)
+        interrupter.start()
+        with pytest.raises(error):
+            sweeps.sweep(base, points, tmp_path / "sweep")
+        interrupter.join(1)
+        assert "interrupted: 1 of 1 trials are unfinished" in capfd.readouterr().out
+        assert {run.info.status for run in tracked()} == {"KILLED"} and len(tracked()) == 2
+        if life == 0:
+            assert newest() == max(journal(folder)[0])
 
     table = sweeps.sweep(base, points, tmp_path / "sweep")
-    assert table["step"].tolist() == [200] and starts(folder) == 2
-    assert len(client.search_runs([client.get_experiment_by_name("diffinstruct").experiment_id])) == 2
+    assert table["step"].tolist() == [200] and starts(folder) == 3
+    assert {run.info.status for run in tracked()} == {"FINISHED"} and len(tracked()) == 2
     local.run(sweeps.changed(base, points[0]), tmp_path / "local")
     agree(folder, tmp_path / "local")
 
