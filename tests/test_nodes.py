@@ -27,6 +27,8 @@ def nodes():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv("RAY_agent_register_timeout_ms", "300000")  # a busy machine is no failure
+        patch.setenv("RAY_worker_register_timeout_seconds", "300")
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT / "tests", ROOT / "platform", ROOT))))
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         made = Cluster()
