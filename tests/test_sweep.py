@@ -109,7 +109,7 @@ def test_a_sweep_that_was_ended_is_finished_by_the_same_call(session, world, tmp
 def test_a_scheduler_ends_trials_that_are_behind_as_finished_runs(session, world, tmp_path):
     """One after the other, the best first; so the second comes to a rung where it is behind. A second life tells the scheduler
     of those that have ended, runs none of them, and the table is the same."""
-    base = slow(world, steps=60, cluster__cpus_per_worker=4)
+    base = slow(world, steps=60, cluster__cpus_per_worker=3)  # of 5; a killed trial's place is not freed without a dashboard
     points = sweeps.grid({"objective.reward_scale": [10.0, 0.2]})
 
     def halving():
