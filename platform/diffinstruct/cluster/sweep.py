@@ -348,6 +348,7 @@ class Trial:
     def run(self) -> None:
         self.number = i = self.trials.number(tune.get_context().get_trial_id(), self.config)
         point = {key: value for key, value in self.config.items() if key != "trial"}
+        self.trials.read()  # since this was sent here, trials may have been added
         if self.population:
             self._join(i, point)
         self.folder, experiment = self.trials.run(i), self.trials.experiment(i)
@@ -397,7 +398,6 @@ class Trial:
         """Find out who this trial is: itself, going on, or one that takes over another's weights under a new configuration."""
         from diffinstruct.run import take_over
 
-        self.trials.read()
         if (told := tune.get_checkpoint()) is None:
             return
         with told.as_directory() as folder:
