@@ -103,7 +103,8 @@ def train(
     rows = slice(worker.rank * per_worker, (worker.rank + 1) * per_worker)
     at = done
     try:
-        meet(reference, players, prompts, jury, done, output)
+        if not stopped and done < experiment.steps:
+            meet(reference, players, prompts, jury, done, output)
         for step in range(done, 0 if stopped else experiment.steps):
             at = step + 1
             looks = experiment.watch.every > 0 and step % experiment.watch.every == 0
