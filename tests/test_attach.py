@@ -5,6 +5,7 @@ One token-protected cluster for the module, started as docs/clusters.md says but
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_runs import journal
 
 ROOT = Path(__file__).parents[1]
 WHERE = "from diffinstruct.cluster.train import attached\nwith attached() as where: print(where)"
@@ -32,6 +34,11 @@ signal.signal(signal.SIGTERM, save)
 (folder / "up").touch()
 time.sleep(600)
 """
+
+SMALL = (
+    "-s global_batch_size=2 -s watch.every=0 -s rewards.held_out=[] -s logging.every=1 -s logging.grid_prompts=1 "
+    "-s cluster.reward_place=process"
+)
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +119,7 @@ def test_without_the_token_a_run_is_turned_away_in_one_line(cluster, tmp_path):
 def test_a_job_from_the_working_directory_works_as_the_readme_says(cluster, tmp_path):
     readme = (ROOT / "README.md").read_text()
     (command,) = re.findall(r"^ +(ray job submit .*\\\n.* -s runs=)\$PWD/runs", readme, re.MULTILINE)
-    tiny = "steps=1 global_batch_size=2 watch.every=0 rewards.held_out=[] logging.grid_prompts=1 cluster.reward_place=process"
-    typed = f"{command}{tmp_path}/runs {' '.join(f'-s {change}' for change in tiny.split())}"
+    typed = f"{command}{tmp_path}/runs -s steps=1 {SMALL}"
     done = subprocess.run(typed, shell=True, cwd=ROOT, env=cluster, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (tmp_path / "runs").glob("pocket-*")
@@ -132,3 +138,23 @@ def test_a_stopped_job_is_given_the_time_to_save(cluster, tmp_path):
     assert stopped.returncode == 0, stopped.stderr  # it waits until the job has ended
     assert (tmp_path / "saved").exists()
     assert "STOPPED" in ray(cluster, "job", "list").stdout
+
+
+def test_a_stopped_run_is_saved_and_another_job_goes_on_with_it(cluster, tmp_path):
+    def train(rest):
+        typed = f"ray job submit --working-dir . --runtime-env runtime_env.yaml {rest}"
+        return subprocess.run(typed, shell=True, cwd=ROOT, env=cluster, capture_output=True, text=True)
+
+    recipe = f"experiments/recipes/pocket.yaml -s runs={tmp_path}/runs -s steps=60 {SMALL}"
+    train(f"--no-wait --submission-id stopped -- python -m diffinstruct train {recipe}")
+    until(lambda: any(max(journal(run)[0], default=0) > 2 for run in (tmp_path / "runs").glob("pocket-*")))
+    assert ray(cluster, "job", "stop", "stopped").returncode == 0
+    (run,) = (tmp_path / "runs").glob("pocket-*")
+    metrics, ends = journal(run)
+    assert ends == ["KILLED"] and (run / "checkpoints" / f"step-{max(metrics):08d}").is_dir() and max(metrics) < 60
+
+    done = train(f"-- python -m diffinstruct train {run}/experiment.yaml --resume {run}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines() if line]
+    assert [record["step"] for record in records if "loss/score_network" in record.get("metrics", {})] == list(range(1, 61))
+    assert journal(run)[1] == ["KILLED", "FINISHED"]

@@ -190,6 +190,17 @@ def test_prompts_are_read_before_a_runner_starts(file, tmp_path, runners, capsys
     assert runners == {"local": [], "cluster": []}
 
 
+@pytest.mark.parametrize("module", ["nosuch", "nosuch.rewards", "torch.nm.functional"])
+def test_a_reward_whose_module_is_not_there_is_told_of_before_a_runner_starts(module, file, runners, monkeypatch, capsys):
+    trained = f"rewards.trained=[{{name: '{module}:Red'}}]"
+    said = complaint(capsys, "train", file, "-s", trained)
+    assert said == f"rewards: '{module}:Red': there is no module '{module}', neither in this folder nor installed"
+    assert runners == {"local": [], "cluster": []}
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")  # which may have it
+    main(["train", str(file), "-s", trained])
+    assert len(runners["cluster"]) == 1
+
+
 def test_a_bug_is_no_user_error(file, runners, monkeypatch):
     def run(*arguments):
         raise ValueError("a bug")

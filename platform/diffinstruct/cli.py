@@ -6,6 +6,7 @@ Heavy packages are imported inside the commands: `--help` and a mistake in the c
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import secrets
 import shlex
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -320,7 +322,23 @@ def _experiment(arguments: argparse.Namespace) -> Experiment:
             read_prompts(getattr(experiment.prompts, key))
         except UserError as error:
             raise UserError(f"prompts.{key}: {error}") from None
+    if "RAY_ADDRESS" not in os.environ:  # a cluster that is elsewhere may have what is not here, and so may an environment
+        apart = {name for environment in experiment.cluster.reward_environments for name in environment.rewards}
+        for name in experiment.rewards.names:
+            if ":" in name and name not in apart and (missing := _missing_module(name.partition(":")[0])):
+                raise UserError(f"rewards: {name!r}: there is no module {missing!r}, neither in this folder nor installed")
     return experiment
+
+
+def _missing_module(path: str) -> str | None:
+    """A dotted module that is not there, for all that can be told without importing anything."""
+    first, *others = parts = path.split(".")
+    found = importlib.util.find_spec(first)
+    for i in range(len(others)):
+        if found is None or found.submodule_search_locations is None:
+            break
+        found = PathFinder.find_spec(".".join(parts[: i + 2]), found.submodule_search_locations)
+    return path if found is None else None
 
 
 def _known_rewards(names: Sequence[str], where: str) -> None:

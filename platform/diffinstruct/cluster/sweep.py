@@ -31,6 +31,7 @@ import pandas as pd
 import ray
 from pydantic import ValidationError
 from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
@@ -197,7 +198,7 @@ def _tuned(
         stand_in(started_in)
         Trial(trials, config, pool, where, parent, aim, population, started_in).run()
 
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # no tables of Tune's
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other would put its table in the place of our lines
 
     def stop(trial: Any) -> None:
         orders.give(trials.run(trials.number(trial.trial_id, trial.config)), orders.STOP)
@@ -562,11 +563,15 @@ class Gentle(TrialScheduler):
         return str(self.scheduler.debug_string())
 
 
-class Progress(tune.Callback):
-    """A line for each trial that ends, and its row; those of `ended` have had theirs."""
+class Progress(TrialProgressCallback):
+    """A line for each trial that ends, in place of Tune's, and its row; those of `ended` have had theirs."""
 
     def __init__(self, trials: Trials, ended: set[int], on_row: OnRow) -> None:
+        super().__init__()
         self.trials, self.ended, self.on_row = trials, ended, on_row
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        """The journal has it."""
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if (i := self.trials.number(trial.trial_id, trial.config)) not in self.ended:
