@@ -90,7 +90,7 @@ def test_what_others_wrote_is_shown_and_not_run(tmp_path):
     for name in ("one", "<b>two"):
         run = tiny_sweep.run(tmp_path / "s" / name, evil, "FAILED", EVIL, events=events, grids=(0, 10))
         record = {"time": 1, "start": {"tags": {EVIL: EVIL}}}
-        journal = (run / "journal.jsonl").read_text().replace('"tags": {"commit"', f'"tags": {{"{EVIL}"')
+        journal = (run / "journal.jsonl").read_text().replace('"tags": {"mlflow.source.git.commit"', f'"tags": {{"{EVIL}"')
         (run / "journal.jsonl").write_text(json.dumps(record) + "\n" + journal)
     for path in (tmp_path / "s", tmp_path / "s" / "<b>two"):
         text = page(path, tmp_path)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_sweep
 
+from diffinstruct import tracking
 from diffinstruct.evaluation import Figure
 from diffinstruct.experiment import UserError
 from diffinstruct.results import (
@@ -24,6 +25,7 @@ from diffinstruct.results import (
     paired_by_seed,
     pareto_front,
     points,
+    ran_with,
     reward_gap,
     seed_noise,
     swept,
@@ -59,25 +61,30 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, text, said):
         Rows(tmp_path / "rows.csv").missing(["a"])
 
 
-def test_a_row_names_the_commit_and_rows_alone_do_not_make_it_dirty(tmp_path, monkeypatch):
+def test_a_run_names_the_commits_of_its_code_and_rows_alone_do_not_make_one_dirty(tmp_path, monkeypatch):
     def git(*command):
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
         return subprocess.run(["git", *who, "-C", str(tmp_path), *command], check=True, capture_output=True, text=True).stdout
 
+    def started():
+        tracking.Tracker(f"sqlite:///{tmp_path}/mlflow.db", "x", "run", tmp_path / "run", {}, {}).finish()
+        return ran_with(tracking.read_journal(tmp_path / "run"))
+
     code, rows = tmp_path / "platform" / "code.py", Rows(tmp_path / "docs" / "rows.csv")
     code.parent.mkdir()
     code.write_text("1")
-    monkeypatch.setattr("diffinstruct.results.__file__", str(code))
-    rows.add("before", {})
+    monkeypatch.setattr("diffinstruct.tracking.__file__", str(code))
+    assert started() == "unknown"
+    rows.add("first", {})
     git("init")
-    git("add", "-A")
+    git("add", "platform", "docs")
     git("commit", "-m", "x")
     commit = git("rev-parse", "--short", "HEAD").strip()
+    assert started() == commit
     rows.add("second", {})
-    rows.add("third", {})
+    assert started() == commit
     code.write_text("2")
-    rows.add("fourth", {})
-    assert rows.read()["commit"].tolist() == ["unknown", commit, commit, f"{commit}-dirty"]
+    assert started() == f"{commit}+{commit}-dirty"
 
 
 def test_a_write_that_fails_leaves_the_rows_as_they_were(tmp_path, monkeypatch):

@@ -30,7 +30,8 @@ def run(
     (folder / "empty.yaml").write_text("{}")
     experiment = load(folder / "empty.yaml", [f"{key}={value}" for key, value in overrides.items()])
     (folder / "experiment.yaml").write_text(experiment.to_yaml())
-    records: list[dict[str, Any]] = [{"start": {"name": folder.name, "params": {}, "tags": {"commit": "abc1234"}}}]
+    tags = {"mlflow.source.git.commit": "abc1234"}
+    records: list[dict[str, Any]] = [{"start": {"name": folder.name, "params": {}, "tags": tags}}]
     records += [{"step": step, "event": kind, "text": text} for step, kind, text in events]
     steps = max(map(len, courses.values()), default=0)
     for i in range(steps):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from scipy import stats
 
 from diffinstruct.evaluation import Figure, Summary
 from diffinstruct.experiment import WHEREABOUTS, Experiment, UserError, load, nearest_file
-from diffinstruct.tracking import read_journal
+from diffinstruct.tracking import COMMIT, read_journal
 
 KEY = "trial"
 
@@ -55,7 +54,7 @@ class Rows:
 
     def add(self, trial: str, row: Mapping[str, Any]) -> None:
         """Adds a finished trial's row. The file is replaced, never half written."""
-        new = pd.DataFrame([{KEY: trial, "commit": _commit(), "at": f"{pd.Timestamp.now(tz='UTC'):%Y-%m-%d}", **row}])
+        new = pd.DataFrame([{KEY: trial, "commit": "unknown", "at": f"{pd.Timestamp.now(tz='UTC'):%Y-%m-%d}", **row}])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(self.path.name + ".tmp")
         pd.concat([self.read(), new], ignore_index=True).to_csv(temporary, index=False, float_format="%.6g")
@@ -130,8 +129,9 @@ def load_sweep(path: Path | str) -> pd.DataFrame:
     kept rows, each of which is a finished trial.
 
     Columns: `run` (its folder; in a CSV the trial's name), `status` ("finished", "failed", "unfinished"), `reason` (why it
-    ended otherwise), `step` (rounds it has measured), `alarm` (step of the first alarm of reward hacking), every dotted key of
-    its configuration, its last metrics, what was found on examination. A CSV has those that were kept. NaN: does not apply.
+    ended otherwise), `commit` (of the code), `step` (rounds it has measured), `alarm` (step of the first alarm of reward
+    hacking), every dotted key of its configuration, its last metrics, what was found on examination. A CSV has those that were
+    kept. NaN: does not apply.
     A measure of which any run has an interval holds examined values alone: training's metric of the same name is another thing.
     Raises UserError in one line for a path that holds no run, and for a file in it that cannot be read.
     """
@@ -306,6 +306,12 @@ def figure(row: Mapping[str, Any], measure: str) -> str:
     return plain(value) if pd.isna(low) else str(Figure(value, low, high, int(row[f"{measure}.n"])))
 
 
+def ran_with(journal: Iterable[Mapping[str, Any]]) -> str:
+    """The commits that a run was started and gone on with, joined by "+"; "unknown" if it never had one."""
+    starts = [record["start"].get("tags", {}) for record in journal if "start" in record]
+    return "+".join(dict.fromkeys(tags[COMMIT] for tags in starts if COMMIT in tags)) or "unknown"
+
+
 def _run(folder: Path) -> dict[str, Any]:
     records = read_journal(folder)
     last: dict[str, Any] = next((record for record in reversed(records) if record.keys() & {"start", "finish"}), {})
@@ -314,6 +320,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "run": str(folder),
         "status": {"FINISHED": "finished", "FAILED": "failed"}.get(str(last.get("finish")), "unfinished"),
         "reason": last.get("reason"),
+        "commit": ran_with(records),
         "step": max((record["step"] for record in measured), default=0),
         "alarm": min((record["step"] for record in records if record.get("event") == "hacking"), default=np.nan),
         **load(folder / "experiment.yaml").to_params(),
@@ -340,16 +347,3 @@ def _columns(measure: str) -> list[str]:
 def _is_bound(column: str, frame: pd.DataFrame) -> bool:
     return column.endswith((".low", ".high", ".n")) and column.rpartition(".")[0] in frame
 
-
-def _commit() -> str:
-    """The code that made a row, as git says it, "-dirty" where files other than the rows differ; "unknown" without git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-
-    def said(*command: str) -> str:
-        try:
-            return subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
-        except OSError:
-            return ""
-
-    commit = said("rev-parse", "--short", "HEAD")
-    return (commit or "unknown") + "-dirty" * bool(said("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/docs"))

@@ -28,6 +28,7 @@ import math
 import os
 import re
 import shlex
+import subprocess
 import threading
 import time
 import uuid
@@ -46,6 +47,8 @@ POSTPONED_AGAIN = 60.0  # seconds until pictures and files that could not be sto
 PATIENCE = 20.0  # seconds `finish` waits for a server; six times that for a file, which is there however slow
 LIMITS = {"Metric": 1000, "Param": 100, "RunTag": 100}  # entities MLflow takes in a batch
 LONGEST_PARAM, LONGEST_TAG = 6000, 5000  # characters; what is longer is cut
+COMMIT = "mlflow.source.git.commit"
+"""The tag that MLflow's pages show as a run's version."""
 ENVIRONMENT = {  # of this process, where the user has not said otherwise: fail fast, the journal is what waits
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -97,7 +100,7 @@ class Tracker:
             "experiment": experiment_name,
             "name": run_name,
             "params": {key: str(value) for key, value in params.items()},
-            "tags": {key: str(value) for key, value in tags.items()},
+            "tags": {key: str(value) for key, value in tags.items()} | commit_of_code(),
             "parent": parent_run_id,
         }
         journal = self.folder / "journal.jsonl"
@@ -234,6 +237,20 @@ def attach(run_folder: Path | str, *paths: Path) -> None:
         deliver(folder)
     except Exception as error:
         logger.warning("%s: its files have not all reached MLflow: %s", folder, _in_one_line(error))
+
+
+def commit_of_code() -> dict[str, str]:
+    """The tag COMMIT, "-dirty" where files other than docs (a study's rows) differ; nothing where git knows of no commit."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+
+    def said(*command: str) -> str:
+        try:
+            return subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
+
+    changed = said("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/docs")
+    return {COMMIT: commit + "-dirty" * bool(changed)} if (commit := said("rev-parse", "--short", "HEAD")) else {}
 
 
 def read_journal(run_folder: Path | str) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
     python tests/chaos/sweep.py [--kills 5] [--seed 0] [--keep FOLDER]
 
-Four trials of the tiny pipeline, two at a time, rounds slowed down by their reward. Each life of the driver is killed (SIGKILL,
+Six trials of the tiny pipeline, two at a time, rounds slowed down by their reward. Each life of the driver is killed (SIGKILL,
 and with it its Ray) a random while after its first trial has begun or gone on. Then: no finished trial has been started again,
 every trial has one run in MLflow, and all of the table's figures but the times are equal. (Written, and not run yet.)
 """
@@ -29,7 +29,7 @@ from pathlib import Path
 from diffinstruct.cluster.sweep import changed, grid, sweep
 from diffinstruct.experiment import load
 folder = Path(sys.argv[1])
-sweep(load(folder.parent / "base.yaml"), grid({"objective.reward_scale": [0.3, 1.0], "seed": [1, 2]}), folder)
+sweep(load(folder.parent / "base.yaml"), grid({"objective.reward_scale": [0.3, 1.0, 3.0], "seed": [1, 2]}), folder)
 """
 
 
@@ -73,13 +73,13 @@ def chaos(folder: Path, kills: int, chance: random.Random) -> int:
         lives += 1
         while starts(folder / "killed") == before and driver.poll() is None:
             time.sleep(0.05)
-        wait = chance.uniform(0, 12)
+        wait = chance.uniform(0, 60)
         time.sleep(wait)
         if driver.poll() is not None:
             print(f"life {lives}: ended by itself, status {driver.returncode}")
             break
         kill(driver)
-        print(f"life {lives}: killed {wait:.1f} s later; {finished(folder / 'killed')} of 4 have finished", flush=True)
+        print(f"life {lives}: killed {wait:.1f} s later; {finished(folder / 'killed')} of 6 have finished", flush=True)
     status = start(folder / "killed").wait()
     print(f"life {lives + 1}: ended by itself, status {status}")
     return judge(folder, status)
@@ -141,7 +141,7 @@ def judge(folder: Path, status: int) -> int:
     tracked = client.search_runs([client.get_experiment_by_name("diffinstruct").experiment_id])
     children = [run for run in tracked if run.data.tags.get("mlflow.parentRunId") and run.info.status == "FINISHED"]
     print(f"table equal: {equal}; finished trials begun again: {again}; MLflow: {len(tracked)} runs, {len(children)} trials")
-    good = status == 0 and equal and not again and len(tracked) == 10 and len(children) == 8
+    good = status == 0 and equal and not again and len(tracked) == 14 and len(children) == 12
     print("ok" if good else "FAILED")
     return 0 if good else 1
 

@@ -22,7 +22,7 @@ from diffinstruct.cluster.sweep import Examine, Point, SweepError, changed, swee
 from diffinstruct.evaluation import Summary, markdown
 from diffinstruct.experiment import Experiment, UserError, load
 from diffinstruct.orders import EXIT_PAUSED, Paused
-from diffinstruct.results import KEY, Rows, by_seed, measures, points, swept
+from diffinstruct.results import KEY, Rows, by_seed, measures, points, ran_with, swept
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ def complete(
     todo = missing[:most]
 
     def add(i: int, row: dict[str, Any]) -> None:
-        rows.add(todo[i], {key: value for key, value in row.items() if key != "run"})
+        code = ran_with(tracking.read_journal(row["run"]))
+        rows.add(todo[i], {"commit": code, **{key: value for key, value in row.items() if key != "run"}})
 
     print(f"{rows.path}: {len(points) - len(missing)} of {len(points)} trials are there", flush=True)
     if todo:
