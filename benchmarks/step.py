@@ -27,7 +27,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +123,14 @@ class Metered:
     """The rewards, in actors or in the process that asks; each round's question stops at the door first."""
 
     meter: Meter
-    actors: RewardService | None = None
+    made: RewardService | None = None
 
-    @cached_property
+    @property
     def service(self) -> RewardService:
-        decode = load_reference(self.meter.experiment.reference.model).decode
-        return self.actors or InProcess(make_rewards(self.meter.experiment.rewards.names, decode, "cpu"))
+        if self.made is None:  # where it is used; it cannot travel
+            decode = load_reference(self.meter.experiment.reference.model).decode
+            self.made = InProcess(make_rewards(self.meter.experiment.rewards.names, decode, "cpu"))
+        return self.made
 
     def ask(self, latents: Tensor, prompts: Sequence[str], terms: Terms) -> Collect:
         self.meter()

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results"
 
 
-def examine_watched(experiment: Experiment, folder: Path) -> dict[str, float]:
+def examine_watched(experiment: Experiment, folder: Path, every: int = 1) -> dict[str, float]:
     """What the examination finds, the step of the first alarm (NaN: none), and each figure of each look, as `watch/x@step`."""
     records = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines() if line]
     looks = {
@@ -35,7 +35,7 @@ def examine_watched(experiment: Experiment, folder: Path) -> dict[str, float]:
         if key.startswith("watch/")
     }
     alarms = [float(record["step"]) for record in records if record.get("event") == "hacking"]
-    return examine_run(experiment, folder) | {"alarm": min(alarms, default=math.nan)} | looks
+    return examine_run(experiment, folder, every) | {"alarm": min(alarms, default=math.nan)} | looks
 
 
 def study(name: str, recipe: str, rows: str, arms: dict[str, dict[str, object]], seeds: range) -> Study:

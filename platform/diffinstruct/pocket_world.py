@@ -42,15 +42,16 @@ def examination_prompts() -> pd.DataFrame:
     return pd.concat([read_prompts("pocket:eval"), read_prompts("pocket:open")], ignore_index=True)
 
 
-def examine(sample: Sampler, reference_features: np.ndarray | None = None) -> Evaluation:
-    """Every figure of one generator. `reference_features` [m, F] replaces the stored ones, for who makes them anew."""
+def examine(sample: Sampler, reference_features: np.ndarray | None = None, every: int = 1) -> Evaluation:
+    """Every figure of one generator. `reference_features` [m, F] replaces the stored ones, for who makes them anew. `every`: on
+    every n-th prompt only, to see that it works."""
     from reward_models import load
 
     if reference_features is None:
         reference_features = reference_examination().reference
     return evaluate(
         sample,
-        examination_prompts(),
+        examination_prompts().iloc[::every].reset_index(drop=True),
         {name: load(name) for name in REWARDS},
         AttributeClassifier.load(POCKET / "classifier"),
         reference_features,
@@ -59,13 +60,13 @@ def examine(sample: Sampler, reference_features: np.ndarray | None = None) -> Ev
     )
 
 
-def examine_run(experiment: Experiment, folder: Path) -> dict[str, float]:
-    """Every figure of a finished run's generator, as columns of its row in a sweep's table."""
+def examine_run(experiment: Experiment, folder: Path, every: int = 1) -> dict[str, float]:
+    """Every figure of a finished run's generator, as columns of its row in a sweep's table; `every` as in `examine`."""
     from diffinstruct.export import load_export
     from diffinstruct.results import flat
 
     reference, generator = load_export(folder / "export")
-    return flat(examine(reference.sampler(generator)).summary())
+    return flat(examine(reference.sampler(generator), every=every).summary())
 
 
 def reference_examination() -> Evaluation:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,14 @@ class Answer:
 
 
 SMOKE = {"steps": 2, "global_batch_size": 8, "logging.every": 1, "logging.grid_prompts": 2}
+SMOKE_EVERY = 10  # prompts of the examination, which takes longer than two steps
 
 
 @dataclass(frozen=True)
 class Study:
-    """arms: name -> what it changes of `recipe`. measures: column of a trial's row -> what the table calls it. rows: the CSV
-    file of the recipe's finished trials, which its studies share."""
+    """arms: name -> what it changes of `recipe`. measures: column of a trial's row -> what the table calls it. examine: as a
+    sweep's; with `every=n` it is content with every n-th prompt. rows: the CSV file of the recipe's finished trials, which its
+    studies share."""
 
     name: str
     question: str
@@ -77,14 +80,14 @@ class Study:
     arms: Mapping[str, Point]
     seeds: Sequence[int]
     measures: Mapping[str, str]
-    examine: Examine
+    examine: Callable[..., Mapping[str, float]]
     rows: Path
 
     def main(self) -> Answer | None:
         """The command line of an experiment: run what is missing; with every row there, print the table and leave it in the
         folder of the runs. None while rows are missing."""
         parser = argparse.ArgumentParser(description=self.question, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--smoke", action="store_true", help="first and last arm, one seed, 2 steps")
+        parser.add_argument("--smoke", action="store_true", help="first and last arm, 1 seed, 2 steps, few prompts examined")
         parser.add_argument("--trials", type=int, metavar="N", help="run at most N of those that are missing")
         asked = parser.parse_args()
         if asked.trials is not None and asked.trials < 0:
@@ -101,18 +104,25 @@ class Study:
 
     def answer(self, most: int | None = None) -> Answer | None:
         base = load(self.recipe)
-        return self._answer(base, Rows(self.rows), self.arms, self.seeds, most)
+        return self._answer(base, Rows(self.rows), self.arms, self.seeds, self.examine, most)
 
     def smoke(self) -> Answer | None:
         base = changed(load(self.recipe), {"name": f"{self.name}-smoke", **SMOKE})
         first, *_, last = [*self.arms] * 2  # there may be one
         arms = {name: {k: v for k, v in self.arms[name].items() if k not in SMOKE} for name in (first, last)}
-        return self._answer(base, Rows(_folder(base) / self.rows.name), arms, self.seeds[:1], None)
+        rows, examine = Rows(_folder(base) / self.rows.name), partial(self.examine, every=SMOKE_EVERY)
+        return self._answer(base, rows, arms, self.seeds[:1], examine)
 
     def _answer(
-        self, base: Experiment, rows: Rows, arms: Mapping[str, Point], seeds: Sequence[int], most: int | None
+        self,
+        base: Experiment,
+        rows: Rows,
+        arms: Mapping[str, Point],
+        seeds: Sequence[int],
+        examine: Examine,
+        most: int | None = None,
     ) -> Answer | None:
-        frame = complete(rows, base, arms, seeds, _folder(base), self.examine, most)
+        frame = complete(rows, base, arms, seeds, _folder(base), examine, most)
         if frame is None:
             print("trials are missing: the same command goes on")
             return None
