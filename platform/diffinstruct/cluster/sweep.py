@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -198,6 +199,7 @@ def _tuned(
         stand_in(started_in)
         Trial(trials, config, pool, where, parent, aim, population, started_in).run()
 
+    logging.getLogger("ray.tune.tune").setLevel(logging.ERROR)  # how to go on from Tune's own state, which is cleared away
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other would put its table in the place of our lines
 
     def stop(trial: Any) -> None:
