@@ -58,6 +58,7 @@ def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, wor
     child = next(run for run in runs if run.info.run_name == "timestep=600")
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert (parent.info.status, child.info.status) == ("FAILED", "FINISHED")
+    assert child.data.metrics["examined/examined"] == 2
     assert child.data.tags["diffinstruct.experiment_id"] == good and "got 5000" in parent.data.tags["reason"]
     assert "table.csv" in [file.path for file in client.list_artifacts(parent.info.run_id)]
     shown = capfd.readouterr().out
@@ -67,6 +68,13 @@ def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, wor
     assert again.to_dict("records") == rows
     assert starts(tmp_path / "sweep" / good) == 1  # it had finished: nothing to do
     assert client.get_run(parent.info.run_id).info.status == "FINISHED"  # the same parent, which has not failed any more
+
+
+def test_a_trial_is_named_by_what_tells_it_from_the_others(world, tmp_path):
+    several = sweeps.grid({"objective.name": ["diff_instruct_pp"], "objective.reward_scale": [1.0, 2.0], "seed": [0, 1]})
+    space = sweeps.Optuna({"objective.reward_scale": tune.loguniform(1, 2)}, trials=1)
+    names = [sweeps.Trials(world[1](), points, tmp_path, None).name(several[-1]) for points in (several, several[:1], space)]
+    assert names == ["reward_scale=2.0 seed=1", "name=diff_instruct_pp reward_scale=2.0 seed=1", "reward_scale=2.0"]
 
 
 def test_a_sweep_that_was_ended_is_finished_by_the_same_call(session, world, tmp_path, capfd):

@@ -233,10 +233,22 @@ def attach(run_folder: Path | str, *paths: Path) -> None:
     folder = Path(run_folder).absolute()
     for path in paths:
         _add(folder, {"artifact": str(path.absolute())})
+    _deliver_now(folder)
+
+
+def examined(run_folder: Path | str, uri: str | None, step: int, figures: Mapping[str, float]) -> None:
+    """Adds what was found on examination to a run that has ended, once: in MLflow these are metrics `examined/...`."""
+    folder = Path(run_folder).absolute()
+    if not any("examined" in record for record in read_journal(folder)):
+        _add(folder, {"step": step, "examined": dict(figures)})
+    _deliver_now(folder, uri)
+
+
+def _deliver_now(folder: Path, uri: str | None = None) -> None:
     try:
-        deliver(folder)
+        deliver(folder, uri)
     except Exception as error:
-        logger.warning("%s: its files have not all reached MLflow: %s", folder, _in_one_line(error))
+        logger.warning("%s: what was added has not all reached MLflow: %s", folder, _in_one_line(error))
 
 
 def commit_of_code() -> dict[str, str]:
@@ -339,6 +351,9 @@ class _Delivery:
                 batch = []
                 if "image" in record or "artifact" in record:
                     self._store(begin, record)
+                elif "examined" in record:
+                    figures = {f"examined/{key}": value for key, value in record["examined"].items()}
+                    self._send(self._measured({**record, "metrics": figures}))
                 elif "event" in record:
                     self._send(_entities(tags={f"event.{record['event']}": f"step {record['step']}: {record['text']}"}))
                 elif "start" in record:

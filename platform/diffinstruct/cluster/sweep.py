@@ -270,6 +270,12 @@ class Trials:
                 values[key].append(value)
         return values
 
+    def name(self, point: Point) -> str:
+        """A trial's in MLflow: what tells it from the others, keys without their sections."""
+        varying = {key for key, values in self.varied.items() if isinstance(values, str) or len(values) > 1}
+        told = {key: value for key, value in point.items() if key in varying} or point
+        return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in told.items()) or "base"
+
     def open(self, keeps: bool) -> None:
         """Make the folder, and read what the sweep has done in an earlier life, if it `keeps` a ledger."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -358,11 +364,14 @@ class Trial:
         if orders.given(self.trials.folder) == orders.PAUSE:
             raise Paused("the sweep pauses before this trial has begun")
         report: dict[str, float] = {}
-        for report in self._train(experiment, named(point)):
+        for report in self._train(experiment, self.trials.name(point)):
             self._report(report)
-        examine = self.trials.examine
-        if examine and not (self.folder / "examination.json").exists():
-            examined(examine, experiment, self.folder, self.started_in)
+        if self.trials.examine and not (examination := self.folder / "examination.json").exists():
+            found = examined(self.trials.examine, experiment, self.folder, self.started_in)
+            values = {key: value for key, value in found.items() if key.rpartition(".")[2] not in ("low", "high", "n")}
+            tracking.examined(self.folder, experiment.tracking.uri, self.trials.row(i)["step"], values)
+            examination.with_suffix(".tmp").write_text(json.dumps(found, indent=2) + "\n")
+            examination.with_suffix(".tmp").replace(examination)
         self._report(report | {k: v for k, v in self.trials.row(i).items() if isinstance(v, int | float)})
 
     def _train(self, experiment: Experiment, name: str) -> Iterator[dict[str, float]]:
@@ -433,20 +442,18 @@ class Reports:
                 yield {"step": record["step"], **metrics, **self.watched}
 
 
-def examined(examine: Examine, experiment: Experiment, folder: Path, started_in: str) -> None:
-    """Leave what `examine` finds in the run's folder, from a task of a worker's size beside the trial's own group."""
+def examined(examine: Examine, experiment: Experiment, folder: Path, started_in: str) -> dict[str, float]:
+    """What `examine` finds, from a task of a worker's size beside the trial's own group."""
 
-    def task() -> None:
+    def task() -> dict[str, float]:
         import torch
 
         stand_in(started_in)
         torch.set_num_threads(experiment.cluster.cpus_per_worker)
-        found = json.dumps(dict(examine(experiment, folder)), indent=2)
-        (folder / "examination.tmp").write_text(found + "\n")
-        (folder / "examination.tmp").replace(folder / "examination.json")
+        return dict(examine(experiment, folder))
 
     of_worker = ray_options(experiment.cluster.per_worker)
-    ray.get(ray.remote(task).options(**of_worker, scheduling_strategy="DEFAULT", max_retries=3).remote())
+    return ray.get(ray.remote(task).options(**of_worker, scheduling_strategy="DEFAULT", max_retries=3).remote())
 
 
 # -------------------------------------------------------------------------------------------- what Tune is given
@@ -644,11 +651,6 @@ def _total() -> dict[str, float]:
         for kind, amount in resources.items():
             total[kind] = total.get(kind, 0) + amount * count
     return total
-
-
-def named(point: Point) -> str:
-    """A trial's name in MLflow: what it changes, keys without their sections; one that changes nothing is the base."""
-    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in point.items()) or "base"
 
 
 def changed(base: Experiment, values: Mapping[str, Any]) -> Experiment:
