@@ -11,7 +11,7 @@ quickstart: $(READY)
 test: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # torch goes first and alone: whatever build of it pip is set up to find here, CPU or CUDA, stays.
 $(READY): pyproject.toml constraints.txt

@@ -13,6 +13,14 @@ for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
 ROOT = Path(__file__).parents[1]
 
 
+LONG = ("test_sweep", "test_experiments", "test_cluster", "test_attach", "test_nodes", "test_reward_actors")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes come first: `make test` has two processes, and neither is to wait for the other's last file."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(scope="module")
 def session():
     import ray

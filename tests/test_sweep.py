@@ -74,7 +74,7 @@ def test_a_trial_is_named_by_what_tells_it_from_the_others(world, tmp_path):
     several = sweeps.grid({"objective.name": ["diff_instruct_pp"], "objective.reward_scale": [1.0, 2.0], "seed": [0, 1]})
     space = sweeps.Optuna({"objective.reward_scale": tune.loguniform(1, 2)}, trials=1)
     names = [sweeps.Trials(world[1](), points, tmp_path, None).name(several[-1]) for points in (several, several[:1], space)]
-    assert names == ["reward_scale=2.0 seed=1", "name=diff_instruct_pp reward_scale=2.0 seed=1", "reward_scale=2.0"]
+    assert names == ["reward_scale=2.0 seed=1", "objective=diff_instruct_pp reward_scale=2.0 seed=1", "reward_scale=2.0"]
 
 
 def test_a_sweep_that_was_ended_is_finished_by_the_same_call(session, world, tmp_path, capfd):

@@ -99,7 +99,7 @@ def pareto(points: pd.DataFrame, of: Measures, keys: Sequence[str], path: Path) 
 def heat_maps(frame: pd.DataFrame, of: Measures, x: str, y: str, path: Path) -> None:
     """Trained and held-out reward, distance, diversity, and the gap between the two rewards (`results.reward_gap`) over two
     swept keys. A cell is the mean over the finished runs there, training seeds and whatever else varies, and says its value."""
-    gap, unit = reward_gap(frame)
+    (gap, unit), said = reward_gap(frame), short([x, y])
     panels = {title: frame[measure] for measure, title in of.titles().items()}
     if gap.notna().any():
         panels[f"trained minus held-out gain,\n{unit}"] = gap
@@ -112,7 +112,7 @@ def heat_maps(frame: pd.DataFrame, of: Measures, x: str, y: str, path: Path) -> 
         for axis, (title, values) in zip(axes, panels.items(), strict=False):
             cells = values[done].groupby([frame.loc[done, y], frame.loc[done, x]], dropna=False).mean().unstack()
             _heat(axis, cells.sort_index().sort_index(axis=1), "Oranges" if title in costs else "Blues")
-            axis.set(title=title, xlabel=x, ylabel=y)
+            axis.set(title=title, xlabel=said[x], ylabel=said[y])
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
 

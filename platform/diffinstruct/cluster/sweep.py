@@ -44,6 +44,7 @@ from diffinstruct.cluster.rewards import ray_options, reward_pool, stand_in
 from diffinstruct.cluster.train import HEAD, attached, check_fits, close, final_error, fit, most_nodes
 from diffinstruct.experiment import Experiment, UserError, did_you_mean
 from diffinstruct.orders import Paused
+from diffinstruct.results import short
 from diffinstruct.tracking import Parent, Tracker, records
 
 if TYPE_CHECKING:
@@ -271,10 +272,11 @@ class Trials:
         return values
 
     def name(self, point: Point) -> str:
-        """A trial's in MLflow: what tells it from the others, keys without their sections."""
+        """A trial's in MLflow: what tells it from the others."""
         varying = {key for key, values in self.varied.items() if isinstance(values, str) or len(values) > 1}
         told = {key: value for key, value in point.items() if key in varying} or point
-        return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in told.items()) or "base"
+        said = short([*told])
+        return " ".join(f"{said[key]}={value}" for key, value in told.items()) or "base"
 
     def open(self, keeps: bool) -> None:
         """Make the folder, and read what the sweep has done in an earlier life, if it `keeps` a ledger."""
