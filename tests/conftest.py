@@ -13,6 +13,13 @@ for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
 ROOT = Path(__file__).parents[1]
 
 
+BUSY = {
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_worker_register_timeout_seconds": "300",
+}
+"""Ray gives a process 15 to 60 seconds to start; a busy machine is no failure."""
+
 LONG = ("test_sweep", "test_experiments", "test_cluster", "test_attach", "test_nodes", "test_reward_actors")
 
 
@@ -30,6 +37,8 @@ def session():
         # pytest's own path does not reach the workers; and what they import is to be this checkout.
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT / "tests", ROOT / "platform", ROOT))))
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to start for each run
+        for limit, value in BUSY.items():
+            patch.setenv(limit, value)
         ray.init(address="local", num_cpus=5, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
         yield ray
         ray.shutdown()

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import BUSY
 from tiny_runs import journal
 
 ROOT = Path(__file__).parents[1]
@@ -55,8 +56,7 @@ def cluster():
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",  # where `ray job` looks; by default that is port 8265
         "RAY_worker_niceness": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        "RAY_agent_register_timeout_ms": "300000",  # a busy machine is no failure
-        "RAY_worker_register_timeout_seconds": "300",
+        **BUSY,
     }
     subprocess.run(["ray", "get-auth-token", "--generate"], env=shell, check=True, capture_output=True)
     start = "ray start --head --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1"

@@ -15,7 +15,7 @@ OURS = {"diffinstruct", "reward_models", "experiments", "benchmarks", "tests"}
 FLOORS = [
     {"__init__", "diffusion", "distances", "experiment", "orders", "watch"},
     {"aim", "guidance", "objectives", "rewards", "prompts", "checkpoint", "tracking"},
-    {"step", "pretrained", "evaluation", "handshake"},
+    {"step", "pretrained", "evaluation", "handshake", "preflight"},
     {"roles", "export", "results", "jury"},
     {"run", "examination", "pocket_world", "scoring", "figures"},
     {"local", "check", "report"},

@@ -64,7 +64,9 @@ GPUS = ["-s", "cluster.use_gpu=true", "-s", "cluster.workers=4", "-s", "cluster.
 SHARED = ["-s", "cluster.reward_gpus=0.25", "-s", "cluster.reward_replicas=6", "-s", "cluster.reward_resources={judge: 0.5}"]
 
 
-@pytest.mark.parametrize("arguments", [[], GPUS, [*GPUS, *SHARED], ["-s", "cluster.reward_place=process"], ["--resume", "/r"]])
+@pytest.mark.parametrize(
+    "arguments", [[], GPUS, [*GPUS, *SHARED], ["-s", "cluster.reward_place=process"], ["--resume", "/mnt/runs/r"]]
+)
 def test_the_manifest_passes_kuberays_own_schema(schema, capsys, arguments):
     _, job = rendered(capsys, *arguments)
     schema.validate(job)
@@ -161,7 +163,10 @@ def test_names_are_such_as_kubernetes_takes(name):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--image", "two words"], r"--image: should be one word, .*, got 'two words'"),
+        (["--image", "two words"], r"--image: should be as .*, got 'two words'"),
+        (["--image", "UPPER:bad:tag/"], r"--image: should be as registry\.example/diffinstruct:1, got 'UPPER:bad:tag/'"),
+        (["--resume", "runs/one"], r"--resume: should lie in /mnt/runs, where the claim is mounted, got 'runs/one'"),
+        (["-s", "runs=/data", "-s", "tracking.uri=sqlite:////tmp/m.db"], r"tracking\.uri: should lie in /data, .*'/tmp/m\.db'"),
         (["--claim", "My_Runs"], r"--claim: should be small letters, digits, '-' and '\.', got 'My_Runs'"),
         (["-s", "tracking.uri=https://me:word@host"], r"tracking\.uri: holds a password, .* Secret 'diffinstruct'"),
         (["-s", "cluster.reward_resources={it's: 1}"], r"-s: cluster\.reward_resources\.it's: should be named in letters, .*"),

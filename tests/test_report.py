@@ -233,3 +233,23 @@ def test_prompts_beside_pictures_are_no_mathematics(tmp_path):
     picture = Image.new("RGB", (4, 4))
     figures.picture_grid(["costs $5 \\frac{ $"], {"a$^$b$": [picture]}, tmp_path / "grid.png")
     assert Image.open(tmp_path / "grid.png").width > 1000
+
+
+def test_a_sweep_that_has_not_begun_all_its_trials_says_so(tmp_path):
+    folder = tiny_sweep.sweep(tmp_path / "s")
+    start = {"time": 1, "start": {"name": "s", "params": {}, "tags": {"trials": "12"}}}
+    (folder / "journal.jsonl").write_text(json.dumps(start) + "\n")
+    assert "A sweep of 12 trials:\n8 finished, 4 not begun" in page(folder, tmp_path)
+
+
+def test_files_that_are_not_the_runs_own_spoil_no_report(tmp_path, caplog, capsys):
+    folder = tiny_sweep.sweep(tmp_path / "s", grids=(0, 10))
+    run = folder / "w1-r1-s0"
+    (run / "images" / "grid-final.png").write_bytes(b"x")
+    with (run / "journal.jsonl").open("a") as journal:
+        journal.write('{"time": 1, "metrics": {"a": 1}}\nnot json\n')
+    assert "8 finished" in page(folder, tmp_path)
+    assert f"{run / 'journal.jsonl'}: the line at byte " in caplog.text
+    (run / "metrics.json").write_text("[1, 2]")
+    assert main(["report", str(folder), "-o", str(tmp_path / "out.html")]) == 2
+    assert capsys.readouterr().err == f"{run}/metrics.json: should be figures by name, got [1, 2]\n"

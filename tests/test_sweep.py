@@ -212,6 +212,56 @@ def test_what_the_aim_cannot_see_is_refused(world, tmp_path):
             sweeps.sweep(base, points, tmp_path, scheduler=scheduler)
 
 
+POPULATION = {"time_attr": "step", "perturbation_interval": 5}
+SCALE = "objective.reward_scale"
+
+
+@pytest.mark.parametrize(
+    ("points", "more", "message"),
+    [
+        (lambda: sweeps.grid({SCALE: 2.0}), {}, f"{SCALE}: a grid takes a list of values, got 2.0"),
+        (lambda: sweeps.grid({"prompts.train": "my.csv"}), {}, "prompts.train: a grid takes a list of values, got 'my.csv'"),
+        (lambda: sweeps.grid({"prompts.train": ["nowhere.csv"]}), {}, "prompts.train: nowhere.csv: no such file"),
+        (lambda: sweeps.grid({"seed": []}), {}, "sweep: should have one trial or more, got 0"),
+        (lambda: sweeps.grid({"runs": ["a", "b"]}), {}, "runs: is the sweep's, its trials have the same"),
+        (lambda: sweeps.grid({"cluster.workers": [1]}), {}, "cluster.workers: is the same in all trials of a sweep"),
+        (lambda: ["seed"], {}, "sweep: point 0 should be a mapping of dotted keys, got 'seed'"),
+        (lambda: sweeps.sample({"seed": [1, 2]}, 3), {}, "seed: should be a domain of Tune's, as tune.uniform(0, 1)"),
+        (lambda: sweeps.sample({"seed": tune.randint(0, 2)}, 3), {}, "sample: asked for 3 points, found 2 that differ"),
+        (lambda: sweeps.Optuna({SCALE: [1, 2]}, 3), {}, f"{SCALE}: should be a domain of Tune's"),
+        (lambda: sweeps.Optuna({"objective.reward_scal": tune.uniform(0, 1)}, 3), {},
+         "objective.reward_scal: unknown key, did you mean 'objective.reward_scale'?"),
+        (lambda: sweeps.Optuna({"generator.learning_rate": tune.uniform(-2, -1)}, 3), {}, "generator.learning_rate: "),
+        (lambda: sweeps.Optuna({"rewards.held_out": tune.choice([[]])}, 3), {}, "rewards: which rewards there are is the same"),
+        (lambda: sweeps.Optuna({SCALE: tune.uniform(0, 1)}, 0), {}, "sweep: should have one trial or more, got 0"),
+        (lambda: [{"seed": 1}], {"scheduler": PopulationBasedTraining(hyperparam_mutations={SCALE: [1, 2]}, **POPULATION)},
+         "scheduler: it changes objective.reward_scale, which the points do not"),
+        (lambda: [{SCALE: 1.0}], {"scheduler": PopulationBasedTraining(hyperparam_mutations={SCALE: [-1, -2]}, **POPULATION)},
+         f"{SCALE}: "),
+        (lambda: [{"seed": 1}], {"scheduler": ASHAScheduler(time_attr="step"), "aim": Aim(up="watch/heldout")},
+         "aim: the watch has no figure 'watch/heldout', did you mean 'watch/held_out'?"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_swept_is_said_before_anything_starts(points, more, message, world, tmp_path):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}[^\n]*$"):
+        sweeps.sweep(world[1](), points(), tmp_path / "sweep", **more)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_values_that_go_together_are_no_mistake(world, tmp_path):
+    """Neither range is good with the base's other value."""
+    space = {"objective.t_min": tune.randint(985, 990), "objective.t_max": tune.randint(991, 999)}
+    assert sweeps.Trials(world[1](), sweeps.Optuna(space, 2), tmp_path, None).count == 2
+
+
+def test_a_trial_without_the_figure_that_is_looked_for_has_failed(session, world, tmp_path):
+    with pytest.raises(sweeps.SweepError, match=r": aim: no figure 'reward/hpsv2.1' came of this trial$"):
+        sweeps.sweep(
+            world[1](watch__every=1), [{"seed": 1}], tmp_path / "sweep",
+            scheduler=ASHAScheduler(time_attr="step"), aim=Aim(up="reward/hpsv2.1"),
+        )  # fmt: skip
+
+
 def test_a_trial_out_of_bounds_cannot_win():
     aim = Aim()
     good = {"watch/held_out": 0.5, "watch/variety": 0.8, "watch/distance": 1.2}

@@ -6,7 +6,6 @@ Heavy packages are imported inside the commands: `--help` and a mistake in the c
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import secrets
 import shlex
@@ -14,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -313,32 +311,12 @@ def new_run_folder(experiment: Experiment) -> Path:
 
 def _experiment(arguments: argparse.Namespace) -> Experiment:
     """The configuration, checked as far as can be without torch, so that mistakes show before anything starts."""
-    from diffinstruct.experiment import UserError, load
-    from diffinstruct.prompts import read_prompts
+    from diffinstruct.experiment import load
+    from diffinstruct.preflight import check_inputs
 
     experiment = load(arguments.file, arguments.overrides)
-    for key in ("train", "grid"):
-        try:
-            read_prompts(getattr(experiment.prompts, key))
-        except UserError as error:
-            raise UserError(f"prompts.{key}: {error}") from None
-    if "RAY_ADDRESS" not in os.environ:  # a cluster that is elsewhere may have what is not here, and so may an environment
-        apart = {name for environment in experiment.cluster.reward_environments for name in environment.rewards}
-        for name in experiment.rewards.names:
-            if ":" in name and name not in apart and (missing := _missing_module(name.partition(":")[0])):
-                raise UserError(f"rewards: {name!r}: there is no module {missing!r}, neither in this folder nor installed")
+    check_inputs(experiment)
     return experiment
-
-
-def _missing_module(path: str) -> str | None:
-    """A dotted module that is not there, for all that can be told without importing anything."""
-    first, *others = parts = path.split(".")
-    found = importlib.util.find_spec(first)
-    for i in range(len(others)):
-        if found is None or found.submodule_search_locations is None:
-            break
-        found = PathFinder.find_spec(".".join(parts[: i + 2]), found.submodule_search_locations)
-    return path if found is None else None
 
 
 def _known_rewards(names: Sequence[str], where: str) -> None:

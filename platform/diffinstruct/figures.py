@@ -132,7 +132,8 @@ def curves(values: pd.DataFrame, frame: pd.DataFrame, titles: Mapping[str, str],
             of_key = values[values["key"] == key].pivot(index="step", columns="run", values="value")
             for group, (colour, mark) in zip(groups, looks, strict=True):
                 course = of_key[[run for run in group["run"] if run in of_key]].dropna(how="all")
-                axis.plot(course.mean(axis=1), DASHES[mark or 0], color=colour, linewidth=1.4)
+                style = DASHES[mark or 0] if len(course) > 1 else "o"  # a line takes two points
+                axis.plot(course.mean(axis=1), style, color=colour, linewidth=1.4, markersize=4)
                 if course.shape[1] > 1:
                     axis.fill_between(course.index, course.min(axis=1), course.max(axis=1), color=colour, alpha=0.15, lw=0)
                 for run, step in group.dropna(subset=["alarm"]).set_index("run")["alarm"].items():
@@ -167,7 +168,7 @@ def picture_grid(prompts: Sequence[str], columns: Mapping[str, Sequence[Image.Im
 
 def grids(run: Path | str) -> dict[int, Path]:
     """Step -> the picture grid that the run in this folder drew there, in order."""
-    return {int(file.stem.rpartition("-")[2]): file for file in sorted(Path(run).glob("images/grid-*.png"))}
+    return {int(file.stem.removeprefix("grid-")): file for file in sorted(Path(run).glob(f"images/grid-{'[0-9]' * 8}.png"))}
 
 
 def cells(grid: Path) -> list[list[Image.Image]]:

@@ -32,6 +32,7 @@ from diffinstruct.results import (
     load_sweep,
     measures,
     plain,
+    planned,
     points,
     short,
     swept,
@@ -113,11 +114,14 @@ def of_sweep(path: Path, frame: pd.DataFrame) -> str:
     configuration = {key: _cut(plain(frame[key].iloc[0])) for key in _configuration(frame) if key not in keys and key != "seed"}
     default = {key: _cut(plain(value)) for key, value in Experiment().to_params().items() if value is not None}
     best = by_point.sort_values(of.held_out, ascending=False) if of.held_out else by_point
+    counts = frame["status"].value_counts().to_dict()
+    if (begun := len(frame)) < (trials := planned(path) or 0):
+        counts["not begun"] = trials - begun
     is_folder, several = path.suffix != ".csv", bool(len(by_point)) and max(map(len, by_point["runs"])) > 1
     return render(
         "sweep.html",
         title=path.absolute().name,
-        counts=frame["status"].value_counts().to_dict(),
+        counts=counts,
         alarms=int(frame["alarm"].notna().sum()) if "alarm" in frame else 0,
         swept={key: [plain(value) or "as the recipe" for value in sorted(frame[key].unique(), key=_order)] for key in keys},
         seeds=[plain(seed) for seed in sorted(frame["seed"].unique())] if "seed" in frame else [],

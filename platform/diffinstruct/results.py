@@ -163,6 +163,12 @@ def run_folders(path: Path | str) -> list[Path]:
     raise UserError(f"{path}: no such folder{nearest_file(path, '*')}")
 
 
+def planned(path: Path) -> int | None:
+    """How many trials the sweep in this folder is to have, as its parent run says; None where there is no such run."""
+    starts = [record["start"].get("tags", {}) for record in read_journal(path) if "start" in record]
+    return int(starts[-1]["trials"]) if starts and "trials" in starts[-1] else None
+
+
 def learning_curves(path: Path | str) -> pd.DataFrame:
     """Every metric at every step of the runs in a folder, from their journals: columns `run`, `step`, `key`, `value`. Where a
     resumed run measured a step again, the later value."""
@@ -330,9 +336,12 @@ def _run(folder: Path) -> dict[str, Any]:
     for name in ("metrics.json", "examination.json"):
         if (file := folder / name).exists():
             try:
-                row |= json.loads(file.read_text())
+                found = json.loads(file.read_text())
             except ValueError as error:
                 raise UserError(f"{file}: not JSON: {error}") from None
+            if not isinstance(found, dict):
+                raise UserError(f"{file}: should be figures by name, got {found!r}")
+            row |= found
     return row
 
 

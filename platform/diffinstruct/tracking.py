@@ -266,8 +266,12 @@ def commit_of_code() -> dict[str, str]:
 
 
 def read_journal(run_folder: Path | str) -> list[dict[str, Any]]:
-    """The records of a run's journal, in order; a line that cannot be read is left out, and so is one being written."""
-    return [record for _, _, record in records(Path(run_folder) / "journal.jsonl") if record]
+    """The records of a run's journal, in order. A line that cannot be read is left out, with a warning if it is a whole one."""
+    journal = Path(run_folder) / "journal.jsonl"
+    found = [*records(journal)]
+    for begin in (begin for begin, end, record in found if not record and end > begin + 1):
+        logger.warning("%s: the line at byte %d cannot be read and is left out", journal, begin)
+    return [record for _, _, record in found if record]
 
 
 def _after_the_end(folder: Path, status: str) -> bool:
@@ -552,7 +556,15 @@ def records(journal: Path, offset: int = 0) -> Iterator[tuple[int, int, dict[str
                 record = json.loads(line)
             except ValueError:
                 record = {}
-            yield begin, offset, record if isinstance(record, dict) else {}
+            yield begin, offset, record if _is_record(record) else {}
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it has what its readers ask for without looking."""
+    if not isinstance(record, dict):
+        return False
+    of_a_step = record.keys() & {"metrics", "examined", "image", "event"}
+    return not of_a_step or (isinstance(record.get("step"), int) and isinstance(record.get("metrics", {}), dict))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

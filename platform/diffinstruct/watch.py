@@ -32,6 +32,9 @@ VARIETY = 0.4
 DISTANCE = 3.0
 """Times what it was at the first look after the start."""
 
+FIGURES = tuple(f"watch/{name}" for name in ("trained", "held_out", "unexplained", "variety", "distance"))
+"""What `Watch.figures` may hold."""
+
 BLIND = (
     "no held-out reward: the watch sees variety and distance to the reference only, not whether the trained reward's rise is "
     "real; name one in rewards.held_out"

@@ -4,7 +4,7 @@
 
 Six trials of the tiny pipeline, two at a time, rounds slowed down by their reward. Each life of the driver is killed (SIGKILL,
 and with it its Ray) a random while after its first trial has begun or gone on. Then: no finished trial has been started again,
-every trial has one run in MLflow, and all of the table's figures but the times are equal. (Written, and not run yet.)
+every trial has one run in MLflow, and all of the table's figures but the times are equal.
 """
 
 from __future__ import annotations

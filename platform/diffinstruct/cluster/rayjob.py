@@ -28,6 +28,8 @@ RUNS = "/mnt/runs"
 """Where the claim is mounted if the recipe's `runs` is a relative path, which means nothing in a pod."""
 STOP_WAIT_S = 300
 """Seconds that a job which is told to stop has for its step and its checkpoint; Ray's own default is 3."""
+IMAGE = r"[a-z0-9][a-z0-9._-]*(:\d+)?(/[a-z0-9][a-z0-9._-]*)*(:[\w.-]{1,128})?(@sha256:[0-9a-f]{64})?"
+"""An image's name: host, port, path, tag, digest."""
 LONGEST_NAME = 47
 """Letters that KubeRay allows a RayJob."""
 HEAD_CPUS = 2
@@ -44,8 +46,8 @@ def manifest(experiment: Experiment, image: str, claim: str, resume: str | None 
 
     Raises UserError for what Kubernetes would refuse and for a password in tracking.uri.
     """
-    if not image or re.search(r"\s", image):
-        raise UserError(f"--image: should be one word, as registry.example/diffinstruct:1, got {image!r}")
+    if not re.fullmatch(IMAGE, image):
+        raise UserError(f"--image: should be as registry.example/diffinstruct:1, got {image!r}")
     if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", claim) or len(claim) > 253:
         raise UserError(f"--claim: should be small letters, digits, '-' and '.', got {claim!r}")
     if experiment.tracking.uri and urlsplit(experiment.tracking.uri).password is not None:
@@ -53,7 +55,11 @@ def manifest(experiment: Experiment, image: str, claim: str, resume: str | None 
             "tracking.uri: holds a password, which the manifest would show; leave it out and put MLFLOW_TRACKING_URI into the "
             f"Secret {SECRET!r}"
         )
+    database = (experiment.tracking.uri or "").removeprefix("sqlite:///")
     experiment = placed(experiment)
+    for where, path in {"tracking.uri": database, "--resume": resume}.items():
+        if path and "://" not in path and not PurePosixPath(path).is_relative_to(experiment.runs):
+            raise UserError(f"{where}: should lie in {experiment.runs}, where the claim is mounted, got {path!r}")
     name, asked = job_name(experiment), experiment.cluster
     file = MOUNT / "experiment.yaml"
     config_map = {

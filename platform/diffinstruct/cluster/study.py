@@ -20,6 +20,7 @@ import pandas as pd
 
 from diffinstruct import tracking
 from diffinstruct.cluster.sweep import Examine, Point, SweepError, changed, sweep
+from diffinstruct.cluster.train import warn_of_passing_copy
 from diffinstruct.evaluation import Summary, markdown
 from diffinstruct.experiment import Experiment, UserError, load
 from diffinstruct.orders import EXIT_PAUSED, Paused
@@ -164,6 +165,7 @@ def complete(
         code = ran_with(tracking.read_journal(row["run"]))
         rows.add(todo[i], {"commit": code, **{key: value for key, value in row.items() if key != "run"}})
 
+    warn_of_passing_copy(rows.path.absolute())
     print(f"{rows.path}: {len(points) - len(missing)} of {len(points)} trials are there", flush=True)
     if todo:
         sweep(base, [points[trial] for trial in todo], folder, examine, add)

@@ -36,16 +36,18 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
-from ray.tune.search.sample import Domain
+from ray.tune.search.sample import Categorical, Domain
 
 from diffinstruct import orders, tracking
 from diffinstruct.aim import Aim
 from diffinstruct.cluster.rewards import ray_options, reward_pool, stand_in
-from diffinstruct.cluster.train import HEAD, attached, check_fits, close, final_error, fit, most_nodes
+from diffinstruct.cluster.train import HEAD, attached, check_fits, close, final_error, fit, most_nodes, warn_of_passing_copy
 from diffinstruct.experiment import Experiment, UserError, did_you_mean
 from diffinstruct.orders import Paused
+from diffinstruct.preflight import check_inputs
 from diffinstruct.results import short
 from diffinstruct.tracking import Parent, Tracker, records
+from diffinstruct.watch import FIGURES
 
 if TYPE_CHECKING:
     from diffinstruct.jury import RewardService
@@ -55,6 +57,7 @@ DRIVER = {HEAD: 0.001}
 them and wait for ever for their workers'."""
 
 SHARED = "is the same in all trials of a sweep, because they share their reward actors"
+DRAWN = 30  # points by which a space is checked
 LISTEN = 0.5  # seconds between two looks into a trial's journal
 
 Point = Mapping[str, Any]
@@ -75,14 +78,31 @@ class SweepError(RuntimeError):
 
 
 def grid(space: Mapping[str, Sequence[Any]]) -> list[Point]:
-    """Every combination of the values of dotted keys."""
+    """Every combination of the values of dotted keys. Raises UserError where the values of a key are no list."""
+    for key, values in space.items():
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise UserError(f"{key}: a grid takes a list of values, got {values!r}")
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
 
 
 def sample(space: Space, n: int, seed: int = 0) -> list[Point]:
-    """`n` points by chance, the same ones for the same seed."""
-    random = np.random.RandomState(seed)
-    return [{key: domain.sample(random_state=random) for key, domain in space.items()} for _ in range(n)]
+    """`n` different points by chance, the same ones for the same seed. Raises UserError for a space that has not so many."""
+    _check_domains(space)
+    random, points = np.random.RandomState(seed), list[Point]()
+    for _ in range(100 * n):
+        if len(points) == n:
+            break
+        if (point := {key: domain.sample(random_state=random) for key, domain in space.items()}) not in points:
+            points.append(point)
+    if len(points) < n or n < 1:
+        raise UserError(f"sample: asked for {n} points, found {len(points)} that differ")
+    return points
+
+
+def _check_domains(space: Space) -> None:
+    for key, domain in space.items():
+        if not isinstance(domain, Domain):
+            raise UserError(f"{key}: should be a domain of Tune's, as tune.uniform(0, 1) or tune.choice([...]), got {domain!r}")
 
 
 @dataclass(frozen=True)
@@ -125,14 +145,16 @@ def sweep(
     if scheduler or isinstance(points, Optuna):
         aim = aim or Aim()
         _check_looks(trials, aim, scheduler)
+    for experiment in {of.model_dump_json(include={"prompts", "rewards"}): of for of in trials.experiments}.values():
+        check_inputs(experiment)
+    warn_of_passing_copy(folder)
 
     with attached() as where:
         check_fits(base)
         trials.open(keeps=isinstance(points, Optuna) or isinstance(scheduler, PopulationBasedTraining))
         orders.withdraw(folder)
-        parent = Tracker(
-            base.tracking.uri, base.tracking.experiment, folder.name, folder, trials.varied, {"sweep": str(folder)}
-        )
+        tags = {"sweep": folder, "trials": trials.count}
+        parent = Tracker(base.tracking.uri, base.tracking.experiment, folder.name, folder, trials.varied, tags)
         print(f"sweep {folder}  {trials.count} trials  tracking {parent.url}  {where}\n{placement(base)}", flush=True)
         status, reason = "KILLED", None
         try:
@@ -249,16 +271,51 @@ class Trials:
         self.known: dict[int, tuple[Point, str]] = {}  # number -> point, name of the run's folder
         listed = [] if isinstance(points, Optuna) else list(points)
         self.count = points.trials if isinstance(points, Optuna) else len(listed)
-        for key in points.space if isinstance(points, Optuna) else itertools.chain(*listed):
-            if key.split(".")[0] == "cluster" or key == "reference.model":
-                raise UserError(f"{key}: {SHARED}")
-        for i, point in enumerate(listed):
-            experiment = changed(base, point)
-            if set(experiment.rewards.names) != set(base.rewards.names):
-                raise UserError(f"rewards: which rewards there are {SHARED}")
+        if not isinstance(self.count, int) or self.count < 1:
+            raise UserError(f"sweep: should have one trial or more, got {self.count!r}")
+        if isinstance(points, Optuna):
+            _check_domains(points.space)
+            self.check_space(points.space, {})
+        for i, listed_point in enumerate(listed):
+            if not isinstance(listed_point, Mapping):
+                raise UserError(f"sweep: point {i} should be a mapping of dotted keys, got {listed_point!r}")
+            point = {key: value.item() if isinstance(value, np.generic) else value for key, value in listed_point.items()}
+            experiment = self.checked(point)
             if experiment.derived_id in (run for _, run in self.known.values()):
                 raise UserError(f"sweep: two trials have the same configuration, the second is {dict(point)}")
             self.known[i] = (point, experiment.derived_id)
+
+    def checked(self, point: Point) -> Experiment:
+        """The experiment of a point. Raises UserError where it is none, or where trials cannot differ."""
+        for key in point:
+            if key.split(".")[0] == "cluster" or key == "reference.model":
+                raise UserError(f"{key}: {SHARED}")
+            if key.split(".")[0] in ("runs", "tracking", "name"):
+                raise UserError(f"{key}: is the sweep's, its trials have the same")
+        experiment = changed(self.base, point)
+        if set(experiment.rewards.names) != set(self.base.rewards.names):
+            raise UserError(f"rewards: which rewards there are {SHARED}")
+        return experiment
+
+    def check_space(self, space: Mapping[str, Any], point: Point) -> None:
+        """Raises UserError where what a search or a scheduler may make of `point` never is an experiment. Now and then is no
+        mistake: some values only go with some others."""
+        known = self.base.to_params()
+        if unknown := next((key for key in space if key not in known), None):
+            raise UserError(f"{unknown}: unknown key{did_you_mean(unknown, known)}")
+        values, random, errors = {key: _some_of(domain) for key, domain in space.items()}, np.random.RandomState(0), []
+        for _ in range(DRAWN):
+            try:
+                self.checked({**point, **{key: some[random.randint(len(some))] for key, some in values.items()}})
+            except UserError as error:
+                errors.append(error)
+        if len(errors) == DRAWN:
+            raise errors[0]
+
+    @property
+    def experiments(self) -> list[Experiment]:
+        """Those that are known beforehand; the base of a search."""
+        return [self.experiment(i) for i in self.known] or [self.base]
 
     @property
     def varied(self) -> dict[str, Any]:
@@ -374,7 +431,9 @@ class Trial:
             tracking.examined(self.folder, experiment.tracking.uri, self.trials.row(i)["step"], values)
             examination.with_suffix(".tmp").write_text(json.dumps(found, indent=2) + "\n")
             examination.with_suffix(".tmp").replace(examination)
-        self._report(report | {k: v for k, v in self.trials.row(i).items() if isinstance(v, int | float)})
+        figures = report | {k: v for k, v in self.trials.row(i).items() if isinstance(v, int | float)}
+        self._look_for(figures)
+        self._report(figures)
 
     def _train(self, experiment: Experiment, name: str) -> Iterator[dict[str, float]]:
         """The reports of the run's journal, while it is written; those of a finished run from first to last."""
@@ -397,6 +456,15 @@ class Trial:
         yield from reports.new()
         if errors:
             raise errors[0]
+
+    def _look_for(self, figures: Mapping[str, float]) -> None:
+        """Raises UserError where the end has come without a figure that the sweep looks for."""
+        if self.aim is None:
+            return
+        asked = [self.aim.up, *[self.aim.down] * isinstance(self.trials.points, Optuna)]
+        bounds = [key for key in (*self.aim.floors, *self.aim.ceilings) if not key.startswith("watch/")]
+        if missing := next((key for key in asked + bounds if key not in figures), None):
+            raise UserError(f"aim: no figure {missing!r} came of this trial{did_you_mean(missing, figures)}")
 
     def _report(self, figures: dict[str, float]) -> None:
         """Tell Tune. What a scheduler compares is not there before the first look."""
@@ -520,7 +588,7 @@ class Asking(Listed):
         new = len(self.trials.known)
         if not self.todo and new < self.search.trials and orders.given(self.trials.folder) != orders.PAUSE:
             point = self._ask(new)
-            self.trials.add(new, point, changed(self.trials.base, point).derived_id)
+            self.trials.add(new, point, self.trials.checked(point).derived_id)
             self.todo.append(new)
         suggested = super().suggest(trial_id)
         if suggested != Searcher.FINISHED:
@@ -599,9 +667,21 @@ class Progress(TrialProgressCallback):
         print(f"trial {len(self.ended)}/{self.trials.count} {how}  {dict(self.trials.point(i))}", flush=True)
 
 
+def _some_of(domain: Any) -> list[Any]:
+    """Values of a domain, a list or a function without arguments, as many as DRAWN or all."""
+    if isinstance(domain, list | tuple):
+        return list(domain)
+    if isinstance(domain, Categorical):
+        return list(domain.categories)
+    random = np.random.RandomState(0)
+    return [domain.sample(random_state=random) if isinstance(domain, Domain) else domain() for _ in range(DRAWN)]
+
+
 def _check_looks(trials: Trials, aim: Aim, scheduler: TrialScheduler | None) -> None:
     """Raises UserError where the aim's figures would never come, or a scheduler would count something else than steps."""
     looks = [key for key in (aim.up, aim.down, *aim.floors, *aim.ceilings) if key.startswith("watch/")]
+    if unknown := next((key for key in looks if key not in FIGURES), None):
+        raise UserError(f"aim: the watch has no figure {unknown!r}{did_you_mean(unknown, FIGURES)}")
     for i in trials.known or [None]:
         experiment = trials.base if i is None else trials.experiment(i)
         if looks and not experiment.watch.every:
@@ -612,6 +692,11 @@ def _check_looks(trials: Trials, aim: Aim, scheduler: TrialScheduler | None) -> 
         raise UserError(f'scheduler: time_attr should be "step", got {counts!r}, which starts anew when a trial does')
     if isinstance(scheduler, PopulationBasedTraining) and len({tuple(point) for point, _ in trials.known.values()}) != 1:
         raise UserError("sweep: the points of a population all change the same keys")
+    if isinstance(scheduler, PopulationBasedTraining):
+        point, changes = trials.point(0), scheduler._hyperparam_mutations
+        if unknown := next((key for key in changes if key not in point), None):
+            raise UserError(f"scheduler: it changes {unknown}, which the points do not{did_you_mean(unknown, point)}")
+        trials.check_space(changes, point)
     every = trials.base.logging.checkpoint_every
     if isinstance(scheduler, PopulationBasedTraining) and every > scheduler._perturbation_interval:
         raise UserError(

@@ -61,8 +61,7 @@ logger = logging.getLogger(__name__)
 def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> Result:
     """Train `experiment` in `folder`, or go on with what is there; as `local.run`, on a cluster."""
     folder = folder.absolute()
-    if "working_dir_files" in folder.parts:
-        print(f"{folder} is in Ray's passing copy of the code; -s runs=FOLDER keeps a run", file=sys.stderr)
+    warn_of_passing_copy(folder)
     uri = tracking.tracking_uri(experiment.tracking.uri, folder.parent)
     experiment = experiment.model_copy(update={"tracking": experiment.tracking.model_copy(update={"uri": uri})})
     with attached() as where:
@@ -188,6 +187,12 @@ def close(folder: Path, experiment: Experiment, reason: BaseException) -> None:
             tracking.deliver(folder, experiment.tracking.uri, status, f"{type(reason).__name__}: {reason}")
     except Exception as error:
         logger.warning("the end of %s has not reached MLflow: %s", folder, error)
+
+
+def warn_of_passing_copy(path: Path) -> None:
+    """A job's working directory is a copy that Ray clears away."""
+    if "working_dir_files" in path.parts:
+        print(f"{path} is in Ray's passing copy of the code and will be lost; -s runs=FOLDER keeps a run", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------- cluster

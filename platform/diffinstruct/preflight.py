@@ -1,0 +1,36 @@
+"""What a run reads from elsewhere, looked for before anything heavy is imported: its prompts, the modules of its rewards."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from importlib.machinery import PathFinder
+
+from diffinstruct.experiment import Experiment, UserError
+from diffinstruct.prompts import read_prompts
+
+
+def check_inputs(experiment: Experiment) -> None:
+    """Raises UserError for prompts that cannot be read, and for a reward whose module is nowhere."""
+    for key in ("train", "grid"):
+        try:
+            read_prompts(getattr(experiment.prompts, key))
+        except UserError as error:
+            raise UserError(f"prompts.{key}: {error}") from None
+    if "RAY_ADDRESS" in os.environ:  # a cluster that is elsewhere may have what is not here
+        return
+    apart = {name for environment in experiment.cluster.reward_environments for name in environment.rewards}  # so may these
+    for name in experiment.rewards.names:
+        if ":" in name and name not in apart and (missing := _missing_module(name.partition(":")[0])):
+            raise UserError(f"rewards: {name!r}: there is no module {missing!r}, neither in this folder nor installed")
+
+
+def _missing_module(path: str) -> str | None:
+    """A dotted module that is not there, for all that can be told without importing anything."""
+    first, *others = parts = path.split(".")
+    found = importlib.util.find_spec(first)
+    for i in range(len(others)):
+        if found is None or found.submodule_search_locations is None:
+            break
+        found = PathFinder.find_spec(".".join(parts[: i + 2]), found.submodule_search_locations)
+    return path if found is None else None
