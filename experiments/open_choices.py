@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from diffinstruct.cluster.study import Study
@@ -23,6 +24,7 @@ from diffinstruct.pocket_world import MEASURES, examine_run
 from diffinstruct.results import Rows, paired_by_seed, seed_noise
 
 HERE = Path(__file__).parent
+WEIGHT = "objective.regularization_weight"
 OBJECTIVES: dict[str, Point] = {  # scales at which reward and regulariser have about the same ratio of norms at the start
     "DI*": {"objective.name": "di_star", "objective.reward_scale": 2.0},
     "Diff-Instruct++": {"objective.name": "diff_instruct_pp", "objective.reward_scale": 8.0},
@@ -90,7 +92,9 @@ def noise_at_these_scales(measures: Sequence[str]) -> dict[str, tuple[float, int
     trials = Rows(STUDY.rows).read()
     if trials.empty:
         raise UserError(f"{STUDY.rows}: no trials to know the noise of seeds from; run score_against_kl.py first")
-    trials = trials[trials["step"] == load(STUDY.recipe).steps].copy()
+    recipe = load(STUDY.recipe)
+    as_the_recipe = trials.get(WEIGHT, pd.Series(np.nan, trials.index)).fillna(recipe.objective.regularization_weight)
+    trials = trials[(trials["step"] == recipe.steps) & (as_the_recipe == recipe.objective.regularization_weight)].copy()
     trials["arm"] = trials["trial"].str.replace(r"\bseed=\d+", "", regex=True)
     alike = [(trials[list(of)] == pd.Series(of)).all(axis=1) for of in OBJECTIVES.values()]
     try:
