@@ -1,17 +1,48 @@
-"""Every experiment trains: each file of experiments/ that is a study, with --smoke."""
+"""Every experiment trains: each file of experiments/ that is a study, with --smoke.
+
+One of them through Ray Tune; the others' trials one after the other in this process: what they ask and what they say differs,
+the sweep is the same.
+"""
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from diffinstruct import local
+from diffinstruct.cluster.sweep import changed
+
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 STUDIES = {path.stem for path in EXPERIMENTS.glob("*.py") if "--smoke" in path.read_text()}
-DRAWN = {"reward_against_regularization": ["pareto", "heat_maps"], "guidance": ["pareto"], "k_ta": ["pareto"]}
+SWEPT = "reward_against_regularization"
+DRAWN = {SWEPT: ["pareto", "heat_maps"], "guidance": ["pareto"], "k_ta": ["pareto"]}
 """Those that draw what every sweep may draw; the others' figures are their own."""
+
+
+def in_this_process(base, points, folder, examine, on_row):
+    for i, point in enumerate(points):
+        experiment = changed(base, point)
+        run = folder / experiment.derived_id
+        local.run(experiment, run)
+        on_row(i, {**point, "run": str(run), **json.loads((run / "metrics.json").read_text()), **examine(experiment, run)})
+
+
+def smoke(study, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [study, "--smoke"])
+    runpy.run_path(str(EXPERIMENTS / f"{study}.py"), run_name="__main__")
+
+
+def check(study, tmp_path, said):
+    assert "missing" not in said and "| --- | --:" in said
+    (kept,) = {*tmp_path.glob("runs/*/pocket_study.csv"), *tmp_path.glob("runs/*recipe-smoke/overoptimization.csv")}
+    assert (pd.read_csv(kept)["step"] == 2).all()
+    for what in DRAWN.get(study, []):
+        assert (kept.parent / f"{study}_{what}.png").stat().st_size > 10_000
 
 
 def test_what_has_no_smoke_is_no_study():
@@ -19,15 +50,15 @@ def test_what_has_no_smoke_is_no_study():
     assert others == {"build_pocket_world", "hackable", "quickstart"}
 
 
-@pytest.mark.parametrize("study", sorted(STUDIES))
-def test_smoke(session, study, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", [study, "--smoke"])
-    runpy.run_path(str(EXPERIMENTS / f"{study}.py"), run_name="__main__")
-    said = capsys.readouterr().out
-    assert "missing" not in said and "| --- | --:" in said
-    (folder, *_) = (path.parent for path in tmp_path.glob("runs/*/table.csv"))
-    rows = pd.read_csv(next(folder.glob("*.csv")))
-    assert (rows["step"] == 2).all()
-    for what in DRAWN.get(study, []):
-        assert (folder / f"{study}_{what}.png").stat().st_size > 10_000
+@pytest.mark.parametrize("study", sorted(STUDIES - {SWEPT}))
+def test_smoke(study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("diffinstruct.cluster.study.sweep", in_this_process)
+    smoke(study, monkeypatch, tmp_path)
+    check(study, tmp_path, capsys.readouterr().out)
+
+
+def test_smoke_through_tune(session, tmp_path, monkeypatch, capsys):
+    smoke(SWEPT, monkeypatch, tmp_path)
+    check(SWEPT, tmp_path, capsys.readouterr().out)
+    (report,) = tmp_path.glob("runs/*/report.html")
+    assert "A sweep of 2 trials" in report.read_text()

@@ -65,8 +65,8 @@ class Answer:
         tracking.publish(uri, self.base.tracking.experiment, self.text.with_suffix(""), self.text, rows, *figures)
 
 
-SMOKE = {"steps": 2, "global_batch_size": 8, "logging.every": 1, "logging.grid_prompts": 2}
-SMOKE_EVERY = 10  # prompts of the examination, which takes longer than two steps
+SMOKE = {"steps": 2, "global_batch_size": 4, "logging.every": 1, "logging.grid_prompts": 2}
+SMOKE_EVERY = 30  # prompts of the examination, which takes longer than two steps
 
 
 @dataclass(frozen=True)
