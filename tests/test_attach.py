@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,9 @@ SMALL = (
 @pytest.fixture(scope="module")
 def cluster():
     """The variables of a shell that knows it."""
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
-        port, dashboard = one.getsockname()[1], two.getsockname()[1]
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        port, dashboard, agent = (of.getsockname()[1] for of in sockets)
     home = Path(tempfile.mkdtemp(prefix="di"))  # short: sockets lie in it
     shell = os.environ | {
         "HOME": str(home),
@@ -61,8 +63,8 @@ def cluster():
     subprocess.run(["ray", "get-auth-token", "--generate"], env=shell, check=True, capture_output=True)
     start = "ray start --head --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1"
     ours = (
-        f"--block --port={port} --dashboard-port={dashboard} --temp-dir={home}/ray --num-cpus=3 "
-        f"--object-store-memory={10**8} --disable-usage-stats"
+        f"--block --port={port} --dashboard-port={dashboard} --dashboard-agent-listen-port={agent} --temp-dir={home}/ray "
+        f"--num-cpus=3 --object-store-memory={10**8} --disable-usage-stats"
     )
     with (home / "said").open("w") as said:
         # It dies with this process: `ray stop` would end everybody's clusters.

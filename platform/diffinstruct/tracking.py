@@ -576,7 +576,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _replace(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{threading.get_native_id()}.tmp")  # two may deliver the same journal
     temporary.write_text(json.dumps(content))
     temporary.replace(path)
 
