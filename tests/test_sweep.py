@@ -135,34 +135,6 @@ def test_a_scheduler_ends_trials_that_are_behind_as_finished_runs(session, world
     assert [starts(Path(run)) for run in table["run"]] == [1 + (run == early["run"]) for run in table["run"]]
 
 
-def test_a_population_takes_over_weights_and_keeps_its_lineage(session, world, tmp_path):
-    """The worse of two goes on with the other's weights, under a configuration and in a run of its own."""
-    base = slow(world, steps=60)
-    points = sweeps.grid({"objective.reward_scale": [0.01, 10.0]})
-    scheduler = PopulationBasedTraining(
-        time_attr="step", perturbation_interval=20, quantile_fraction=0.5,
-        hyperparam_mutations={"objective.reward_scale": tune.loguniform(1, 20)},
-    )  # fmt: skip
-    table = sweeps.sweep(base, points, tmp_path / "sweep", scheduler=scheduler, aim=ANYWHERE)
-    assert table["step"].tolist() == [60, 60]
-    _, *takeovers = [json.loads(line) for line in (tmp_path / "sweep" / "trials.jsonl").read_text().splitlines()]
-    last = takeovers[-1]
-    row = table.iloc[last["trial"]]
-    run = tmp_path / "sweep" / last["run"]
-    assert row["run"] == str(run) and row["objective.reward_scale"] == last["point"]["objective.reward_scale"]
-    for after in takeovers:  # what was before is in the other's journal
-        assert min(journal(tmp_path / "sweep" / after["run"])[0], default=20) >= 20
-    (before,) = (
-        record["reason"]
-        for path in (tmp_path / "sweep").glob("*/journal.jsonl")
-        for record in map(json.loads, filter(None, path.read_text().splitlines()))
-        if last["run"] in (record.get("reason") or "")
-    )
-    assert "with the weights of" in before
-    with pytest.raises(UserError, match=r"trials.jsonl: is of another search; this one needs a folder of its own$"):
-        sweeps.sweep(base, points[:1], tmp_path / "sweep", scheduler=scheduler)
-
-
 def test_optuna_asks_for_the_same_points_in_a_second_life(world, tmp_path):
     """One trial at a time, simulated: what it asks for next depends on what was told, not on who is asking."""
     space = {"objective.reward_scale": tune.loguniform(0.1, 100), "objective.huber_c": tune.choice([0.03, 0.1])}
@@ -334,3 +306,32 @@ def test_a_sweep_refuses_what_it_cannot_vary(world, tmp_path):
         sweeps.sweep(world[1](), [{"seed": 2}, {}, {"seed": 2}], tmp_path)
     with pytest.raises(UserError, match=r"objective.reward_scale: .*greater than or equal to 0, got -1"):
         sweeps.changed(world[1](), {"objective.reward_scale": -1.0})
+
+
+def test_a_population_takes_over_weights_and_keeps_its_lineage(session, world, tmp_path):
+    """The worse of two goes on with the other's weights, under a configuration and in a run of its own. The last of this file:
+    Tune kills who is taken over, and in a Ray without a dashboard their places are never free again."""
+    base = slow(world, steps=60)
+    points = sweeps.grid({"objective.reward_scale": [0.01, 10.0]})
+    scheduler = PopulationBasedTraining(
+        time_attr="step", perturbation_interval=20, quantile_fraction=0.5,
+        hyperparam_mutations={"objective.reward_scale": tune.loguniform(1, 20)},
+    )  # fmt: skip
+    table = sweeps.sweep(base, points, tmp_path / "sweep", scheduler=scheduler, aim=ANYWHERE)
+    assert table["step"].tolist() == [60, 60]
+    _, *takeovers = [json.loads(line) for line in (tmp_path / "sweep" / "trials.jsonl").read_text().splitlines()]
+    last = takeovers[-1]
+    row = table.iloc[last["trial"]]
+    run = tmp_path / "sweep" / last["run"]
+    assert row["run"] == str(run) and row["objective.reward_scale"] == last["point"]["objective.reward_scale"]
+    for after in takeovers:  # what was before is in the other's journal
+        assert min(journal(tmp_path / "sweep" / after["run"])[0], default=20) >= 20
+    (before,) = (
+        record["reason"]
+        for path in (tmp_path / "sweep").glob("*/journal.jsonl")
+        for record in map(json.loads, filter(None, path.read_text().splitlines()))
+        if last["run"] in (record.get("reason") or "")
+    )
+    assert "with the weights of" in before
+    with pytest.raises(UserError, match=r"trials.jsonl: is of another search; this one needs a folder of its own$"):
+        sweeps.sweep(base, points[:1], tmp_path / "sweep", scheduler=scheduler)
