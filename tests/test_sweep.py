@@ -312,7 +312,7 @@ def test_a_population_takes_over_weights_and_keeps_its_lineage(session, world, t
     """The worse of two goes on with the other's weights, under a configuration and in a run of its own. The last of this file,
     in a Ray with room: Tune kills who is taken over, and without a dashboard the place of a killed one is never free again."""
     session.shutdown()
-    session.init(address="local", num_cpus=24, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
+    session.init(address="local", num_cpus=10, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
     base = slow(world, steps=60)
     points = sweeps.grid({"objective.reward_scale": [0.01, 10.0]})
     scheduler = PopulationBasedTraining(
