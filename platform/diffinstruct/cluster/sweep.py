@@ -432,7 +432,8 @@ class Trial:
             examination.with_suffix(".tmp").write_text(json.dumps(found, indent=2) + "\n")
             examination.with_suffix(".tmp").replace(examination)
         figures = report | {k: v for k, v in self.trials.row(i).items() if isinstance(v, int | float)}
-        self._look_for(figures)
+        if report or not self.population:  # weights that were taken over at the last step were not looked at again
+            self._look_for(figures)
         self._report(figures)
 
     def _train(self, experiment: Experiment, name: str) -> Iterator[dict[str, float]]:
