@@ -65,7 +65,16 @@ SHARED = ["-s", "cluster.reward_gpus=0.25", "-s", "cluster.reward_replicas=6", "
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], GPUS, [*GPUS, *SHARED], ["-s", "cluster.reward_place=process"], ["--resume", "/mnt/runs/r"]]
+    "arguments",
+    [
+        [],
+        GPUS,
+        [*GPUS, *SHARED],
+        ["-s", "cluster.reward_place=process"],
+        ["--resume", "/mnt/runs/r"],
+        ["-s", "tracking.uri=http://tracking.example:5000"],
+        ["-s", "tracking.uri=databricks"],
+    ],
 )
 def test_the_manifest_passes_kuberays_own_schema(schema, capsys, arguments):
     _, job = rendered(capsys, *arguments)

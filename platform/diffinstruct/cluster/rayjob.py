@@ -55,10 +55,11 @@ def manifest(experiment: Experiment, image: str, claim: str, resume: str | None 
             "tracking.uri: holds a password, which the manifest would show; leave it out and put MLFLOW_TRACKING_URI into the "
             f"Secret {SECRET!r}"
         )
-    database = (experiment.tracking.uri or "").removeprefix("sqlite:///")
+    uri = experiment.tracking.uri or ""
     experiment = placed(experiment)
+    database = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
     for where, path in {"tracking.uri": database, "--resume": resume}.items():
-        if path and "://" not in path and not PurePosixPath(path).is_relative_to(experiment.runs):
+        if path is not None and not PurePosixPath(path).is_relative_to(experiment.runs):
             raise UserError(f"{where}: should lie in {experiment.runs}, where the claim is mounted, got {path!r}")
     name, asked = job_name(experiment), experiment.cluster
     file = MOUNT / "experiment.yaml"

@@ -192,7 +192,7 @@ def close(folder: Path, experiment: Experiment, reason: BaseException) -> None:
 def warn_of_passing_copy(path: Path) -> None:
     """A job's working directory is a copy that Ray clears away."""
     if "working_dir_files" in path.parts:
-        print(f"{path} is in Ray's passing copy of the code and will be lost; -s runs=FOLDER keeps a run", file=sys.stderr)
+        print(f"{path} lies in Ray's passing copy of the code and will be lost; an absolute path stays", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------- cluster
