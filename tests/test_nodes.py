@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import tiny_actors
+from conftest import BUSY
 
 from diffinstruct.cluster import sweep as sweeps
 from diffinstruct.cluster import train as cluster
@@ -27,8 +28,8 @@ def nodes():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")
-        patch.setenv("RAY_agent_register_timeout_ms", "300000")  # a busy machine is no failure
-        patch.setenv("RAY_worker_register_timeout_seconds", "300")
+        for limit, value in BUSY.items():
+            patch.setenv(limit, value)
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT / "tests", ROOT / "platform", ROOT))))
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         made = Cluster()
