@@ -4,6 +4,7 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import tiny_sweep
 from PIL import Image
@@ -211,6 +212,14 @@ def test_the_pareto_figure_names_its_front_and_shows_it(tmp_path, monkeypatch):
     assert (tmp_path / "p.png").exists() is False  # nothing is written but by savefig
     with pytest.raises(ValueError, match="takes a held-out reward and a distance"):
         figures.pareto(by_point, type(of)(of.trained, None, of.distance, None), keys, tmp_path / "p.png")
+
+
+def test_the_letters_of_a_long_front_lie_apart():
+    crowd = np.linspace(0, 0.01, 40)
+    path = np.array([*zip(crowd, crowd, strict=True), (50.0, 0.5), (100.0, 1.0)])
+    assert figures._spread(path, 8) == [0, 40, 41]
+    assert figures._spread(np.array([[0.0, 1.0], [0.5, 1.0], [1.0, 1.0]]), 8) == [0, 1, 2]  # flat
+    assert figures._spread(np.array([[2.0, 3.0]]), 8) == [0]
 
 
 def test_curves_are_means_over_seeds_in_their_band(tmp_path, monkeypatch):

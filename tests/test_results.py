@@ -2,6 +2,8 @@
 
 import math
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +45,21 @@ def test_rows_are_kept_and_what_is_missing_is_known(tmp_path):
     frame = Rows(rows.path).read()
     assert frame["trial"].tolist() == ["b", "a"] and frame["kid"].tolist() == pytest.approx([1 / 3, 2.0], rel=1e-5)
     assert math.isnan(frame["new"][0]) and frame["commit"].notna().all() and frame["at"].str.fullmatch(r"\d{4}-\d\d-\d\d").all()
-    assert [path.name for path in rows.path.parent.iterdir()] == ["rows.csv"]
+    assert [path.name for path in rows.path.parent.iterdir() if path.suffix != ".lock"] == ["rows.csv"]
+
+
+def test_studies_side_by_side_lose_no_row(tmp_path, monkeypatch):
+    rows, reading = Rows(tmp_path / "rows.csv"), Rows.read
+
+    def slowly(self):  # so that everybody has read before anybody has written, unless they wait for each other
+        frame = reading(self)
+        time.sleep(0.05)
+        return frame
+
+    monkeypatch.setattr(Rows, "read", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: Rows(rows.path).add(f"trial {i}", {"kid": i}), range(8)))
+    assert sorted(rows.read()["trial"]) == [f"trial {i}" for i in range(8)]
 
 
 @pytest.mark.parametrize(
@@ -221,6 +237,17 @@ def test_a_resumed_run_is_what_it_was_last(tmp_path):
         file.write('\n{"time": 1, "step": 20, "metrics": {"divergence": 8.0}}\n')  # after the torn line
     curves = learning_curves(folder)
     assert curves[curves["key"] == "divergence"][["step", "value"]].to_numpy().tolist() == [[20, 8.0]]
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_a_run_whose_journal_was_cut_is_not_taken_for_one_that_goes_on(tmp_path, left):
+    folder = tiny_sweep.run(tmp_path / "a")
+    journal = folder / "journal.jsonl"
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:left]))
+    run = load_sweep(folder).iloc[0]
+    assert run["status"] == "unfinished" and "cut or deleted" in run["reason"]
+    going_on = load_sweep(tiny_sweep.run(tmp_path / "b", end=None)).iloc[0]
+    assert going_on["status"] == "unfinished" and going_on["reason"] is None
 
 
 def test_kept_rows_are_a_frame_too(tmp_path):

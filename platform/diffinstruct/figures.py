@@ -72,7 +72,7 @@ def pareto(points: pd.DataFrame, of: Measures, keys: Sequence[str], path: Path) 
     if up is None or down is None:
         raise ValueError("a Pareto front takes a held-out reward and a distance")
     front = pareto_front(points, up, down)
-    chosen = np.linspace(0, len(front) - 1, min(len(front), len(LETTERS))).round().astype(int)
+    chosen = _spread(front[[down, up]].to_numpy(np.float64), len(LETTERS))
     named = front.iloc[chosen].assign(letter=list(LETTERS[: len(chosen)]))
     pictures = {str(point["letter"]): made for _, point in named.iterrows() if (made := _thumbnails(point["runs"]))}
     with canvas(path, 5.0 + 1.4 * bool(pictures)) as picture:
@@ -212,6 +212,19 @@ def _bar(point: pd.Series, measure: str) -> np.ndarray | None:
     """An interval as matplotlib's error bar, [2, 1]; None where there is none."""
     ends = np.array([[point[measure] - point[f"{measure}.low"]], [point[f"{measure}.high"] - point[measure]]], np.float64)
     return ends.clip(0) if np.isfinite(ends).all() else None
+
+
+def _spread(path: np.ndarray, most: int) -> list[int]:
+    """The numbers of at most `most` points of a path [n, 2], its two ends among them, that lie apart along it as the drawing
+    shows it: where many points lie together one stands for them."""
+    steps = np.diff(path, axis=0) / np.where(np.ptp(path, axis=0) > 0, np.ptp(path, axis=0), 1)
+    along = np.concatenate([[0], np.hypot(*steps.T).cumsum()])
+    apart, chosen = 0.999 * along[-1] / (most - 1), [0]
+    for i in range(1, len(along)):
+        if along[i] - along[chosen[-1]] >= apart:
+            chosen.append(i)
+    last = len(along) - 1
+    return [*chosen[:-1], last] if last and along[last] - along[chosen[-1]] < apart and len(chosen) > 1 else chosen
 
 
 def _thumbnails(runs: Sequence[str]) -> tuple[Image.Image, Image.Image] | None:

@@ -26,7 +26,6 @@ from diffinstruct.prompts import read_prompts
 from diffinstruct.results import (
     Measures,
     described,
-    examined,
     figure,
     learning_curves,
     load_sweep,
@@ -36,6 +35,7 @@ from diffinstruct.results import (
     points,
     short,
     swept,
+    with_intervals,
 )
 from diffinstruct.tracking import read_journal
 
@@ -85,7 +85,7 @@ def of_run(folder: Path, run: pd.Series) -> str:
     starts = [record for record in records if "start" in record]
     frame, values = run.to_frame().T, learning_curves(folder)
     events = [record for record in records if "event" in record]
-    intervals = [measure for measure in examined(frame) if pd.notna(run[measure])]
+    intervals = [measure for measure in with_intervals(frame) if pd.notna(run[measure])]
     metrics = {key: plain(run[key]) for key in values["key"].unique() if key not in intervals}
     return render(
         "run.html",

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 from numpy.typing import ArrayLike
 from scipy import stats
 
@@ -57,8 +58,9 @@ class Rows:
         new = pd.DataFrame([{KEY: trial, "commit": "unknown", "at": f"{pd.Timestamp.now(tz='UTC'):%Y-%m-%d}", **row}])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(self.path.name + ".tmp")
-        pd.concat([self.read(), new], ignore_index=True).to_csv(temporary, index=False, float_format="%.6g")
-        os.replace(temporary, self.path)
+        with FileLock(self.path.with_name(f".{self.path.name}.lock")):  # studies that share the file may run side by side
+            pd.concat([self.read(), new], ignore_index=True).to_csv(temporary, index=False, float_format="%.6g")
+            os.replace(temporary, self.path)
 
 
 def flat(summary: Summary) -> dict[str, float]:
@@ -144,7 +146,7 @@ def load_sweep(path: Path | str) -> pd.DataFrame:
             raise UserError(f"{path}: no rows in it")
     else:
         frame = pd.DataFrame([_run(folder) for folder in run_folders(path)])
-    for measure in examined(frame):
+    for measure in with_intervals(frame):
         frame.loc[frame[f"{measure}.low"].isna(), measure] = np.nan
     return frame
 
@@ -181,8 +183,8 @@ def learning_curves(path: Path | str) -> pd.DataFrame:
     return pd.DataFrame([(*at, value) for at, value in values.items()], columns=["run", "step", "key", "value"])
 
 
-def examined(frame: pd.DataFrame) -> list[str]:
-    """The measures that have intervals, in the order of the columns."""
+def with_intervals(frame: pd.DataFrame) -> list[str]:
+    """The measures that have intervals, in the order of the columns: they were examined."""
     return [column for column in frame if f"{column}.low" in frame]
 
 
@@ -209,7 +211,7 @@ class Measures:
 def measures(frame: pd.DataFrame) -> Measures:
     """What a frame's runs are judged by: the examined measure if any run has it, else the training's last. Of several trained,
     or held-out, rewards the first counts."""
-    intervals = examined(frame)
+    intervals = with_intervals(frame)
     held_out = [str(column).partition("/")[2] for column in frame if str(column).startswith("held_out/")]
     if "rewards.trained" in frame:
         trained = [reward["name"] for value in frame["rewards.trained"].dropna() for reward in json.loads(value)]
@@ -321,11 +323,12 @@ def ran_with(journal: Iterable[Mapping[str, Any]]) -> str:
 def _run(folder: Path) -> dict[str, Any]:
     records = read_journal(folder)
     last: dict[str, Any] = next((record for record in reversed(records) if record.keys() & {"start", "finish"}), {})
+    torn = "its journal has no end, and may have been cut or deleted" if (folder / "metrics.json").exists() else None
     measured = [record for record in records if "metrics" in record]
     row: dict[str, Any] = {
         "run": str(folder),
         "status": {"FINISHED": "finished", "FAILED": "failed"}.get(str(last.get("finish")), "unfinished"),
-        "reason": last.get("reason"),
+        "reason": last.get("reason") if "finish" in last else torn,
         "commit": ran_with(records),
         "step": max((record["step"] for record in measured), default=0),
         "alarm": min((record["step"] for record in records if record.get("event") == "hacking"), default=np.nan),

@@ -236,7 +236,7 @@ def attach(run_folder: Path | str, *paths: Path) -> None:
     _deliver_now(folder)
 
 
-def examined(run_folder: Path | str, uri: str | None, step: int, figures: Mapping[str, float]) -> None:
+def add_examination(run_folder: Path | str, uri: str | None, step: int, figures: Mapping[str, float]) -> None:
     """Adds what was found on examination to a run that has ended, once: in MLflow these are metrics `examined/...`."""
     folder = Path(run_folder).absolute()
     if not any("examined" in record for record in read_journal(folder)):

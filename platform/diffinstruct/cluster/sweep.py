@@ -426,9 +426,9 @@ class Trial:
         for report in self._train(experiment, self.trials.name(point)):
             self._report(report)
         if self.trials.examine and not (examination := self.folder / "examination.json").exists():
-            found = examined(self.trials.examine, experiment, self.folder, self.started_in)
+            found = examine(self.trials.examine, experiment, self.folder, self.started_in)
             values = {key: value for key, value in found.items() if key.rpartition(".")[2] not in ("low", "high", "n")}
-            tracking.examined(self.folder, experiment.tracking.uri, self.trials.row(i)["step"], values)
+            tracking.add_examination(self.folder, experiment.tracking.uri, self.trials.row(i)["step"], values)
             examination.with_suffix(".tmp").write_text(json.dumps(found, indent=2) + "\n")
             examination.with_suffix(".tmp").replace(examination)
         figures = report | {k: v for k, v in self.trials.row(i).items() if isinstance(v, int | float)}
@@ -513,15 +513,15 @@ class Reports:
                 yield {"step": record["step"], **metrics, **self.watched}
 
 
-def examined(examine: Examine, experiment: Experiment, folder: Path, started_in: str) -> dict[str, float]:
-    """What `examine` finds, from a task of a worker's size beside the trial's own group."""
+def examine(how: Examine, experiment: Experiment, folder: Path, started_in: str) -> dict[str, float]:
+    """What `how` finds, from a task of a worker's size beside the trial's own group."""
 
     def task() -> dict[str, float]:
         import torch
 
         stand_in(started_in)
         torch.set_num_threads(experiment.cluster.cpus_per_worker)
-        return dict(examine(experiment, folder))
+        return dict(how(experiment, folder))
 
     of_worker = ray_options(experiment.cluster.per_worker)
     return ray.get(ray.remote(task).options(**of_worker, scheduling_strategy="DEFAULT", max_retries=3).remote())
