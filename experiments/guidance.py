@@ -3,7 +3,8 @@
     python experiments/guidance.py [--smoke] [--trials N]
 
 Guidance inside the divergence, DI* at reward scale 2, cfg_scale from 0 (plain conditional) to 6. Budget: 5 arms x 2 seeds on
-the pocket world, 60 rounds each, one row a trial in docs/results/pocket_study.csv. Prints the table and draws the Pareto front.
+the pocket world, 60 rounds each, one row a trial in docs/results/pocket_study.csv. Prints the table and each arm
+minus the recipe's, and draws the Pareto front.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ STUDY = Study(
 
 def main() -> None:
     if answer := STUDY.main():
+        answer.differences("cfg_scale 2", {key: MEASURES[key] for key in ("reward/pocket_judge", "kid", "diversity")})
         answer.draw()
 
 

@@ -4,7 +4,8 @@
 
 DI* at reward scale 2 with 1, 2, 4 and 8 score updates a round on the same sample; a round with 8 costs 2.75 times one with 1
 (33 forward passes worth against 12). Budget: 4 arms x 2 seeds on the pocket world, 60 rounds each, one row a trial in
-docs/results/pocket_study.csv. Prints the table and draws the Pareto front.
+docs/results/pocket_study.csv. Prints the table and each arm minus the recipe's, and draws the Pareto
+front.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ STUDY = Study(
 
 def main() -> None:
     if answer := STUDY.main():
+        answer.differences("K_TA 1", {key: MEASURES[key] for key in ("reward/pocket_judge", "kid", "diversity")})
         answer.draw()
 
 

@@ -87,8 +87,8 @@ def main() -> None:
 
 
 def noise_at_these_scales(measures: Sequence[str]) -> dict[str, tuple[float, int]]:
-    """How far seeds scatter in the recipe's kept trials with these objectives and scales, in whatever study. (With less reward
-    they scatter more; longer ones share their first rounds with the others, so they do not count.)"""
+    """How far seeds scatter in the recipe's kept trials with these objectives and scales that have three, in whatever study.
+    (With less reward they scatter more; longer ones share their first rounds with the others, so they do not count.)"""
     trials = Rows(STUDY.rows).read()
     if trials.empty:
         raise UserError(f"{STUDY.rows}: no trials to know the noise of seeds from; run score_against_kl.py first")
@@ -97,8 +97,9 @@ def noise_at_these_scales(measures: Sequence[str]) -> dict[str, tuple[float, int
     trials = trials[(trials["step"] == recipe.steps) & (as_the_recipe == recipe.objective.regularization_weight)].copy()
     trials["arm"] = trials["trial"].str.replace(r"\bseed=\d+", "", regex=True)
     alike = [(trials[list(of)] == pd.Series(of)).all(axis=1) for of in OBJECTIVES.values()]
+    of_three = trials.groupby("arm")["seed"].transform("nunique") >= 3
     try:
-        return {key: seed_noise(trials[pd.concat(alike, axis=1).any(axis=1)], "arm", key) for key in measures}
+        return {key: seed_noise(trials[pd.concat(alike, axis=1).any(axis=1) & of_three], "arm", key) for key in measures}
     except ValueError as error:
         raise UserError(f"{STUDY.rows}: {error}; run score_against_kl.py first") from None
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffinstruct.cluster.study import Answer, Study
+from diffinstruct.cluster.study import Study
 from diffinstruct.cluster.sweep import Point
 from diffinstruct.pocket_world import MEASURES, examine_run
-from diffinstruct.results import by_seed, paired_by_seed, seed_noise
+from diffinstruct.results import by_seed
 
 HERE = Path(__file__).parent
 WEIGHT, SCALE = "objective.regularization_weight", "objective.reward_scale"
@@ -40,13 +40,9 @@ STUDY = Study(
 )
 
 
-RECIPE = "weight 1, scale 2"
-
-
 def main() -> None:
     if answer := STUDY.main():
-        if answer.rows["seed"].nunique() > 1:
-            differences(answer)
+        answer.differences("weight 1, scale 2", {key: MEASURES[key] for key in ("reward/pocket_judge", "kid", "diversity")})
         rows = answer.rows.assign(ratio=answer.rows[SCALE] / answer.rows[WEIGHT])
         for ratio, same in rows.groupby("ratio"):
             if same["arm"].nunique() > 1:
@@ -54,17 +50,6 @@ def main() -> None:
                 said = ", ".join(f"{arm}: {of['reward/pocket_judge']}" for arm, of in found.items())
                 answer.say(f"- held-out preference at the ratio {ratio:g}: {said}")
         answer.draw(x=SCALE, y=WEIGHT)
-
-
-def differences(answer: Answer) -> None:
-    """Each place minus the recipe's, with what training seeds are known to scatter over all places: two alone say little."""
-    noise = {key: seed_noise(answer.rows, "arm", key) for key in ("reward/pocket_judge", "kid", "diversity")}
-    told = ", ".join(f"{MEASURES[key]} {sigma:.3g}" for key, (sigma, _) in noise.items())
-    answer.say(f"- noise of training seeds, standard deviation: {told} ({noise['kid'][1]} degrees of freedom)")
-    for arm in answer.table:
-        if arm != RECIPE:
-            judge, kid, diversity = (paired_by_seed(answer.rows, "arm", arm, RECIPE, key, of) for key, of in noise.items())
-            answer.say(f"- {arm}, minus {RECIPE}: held-out preference {judge}, KID {kid}, diversity {diversity}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffinstruct.experiment import Experiment
-from diffinstruct.pretrained import UNetDenoiser, load_reference
+from diffinstruct.pretrained import NetworkDenoiser, load_reference
 from diffinstruct.rewards import Scores
 from diffinstruct.run import make_players, make_settings
 from diffinstruct.step import Draws, alternating_round, score_update, unwrapped
@@ -63,8 +63,8 @@ def test_a_round_costs_what_the_arithmetic_says(reference, monkeypatch, name, cf
     update = partial(score_update, players, settings, reference.schedule, draws, sample, c, draws.SCORE)
     score = counted(update) if settings.objective else 0
     rows: list[int] = []
-    forward = UNetDenoiser.forward
-    monkeypatch.setattr(UNetDenoiser, "forward", lambda self, xt, *rest: (rows.append(len(xt)), forward(self, xt, *rest))[1])
+    forward = NetworkDenoiser.forward
+    monkeypatch.setattr(NetworkDenoiser, "forward", lambda self, xt, *rest: (rows.append(len(xt)), forward(self, xt, *rest))[1])
     whole = counted(lambda: alternating_round(players, settings, reference.schedule, draws, PROMPTS, c, nobody))
     if settings.objective:
         assert 2.9 * one <= score <= 3 * 1.03 * one

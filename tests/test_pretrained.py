@@ -66,7 +66,7 @@ def test_denoiser_predicts_the_clean_sample_of_diffusers_ddim(prediction: str, t
     scheduler.set_timesteps(1000)
     xt, t, c = noise(), torch.tensor([3, 400, 990]), reference.encode_prompts(PROMPTS)
     with torch.no_grad():
-        x0_hat, output = denoiser(xt, t, c), denoiser.unet(xt, t, c["prompt_embeds"]).sample
+        x0_hat, output = denoiser(xt, t, c), denoiser.network(xt, t, c["prompt_embeds"]).sample
     for i in range(3):
         expected = scheduler.step(output[i], t[i], xt[i]).pred_original_sample
         torch.testing.assert_close(x0_hat[i], expected, rtol=1e-5, atol=1e-5)
@@ -78,7 +78,7 @@ def test_one_step_generator_is_the_formula_at_its_timestep(reference: Reference)
     unit, scaled = reference.generator(625), reference.generator(625, input_scale="sigma")
     with torch.no_grad():
         for xt, generator in ((z, unit), (sigma * z, scaled)):
-            eps = generator.denoiser.unet(xt, 625, c["prompt_embeds"]).sample
+            eps = generator.denoiser.network(xt, 625, c["prompt_embeds"]).sample
             torch.testing.assert_close(generator(z, c), (xt - sigma * eps) / alpha, rtol=1e-5, atol=1e-5)
 
 
@@ -136,18 +136,18 @@ def test_each_network_is_its_own_copy_and_trains(reference: Reference) -> None:
 def test_half_precision_files_load_as_asked(tmp_path: Path) -> None:
     tiny.build(tmp_path, dtype=torch.float16)
     reference = load_reference(str(tmp_path))
-    parts = (reference.vae, reference.text_encoder, reference.denoiser())
+    parts = (reference.vae, reference.texts["text_encoder"], reference.denoiser())
     assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.float32}
 
 
 def test_a_generator_starts_from_a_unet_or_from_another_pipeline(reference: Reference, tmp_path: Path) -> None:
-    other = reference.denoiser().unet
+    other = reference.denoiser().network
     with torch.no_grad():
         other.conv_out.bias += 1
     other.save_pretrained(tmp_path / "alone")
     other.save_pretrained(tmp_path / "pipeline" / "unet")
     for start in ("alone", "pipeline"):
-        unet = reference.generator(625, str(tmp_path / start)).denoiser.unet
+        unet = reference.generator(625, str(tmp_path / start)).denoiser.network
         assert torch.equal(unet.conv_out.bias, other.conv_out.bias)
 
 
@@ -204,7 +204,7 @@ def test_a_start_or_timestep_that_does_not_fit_is_refused(reference: Reference, 
     other = tmp_path / "other"
     tiny.build(other)
     config = json.loads((other / "unet" / "config.json").read_text()) | {"cross_attention_dim": 32}
-    type(reference.denoiser().unet).from_config(config).save_pretrained(other / "unet")
+    type(reference.denoiser().network).from_config(config).save_pretrained(other / "unet")
     with pytest.raises(UserError, match="cross_attention_dim is 32, not 16"):
         reference.generator(625, str(other))
     with pytest.raises(UserError, match=r"got 1000, .* 0 to 999"):

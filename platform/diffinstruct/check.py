@@ -70,7 +70,7 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         ),
         Role("score network", *unet, trained=k > 0, forwards=k + (k > 0), backwards=k + through),
         Role("reference", *unet, forwards=guided, backwards=guided * through),
-        Role("text encoder", *_count(reference.text_encoder)),
+        *(Role(name.replace("_", " "), *_count(part)) for name, part in reference.texts.items() if isinstance(part, nn.Module)),
     ]
     trained = [reward.name for reward in experiment.rewards.trained]
     apart = [name for environment in experiment.cluster.reward_environments for name in environment.rewards]

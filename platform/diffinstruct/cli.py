@@ -233,11 +233,11 @@ def generate(arguments: argparse.Namespace) -> None:
 
     from diffinstruct.export import load_export
 
-    reference, generator = load_export(model)
+    reference, generator = load_export(model, "cuda" if torch.cuda.is_available() else "cpu")
     seeds = range(arguments.seed, arguments.seed + arguments.n)
     # One generator for each picture, as a pipeline draws it: a picture depends on its seed, not on its neighbours.
     z = torch.stack([torch.randn(reference.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
-    images = reference.sampler(generator)([arguments.prompt] * arguments.n, z)
+    images = reference.sampler(generator)([arguments.prompt] * arguments.n, z).cpu()
     row = torch.cat(list(images), dim=2).permute(1, 2, 0)
     try:
         Image.fromarray((row * 255).round().byte().numpy()).save(arguments.out)

@@ -40,10 +40,16 @@ SPACES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """alpha_t and sigma_t of every t, two vectors [T], noise growing with t."""
+    """alpha_t and sigma_t of every t, two vectors [T], noise growing with t. `timesteps` [T]: what networks are fed for t,
+    where that is not t itself (flows take 1000 sigma_t)."""
 
     alphas: Tensor
     sigmas: Tensor
+    timesteps: Tensor | None = None
+
+    def fed(self, t: Tensor) -> Tensor:
+        """t [B] as the networks take it."""
+        return t if self.timesteps is None else self.timesteps.to(t.device)[t]
 
     def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha_t, sigma_t), shaped to broadcast against `like` [B, ...] and of its dtype."""

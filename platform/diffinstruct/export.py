@@ -7,6 +7,8 @@ The generator's timestep T and its input scale are written into the configuratio
             sigma 0 below T - 1, where its exponential spacing takes a logarithm: more than one step raises there
             ("math domain error") instead of quietly sampling with a network that knows one step. The price is that
             numpy warns once of a division by zero.
+    flow    the reference's own FlowMatchEulerDiscreteScheduler, whose only step of one goes from pure noise, t = 1, to
+            x0_hat. It cannot be made to refuse other step counts: the card says that there is one step.
 """
 
 from __future__ import annotations
@@ -15,15 +17,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import EulerDiscreteScheduler, LCMScheduler
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
 from diffinstruct.experiment import UserError
-from diffinstruct.pretrained import InputScale, OneStepGenerator, Reference, load_reference, quiet
-
-with quiet():
-    from diffusers import StableDiffusionPipeline
+from diffinstruct.pretrained import FLOW, InputScale, OneStepGenerator, Reference, load_reference, quiet
 
 CARD = """---
 library_name: diffusers
@@ -32,7 +32,7 @@ pipeline_tag: text-to-image
 # {name}: a one-step text-to-image generator
 
 Trained with Diff-Instruct* (arXiv 2410.20898) against the reference `{reference}`, whose licence applies.
-It makes a picture in one step, at timestep {timestep}, without guidance; any other step count raises an error.
+It makes a picture in one step, at timestep {timestep}, without guidance; {otherwise}.
 
 ```python
 from diffusers import DiffusionPipeline
@@ -44,23 +44,16 @@ pipe("a prompt", num_inference_steps=1, guidance_scale=0.0).images[0]
 
 
 def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
-    """Write `generator` with the other parts of the reference `model` as a StableDiffusionPipeline folder; returns it.
+    """Write `generator` with the other parts of the reference `model` as a folder of its stock pipeline; returns it.
 
     Everything is stored in the generator's own dtype, so that the pictures are the trainer's. The folder appears whole
     or not at all, and replaces one that is already there.
     """
     folder = Path(folder).absolute()
-    unet, schedule_end = generator.denoiser.unet, generator.timestep + 1
-    reference = load_reference(model, unet.dtype)
-    pipeline = StableDiffusionPipeline(
-        vae=reference.vae,
-        text_encoder=reference.text_encoder,
-        tokenizer=reference.tokenizer,
-        unet=unet,
-        scheduler=one_step_scheduler(reference.betas[:schedule_end], reference.prediction, generator.input_scale),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    network: Any = generator.denoiser.network
+    reference = load_reference(model, network.dtype)
+    pipeline = reference.pipeline(
+        **{reference.family.part: network}, vae=reference.vae, scheduler=one_step_scheduler(reference, generator)
     )
     partial, previous = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "previous"))
     try:
@@ -71,7 +64,9 @@ def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
             values.pop("_name_or_path", None)
             config.write_text(json.dumps(values, indent=2) + "\n")
         origin = Path(model).name if Path(model).is_dir() else model
-        card = CARD.format(name=folder.name, reference=origin, timestep=generator.timestep)
+        refuses = reference.betas is not None
+        otherwise = "any other step count raises an error" if refuses else "it was trained for no other step count"
+        card = CARD.format(name=folder.name, reference=origin, timestep=generator.timestep, otherwise=otherwise)
         (partial / "README.md").write_text(card)
         if folder.exists():
             folder.rename(previous)
@@ -89,20 +84,25 @@ def load_export(folder: Path | str, device: torch.device | str = "cpu") -> tuple
     """
     reference = load_reference(str(folder), device=device)
     scheduler = json.loads(Path(folder, "scheduler", "scheduler_config.json").read_text())
-    scales: dict[str, InputScale] = {"LCMScheduler": "unit", "EulerDiscreteScheduler": "sigma"}
-    if scheduler["_class_name"] not in scales or not scheduler.get("trained_betas"):
+    scales: dict[str, InputScale] = {"LCMScheduler": "unit", "EulerDiscreteScheduler": "sigma", FLOW: "unit"}
+    if scheduler["_class_name"] not in scales or not (scheduler.get("trained_betas") or scheduler["_class_name"] == FLOW):
         raise UserError(f"{folder}: its scheduler ({scheduler['_class_name']}) holds no one-step generator's timestep")
     timestep = scheduler["num_train_timesteps"] - 1
     return reference, reference.generator(timestep, "reference", scales[scheduler["_class_name"]])
 
 
-def one_step_scheduler(betas: list[float], prediction: str, input_scale: InputScale) -> LCMScheduler | EulerDiscreteScheduler:
-    """The stock scheduler whose only step is the generator's, at T: `betas` are the reference's up to and with T."""
-    if input_scale == "unit":
+def one_step_scheduler(
+    reference: Reference, generator: OneStepGenerator
+) -> LCMScheduler | EulerDiscreteScheduler | FlowMatchEulerDiscreteScheduler:
+    """The stock scheduler whose only step is the generator's, at T."""
+    if reference.betas is None:
+        return FlowMatchEulerDiscreteScheduler.from_config(reference.scheduler.config)
+    betas = reference.betas[: generator.timestep + 1]
+    if generator.input_scale == "unit":
         return LCMScheduler(
             num_train_timesteps=len(betas),
             trained_betas=betas,
-            prediction_type=prediction,
+            prediction_type=reference.prediction,
             original_inference_steps=1,
             timestep_scaling=1e6,  # so that the boundary condition's c_out is 1 and its c_skip 0 in float32
             clip_sample=False,
@@ -114,7 +114,7 @@ def one_step_scheduler(betas: list[float], prediction: str, input_scale: InputSc
     return EulerDiscreteScheduler(
         num_train_timesteps=len(betas),
         trained_betas=[0.0] * (len(betas) - 2) + [betas[-2], 1 - alphas_cumprod / (1 - betas[-2])],
-        prediction_type=prediction,
+        prediction_type=reference.prediction,
         timestep_spacing="trailing",
         use_exponential_sigmas=True,
         steps_offset=1,

@@ -1,55 +1,68 @@
 """A pretrained text-to-image diffusion model as the method needs it: schedule, denoisers, one-step generators, decoder.
 
 `load_reference` reads a diffusers pipeline part by part and loads each part when it is first asked for: a reward actor
-that only decodes never holds a U-Net. Nothing here unpickles: weights are safetensors, the rest is JSON and text.
+that only decodes never holds a network. Which parts there are and how they are called is `families`. Nothing here unpickles:
+weights are safetensors, the rest is JSON and text.
 
-Shapes: B samples; latents and noise [B, C, H, W] in the U-Net's units (the decoder's, times its scaling factor); t [B];
-images [B, 3, H', W'] in [0, 1]; prompt_embeds [B, L, D].
+Shapes: B samples; latents and noise [B, C, H, W] in the network's units (the decoder's, shifted and scaled); t [B]; images
+[B, 3, H', W'] in [0, 1]; conditions batch first.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, ConfigMixin, DDIMScheduler, UNet2DConditionModel
+import transformers
+from accelerate import init_empty_weights
+from diffusers import ConfigMixin, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from diffinstruct.diffusion import Conditions, Schedule
+from diffinstruct.families import FAMILIES, StableDiffusion
 from diffinstruct.rewards import RewardModel
 
 POCKET = Path(__file__).parent / "pocket"
-SUPPORTED = "supported are pipelines of class StableDiffusionPipeline (one U-Net, one CLIP text encoder, beta schedule)"
-DECODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-COMPONENTS = {
-    "unet": ["UNet2DConditionModel"],
-    "vae": list(DECODERS),
-    "text_encoder": ["CLIPTextModel"],
-    "tokenizer": ["CLIPTokenizer", "CLIPTokenizerFast"],
-}
+DECODERS = ("AutoencoderKL", "AutoencoderTiny")
+FLOW = "FlowMatchEulerDiscreteScheduler"
 
 InputScale = Literal["unit", "sigma"]
 """What a one-step generator takes z ~ N(0, I) for: "unit" feeds it as it is (DMD2), "sigma" feeds sigma_T z (SiD)."""
 
 
-class UNetDenoiser(nn.Module):
-    """A diffusers U-Net behind the one face of every network: (xt, t, conditions) -> x0_hat, in xt's dtype."""
+class NetworkDenoiser(nn.Module):
+    """A pipeline's network behind the one face of every network: (xt, t, conditions) -> x0_hat, in xt's dtype.
 
-    def __init__(self, unet: UNet2DConditionModel, schedule: Schedule, prediction: str) -> None:
+    pixels_per_latent: along an edge, of the pipeline's decoder.
+    """
+
+    def __init__(
+        self, network: nn.Module, family: type[StableDiffusion], schedule: Schedule, prediction: str, pixels_per_latent: int
+    ) -> None:
         super().__init__()
-        self.unet, self.schedule, self.prediction = unet, schedule, prediction
+        self.network, self.family, self.schedule = network, family, schedule
+        self.prediction, self.pixels_per_latent = prediction, pixels_per_latent
 
     def forward(self, xt: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        dtype = self.unet.dtype
-        output = self.unet(xt.to(dtype), t, conditions["prompt_embeds"].to(dtype), return_dict=False)[0]
-        return self.schedule.x0_from(self.prediction, output.to(xt.dtype), xt, t)
+        output = self.output(xt, self.schedule.fed(t), conditions)
+        return self.schedule.x0_from(self.prediction, output, xt, t)
+
+    def output(self, xt: Tensor, fed: Tensor, conditions: Conditions) -> Tensor:
+        """What the network itself predicts, in xt's dtype; `fed` [B] is the time as it takes it."""
+        dtype: Any = self.network.dtype
+        c = {key: value.to(dtype) if value.is_floating_point() else value for key, value in conditions.items()}
+        pixels = (xt.shape[-2] * self.pixels_per_latent, xt.shape[-1] * self.pixels_per_latent)
+        return self.family.output(self.network, xt.to(dtype), fed, c, pixels).to(xt.dtype)
 
 
 class OneStepGenerator(nn.Module):
@@ -58,7 +71,7 @@ class OneStepGenerator(nn.Module):
     x0 = (xt - sigma_T eps_hat) / alpha_T with xt = z or sigma_T z, for a network that predicts eps.
     """
 
-    def __init__(self, denoiser: UNetDenoiser, timestep: int, input_scale: InputScale) -> None:
+    def __init__(self, denoiser: NetworkDenoiser, timestep: int, input_scale: InputScale) -> None:
         super().__init__()
         self.denoiser, self.timestep, self.input_scale = denoiser, timestep, input_scale
 
@@ -69,72 +82,113 @@ class OneStepGenerator(nn.Module):
 
 
 class Reference:
-    """A Stable Diffusion pipeline's parts. Decoder and text encoder are frozen; each network given out is its own copy.
+    """A text-to-image pipeline's parts. Decoder and text encoders are frozen; each network given out is its own copy.
 
     Not to be sent to another process: there, `load_reference` again and use the part that is needed.
 
     source: the folder or hub id that the parts are read from.
     index: the pipeline's `model_index.json`.
-    schedule: alpha_t and sigma_t, from the pipeline's own betas.
-    latent_shape: (C, H, W) of one sample, at the resolution that the U-Net was trained for.
+    schedule: alpha_t and sigma_t, from the pipeline's own betas or flow.
+    latent_shape: (C, H, W) of one sample, at the resolution that the network was trained for.
     """
 
     def __init__(self, source: str, index: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> None:
-        self.source, self.dtype, self.device = source, dtype, device
-        self._decoder = DECODERS[index["vae"][1]]
+        self.source, self.index, self.dtype, self.device = source, index, dtype, device
+        self.family = FAMILIES[index["_class_name"]]
         scheduler = _read(DDIMScheduler.load_config, source, subfolder="scheduler")
-        if "beta_schedule" not in scheduler:
-            raise _refusal(f"reference.model: the scheduler of {source} is a {scheduler['_class_name']}; {SUPPORTED}")
-        self._ddim = DDIMScheduler.from_config(scheduler)
-        self.betas: list[float] = self._ddim.betas.tolist()
-        self.schedule = Schedule(self._ddim.alphas_cumprod.sqrt(), (1 - self._ddim.alphas_cumprod).sqrt())
-        self.prediction: str = self._ddim.config.prediction_type
-        self._unet_config = _read(UNet2DConditionModel.load_config, source, subfolder="unet")
-        size = self._unet_config["sample_size"]
-        self.latent_shape = (self._unet_config["in_channels"], *((size, size) if isinstance(size, int) else size))
+        name, flow = scheduler["_class_name"], self.family.flow
+        if (name != FLOW or scheduler.get("use_dynamic_shifting")) if flow else "beta_schedule" not in scheduler:
+            wanted = f"a {FLOW} without use_dynamic_shifting" if flow else "one with a beta schedule"
+            raise _refusal(f"reference.model: the scheduler of {source} is a {name}; should be {wanted}")
+        self.betas: list[float] | None = None
+        if flow:
+            self.scheduler, self.prediction = FlowMatchEulerDiscreteScheduler.from_config(scheduler), "flow_prediction"
+            sigmas = self.scheduler.sigmas.flip(0)
+            self.schedule = Schedule(1 - sigmas, sigmas, sigmas * len(sigmas))
+        else:
+            self.scheduler = ddim = DDIMScheduler.from_config(scheduler)
+            self.betas, self.prediction = ddim.betas.tolist(), ddim.config.prediction_type
+            self.schedule = Schedule(ddim.alphas_cumprod.sqrt(), (1 - ddim.alphas_cumprod).sqrt())
+        self._config = _read(self._network_class.load_config, source, subfolder=self.family.part)
+        size = self._config["sample_size"]
+        self.latent_shape = (self._config["in_channels"], *((size, size) if isinstance(size, int) else size))
         # Prompt sets are finite: a run meets each prompt many times. 1,000 embeddings of SD1.5 are 0.24 GB in fp32.
         self._embedding = lru_cache(maxsize=1000)(self._embed)
 
-    @cached_property
-    def vae(self) -> AutoencoderKL | AutoencoderTiny:
-        return self._part(self._decoder, self.source, "vae").requires_grad_(False)
+    @property
+    def _network_class(self) -> Any:
+        return getattr(diffusers, self.family.network)
 
     @cached_property
-    def text_encoder(self) -> CLIPTextModel:
-        return self._part(CLIPTextModel, self.source, "text_encoder").requires_grad_(False)
+    def vae(self) -> Any:
+        return self._part(getattr(diffusers, self.index["vae"][1]), self.source, "vae").requires_grad_(False)
 
     @cached_property
-    def tokenizer(self) -> CLIPTokenizer:
-        return _read(CLIPTokenizer.from_pretrained, self.source, subfolder="tokenizer")
+    def texts(self) -> dict[str, Any]:
+        """Tokenizers and text encoders, by their names in the pipeline."""
+        found: dict[str, Any] = {}
+        for name, kind in self.family.texts.items():
+            if name.startswith("tokenizer"):
+                found[name] = _read(getattr(transformers, kind).from_pretrained, self.source, subfolder=name)
+            else:
+                found[name] = self._part(getattr(transformers, kind), self.source, name).requires_grad_(False)
+        return found
 
     @cached_property
-    def _sampling_unet(self) -> UNet2DConditionModel:
-        return self._part(UNet2DConditionModel, self.source, "unet").requires_grad_(False)
+    def _pixels_per_latent(self) -> int:
+        config = _read(getattr(diffusers, self.index["vae"][1]).load_config, self.source, subfolder="vae")
+        blocks = config.get("block_out_channels") or config["decoder_block_out_channels"]
+        return int(2 ** (len(blocks) - 1))
 
-    def denoiser(self) -> UNetDenoiser:
+    @cached_property
+    def _sampling(self) -> NetworkDenoiser:
+        return self.denoiser().requires_grad_(False)
+
+    @cached_property
+    def _encoding(self) -> Any:
+        """The pipeline as far as prompts need it: of the network its configuration alone, which takes no memory."""
+        with torch.device("meta"):
+            network = self._network_class.from_config(self._config)
+        return self.pipeline(**{self.family.part: network})
+
+    def pipeline(self, **parts: Any) -> Any:
+        """diffusers' own pipeline with the text encoders and these parts, and nothing in the place of others."""
+        with quiet():
+            kind = getattr(diffusers, self.family.pipeline)
+            known = inspect.signature(kind).parameters
+            options = {key: value for key, value in self.index.items() if key in known and not isinstance(value, list)}
+            nothing = {key: None for key, of in known.items() if of.default is of.empty}
+            return kind(**nothing | options | self.texts | parts)
+
+    def denoiser(self) -> NetworkDenoiser:
         """A fresh copy of the reference's network, trainable, on the reference's device."""
-        unet = self._part(UNet2DConditionModel, self.source, "unet")
-        return UNetDenoiser(unet, self.schedule, self.prediction)
+        return self._denoiser(self._part(self._network_class, self.source, self.family.part))
 
     def generator(self, timestep: int, start: str = "reference", input_scale: InputScale = "unit") -> OneStepGenerator:
         """A fresh one-step generator.
 
         timestep: T, an index into the schedule.
-        start: "reference", "pocket-distilled", or a folder or hub id that holds a U-Net or a pipeline with one; its
-            output is taken for what the reference's is (epsilon, v, sample).
+        start: "reference", "pocket-distilled", a folder or hub id that holds a network of the reference's class or a pipeline
+            with one, or a .safetensors file of its weights, named as diffusers or as the model's authors do; its output is
+            taken for what the reference's is (epsilon, v, sample, flow).
         Raises UserError for a timestep outside the schedule and for a start that does not fit the reference.
         """
-        if not 0 <= timestep < len(self.betas):
-            raise _refusal(f"generator.timestep: got {timestep}, the schedule has 0 to {len(self.betas) - 1}")
+        if not 0 <= timestep < len(self.schedule.alphas):
+            raise _refusal(f"generator.timestep: got {timestep}, the schedule has 0 to {len(self.schedule.alphas) - 1}")
+        if self.betas is None and timestep != len(self.schedule.alphas) - 1:
+            raise _refusal(
+                f"generator.timestep: should be {len(self.schedule.alphas) - 1} for a flow, whose stock pipelines begin at "
+                f"pure noise, got {timestep}"
+            )
         source = {"reference": self.source, "pocket-distilled": str(POCKET / "generator")}.get(start, start)
-        unet = self._part(UNet2DConditionModel, source, _unet_subfolder(source))
-        for key in ("in_channels", "out_channels", "cross_attention_dim"):
-            if unet.config[key] != self._unet_config[key]:
+        network = self._start(source)
+        for key in self.family.shape:
+            if network.config[key] != self._config[key]:
                 raise _refusal(
                     f"generator.start: {start} does not fit the reference {self.source}: "
-                    f"{key} is {unet.config[key]}, not {self._unet_config[key]}"
+                    f"{key} is {network.config[key]}, not {self._config[key]}"
                 )
-        return OneStepGenerator(UNetDenoiser(unet, self.schedule, self.prediction), timestep, input_scale)
+        return OneStepGenerator(self._denoiser(network), timestep, input_scale)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] -> images [B, 3, H', W'] in [0, 1], in the latents' dtype, differentiable.
@@ -142,8 +196,9 @@ class Reference:
         The clamp is a plain one, as in the exported pipeline: the gradient is that of the picture as it is shown, so a
         value that the decoder puts beyond black or white gets none, and one inside the range gets all of it.
         """
-        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        return (self.vae.decode(scaled, return_dict=False)[0].to(latents.dtype) * 0.5 + 0.5).clamp(0, 1)
+        config = self.vae.config
+        scaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        return (self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].to(latents.dtype) * 0.5 + 0.5).clamp(0, 1)
 
     def sampler(self, generator: OneStepGenerator) -> Callable[[list[str], Tensor], Tensor]:
         """(prompts, noise [B, C, H, W]) -> images [B, 3, H', W'] in [0, 1], of a one-step generator, without gradient."""
@@ -155,41 +210,87 @@ class Reference:
         return sample
 
     def encode_prompts(self, prompts: list[str]) -> Conditions:
-        """{"prompt_embeds": [B, L, D]}, a constant, as StableDiffusionPipeline computes it; `[""]` is the null condition.
+        """The prompts' conditions, constants, as the stock pipeline computes them: {"prompt_embeds": [B, L, D], ...}.
 
         Each prompt is encoded alone, so its embedding depends neither on its neighbours nor on what the cache holds: a
         resumed run sees the same bits.
         """
-        return {"prompt_embeds": torch.stack([self._embedding(prompt) for prompt in prompts])}
+        found = [self._embedding(prompt) for prompt in prompts]
+        return {key: torch.cat([one[key] for one in found]) for key in found[0]}
+
+    @torch.no_grad()
+    def null_conditions(self) -> Conditions:
+        """What guidance takes for no prompt, batch size 1."""
+        return self.family.null(self._encoding, self.device)
 
     @torch.no_grad()
     def sample(self, prompts: list[str], z: Tensor, steps: int = 50, guidance_scale: float = 1.0) -> Tensor:
-        """The reference's own latents, by deterministic DDIM from z [B, C, H, W] ~ N(0, I).
+        """The reference's own latents, by deterministic DDIM or Euler steps of its flow, from z [B, C, H, W] ~ N(0, I).
 
         `guidance_scale` is diffusers', 1 + the method's cfg_scale; at 1 or below the sampling is plain conditional.
         """
         guided = guidance_scale > 1
-        c = self.encode_prompts([""] * len(prompts) * guided + prompts)["prompt_embeds"]
-        scheduler = DDIMScheduler.from_config(self._ddim.config)
+        c = self.encode_prompts(prompts)
+        if guided:
+            c = {key: torch.cat([null.expand_as(c[key]), c[key]]) for key, null in self.null_conditions().items()}
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(steps, device=z.device)
         xt = z.to(self.dtype)
         for t in scheduler.timesteps:
-            output = self._sampling_unet(torch.cat([xt] * (1 + guided)), t, c, return_dict=False)[0]
+            output = self._sampling.output(torch.cat([xt] * (1 + guided)), t.expand(len(xt) * (1 + guided)), c)
             if guided:
                 null, conditional = output.chunk(2)
                 output = null + guidance_scale * (conditional - null)
             xt = scheduler.step(output, t, xt, return_dict=False)[0]
         return xt.to(z.dtype)
 
-    def _embed(self, prompt: str) -> Tensor:
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state[0]
+    @torch.no_grad()
+    def _embed(self, prompt: str) -> Conditions:
+        with quiet():  # that a prompt was cut off is said by none of the pipelines' callers
+            return self.family.encode(self._encoding, prompt, self.device)
 
-    def _part(self, kind: type, source: str, subfolder: str | None) -> Any:
-        load = kind.from_pretrained  # type: ignore[attr-defined]
+    def _denoiser(self, network: nn.Module) -> NetworkDenoiser:
+        return NetworkDenoiser(network, self.family, self.schedule, self.prediction, self._pixels_per_latent)
+
+    def _start(self, source: str) -> Any:
+        """A network from a folder, a hub id or a file."""
+        if Path(source).suffix != ".safetensors":
+            return self._part(self._network_class, source, self._subfolder(source))
+        if not (file := Path(source)).is_file():
+            raise _refusal(f"generator.start: no such file: {source}")
+        with init_empty_weights(include_buffers=False):
+            network = self._network_class.from_config(self._config)
+        weights = _read(load_file, source)
+        if weights.keys() == network.state_dict().keys():
+            try:
+                network.load_state_dict(weights, assign=True)
+            except RuntimeError as error:
+                said = f"generator.start: {source} does not fit the reference {self.source}: {_last_line(error)}"
+                raise _refusal(said) from None
+        elif hasattr(self._network_class, "from_single_file"):
+            with quiet():
+                convert = partial(self._network_class.from_single_file, config=self.source, subfolder=self.family.part)
+                try:
+                    network = convert(str(file.absolute()))
+                except Exception as error:  # the converters look for what they know and fall over what they do not
+                    raise _refusal(f"generator.start: {source} holds no {self.family.network}: {_last_line(error)}") from None
+        else:
+            odd = min(weights.keys() ^ network.state_dict().keys())
+            raise _refusal(f"generator.start: {source} holds no {self.family.network}: only one of the two has {odd!r}")
+        # nn.Module's own `to`: diffusers' warns of what does not concern these models
+        return nn.Module.to(network, self.device, self.dtype).requires_grad_(True).eval()
+
+    def _subfolder(self, source: str) -> str:
+        """Where in a folder or hub repository the network is: under its part's name in a pipeline, at the top otherwise."""
+        try:
+            self._network_class.load_config(source, subfolder=self.family.part)
+        except OSError:
+            return ""
+        return self.family.part
+
+    def _part(self, kind: Any, source: str, subfolder: str) -> Any:
         with quiet() if Path(source).is_dir() else nullcontext():  # a download keeps its progress bar
-            part = _read(load, source, subfolder=subfolder or "", use_safetensors=True, dtype=self.dtype)
+            part = _read(kind.from_pretrained, source, subfolder=subfolder, use_safetensors=True, dtype=self.dtype)
         return part.to(self.device).eval()
 
 
@@ -204,14 +305,17 @@ def load_reference(model: str, dtype: torch.dtype = torch.float32, device: torch
     """
     source = str(POCKET / "pipeline") if model == "pocket" else model
     index = _read(_PipelineIndex.load_config, source)
-    pipeline = index.get("_class_name")
-    if pipeline != "StableDiffusionPipeline":
-        raise _refusal(f"reference.model: {model} is a {pipeline}; {SUPPORTED}")
-    for part, classes in COMPONENTS.items():
-        name = (index.get(part) or (None, None))[1]
-        if name not in classes:
-            wanted = " or ".join(classes)
-            raise _refusal(f"reference.model: the {part} of {model} is a {name}, not a {wanted}; {SUPPORTED}")
+    name = index.get("_class_name")
+    supported = f"supported are pipelines of class {', '.join(FAMILIES)}"
+    if name not in FAMILIES:
+        raise _refusal(f"reference.model: {model} is a {name}; {supported}")
+    family = FAMILIES[name]
+    wanted = {family.part: (family.network, *family.once), "vae": DECODERS}
+    wanted |= {part: (kind, f"{kind}Fast") for part, kind in family.texts.items()}
+    for part, classes in wanted.items():
+        found = (index.get(part) or (None, None))[1]
+        if found not in classes:
+            raise _refusal(f"reference.model: the {part} of {model} is a {found}, not a {' or '.join(classes)}; {supported}")
     return Reference(source, index, dtype, device)
 
 
@@ -227,15 +331,6 @@ def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:
     if not callable(reward):
         raise _refusal(f"rewards: {name!r} makes a {type(reward).__name__}, which is not callable")
     return reward.to(device) if isinstance(reward, nn.Module) else reward
-
-
-def _unet_subfolder(source: str) -> str | None:
-    """Where in a folder or hub repository the U-Net is: under `unet` in a pipeline, at the top otherwise."""
-    try:
-        UNet2DConditionModel.load_config(source, subfolder="unet")
-    except OSError:
-        return None
-    return "unet"
 
 
 @contextmanager
@@ -260,9 +355,13 @@ def _read(load: Callable[..., Any], source: str, **where: Any) -> Any:
     """`load(source, ...)`; what is missing becomes one line for the user."""
     try:
         return load(source, **where)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         part = f" of {source}" if where.get("subfolder") else source
         raise _refusal(f"cannot read {where.get('subfolder', '')}{part}: {str(error).splitlines()[0]}") from error
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
 
 
 def _refusal(message: str) -> Exception:

@@ -206,7 +206,7 @@ def make_players(experiment: Experiment, reference: Reference, wrap: Callable[[n
         generator=wrap(generator),
         score_network=wrap(score_network),
         reference=guided(
-            frozen, reference.encode_prompts([""]), experiment.reference.cfg_scale, experiment.reference.guidance
+            frozen, reference.null_conditions(), experiment.reference.cfg_scale, experiment.reference.guidance
         ),
         ema=ema,
         generator_optimizer=adam(generator, experiment.generator),

@@ -24,7 +24,7 @@ from diffinstruct.cluster.train import warn_of_passing_copy
 from diffinstruct.evaluation import Summary, markdown
 from diffinstruct.experiment import Experiment, UserError, load
 from diffinstruct.orders import EXIT_PAUSED, Paused
-from diffinstruct.results import KEY, Rows, by_seed, measures, points, ran_with, swept
+from diffinstruct.results import KEY, Rows, by_seed, measures, paired_by_seed, points, ran_with, seed_noise, swept
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,19 @@ class Answer:
         print(text)
         with self.text.open("a") as file:
             file.write(f"{text}\n")
+
+    def differences(self, recipe: str, measures: Mapping[str, str]) -> None:
+        """Each arm minus `recipe` in `measures` (column -> what it is called), paired over seeds; the intervals come from what
+        training seeds scatter over all arms, since the few that one arm has say little. One seed says nothing."""
+        if self.rows["seed"].nunique() < 2:
+            return
+        noise = {key: seed_noise(self.rows, "arm", key) for key in measures}
+        told = ", ".join(f"{measures[key]} {sigma:.3g}" for key, (sigma, _) in noise.items())
+        freedom = min(of for _, of in noise.values())
+        self.say(f"- noise of training seeds, standard deviation: {told} ({freedom} degrees of freedom)")
+        for arm in (arm for arm in self.table if arm != recipe):
+            paired = {key: paired_by_seed(self.rows, "arm", arm, recipe, key, of) for key, of in noise.items()}
+            self.say(f"- {arm}, minus {recipe}: " + ", ".join(f"{measures[key]} {figure}" for key, figure in paired.items()))
 
     def draw(self, x: str | None = None, y: str | None = None) -> None:
         """Draw the Pareto front of the arms, and heat maps over two keys of the configuration; publish them with the table."""
