@@ -170,15 +170,21 @@ def test_a_flow_begins_at_its_end(reference: Reference, family: str) -> None:
         assert reference.generator(625).timestep == 625
 
 
-def test_a_whole_job(folder: Path, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "rank"), [*((family, 0) for family in tiny.FAMILIES), ("sdxl", 4), ("pixart", 4)], scope="function"
+)
+def test_a_whole_job(tmp_path: Path, family: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the command line, with a reward; one run is interrupted between checkpoints and goes on to the same bits."""
+    folder = tiny.build(tmp_path / "model", family=family)
     (tmp_path / "prompts.txt").write_text("a red hat\na blue hat\na hat\n")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"""
 steps: 4
 global_batch_size: 2
 reference: {{model: {folder}}}
-generator: {{start: reference, timestep: {tiny.TIMESTEPS[family]}}}
+generator: {{start: reference, timestep: {tiny.TIMESTEPS[family]}, lora_rank: {rank}}}
+score_network: {{lora_rank: {rank}}}
+activation_checkpointing: {str(rank > 0).lower()}
 rewards: {{trained: [{{name: "tiny_rewards:Red"}}], held_out: []}}
 prompts: {{train: {tmp_path}/prompts.txt, grid: {tmp_path}/prompts.txt}}
 watch: {{every: 2}}

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffinstruct.experiment import Experiment
 from diffinstruct.pretrained import NetworkDenoiser, load_reference
 from diffinstruct.rewards import Scores
+from diffinstruct.roles import make_roles
 from diffinstruct.run import make_players, make_settings
 from diffinstruct.step import Draws, alternating_round, score_update, unwrapped
 
@@ -53,7 +54,7 @@ def test_a_round_costs_what_the_arithmetic_says(reference, monkeypatch, name, cf
     content["objective"]["name"] = name
     content["reference"] |= {"cfg_scale": cfg_scale, "guidance": where}
     experiment = Experiment.model_validate(content)
-    players = make_players(experiment, reference, lambda module: module)
+    players = make_players(experiment, reference, make_roles(experiment, reference), lambda module: module)
     settings = make_settings(experiment, reference.schedule)
     draws = Draws(0, 0, BATCH, reference.latent_shape, slice(0, BATCH), torch.device("cpu"))
     c = reference.encode_prompts(PROMPTS)

@@ -135,6 +135,11 @@ class Player(Section):
     betas: tuple[Beta, Beta] = Field((0.0, 0.99), strict=False, description="of Adam (neighbours' choice; ours)")
     weight_decay: NotNegative = Field(0.0, description="of AdamW, per step and learning rate (ours)")
     max_grad_norm: Positive = Field(10.0, description="the gradient's L2 norm is clipped to this (ours)")
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        description="0: all weights are trained; else an adapter of this rank over a frozen network that roles share (ours)",
+    )
 
 
 class Generator(Player):
@@ -142,7 +147,14 @@ class Generator(Player):
 
     start: Text = Field(
         "pocket-distilled",
-        description="initial weights: 'pocket-distilled', 'reference', a diffusers folder or hub id (ours)",
+        description="initial weights: 'pocket-distilled', 'reference', a diffusers folder or hub id, or a .safetensors file "
+        "(ours)",
+    )
+    start_rank: int = Field(
+        0,
+        ge=0,
+        description="with lora_rank, of a start that is not the reference: 0 keeps it as a second frozen network, else its "
+        "difference from the reference is kept at this rank, and what that loses is said (ours)",
     )
     timestep: int = Field(625, ge=0, description="the t it is fed, index into the reference's schedule (v1 of the paper: 625)")
     input_scale: Literal["unit", "sigma"] = Field(
@@ -397,6 +409,11 @@ class Experiment(Section):
     steps: Count = Field(100, description="alternating rounds (ours)")
     global_batch_size: Count = Field(32, description="samples per round over all workers (ours)")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the networks' arithmetic; weights stay fp32 (ours)")
+    activation_checkpointing: bool = Field(
+        False,
+        description="networks and decoder keep their blocks' inputs alone and compute the rest again in the backward pass: "
+        "less memory, about a third more arithmetic (ours)",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one (ours)")
     reference: Reference = Reference()
     generator: Generator = Generator()
@@ -416,6 +433,14 @@ class Experiment(Section):
         reference = info.data.get("reference", Reference())
         if value.start == "pocket-distilled" and reference.model != "pocket":
             raise _at("start", value.start, _wrong(f"belongs to the pocket world, but reference.model is {reference.model!r}"))
+        return value
+
+    @field_validator("generator")
+    @classmethod
+    def _start_of_an_adapter(cls, value: Generator) -> Generator:
+        if value.start_rank and (not value.lora_rank or value.start == "reference"):
+            why = "start is the reference" if value.lora_rank else "lora_rank is 0"
+            raise _at("start_rank", value.start_rank, _wrong(f"should be 0 where {why}"))
         return value
 
     @field_validator("rewards")

@@ -24,6 +24,7 @@ from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, L
 
 from diffinstruct.experiment import UserError
 from diffinstruct.pretrained import FLOW, InputScale, OneStepGenerator, Reference, load_reference, quiet
+from diffinstruct.roles import Role
 
 CARD = """---
 library_name: diffusers
@@ -46,11 +47,13 @@ pipe("a prompt", num_inference_steps=1, guidance_scale=0.0).images[0]
 def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
     """Write `generator` with the other parts of the reference `model` as a folder of its stock pipeline; returns it.
 
-    Everything is stored in the generator's own dtype, so that the pictures are the trainer's. The folder appears whole
-    or not at all, and replaces one that is already there.
+    Everything is stored in the generator's own dtype, so that the pictures are the trainer's; adapters are merged into the
+    network they are on, in fp32, and lie beside it in `lora/` for `load_lora_weights` where the pipeline knows that. The
+    folder appears whole or not at all, and replaces one that is already there.
     """
     folder = Path(folder).absolute()
-    network: Any = generator.denoiser.network
+    trained: Any = generator.denoiser.network
+    network: Any = trained.merged() if isinstance(trained, Role) else trained
     reference = load_reference(model, network.dtype)
     pipeline = reference.pipeline(
         **{reference.family.part: network}, vae=reference.vae, scheduler=one_step_scheduler(reference, generator)
@@ -59,6 +62,9 @@ def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
     try:
         with quiet():
             pipeline.save_pretrained(partial)
+            if isinstance(trained, Role) and not trained.under and hasattr(pipeline, "save_lora_weights"):
+                layers = {f"{reference.family.part}_lora_layers": trained.lora_weights()}
+                pipeline.save_lora_weights(partial / "lora", **layers)
         for config in partial.glob("*/config.json"):  # where this machine keeps the reference is nobody's business
             values = json.loads(config.read_text())
             values.pop("_name_or_path", None)

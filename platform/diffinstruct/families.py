@@ -35,6 +35,12 @@ class StableDiffusion:
     shape: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "cross_attention_dim")
     """Keys of the network's configuration that a generator's start has in common with the reference."""
 
+    adapted: ClassVar[tuple[str, ...]] = (
+        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+        *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+    )
+    """Endings of the names of the layers that adapters belong to (the choice of DMD2's one-step SDXL; arXiv 2405.14867)."""
+
     @staticmethod
     def encode(pipeline: Any, prompt: str, device: torch.device | str) -> Conditions:
         """The conditions of one prompt, batch size 1."""
@@ -90,6 +96,7 @@ class PixArtAlpha(StableDiffusion):
     once = ("Transformer2DModel",)
     texts: ClassVar[Mapping[str, str]] = {"text_encoder": "T5EncoderModel", "tokenizer": "T5Tokenizer"}
     shape = ("in_channels", "out_channels", "caption_channels")
+    adapted = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
     @staticmethod
     def encode(pipeline: Any, prompt: str, device: torch.device | str) -> Conditions:
@@ -132,6 +139,10 @@ class StableDiffusion3(StableDiffusion):
     }
     flow = True
     shape = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim")
+    adapted = (
+        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    )
 
     @staticmethod
     def encode(pipeline: Any, prompt: str, device: torch.device | str) -> Conditions:

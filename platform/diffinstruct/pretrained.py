@@ -92,8 +92,16 @@ class Reference:
     latent_shape: (C, H, W) of one sample, at the resolution that the network was trained for.
     """
 
-    def __init__(self, source: str, index: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        source: str,
+        index: dict[str, Any],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        activation_checkpointing: bool,
+    ) -> None:
         self.source, self.index, self.dtype, self.device = source, index, dtype, device
+        self.activation_checkpointing = activation_checkpointing
         self.family = FAMILIES[index["_class_name"]]
         scheduler = _read(DDIMScheduler.load_config, source, subfolder="scheduler")
         name, flow = scheduler["_class_name"], self.family.flow
@@ -121,7 +129,10 @@ class Reference:
 
     @cached_property
     def vae(self) -> Any:
-        return self._part(getattr(diffusers, self.index["vae"][1]), self.source, "vae").requires_grad_(False)
+        vae = self._part(getattr(diffusers, self.index["vae"][1]), self.source, "vae").requires_grad_(False)
+        if self.activation_checkpointing:
+            vae.enable_gradient_checkpointing()
+        return vae
 
     @cached_property
     def texts(self) -> dict[str, Any]:
@@ -160,35 +171,46 @@ class Reference:
             nothing = {key: None for key, of in known.items() if of.default is of.empty}
             return kind(**nothing | options | self.texts | parts)
 
-    def denoiser(self) -> NetworkDenoiser:
-        """A fresh copy of the reference's network, trainable, on the reference's device."""
-        return self._denoiser(self._part(self._network_class, self.source, self.family.part))
+    def network(self, start: str = "reference", dtype: torch.dtype | None = None) -> Any:
+        """A fresh network of the reference's shape, on its device.
 
-    def generator(self, timestep: int, start: str = "reference", input_scale: InputScale = "unit") -> OneStepGenerator:
-        """A fresh one-step generator.
-
-        timestep: T, an index into the schedule.
         start: "reference", "pocket-distilled", a folder or hub id that holds a network of the reference's class or a pipeline
-            with one, or a .safetensors file of its weights, named as diffusers or as the model's authors do; its output is
-            taken for what the reference's is (epsilon, v, sample, flow).
-        Raises UserError for a timestep outside the schedule and for a start that does not fit the reference.
+            with one, or a .safetensors file of its weights, named as diffusers or as the model's authors do.
+        dtype: the reference's, if not said.
+        Raises UserError for a start that is not there or does not fit the reference.
         """
-        if not 0 <= timestep < len(self.schedule.alphas):
-            raise _refusal(f"generator.timestep: got {timestep}, the schedule has 0 to {len(self.schedule.alphas) - 1}")
-        if self.betas is None and timestep != len(self.schedule.alphas) - 1:
-            raise _refusal(
-                f"generator.timestep: should be {len(self.schedule.alphas) - 1} for a flow, whose stock pipelines begin at "
-                f"pure noise, got {timestep}"
-            )
         source = {"reference": self.source, "pocket-distilled": str(POCKET / "generator")}.get(start, start)
-        network = self._start(source)
+        network = self._start(source, dtype or self.dtype)
         for key in self.family.shape:
             if network.config[key] != self._config[key]:
                 raise _refusal(
                     f"generator.start: {start} does not fit the reference {self.source}: "
                     f"{key} is {network.config[key]}, not {self._config[key]}"
                 )
-        return OneStepGenerator(self._denoiser(network), timestep, input_scale)
+        if self.activation_checkpointing:
+            network.enable_gradient_checkpointing()
+        return network
+
+    def denoiser(self, network: nn.Module | None = None) -> NetworkDenoiser:
+        """A network as a Denoiser; a fresh copy of the reference's own, trainable, if none is given. What it predicts is taken
+        for what the reference's predicts (epsilon, v, sample, flow)."""
+        network = self.network() if network is None else network
+        return NetworkDenoiser(network, self.family, self.schedule, self.prediction, self._pixels_per_latent)
+
+    def generator(self, timestep: int, start: str = "reference", input_scale: InputScale = "unit") -> OneStepGenerator:
+        """A fresh one-step generator that begins as `network(start)`. Raises UserError as that and `one_step` do."""
+        return self.one_step(self.network(start), timestep, input_scale)
+
+    def one_step(self, network: nn.Module, timestep: int, input_scale: InputScale = "unit") -> OneStepGenerator:
+        """A network as a one-step generator at T, an index into the schedule. Raises UserError for one outside of it."""
+        last = len(self.schedule.alphas) - 1
+        if not 0 <= timestep <= last:
+            raise _refusal(f"generator.timestep: got {timestep}, the schedule has 0 to {last}")
+        if self.family.flow and timestep != last:
+            raise _refusal(
+                f"generator.timestep: should be {last} for a flow, whose stock pipelines begin at pure noise, got {timestep}"
+            )
+        return OneStepGenerator(self.denoiser(network), timestep, input_scale)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] -> images [B, 3, H', W'] in [0, 1], in the latents' dtype, differentiable.
@@ -249,13 +271,10 @@ class Reference:
         with quiet():  # that a prompt was cut off is said by none of the pipelines' callers
             return self.family.encode(self._encoding, prompt, self.device)
 
-    def _denoiser(self, network: nn.Module) -> NetworkDenoiser:
-        return NetworkDenoiser(network, self.family, self.schedule, self.prediction, self._pixels_per_latent)
-
-    def _start(self, source: str) -> Any:
+    def _start(self, source: str, dtype: torch.dtype) -> Any:
         """A network from a folder, a hub id or a file."""
         if Path(source).suffix != ".safetensors":
-            return self._part(self._network_class, source, self._subfolder(source))
+            return self._part(self._network_class, source, self._subfolder(source), dtype)
         if not (file := Path(source)).is_file():
             raise _refusal(f"generator.start: no such file: {source}")
         with init_empty_weights(include_buffers=False):
@@ -278,7 +297,7 @@ class Reference:
             odd = min(weights.keys() ^ network.state_dict().keys())
             raise _refusal(f"generator.start: {source} holds no {self.family.network}: only one of the two has {odd!r}")
         # nn.Module's own `to`: diffusers' warns of what does not concern these models
-        return nn.Module.to(network, self.device, self.dtype).requires_grad_(True).eval()
+        return nn.Module.to(network, self.device, dtype).requires_grad_(True).eval()
 
     def _subfolder(self, source: str) -> str:
         """Where in a folder or hub repository the network is: under its part's name in a pipeline, at the top otherwise."""
@@ -288,9 +307,9 @@ class Reference:
             return ""
         return self.family.part
 
-    def _part(self, kind: Any, source: str, subfolder: str) -> Any:
+    def _part(self, kind: Any, source: str, subfolder: str, dtype: torch.dtype | None = None) -> Any:
         with quiet() if Path(source).is_dir() else nullcontext():  # a download keeps its progress bar
-            part = _read(kind.from_pretrained, source, subfolder=subfolder, use_safetensors=True, dtype=self.dtype)
+            part = _read(kind.from_pretrained, source, subfolder=subfolder, use_safetensors=True, dtype=dtype or self.dtype)
         return part.to(self.device).eval()
 
 
@@ -298,10 +317,18 @@ class _PipelineIndex(ConfigMixin):
     config_name = "model_index.json"
 
 
-def load_reference(model: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Reference:
+def load_reference(
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    activation_checkpointing: bool = False,
+) -> Reference:
     """Open "pocket" (the built-in world), a local diffusers pipeline folder or a hub id; its parts load when used.
 
-    dtype: of every part, whatever the files hold. Raises UserError, one line, for what is not there or not supported.
+    dtype: of every part, whatever the files hold.
+    activation_checkpointing: networks and decoder keep their blocks' inputs alone and compute the rest again when they are
+        differentiated.
+    Raises UserError, one line, for what is not there or not supported.
     """
     source = str(POCKET / "pipeline") if model == "pocket" else model
     index = _read(_PipelineIndex.load_config, source)
@@ -316,7 +343,7 @@ def load_reference(model: str, dtype: torch.dtype = torch.float32, device: torch
         found = (index.get(part) or (None, None))[1]
         if found not in classes:
             raise _refusal(f"reference.model: the {part} of {model} is a {found}, not a {' or '.join(classes)}; {supported}")
-    return Reference(source, index, dtype, device)
+    return Reference(source, index, dtype, device, activation_checkpointing)
 
 
 def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:

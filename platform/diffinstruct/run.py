@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 import time
@@ -38,6 +37,7 @@ from diffinstruct.jury import (
 from diffinstruct.objectives import objective
 from diffinstruct.pretrained import OneStepGenerator, Reference, load_reference
 from diffinstruct.prompts import read_prompts
+from diffinstruct.roles import Roles, make_roles
 from diffinstruct.step import Draws, Metrics, Players, Settings, alternating_round
 from diffinstruct.tracking import Parent, Tracker
 from diffinstruct.watch import BLIND, Alarm
@@ -81,8 +81,11 @@ def train(
     Raises NonFinite or RewardError with the run resumable: weights on disk are from the last checkpoint.
     """
     device = resolve_device(experiment.device)
-    reference = load_reference(experiment.reference.model, device=device)
-    players = make_players(experiment, reference, worker.wrap)
+    reference = load_reference(
+        experiment.reference.model, device=device, activation_checkpointing=experiment.activation_checkpointing
+    )
+    roles = make_roles(experiment, reference)
+    players = make_players(experiment, reference, roles, worker.wrap)
     settings = make_settings(experiment, reference.schedule)
     prompts = read_prompts(experiment.prompts.train)["prompt"].tolist()
     jury = Jury(experiment, actors, lambda: InProcess(make_rewards(experiment.rewards.names, reference.decode, device)))
@@ -104,6 +107,8 @@ def train(
     at = done
     try:
         if not stopped and done < experiment.steps:
+            if output and done == 0 and roles.start_error is not None:
+                output.said(0, "start", f"generator.start_rank: {roles.start_error:.1%} of the start's difference is lost")
             meet(reference, players, prompts, jury, done, output)
         for step in range(done, 0 if stopped else experiment.steps):
             at = step + 1
@@ -190,27 +195,23 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def make_players(experiment: Experiment, reference: Reference, wrap: Callable[[nn.Module], nn.Module]) -> Players:
-    """Generator, score network and reference as full copies; the score network starts from the reference (method: Roles)."""
-    generator = reference.generator(
-        experiment.generator.timestep, experiment.generator.start, experiment.generator.input_scale
-    )
-    score_network = reference.denoiser()
-    frozen = reference.denoiser().requires_grad_(False).eval()
-    ema = copy.deepcopy(generator).requires_grad_(False).eval()
+def make_players(
+    experiment: Experiment, reference: Reference, roles: Roles, wrap: Callable[[nn.Module], nn.Module]
+) -> Players:
+    """The roles with their optimizers, the reference with its guidance."""
 
     def adam(module: nn.Module, of: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(module.parameters(), of.learning_rate, betas=of.betas, weight_decay=of.weight_decay)
 
     return Players(
-        generator=wrap(generator),
-        score_network=wrap(score_network),
+        generator=wrap(roles.generator),
+        score_network=wrap(roles.score_network),
         reference=guided(
-            frozen, reference.null_conditions(), experiment.reference.cfg_scale, experiment.reference.guidance
+            roles.reference, reference.null_conditions(), experiment.reference.cfg_scale, experiment.reference.guidance
         ),
-        ema=ema,
-        generator_optimizer=adam(generator, experiment.generator),
-        score_optimizer=adam(score_network, experiment.score_network),
+        ema=roles.average,
+        generator_optimizer=adam(roles.generator, experiment.generator),
+        score_optimizer=adam(roles.score_network, experiment.score_network),
     )
 
 

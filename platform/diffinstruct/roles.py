@@ -1,0 +1,204 @@
+"""The roles of the method as modules: full copies of the pretrained network, or adapters over one frozen base.
+
+With adapters (LoRA, arXiv 2106.09685) one network plays several roles: the reference is the base alone, the generator, its
+average and the score network are the base with an adapter each. Changing roles changes which adapters the layers add; it copies
+nothing, and it leaves `requires_grad` as it is. (peft's own `set_adapter` does not: called between the generator's forward and
+backward pass it would make the generator's gradient 0 without a word.)
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffinstruct.experiment import Experiment
+from diffinstruct.pretrained import NetworkDenoiser, OneStepGenerator, Reference
+
+GENERATOR, AVERAGE, SCORE, START = "generator", "average", "score", "start"
+
+
+@dataclass(frozen=True)
+class Roles:
+    """`generator` and `score_network` are trained, `reference` and `average` (of the generator, in fp32) are not.
+    `start_error`: what a low-rank start has lost, as a share of its difference from the reference; None for an exact one."""
+
+    generator: OneStepGenerator
+    score_network: NetworkDenoiser
+    reference: NetworkDenoiser
+    average: OneStepGenerator
+    start_error: float | None = None
+
+
+def make_roles(experiment: Experiment, reference: Reference) -> Roles:
+    """As the configuration asks for: `lora_rank` 0 is a full copy in fp32. What is frozen is in the arithmetic's precision."""
+    of, score, error = experiment.generator, experiment.score_network, None
+    frozen = torch.bfloat16 if experiment.precision == "bf16" else None
+    base = Base(reference.network(dtype=frozen), reference.family.adapted, experiment.activation_checkpointing)
+    network: nn.Module
+    average: nn.Module
+    if of.lora_rank:
+        shared, under = base, tuple[str, ...]()
+        if of.start != "reference" and of.start_rank:
+            error = base.add_difference(START, reference.network(of.start), of.start_rank)
+            under = (START,)
+        elif of.start != "reference":
+            start = reference.network(of.start, dtype=frozen)
+            shared = Base(start, reference.family.adapted, experiment.activation_checkpointing)
+        shared.add(GENERATOR, of.lora_rank, experiment.seed)
+        shared.add(AVERAGE, of.lora_rank, experiment.seed)
+        network, average = shared.role(GENERATOR, under), shared.role(AVERAGE, under)
+    else:
+        network = reference.network(of.start)
+        average = copy.deepcopy(network)
+    if score.lora_rank:
+        base.add(SCORE, score.lora_rank, experiment.seed + 1)
+    assistant = base.role(SCORE) if score.lora_rank else reference.network()
+    return Roles(
+        generator=reference.one_step(network.requires_grad_(True), of.timestep, of.input_scale),
+        score_network=reference.denoiser(assistant.requires_grad_(True)),
+        reference=reference.denoiser(base.role()).eval(),
+        average=reference.one_step(average.requires_grad_(False), of.timestep, of.input_scale).eval(),
+        start_error=error,
+    )
+
+
+class Base:
+    """A frozen network that several roles share.
+
+    adapted: endings of the names of the layers that adapters belong to.
+    """
+
+    def __init__(self, network: Any, adapted: Sequence[str], activation_checkpointing: bool = False) -> None:
+        self.network: Any = network.requires_grad_(False).eval()
+        self.adapted = list(adapted)
+        self.playing: tuple[str, ...] = ()
+        if activation_checkpointing:
+            network.enable_gradient_checkpointing(self._checkpoint)
+
+    def add(self, adapter: str, rank: int, seed: int) -> None:
+        """An adapter that changes nothing yet: B is 0, A is drawn by `seed`."""
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            torch.manual_seed(seed)
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=self.adapted), self.network, adapter)
+        for name, parameter in self.network.named_parameters():
+            if f".{adapter}." in name:
+                parameter.data = parameter.data.float()  # whatever the base is in
+        self.network.requires_grad_(False)  # each role says what of it is trained
+        self._play(self.playing)
+
+    def add_difference(self, adapter: str, other: nn.Module, rank: int) -> float:
+        """An adapter that makes this network as much like `other` as its rank allows; the share of the difference, in the
+        Frobenius norm over all weights, that it does not hold (what no adapter reaches, as biases and norms, included)."""
+        whole, lost = 0.0, 0.0
+        target = dict(other.named_parameters())
+        for name, parameter in _own(dict(self.network.named_parameters())):
+            square = (target[name].float() - parameter.float()).square().sum().item()
+            whole, lost = whole + square, lost + square
+        self.add(adapter, rank, 0)
+        for name, layer in self._layers():
+            weight = layer.get_base_layer().weight
+            difference = target[f"{name}.weight"].float() - weight.float()
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                u, s, v = torch.svd_lowrank(difference.flatten(1), q=min(rank, *difference.flatten(1).shape), niter=4)
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            a.data.zero_()
+            b.data.zero_()
+            a.data.flatten(1)[: len(s)].copy_((v * s.sqrt()).T)
+            b.data.flatten(1)[:, : len(s)].copy_(u * s.sqrt())
+            held = ((u * s) @ v.T).view_as(difference)
+            lost += (difference - held).square().sum().item() - difference.square().sum().item()
+        return (max(lost, 0.0) / whole) ** 0.5 if whole else 0.0
+
+    def role(self, adapter: str | None = None, under: tuple[str, ...] = ()) -> Role:
+        """The network with an adapter, or alone. `under`: adapters that it adds beside, and that are not its own."""
+        return Role(self, adapter, under)
+
+    @contextmanager
+    def with_adapters(self, names: tuple[str, ...]) -> Iterator[None]:
+        before = self.playing
+        self._play(names)
+        try:
+            yield
+        finally:
+            self._play(before)
+
+    def _play(self, names: tuple[str, ...]) -> None:
+        self.playing = names
+        for _, layer in self._layers():
+            layer._disable_adapters, layer._active_adapter = not names, list(names)
+
+    def _layers(self) -> Iterator[tuple[str, LoraLayer]]:
+        """The layers with adapters, by the names that they have without."""
+        for name, module in self.network.named_modules():
+            if isinstance(module, LoraLayer):
+                yield name, module
+
+    def _checkpoint(self, block: Any, *inputs: Any) -> Any:
+        """A block whose activations are computed again in the backward pass, which is the role's own whatever role the network
+        plays by then."""
+        names = self.playing
+        return checkpoint(
+            block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self.with_adapters(names))
+        )
+
+
+class Role(nn.Module):
+    """A shared network in one role, called as the network itself. Its parameters and its state are its own adapter's alone."""
+
+    def __init__(self, base: Base, adapter: str | None, under: tuple[str, ...]) -> None:
+        super().__init__()
+        self.base, self.adapter, self.under = base, adapter, under
+        self.weights = nn.ParameterDict()
+        for name, parameter in base.network.named_parameters():
+            if adapter and f".{adapter}." in name:
+                self.weights[name.replace(".", "/")] = parameter
+
+    def forward(self, *inputs: Any, **more: Any) -> Any:
+        with self.base.with_adapters((*self.under, self.adapter) if self.adapter else self.under):
+            return self.base.network(*inputs, **more)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = self.base.network.dtype
+        return found
+
+    @property
+    def config(self) -> Any:
+        return self.base.network.config
+
+    def merged(self) -> nn.Module:
+        """A network of its own with the adapters added to its weights; on the CPU, in fp32."""
+        weights = {name: value.float().cpu() for name, value in _own(self.base.network.state_dict())}
+        for name, layer in self.base._layers():
+            for adapter in (*self.under, self.adapter):
+                added = layer.get_delta_weight(adapter).detach().float().cpu()
+                weights[f"{name}.weight"] = weights[f"{name}.weight"] + added  # a new tensor: the base's own stays
+        network: nn.Module = type(self.base.network).from_config(self.config)
+        network.load_state_dict(weights)
+        return network
+
+    def lora_weights(self) -> Mapping[str, Tensor]:
+        """Its own adapter as diffusers' `save_lora_weights` wants it: "<layer>.lora_A.weight" -> weight."""
+        return {
+            name.replace("/", ".").replace(f".{self.adapter}.", "."): weight.detach().cpu()
+            for name, weight in self.weights.items()
+        }
+
+
+def _own(named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A network's own parameters (or parameters and buffers), under the names that they have without adapters."""
+    for name, value in named.items():
+        if ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), value
