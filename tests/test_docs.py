@@ -32,7 +32,10 @@ def test_the_results_are_what_the_rows_say(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("diffinstruct.tracking.publish", lambda *arguments: None)
     monkeypatch.setattr("diffinstruct.cluster.study.sweep", None)  # nothing is missing, so nothing is run
-    for study in ("score_against_kl", "paper_ablation", "open_choices", "overoptimization", "reward_against_regularization"):
+    for study in (
+        *("score_against_kl", "paper_ablation", "open_choices", "overoptimization"),
+        *("reward_against_regularization", "guidance", "k_ta"),
+    ):
         monkeypatch.setattr("sys.argv", [study])
         runpy.run_path(str(ROOT / "experiments" / f"{study}.py"), run_name="__main__")
 

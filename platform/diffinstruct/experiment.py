@@ -29,6 +29,7 @@ TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "
 WHEREABOUTS: Mapping[str, set[str] | bool] = {
     "runs": True,
     "tracking": True,
+    "prompts": {"embeddings"},
     "cluster": {"worker_resources", "reward_resources"},
 }
 """Sections and keys that say where a run is kept and on which machines it is placed: no part of what it computes."""
@@ -295,8 +296,17 @@ class Rewards(Section):
 class Prompts(Section):
     """Where the captions come from; the only data."""
 
-    train: Text = Field("pocket:train", description="'pocket:<split>', a .csv with a column `prompt`, or a .txt (ours)")
+    train: Text = Field(
+        "pocket:train",
+        description="'pocket:<split>', a .csv, .jsonl, .parquet or .txt file, or 'datasets:<hub id or folder>:<split>' (ours)",
+    )
     grid: Text = Field("pocket:grid", description="the prompts of the picture grid, in the same form (ours)")
+    column: Text = Field("prompt", description="of both, which holds the prompts; a .txt and the pocket world have one (ours)")
+    embeddings: Text | None = Field(
+        None,
+        description="folder of prompt embeddings, which all machines see: what is missing there is made before the training, "
+        "which then holds no text encoder; none: prompts are encoded as they come (ours)",
+    )
 
     @field_validator("train", "grid")
     @classmethod

@@ -14,7 +14,7 @@ def check_inputs(experiment: Experiment) -> None:
     """Raises UserError for prompts that cannot be read, and for a reward whose module is nowhere."""
     for key in ("train", "grid"):
         try:
-            read_prompts(getattr(experiment.prompts, key))
+            read_prompts(getattr(experiment.prompts, key), column=experiment.prompts.column)
         except UserError as error:
             raise UserError(f"prompts.{key}: {error}") from None
     if "RAY_ADDRESS" in os.environ:  # a cluster that is elsewhere may have what is not here

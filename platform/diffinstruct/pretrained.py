@@ -11,7 +11,7 @@ Shapes: B samples; latents and noise [B, C, H, W] in the network's units (the de
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -23,12 +23,14 @@ import transformers
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from diffinstruct.diffusion import Conditions, Schedule
+from diffinstruct.embeddings import NULL, Embeddings, digest
 from diffinstruct.families import FAMILIES, StableDiffusion
 from diffinstruct.rewards import RewardModel
 
@@ -99,6 +101,7 @@ class Reference:
         dtype: torch.dtype,
         device: torch.device | str,
         activation_checkpointing: bool,
+        embeddings: Path | None,
     ) -> None:
         self.source, self.index, self.dtype, self.device = source, index, dtype, device
         self.activation_checkpointing = activation_checkpointing
@@ -120,8 +123,10 @@ class Reference:
         self._config = _read(self._network_class.load_config, source, subfolder=self.family.part)
         size = self._config["sample_size"]
         self.latent_shape = (self._config["in_channels"], *((size, size) if isinstance(size, int) else size))
-        # Prompt sets are finite: a run meets each prompt many times. 1,000 embeddings of SD1.5 are 0.24 GB in fp32.
-        self._embedding = lru_cache(maxsize=1000)(self._embed)
+        self.embeddings = Embeddings(embeddings, self._encoder()) if embeddings else None
+        # Prompt sets are finite: a run meets each prompt many times. 1,000 embeddings of SD1.5 are 0.24 GB in fp32. What is on
+        # disk the system caches.
+        self._embedding = self._stored if embeddings else lru_cache(maxsize=1000)(self._embed)
 
     @property
     def _network_class(self) -> Any:
@@ -240,10 +245,15 @@ class Reference:
         found = [self._embedding(prompt) for prompt in prompts]
         return {key: torch.cat([one[key] for one in found]) for key in found[0]}
 
-    @torch.no_grad()
     def null_conditions(self) -> Conditions:
         """What guidance takes for no prompt, batch size 1."""
-        return self.family.null(self._encoding, self.device)
+        return self._embedding(NULL)
+
+    def store_embeddings(self, prompts: Iterable[str | None]) -> None:
+        """Add those of `prompts` to the folder of embeddings."""
+        assert self.embeddings is not None
+        for prompt in prompts:
+            self.embeddings.add(prompt, self._embed(prompt))
 
     @torch.no_grad()
     def sample(self, prompts: list[str], z: Tensor, steps: int = 50, guidance_scale: float = 1.0) -> Tensor:
@@ -267,9 +277,25 @@ class Reference:
         return xt.to(z.dtype)
 
     @torch.no_grad()
-    def _embed(self, prompt: str) -> Conditions:
-        with quiet():  # that a prompt was cut off is said by none of the pipelines' callers
+    def _embed(self, prompt: str | None) -> Conditions:
+        with quiet():  # a prompt that is cut off would be told of at every worker
+            if prompt is NULL:
+                return self.family.null(self._encoding, self.device)
             return self.family.encode(self._encoding, prompt, self.device)
+
+    def _stored(self, prompt: str | None) -> Conditions:
+        assert self.embeddings is not None
+        return {key: value.to(self.device) for key, value in self.embeddings.read(prompt).items()}
+
+    def _encoder(self) -> str:
+        """A name for what makes embeddings: the same files, the same name."""
+        folder = Path(self.source)
+        if not folder.is_dir():
+            endings = (".json", ".txt", ".model", ".safetensors")
+            wanted = [f"{part}/*{ending}" for part in self.family.texts for ending in endings]
+            folder = Path(_read(snapshot_download, self.source, allow_patterns=wanted))
+        files = [path for part in self.family.texts for path in (folder / part).iterdir() if path.is_file()]
+        return f"{self.family.__name__}-{digest(files)}"
 
     def _start(self, source: str, dtype: torch.dtype) -> Any:
         """A network from a folder, a hub id or a file."""
@@ -322,12 +348,14 @@ def load_reference(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     activation_checkpointing: bool = False,
+    embeddings: Path | None = None,
 ) -> Reference:
     """Open "pocket" (the built-in world), a local diffusers pipeline folder or a hub id; its parts load when used.
 
     dtype: of every part, whatever the files hold.
     activation_checkpointing: networks and decoder keep their blocks' inputs alone and compute the rest again when they are
         differentiated.
+    embeddings: a folder of prompt embeddings (`embeddings.Embeddings`), from which prompts are then read.
     Raises UserError, one line, for what is not there or not supported.
     """
     source = str(POCKET / "pipeline") if model == "pocket" else model
@@ -343,7 +371,7 @@ def load_reference(
         found = (index.get(part) or (None, None))[1]
         if found not in classes:
             raise _refusal(f"reference.model: the {part} of {model} is a {found}, not a {' or '.join(classes)}; {supported}")
-    return Reference(source, index, dtype, device, activation_checkpointing)
+    return Reference(source, index, dtype, device, activation_checkpointing, embeddings)
 
 
 def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +16,12 @@ if TYPE_CHECKING:
 POCKET_CSV = Path(__file__).parent / "pocket" / "prompts.csv"
 
 
-def read_prompts(source: str | Path, empty: bool = False) -> pd.DataFrame:
-    """The prompts of "pocket:<split>", of a .csv with a column `prompt`, or of a .txt with one prompt a line.
+def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt") -> pd.DataFrame:
+    """The prompts of "pocket:<split>", of a .csv, .jsonl or .parquet file, of a .txt with one prompt a line, or of
+    "datasets:<hub id or folder>:<split>".
 
+    column: which one holds the prompts; it is called `prompt` in what is returned, the others stay as they are ("datasets:"
+        gives no others).
     The built-in table has the columns split, prompt, kind, subject, colour, background, mouth; an empty string is an
     attribute that the prompt leaves open. Rows without a prompt are left out, unless `empty` asks for them. Rows are numbered
     from 0. Raises UserError in one line that names the source.
@@ -24,31 +29,100 @@ def read_prompts(source: str | Path, empty: bool = False) -> pd.DataFrame:
     import pandas as pd
 
     name, _, split = str(source).partition(":")
-    path = POCKET_CSV if name == "pocket" else Path(source)
-    if name == "pocket" and split not in POCKET_SPLITS:
-        raise UserError(f"{source}: unknown split{did_you_mean(source, [f'pocket:{known}' for known in POCKET_SPLITS])}")
-    if path.suffix not in (".csv", ".txt"):
-        raise UserError(f"{source}: prompts are 'pocket:<split>', a .csv or a .txt")
-    try:
-        if path.suffix == ".txt":
-            # Some editors begin a file with a byte order mark; `splitlines` would also cut at form feeds and at U+2028.
-            table = pd.DataFrame({"prompt": path.read_text(encoding="utf-8-sig").split("\n")}, dtype=str)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the header would lose its end
-                # "" and "None" are what they look like
-                table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file{nearest_file(path, '*')}") from None
-    except pd.errors.ParserWarning:
-        raise UserError(f"{path}: a row has more fields than the header; a prompt with a comma wants quotes") from None
-    except (OSError, ValueError) as error:  # pandas' parser and decoding errors are ValueErrors
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    if "prompt" not in table:
-        raise UserError(f"{path}: no column 'prompt', columns are {', '.join(table.columns)}")
+    if name == "datasets":
+        table = _of_datasets(str(source), column)
+    else:
+        path = POCKET_CSV if name == "pocket" else Path(source)
+        column = "prompt" if name == "pocket" else column
+        if name == "pocket" and split not in POCKET_SPLITS:
+            raise UserError(f"{source}: unknown split{did_you_mean(source, [f'pocket:{known}' for known in POCKET_SPLITS])}")
+        if path.suffix not in READERS:
+            known = f"'pocket:<split>', a file ({', '.join(READERS)}) or 'datasets:<hub id or folder>:<split>'"
+            raise UserError(f"{source}: prompts are {known}")
+        try:
+            table = READERS[path.suffix](path, column)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file{nearest_file(path, '*')}") from None
+        except pd.errors.ParserWarning:
+            raise UserError(f"{path}: a row has more fields than the header; a prompt with a comma wants quotes") from None
+        except (OSError, ValueError) as error:  # pandas' parser and decoding errors are ValueErrors
+            raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    if column not in table:
+        hint = did_you_mean(column, map(str, table.columns))
+        raise UserError(f"{source}: no column {column!r}, columns are {', '.join(map(str, table.columns))}{hint}")
+    if column != "prompt":
+        table = table.drop(columns="prompt", errors="ignore").rename(columns={column: "prompt"})
+    if not (texts := table["prompt"].map(lambda prompt: isinstance(prompt, str) or prompt is None or prompt != prompt)).all():
+        odd = table["prompt"][~texts]
+        raise UserError(f"{source}: row {odd.index[0] + 1}: {column!r} should be text, got {odd.iloc[0]!r}")
+    table = table.assign(prompt=table["prompt"].where(table["prompt"].notna(), ""))
     if name == "pocket":
         table = table[table["split"] == split]
     filled = table[table["prompt"].str.strip() != ""]
     if filled.empty:
         raise UserError(f"{source}: no prompts in it")
     return (table if empty else filled).reset_index(drop=True)
+
+
+def _of_txt(path: Path, column: str) -> pd.DataFrame:
+    import pandas as pd
+
+    # Some editors begin a file with a byte order mark; `splitlines` would also cut at form feeds and at U+2028.
+    return pd.DataFrame({column: path.read_text(encoding="utf-8-sig").split("\n")}, dtype=str)
+
+
+def _of_csv(path: Path, column: str) -> pd.DataFrame:
+    import pandas as pd
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the header would lose its end
+        # "" and "None" are what they look like
+        return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+
+
+def _of_jsonl(path: Path, column: str) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = []
+    for i, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {i}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"line {i}: should be an object, got {row!r}")
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _of_parquet(path: Path, column: str) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.read_parquet(path)
+
+
+READERS: dict[str, Callable[[Path, str], pd.DataFrame]] = {
+    ".csv": _of_csv,
+    ".jsonl": _of_jsonl,
+    ".parquet": _of_parquet,
+    ".txt": _of_txt,
+}
+
+
+def _of_datasets(source: str, column: str) -> pd.DataFrame:
+    _, _, rest = source.partition(":")
+    name, _, split = rest.rpartition(":")
+    if not name or not split:
+        raise UserError(f"{source}: should be 'datasets:<hub id or folder>:<split>'")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(f"{source}: takes the package datasets (pip install 'diffinstruct[datasets]')") from None
+    try:
+        found = load_dataset(name, split=split)
+    except Exception as error:  # hub, disk, script or split: all that can be wrong with somebody's data
+        raise UserError(f"{source}: {' '.join(str(error).split())}") from None
+    kept = [column] if column in found.column_names else found.column_names  # pictures beside the captions stay where they are
+    return found.select_columns(kept).to_pandas()

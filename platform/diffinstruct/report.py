@@ -199,9 +199,10 @@ def inlined(picture: Image.Image) -> str:
 def _grid_prompts(experiment: Experiment) -> list[str]:
     """[] where their file is gone: the pictures are still worth a look."""
     try:
-        return read_prompts(experiment.prompts.grid)["prompt"].tolist()[: experiment.logging.grid_prompts]
+        table = read_prompts(experiment.prompts.grid, column=experiment.prompts.column)
     except UserError:
         return []
+    return table["prompt"].tolist()[: experiment.logging.grid_prompts]
 
 
 # ------------------------------------------------------------------------------------------------------- figures

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from diffinstruct.evaluation import Figure, Summary
-from diffinstruct.experiment import WHEREABOUTS, Experiment, UserError, load, nearest_file
+from diffinstruct.experiment import Experiment, UserError, load, nearest_file
 from diffinstruct.tracking import COMMIT, read_journal
 
 KEY = "trial"
@@ -234,8 +234,9 @@ def measures(frame: pd.DataFrame) -> Measures:
 def swept(frame: pd.DataFrame) -> list[str]:
     """The keys of the configuration that differ between runs, in the configuration's order, but for the seed and for where runs
     are kept. A row without a key, as older rows are, differs from those that have one."""
-    aside = {"seed", "name", *WHEREABOUTS}
+    aside = {"seed", "name", "runs", "tracking", "cluster"}
     keys = [key for key in Experiment().to_params() if key in frame and key.partition(".")[0] not in aside]
+    keys = [key for key in keys if key != "prompts.embeddings"]
     return [key for key in keys if frame[key].nunique(dropna=False) > 1]
 
 

@@ -21,6 +21,7 @@ from diffinstruct import orders
 from diffinstruct.checkpoint import CheckpointError, CheckpointStore
 from diffinstruct.diffusion import Schedule, log_normal_t, uniform_t
 from diffinstruct.distances import distance
+from diffinstruct.embeddings import NULL
 from diffinstruct.experiment import Experiment, UserError
 from diffinstruct.guidance import guided
 from diffinstruct.handshake import PICTURES
@@ -81,13 +82,11 @@ def train(
     Raises NonFinite or RewardError with the run resumable: weights on disk are from the last checkpoint.
     """
     device = resolve_device(experiment.device)
-    reference = load_reference(
-        experiment.reference.model, device=device, activation_checkpointing=experiment.activation_checkpointing
-    )
+    reference = open_reference(experiment, device)
     roles = make_roles(experiment, reference)
     players = make_players(experiment, reference, roles, worker.wrap)
     settings = make_settings(experiment, reference.schedule)
-    prompts = read_prompts(experiment.prompts.train)["prompt"].tolist()
+    prompts = read_prompts(experiment.prompts.train, column=experiment.prompts.column)["prompt"].tolist()
     jury = Jury(experiment, actors, lambda: InProcess(make_rewards(experiment.rewards.names, reference.decode, device)))
     watcher = Watcher(experiment, reference, prompts, jury)
     store = CheckpointStore(folder / "checkpoints")
@@ -193,6 +192,32 @@ def resolve_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda' asked for, but torch sees no GPU here")
     return torch.device(name)
+
+
+def open_reference(experiment: Experiment, device: torch.device) -> Reference:
+    return load_reference(
+        experiment.reference.model,
+        device=device,
+        activation_checkpointing=experiment.activation_checkpointing,
+        embeddings=Path(experiment.prompts.embeddings) if experiment.prompts.embeddings else None,
+    )
+
+
+def missing_embeddings(experiment: Experiment) -> list[str | None]:
+    """The prompts of a run (and the null prompt) that its folder of embeddings lacks; none where it has no such folder."""
+    if experiment.prompts.embeddings is None:
+        return []
+    prompts: list[str | None] = [NULL]
+    for source in (experiment.prompts.train, experiment.prompts.grid):
+        prompts += read_prompts(source, column=experiment.prompts.column)["prompt"].tolist()
+    stored = open_reference(experiment, torch.device("cpu")).embeddings
+    assert stored is not None
+    return stored.missing(prompts)
+
+
+def store_embeddings(experiment: Experiment, prompts: Sequence[str | None]) -> None:
+    """Make them, with text encoders that go with this call."""
+    open_reference(experiment, resolve_device(experiment.device)).store_embeddings(prompts)
 
 
 def make_players(
@@ -338,7 +363,7 @@ class Output:
         self.started = time.perf_counter()
         self.first_step: int | None = None
         self.last: Metrics = {}
-        table = read_prompts(experiment.prompts.grid)["prompt"].tolist()
+        table = read_prompts(experiment.prompts.grid, column=experiment.prompts.column)["prompt"].tolist()
         self.grid_prompts = table[: experiment.logging.grid_prompts]
         noise = torch.Generator().manual_seed(EVALUATION_SEED)
         self.grid_noise = torch.randn(GRID_NOISES, len(self.grid_prompts), *reference.latent_shape, generator=noise)

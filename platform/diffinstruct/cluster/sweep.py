@@ -41,7 +41,17 @@ from ray.tune.search.sample import Categorical, Domain
 from diffinstruct import orders, tracking
 from diffinstruct.aim import Aim
 from diffinstruct.cluster.rewards import ray_options, reward_pool, stand_in
-from diffinstruct.cluster.train import HEAD, attached, check_fits, close, final_error, fit, most_nodes, warn_of_passing_copy
+from diffinstruct.cluster.train import (
+    HEAD,
+    attached,
+    check_fits,
+    close,
+    embed,
+    final_error,
+    fit,
+    most_nodes,
+    warn_of_passing_copy,
+)
 from diffinstruct.experiment import Experiment, UserError, did_you_mean
 from diffinstruct.orders import Paused
 from diffinstruct.preflight import check_inputs
@@ -151,6 +161,8 @@ def sweep(
 
     with attached() as where:
         check_fits(base)
+        for experiment in {of.model_dump_json(include={"prompts"}): of for of in trials.experiments}.values():
+            embed(experiment)
         trials.open(keeps=isinstance(points, Optuna) or isinstance(scheduler, PopulationBasedTraining))
         orders.withdraw(folder)
         tags = {"sweep": folder, "trials": trials.count}

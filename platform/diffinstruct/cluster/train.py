@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 import diffinstruct
 from diffinstruct import orders, tracking
 from diffinstruct.checkpoint import CheckpointError
-from diffinstruct.cluster.rewards import RewardPool, reward_pool, stand_in
+from diffinstruct.cluster.rewards import RewardPool, ray_options, reward_pool, stand_in
 from diffinstruct.experiment import Experiment, UserError, did_you_mean
 from diffinstruct.orders import Paused
 from diffinstruct.rewards import RewardError
@@ -52,6 +52,8 @@ OUTPUT = "output.txt"
 """What rank 0 prints goes into this file of the run's folder, and from there to the user's terminal."""
 FINAL = (UserError, RewardError, NonFinite, CheckpointError, Paused)
 """Errors that a second try would meet again."""
+PROMPTS_A_TASK = 256
+"""Encoding fewer takes less time than loading the text encoders."""
 HEAD = "node:__internal_head__"
 """A resource that the head has, and no other node."""
 
@@ -66,6 +68,7 @@ def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> R
     experiment = experiment.model_copy(update={"tracking": experiment.tracking.model_copy(update={"uri": uri})})
     with attached() as where:
         check_fits(experiment)
+        embed(experiment)
         with reward_pool(experiment) if experiment.reward_actors else nullcontext() as pool, shown(folder / OUTPUT):
             return fit(experiment, folder, pool, where, parent)
 
@@ -115,6 +118,37 @@ def fit(
         shutil.rmtree(folder / "ray", ignore_errors=True)
         if in_main_thread:
             signal.signal(signal.SIGINT, interrupt)  # Ray leaves its own behind
+
+
+def embed(experiment: Experiment) -> None:
+    """Make the prompt embeddings that a run's folder of them lacks, in tasks of a worker's size, as many as it has workers."""
+    if experiment.prompts.embeddings is None:
+        return
+    started_in = os.getcwd()
+    of_worker = {**ray_options(experiment.cluster.per_worker), "scheduling_strategy": "DEFAULT", "max_retries": 3}
+
+    def look() -> list[str | None]:
+        from diffinstruct.run import missing_embeddings
+
+        stand_in(started_in)
+        return missing_embeddings(experiment)
+
+    def make(prompts: list[str | None]) -> None:
+        from diffinstruct.run import store_embeddings
+
+        stand_in(started_in)
+        torch.set_num_threads(experiment.cluster.cpus_per_worker)
+        store_embeddings(experiment, prompts)
+
+    try:
+        missing = ray.get(ray.remote(look).options(**of_worker).remote())
+        if not missing:
+            return
+        parts = min(experiment.cluster.workers, -(-len(missing) // PROMPTS_A_TASK))
+        print(f"prompt embeddings: {len(missing)} to make in {experiment.prompts.embeddings}, {parts} tasks", flush=True)
+        ray.get([ray.remote(make).options(**of_worker).remote(missing[i::parts]) for i in range(parts)])
+    except RayTaskError as error:
+        raise final_error(error) or error from None
 
 
 def train_loop(
