@@ -234,7 +234,7 @@ def test_check_counts_what_a_run_takes(file, model, capsys, monkeypatch):
     assert f"each of 1 training processes, {total:.2f} MiB" in out
     assert table["torch.nn:Identity"] == ["0.00", "-", "-", "-", "-", "1", "1"]
     assert table["torch.nn:ReLU"] == ["0.00", "-", "-", "-", "-", "1", "-"]
-    assert "work       12 U-Net forwards' worth per sample and step, 4 samples a step" in out  # 9 F + 3 F
+    assert "work       12 forwards' worth of one network per sample and step, 4 samples a step" in out  # 9 F + 3 F
     assert f"payload    {4 * 4 * 8 * 8 * 4 / 2**20:.2f} MiB" in out
     assert "1 x 1 + 1 x 1 = 2 CPUs and 0 GPUs; this machine has 2 and" in out
 
@@ -251,7 +251,34 @@ def test_check_counts_what_a_run_takes(file, model, capsys, monkeypatch):
 )
 def test_check_counts_the_work(file, capsys, overrides, work):
     main(["check", str(file), *(f"-s{override}" for override in overrides)])
-    assert f"work       {work} U-Net forwards' worth" in capsys.readouterr().out
+    assert f"work       {work} forwards' worth of one network" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_check_counts_adapters(file, model, capsys, precision):
+    """As the roles are, to the byte: one base, frozen in the arithmetic's precision, and what is trained beside it."""
+    from diffinstruct.pretrained import load_reference
+    from diffinstruct.roles import make_roles
+
+    asked = [f"precision={precision}", "generator.lora_rank=4", "score_network.lora_rank=2", "prompts.embeddings=there"]
+    main(["check", str(file), *(f"-s{override}" for override in asked)])
+    table, out = rows(capsys.readouterr().out), load(file, asked)
+    roles = make_roles(out, load_reference(str(model)))
+    sizes = {name: sum(p.numel() for p in getattr(roles, name).parameters()) for name in ("generator", "score_network")}
+    base = [p for name, p in roles.reference.network.base.network.named_parameters() if ".lora_" not in name]
+    assert table["generator's adapter"][0] == f"{sizes['generator'] / 1e6:.2f}"
+    assert table["generator's adapter"][1] == f"{4 * sizes['generator'] / 2**20:.2f}"
+    assert table["score network's adapter"][1] == f"{4 * sizes['score_network'] / 2**20:.2f}"
+    assert table["reference"][1] == f"{sum(p.numel() * p.element_size() for p in base) / 2**20:.2f}"
+    assert "text encoder" not in table
+    weights = sum(p.numel() for p in base)
+    for rank, name, size in (
+        (0, "generator's base", weights * base[0].element_size()),
+        (4, "start's adapter", 4 * sizes["generator"]),
+    ):
+        more = [f"generator.start={model}", f"generator.start_rank={rank}"]
+        main(["check", str(file), *(f"-s{override}" for override in (*asked, *more))])
+        assert rows(capsys.readouterr().out)[name][1] == f"{size / 2**20:.2f}"
 
 
 def test_check_counts_rewards_that_the_training_process_has_itself(file, capsys):

@@ -42,10 +42,11 @@ def test_one_worker_gives_the_numbers_of_local(pool, world, tmp_path):
     assert "ray somewhere" in (tmp_path / "ray" / "output.txt").read_text().splitlines()[0]
 
 
-def test_two_workers_with_half_the_batch_each_have_the_gradient_of_one(pool, world, tmp_path):
+@pytest.mark.parametrize("adapters", [{}, {"generator__lora_rank": 4, "score_network__lora_rank": 2}], ids=["full", "adapters"])
+def test_two_workers_with_half_the_batch_each_have_the_gradient_of_one(pool, world, tmp_path, adapters):
     """beta_1 is 0: the first moment that Adam keeps is the gradient itself. The players stand still, because Adam makes a
     whole step of a gradient that is 0 but for rounding, and the order of sums is another with two workers."""
-    still = {"generator__learning_rate": 1e-12, "score_network__learning_rate": 1e-12}
+    still = {"generator__learning_rate": 1e-12, "score_network__learning_rate": 1e-12, **adapters}
     local.run(world[1](**still), tmp_path / "local")
     cluster.fit(world[1](**still, cluster__workers=2), tmp_path / "ray", pool, "")
     agree(tmp_path / "ray", tmp_path / "local", rel=1e-4)  # a worker counted twice or not at all would show at 0.5

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pydantic
 import pytest
 import yaml
@@ -238,6 +239,24 @@ def test_prompts_of_a_csv_and_a_txt(tmp_path):
     assert table.index.tolist() == [0, 1]
 
 
+def test_prompts_of_tables_and_datasets(tmp_path):
+    """One prompt set in every form, its prompts in a column of another name; what is empty is left out."""
+    frame = pd.DataFrame({"caption": ["a cat", None, "a dog\u2028, red"], "prompt": ["x", "y", "z"], "n": [1, 2, 3]})
+    frame.to_parquet(tmp_path / "a.parquet")
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_json(tmp_path / "a.jsonl", lines=True, orient="records")
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    frame.to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    for source in ("a.parquet", "a.csv", "a.jsonl"):
+        table = read_prompts(tmp_path / source, column="caption")
+        assert table["prompt"].tolist() == ["a cat", "a dog\u2028, red"] and [*table.columns] == ["prompt", "n"]
+        with pytest.raises(UserError, match=r"no column 'captoin', columns are caption, prompt, n, did you mean 'caption'\?"):
+            read_prompts(tmp_path / source, column="captoin")
+    table = read_prompts(f"datasets:{tmp_path}/hub:train", column="caption")
+    assert table.to_dict("list") == {"prompt": ["a cat", "a dog\u2028, red"]}
+    assert len(read_prompts(f"datasets:{tmp_path}/hub:train")) == 3
+
+
 def test_prompts_of_other_editors(tmp_path):
     """With a byte order mark, with Windows' ends of lines, with characters that only `splitlines` takes for one."""
     (tmp_path / "a.txt").write_bytes("\ufeffa cat\r\na dog\u2028on\x0ca mat\r\n\r\na bird".encode())
@@ -275,7 +294,13 @@ def test_the_pocket_world_has_every_split(split):
         ("pocket:evl", r"pocket:evl: unknown split, did you mean 'pocket:eval'\?"),
         ("pocket", "pocket: unknown split.*"),
         ("{}/prompst.csv", r".*prompst.csv: no such file, did you mean '.*prompts.csv'\?"),
-        ("{}/prompts.parquet", ".*prompts.parquet: prompts are 'pocket:<split>', a .csv or a .txt"),
+        ("{}/prompts.xlsx", r".*prompts.xlsx: prompts are 'pocket:<split>', a file \(.csv, .jsonl, .*\) or 'datasets:.*"),
+        ("{}/broken.jsonl", r".*broken.jsonl: line 2: not JSON: .*"),
+        ("{}/list.jsonl", r".*list.jsonl: line 1: should be an object, got \[1\]"),
+        ("{}/number.jsonl", r".*number.jsonl: row 2: 'prompt' should be text, got 3"),
+        ("{}/not.parquet", ".*not.parquet: .*"),
+        ("datasets:{}/none:train", ".*none:train: .*"),
+        ("datasets:x", "datasets:x: should be 'datasets:<hub id or folder>:<split>'"),
         ("{}/prompts.csv", ".*prompts.csv: no column 'prompt', columns are text"),
         ("{}/ragged.csv", ".*ragged.csv: .*Expected 1 fields in line 3, saw 2.*"),
         ("{}/empty.csv", ".*empty.csv: No columns to parse from file"),
@@ -287,6 +312,10 @@ def test_prompts_that_cannot_be_read(tmp_path, source, message):
     (tmp_path / "ragged.csv").write_text("prompt\nx\ny,z\n")
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "number.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": 3}\n')
+    (tmp_path / "not.parquet").write_text("prompt\na\n")
     with pytest.raises(UserError, match=f"^{message}$") as caught:
         read_prompts(source.format(tmp_path))
     assert "\n" not in str(caught.value)

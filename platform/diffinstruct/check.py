@@ -1,7 +1,7 @@
 """What a run takes, said before it starts: memory and passes of each role, payloads, placement.
 
-Counted on the models themselves, one after the other, in fp32 as a run holds them. Activations come on top: they depend on
-batch and precision and are not counted here.
+Counted on the pipeline's configuration files, without its weights; of the rewards on the models themselves. Activations come on
+top: they depend on batch and precision and are not counted here.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
 
 from diffinstruct.experiment import Experiment
 from diffinstruct.pretrained import load_reference, load_reward
+from diffinstruct.roles import Base
 from diffinstruct.run import make_settings
 
 
@@ -58,23 +60,39 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     k = score.updates_per_step if experiment.objective.name != "reward_only" else 0
     guided = (k > 0) * (1 + (experiment.reference.cfg_scale != 0))  # conditional and null
     through = int(experiment.objective.name in ("di_star", "sim", "sid"))  # gradient to the networks' inputs; KL has none
-    unet = _count(reference.denoiser())
+    reference.one_step(nn.Identity(), generator.timestep)  # refuses a timestep that its schedule has not
+    network = sum(p.numel() for p in reference.empty_network().parameters())
+    frozen = 2 * network if experiment.precision == "bf16" else 4 * network
+
+    def player(name: str, rank: int, **more: Any) -> Role:
+        if not rank:
+            return Role(name, network, 4 * network, **more)
+        base = Base(reference.empty_network(), reference.family.adapted)
+        base.add("it", rank, 0)
+        adapter = sum(weight.numel() for weight in base.role("it").parameters())
+        return Role(f"{name}'s adapter", adapter, 4 * adapter, **more)
+
     worker = [
-        Role(
+        player(
             "generator",
-            *_count(reference.generator(generator.timestep, generator.start)),
+            generator.lora_rank,
             trained=True,
             averaged=True,
             forwards=1 + (0 if score.reuse_sample else k),
             backwards=1,
         ),
-        Role("score network", *unet, trained=k > 0, forwards=k + (k > 0), backwards=k + through),
-        Role("reference", *unet, forwards=guided, backwards=guided * through),
-        *(Role(name.replace("_", " "), *_count(part)) for name, part in reference.texts.items() if isinstance(part, nn.Module)),
+        player("score network", score.lora_rank, trained=k > 0, forwards=k + (k > 0), backwards=k + through),
+        Role("reference", network, frozen, forwards=guided, backwards=guided * through),
     ]
+    if generator.lora_rank and generator.start != "reference":
+        start = player("start", generator.start_rank) if generator.start_rank else Role("generator's base", network, frozen)
+        worker.append(start)
+    if experiment.prompts.embeddings is None:
+        for name, encoder in reference.empty_encoders().items():
+            worker.append(Role(name.replace("_", " "), *_count(encoder)))
     trained = [reward.name for reward in experiment.rewards.trained]
     apart = [name for environment in experiment.cluster.reward_environments for name in environment.rewards]
-    actor = [Role("decoder", *_count(reference.vae), forwards=1, backwards=1)]
+    actor = [Role("decoder", *_count(reference.empty_decoder()), forwards=1, backwards=1)]
     for name in (name for name in experiment.rewards.names if name not in apart):  # those may not even import here
         actor.append(Role(name, *_count(load_reward(name)), forwards=1, backwards=int(name in trained)))
 
@@ -97,7 +115,7 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         *([f"each of {actors} reward actors, {_mib(per_actor)}"] if actors else []),
         *(role.row for role in actor),
         *(f"{name:<24}in an environment of its own: not counted" for name in apart),
-        f"work       {work} U-Net forwards' worth per sample and step, {experiment.global_batch_size} samples a step",
+        f"work       {work} forwards' worth of one network per sample and step, {experiment.global_batch_size} samples a step",
         f"payload    {_mib(experiment.global_batch_size * per_sample * (actors > 0))} of latents to the reward actors a step, "
         "as much back",
         f"placement  {asked.workers} x {asked.cpus_per_worker} + {actors} x {asked.reward_cpus:g} = {cpus:g} "

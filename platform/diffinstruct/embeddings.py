@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -45,13 +46,14 @@ class Embeddings:
 
     def add(self, prompt: str | None, conditions: Conditions) -> None:
         file = self._file(prompt)
-        file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             save_file({key: value.contiguous().cpu() for key, value in conditions.items()}, temporary)
             os.replace(temporary, file)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise UserError(f"prompts.embeddings: {file} cannot be written: {error}") from None
 
     def _file(self, prompt: str | None) -> Path:

@@ -163,9 +163,30 @@ class Reference:
     @cached_property
     def _encoding(self) -> Any:
         """The pipeline as far as prompts need it: of the network its configuration alone, which takes no memory."""
+        return self.pipeline(**{self.family.part: self.empty_network()})
+
+    def empty_network(self) -> Any:
+        """The network without weights, on the meta device."""
         with torch.device("meta"):
-            network = self._network_class.from_config(self._config)
-        return self.pipeline(**{self.family.part: network})
+            return self._network_class.from_config(self._config)
+
+    def empty_encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by name, without weights."""
+        found = {}
+        for name, kind in self.family.texts.items():
+            if not name.startswith("tokenizer"):
+                of = getattr(transformers, kind)
+                config = _read(of.config_class.from_pretrained, self.source, subfolder=name)
+                with torch.device("meta"):
+                    found[name] = of(config)
+        return found
+
+    def empty_decoder(self) -> nn.Module:
+        """The decoder (and its encoder, which comes with it) without weights."""
+        kind = getattr(diffusers, self.index["vae"][1])
+        with torch.device("meta"):
+            decoder: nn.Module = kind.from_config(_read(kind.load_config, self.source, subfolder="vae"))
+        return decoder
 
     def pipeline(self, **parts: Any) -> Any:
         """diffusers' own pipeline with the text encoders and these parts, and nothing in the place of others."""

@@ -96,7 +96,11 @@ class RewardActor:
         from diffinstruct.pretrained import load_reference
 
         with self.at_work(LOADING):
-            decode = load_reference(self.experiment.reference.model, device=self.device).decode
+            decode = load_reference(
+                self.experiment.reference.model,
+                device=self.device,
+                activation_checkpointing=self.experiment.activation_checkpointing,
+            ).decode
             return make_rewards(self.names, decode, self.device)
 
     def load(self, request: str) -> Answer:
