@@ -72,3 +72,17 @@ def world(tmp_path_factory):
         return Experiment.model_validate(content)
 
     return folder, experiment
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl", "pixart", "sd3"])
+def family(request):
+    """Each of tiny.FAMILIES in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family, tmp_path_factory):
+    """The tiny pipeline of the family."""
+    import tiny
+
+    return tiny.build(tmp_path_factory.mktemp(family), family=family)

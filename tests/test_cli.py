@@ -313,6 +313,11 @@ def test_check_says_in_one_line_what_does_not_fit(file, capsys, monkeypatch):
     assert said == "device: 'cuda' asked for, but torch sees no GPU here"
     said = complaint(capsys, "check", file, "-s", "objective.t_max=5000")
     assert said == "objective.t_max: got 5000, the reference's schedule has 1000 steps"
+    said = complaint(capsys, "check", file, "-s", "generator.start=/nowhere.safetensors")
+    assert said == "generator.start: no such file: /nowhere.safetensors"
+    assert "/nowhere" in complaint(capsys, "check", file, "-s", "generator.start=/nowhere")
+    said = complaint(capsys, "check", file, "-s", "generator.timestep=1000")
+    assert said == "generator.timestep: got 1000, the schedule has 0 to 999"
     said = complaint(capsys, "check", file, "-s", "reference.model=/nowhere")
     assert "/nowhere" in said
     assert "\n" not in said

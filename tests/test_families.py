@@ -20,16 +20,6 @@ from diffinstruct.pretrained import Reference, load_reference
 PROMPTS = ["a red hat", "far too many words for this text encoder, they are cut off"]
 
 
-@pytest.fixture(scope="module", params=list(tiny.FAMILIES))
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build(tmp_path_factory.mktemp(family), family=family)
-
-
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> Reference:
     return load_reference(str(folder))

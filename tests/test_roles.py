@@ -28,16 +28,6 @@ PROMPTS = ["a red hat", "something else"]
 RANKS = ["generator.lora_rank=4", "score_network.lora_rank=2"]
 
 
-@pytest.fixture(scope="module", params=list(tiny.FAMILIES))
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build(tmp_path_factory.mktemp(family), family=family)
-
-
 def configured(folder: Path, family: str, *more: str) -> Experiment:
     (folder / "empty.yaml").write_text("{}")
     start = [] if any(key.startswith("generator.start=") for key in more) else ["generator.start=reference"]

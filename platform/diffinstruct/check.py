@@ -61,6 +61,7 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     guided = (k > 0) * (1 + (experiment.reference.cfg_scale != 0))  # conditional and null
     through = int(experiment.objective.name in ("di_star", "sim", "sid"))  # gradient to the networks' inputs; KL has none
     reference.one_step(nn.Identity(), generator.timestep)  # refuses a timestep that its schedule has not
+    reference.check_start(generator.start)
     network = sum(p.numel() for p in reference.empty_network().parameters())
     frozen = 2 * network if experiment.precision == "bf16" else 4 * network
 

@@ -205,17 +205,26 @@ class Reference:
         dtype: the reference's, if not said.
         Raises UserError for a start that is not there or does not fit the reference.
         """
-        source = {"reference": self.source, "pocket-distilled": str(POCKET / "generator")}.get(start, start)
-        network = self._start(source, dtype or self.dtype)
-        for key in self.family.shape:
-            if network.config[key] != self._config[key]:
-                raise _refusal(
-                    f"generator.start: {start} does not fit the reference {self.source}: "
-                    f"{key} is {network.config[key]}, not {self._config[key]}"
-                )
+        network = self._start(self.check_start(start), dtype or self.dtype)
         if self.activation_checkpointing:
             network.enable_gradient_checkpointing()
         return network
+
+    def check_start(self, start: str) -> str:
+        """Where the weights of a start lie, looked at as far as that takes no reading of them. Raises UserError as `network`."""
+        source = {"reference": self.source, "pocket-distilled": str(POCKET / "generator")}.get(start, start)
+        if Path(source).suffix == ".safetensors":
+            if not Path(source).is_file():
+                raise _refusal(f"generator.start: no such file: {source}")
+            return source
+        config = _read(self._network_class.load_config, source, subfolder=self._subfolder(source))
+        for key in self.family.shape:
+            if config.get(key) != self._config.get(key):
+                raise _refusal(
+                    f"generator.start: {start} does not fit the reference {self.source}: "
+                    f"{key} is {config.get(key)}, not {self._config.get(key)}"
+                )
+        return source
 
     def denoiser(self, network: nn.Module | None = None) -> NetworkDenoiser:
         """A network as a Denoiser; a fresh copy of the reference's own, trainable, if none is given. What it predicts is taken
@@ -322,8 +331,6 @@ class Reference:
         """A network from a folder, a hub id or a file."""
         if Path(source).suffix != ".safetensors":
             return self._part(self._network_class, source, self._subfolder(source), dtype)
-        if not (file := Path(source)).is_file():
-            raise _refusal(f"generator.start: no such file: {source}")
         with init_empty_weights(include_buffers=False):
             network = self._network_class.from_config(self._config)
         weights = _read(load_file, source)
@@ -337,7 +344,7 @@ class Reference:
             with quiet():
                 convert = partial(self._network_class.from_single_file, config=self.source, subfolder=self.family.part)
                 try:
-                    network = convert(str(file.absolute()))
+                    network = convert(str(Path(source).absolute()))
                 except Exception as error:  # the converters look for what they know and fall over what they do not
                     raise _refusal(f"generator.start: {source} holds no {self.family.network}: {_last_line(error)}") from None
         else:
