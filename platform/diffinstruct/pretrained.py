@@ -211,7 +211,7 @@ class Reference:
         return network
 
     def check_start(self, start: str) -> str:
-        """Where the weights of a start lie, looked at as far as that takes no reading of them. Raises UserError as `network`."""
+        """Where a start's weights lie; whether they fit, as far as they need not be read. Raises UserError as `network`."""
         source = {"reference": self.source, "pocket-distilled": str(POCKET / "generator")}.get(start, start)
         if Path(source).suffix == ".safetensors":
             if not Path(source).is_file():
