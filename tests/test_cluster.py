@@ -15,7 +15,7 @@ import pytest
 from tiny_runs import SAME, agree, journal, starts
 
 from diffinstruct import local
-from diffinstruct.checkpoint import CheckpointStore
+from diffinstruct.checkpoint import CheckpointStore, Rows
 from diffinstruct.cluster import rewards as actors
 from diffinstruct.cluster import train as cluster
 from diffinstruct.experiment import UserError
@@ -42,21 +42,36 @@ def test_one_worker_gives_the_numbers_of_local(pool, world, tmp_path):
     assert "ray somewhere" in (tmp_path / "ray" / "output.txt").read_text().splitlines()[0]
 
 
-@pytest.mark.parametrize("adapters", [{}, {"generator__lora_rank": 4, "score_network__lora_rank": 2}], ids=["full", "adapters"])
-def test_two_workers_with_half_the_batch_each_have_the_gradient_of_one(pool, world, tmp_path, adapters):
+@pytest.mark.parametrize(
+    ("adapters", "more"),
+    [
+        ({}, {}),
+        ({}, {"micro_batch_size": 3}),
+        ({}, {"cluster__fully_shard": True}),
+        ({"generator__lora_rank": 4, "score_network__lora_rank": 2}, {}),
+    ],
+    ids=["full", "micro-batches", "sharded", "adapters"],
+)
+def test_two_workers_with_half_the_batch_each_have_the_gradient_of_one(pool, world, tmp_path, adapters, more):
     """beta_1 is 0: the first moment that Adam keeps is the gradient itself. The players stand still, because Adam makes a
     whole step of a gradient that is 0 but for rounding, and the order of sums is another with two workers."""
     still = {"generator__learning_rate": 1e-12, "score_network__learning_rate": 1e-12, **adapters}
     local.run(world[1](**still), tmp_path / "local")
-    cluster.fit(world[1](**still, cluster__workers=2), tmp_path / "ray", pool, "")
+    cluster.fit(world[1](**still, **more, cluster__workers=2), tmp_path / "ray", pool, "")
     agree(tmp_path / "ray", tmp_path / "local", rel=1e-4)  # a worker counted twice or not at all would show at 0.5
     (_, one), (_, two) = (CheckpointStore(tmp_path / run / "checkpoints").latest() for run in ("local", "ray"))
     for player in ("generator_optimizer", "score_optimizer"):
-        whole, halves = (state["players"][player]["state"] for state in (one, two))
+        whole, halves = (moments(state["players"][player]) for state in (one, two))
         assert len(whole) > 20
-        norms = [of["exp_avg"].norm() for of in whole.values()]
-        for i, norm in zip(whole, norms, strict=True):
-            assert (whole[i]["exp_avg"] - halves[i]["exp_avg"]).norm() <= 1e-4 * norm + 1e-6 * max(norms)
+        norms = [moment.norm() for moment in whole]
+        for ours, theirs, norm in zip(whole, halves, norms, strict=True):
+            assert (ours - theirs).norm() <= 1e-4 * norm + 1e-6 * max(norms)
+
+
+def moments(optimizer):
+    """Adam's first ones, whole: of a sharded network the checkpoint has them in rows."""
+    found = [of["exp_avg"] for of in optimizer["state"].values()]
+    return [moment.own if isinstance(moment, Rows) else moment for moment in found]
 
 
 def test_a_killed_worker_goes_on_from_the_checkpoint(session, world, tmp_path, capfd):

@@ -54,7 +54,7 @@ def test_a_round_costs_what_the_arithmetic_says(reference, monkeypatch, name, cf
     content["objective"]["name"] = name
     content["reference"] |= {"cfg_scale": cfg_scale, "guidance": where}
     experiment = Experiment.model_validate(content)
-    players = make_players(experiment, reference, make_roles(experiment, reference), lambda module: module)
+    players = make_players(experiment, make_roles(experiment, reference), reference.null_conditions(), lambda module: module)
     settings = make_settings(experiment, reference.schedule)
     draws = Draws(0, 0, BATCH, reference.latent_shape, slice(0, BATCH), torch.device("cpu"))
     c = reference.encode_prompts(PROMPTS)

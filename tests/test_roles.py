@@ -130,7 +130,7 @@ def test_training_leaves_the_base_alone_and_moves_every_adapter(folder: Path, fa
     base = roles.generator.denoiser.network.base
     before = {name: value.clone() for name, value in base.network.state_dict().items()}
     start = roles.generator(torch.ones(2, *reference.latent_shape), reference.encode_prompts(PROMPTS)).detach()
-    players = make_players(experiment, reference, roles, lambda module: module)
+    players = make_players(experiment, roles, reference.null_conditions(), lambda module: module)
     metrics = rounds(experiment, reference, players, 3)
     after = base.network.state_dict()
     for name, value in before.items():
@@ -147,7 +147,7 @@ def test_training_leaves_the_base_alone_and_moves_every_adapter(folder: Path, fa
 def test_full_and_adapted_roles_mix(folder: Path, family: str, ranks: list[str]) -> None:
     experiment, reference = configured(folder, family, *ranks), load_reference(str(folder))
     roles = make_roles(experiment, reference)
-    players = make_players(experiment, reference, roles, lambda module: module)
+    players = make_players(experiment, roles, reference.null_conditions(), lambda module: module)
     frozen = {name: value.clone() for name, value in roles.reference.network.base.network.state_dict().items()}
     rounds(experiment, reference, players, 2)
     assert all(torch.equal(frozen[name], value) for name, value in roles.reference.network.base.network.state_dict().items()
@@ -157,7 +157,7 @@ def test_full_and_adapted_roles_mix(folder: Path, family: str, ranks: list[str])
     sizes = {name: sum(v.numel() for v in state[name].values()) for name in ("generator", "score_network", "ema")}
     for name, rank in (("generator", experiment.generator.lora_rank), ("score_network", experiment.score_network.lora_rank)):
         assert (sizes[name] < full) == (rank > 0)
-    again = make_players(experiment, reference, make_roles(experiment, reference), lambda module: module)
+    again = make_players(experiment, make_roles(experiment, reference), reference.null_conditions(), lambda module: module)
     again.load_state_dict(state)
     one, other = (rounds(experiment, reference, p, 1)[0] for p in (players, again))
     assert all(one[key] == other[key] for key in one if not key.startswith("time/"))
@@ -246,6 +246,6 @@ def test_bf16_holds_the_frozen_base_in_bf16_and_what_is_trained_in_fp32(folder: 
     for name, parameter in roles.reference.network.base.network.named_parameters():
         own[".lora_" in name].add(parameter.dtype)
     assert own == {True: {torch.float32}, False: {torch.bfloat16}}
-    players = make_players(experiment, reference, roles, lambda module: module)
+    players = make_players(experiment, roles, reference.null_conditions(), lambda module: module)
     metrics = rounds(experiment, reference, players, 2)[-1]
     assert all(np.isfinite(value) for value in metrics.values()) and metrics["gradient_norm/generator"] > 0

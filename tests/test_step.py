@@ -79,7 +79,7 @@ def make_settings(**changes):
     settings = {
         "objective": chosen("di_star"), "regularization_weight": 0.7, "reward_scale": 30.0, "score_updates": 1,
         "reuse_sample": True, "score_space": "eps", "law_of_t": LAW, "generator_max_grad_norm": 1e9, "score_max_grad_norm": 1e9,
-        "ema_decay": 0.9, "precision": "fp32",
+        "ema_decay": 0.9, "precision": "fp32", "micro_batch_size": None,
     }  # fmt: skip
     return Settings(**settings | changes)
 
@@ -150,6 +150,26 @@ def test_two_halves_average_to_the_whole():
     draws = Draws(3, 5, BATCH, SHAPE, slice(0, BATCH), torch.device("cpu"))
     half = Draws(3, 5, BATCH, SHAPE, slice(4, 8), torch.device("cpu"))
     assert draws.prompts(1000)[4:] == half.prompts(1000)
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("size", [1, 3])
+def test_micro_batches_add_up_to_the_whole(size, reuse):
+    """Of 3 the last one is smaller; every number and both gradients are those of all samples at once."""
+    whole, parts = make_players(adam=False), make_players(adam=False)
+    sizes = {"generator": [], "score_network": []}
+    for name, seen in sizes.items():
+        getattr(parts, name).register_forward_pre_hook(lambda module, arguments, seen=seen: seen.append(len(arguments[0])))
+    settings = make_settings(reuse_sample=reuse, score_updates=2)
+    of_whole, of_parts = round_(whole, settings), round_(parts, replace(settings, micro_batch_size=size))
+    for player, seen in sizes.items():
+        assert set(seen) == ({1} if size == 1 else {3, 2})
+        for one, other in zip(getattr(whole, player).parameters(), getattr(parts, player).parameters(), strict=True):
+            assert (one.grad - other.grad).norm() <= 1e-5 * one.grad.norm()
+            assert one.grad.norm() > 0
+    assert len(sizes["generator"]) == (2 if reuse else 4) * -(-BATCH // size)
+    assert of_parts.keys() == of_whole.keys()
+    assert of_parts == pytest.approx(of_whole | {key: of_parts[key] for key in of_parts if key.startswith("time/")}, rel=1e-4)
 
 
 def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path):

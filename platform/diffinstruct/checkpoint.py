@@ -2,7 +2,10 @@
 
     <folder>/step-00000100/tensors.safetensors   every tensor of the state, named by its place: "generator/conv.weight"
                            state.json            the state's tree; {"$tensor": name} stands where a tensor was
-                           manifest.json         sha256 and size of both files
+                           manifest.json         sha256 and size of the files
+
+Where the networks are spread over several processes each writes a file of its own, tensors-00000-of-00008.safetensors, with its
+rows of the tensors that are spread. They are dealt out anew to however many processes read them.
 
 A checkpoint is written beside its place, flushed to the disk, and renamed into it: it is there whole or not at all.
 Reading compares the digests first (safetensors alone loads a flipped byte silently), names what is broken, and takes
@@ -17,17 +20,20 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 State = dict[str, Any]
-TENSORS, TREE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+TREE, MANIFEST = "state.json", "manifest.json"
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +42,41 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or one that was found cannot be used; the message names it and the reason."""
 
 
-class CheckpointStore:
-    """The checkpoints of one run. `folder` holds the `step-...` folders and nothing else; one process writes to it."""
+@dataclass(frozen=True)
+class Rows:
+    """A process's part of a tensor that is spread over all of them: of this shape, along its first dimension, in the order of
+    the processes, as `torch.chunk` cuts it."""
 
-    def __init__(self, folder: Path | str, keep: int = 2) -> None:
+    own: Tensor
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The processes that write and read one checkpoint together. `least` is of all their values, a collective call."""
+
+    rank: int = 0
+    world: int = 1
+    least: Callable[[int], int] = lambda value: value
+
+    def files(self) -> list[str]:
+        """The processes' files of tensors."""
+        if self.world == 1:
+            return ["tensors.safetensors"]
+        return [f"tensors-{rank:05d}-of-{self.world:05d}.safetensors" for rank in range(self.world)]
+
+
+class CheckpointStore:
+    """The checkpoints of one run. `folder` holds the `step-...` folders and nothing else; one process, or crew, writes to it."""
+
+    def __init__(self, folder: Path | str, keep: int = 2, crew: Crew = Crew()) -> None:
         self.folder = Path(folder).absolute()
         self.keep = max(1, keep)
+        self.crew = crew
 
     def save(self, step: int, state: State) -> Path:
-        """Writes `state` (dicts, lists, tuples of tensors, numbers, strings, None; keys str or int), keeps the newest.
+        """Writes `state` (dicts, lists, tuples of tensors, Rows, numbers, strings, None; keys str or int), keeps the newest.
+        Of a crew all call it: each writes its Rows, what else there is is the first one's.
 
         Checkpoints *after* `step` go too: whoever writes an earlier step could not use them, or has started over.
         Raises CheckpointError when the disk does not take it (the checkpoints before stay as they are), TypeError for a
@@ -53,40 +85,71 @@ class CheckpointStore:
         tree, tensors = encode(state)
         final = self.folder / f"step-{step:08d}"
         temporary, replaced = final.with_suffix(".tmp"), final.with_suffix(".old")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for left_over in self.folder.glob("step-*.tmp"):
-                shutil.rmtree(left_over)
-            temporary.mkdir()
-            save_file(tensors, temporary / TENSORS)
-            (temporary / TREE).write_text(json.dumps({"step": step, "state": tree}))
-            manifest = {name: _fingerprint(temporary / name) for name in (TENSORS, TREE)}
+        files, first = self.crew.files(), self.crew.rank == 0
+
+        def begin() -> None:
+            if first:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for left_over in self.folder.glob("step-*.tmp"):
+                    shutil.rmtree(left_over)
+                temporary.mkdir()
+
+        def write() -> None:
+            own = temporary / files[self.crew.rank]
+            save_file(tensors, own)
+            own.with_suffix(".json").write_text(json.dumps(_fingerprint(own)))
+            _flush(own)
+
+        def end() -> None:
+            if not first:
+                return
+            (temporary / TREE).write_text(json.dumps({"step": step, "files": len(files), "state": tree}))
+            manifest = {TREE: _fingerprint(temporary / TREE)}
+            for name in files:  # as each has seen its own: to read them all again would take long
+                said = (temporary / name).with_suffix(".json")
+                manifest[name] = json.loads(said.read_text())
+                said.unlink()
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            for path in (temporary / TENSORS, temporary / TREE, temporary / MANIFEST, temporary):
+            for path in (temporary / TREE, temporary / MANIFEST, temporary):
                 _flush(path)
             if final.exists():  # no rename onto a folder: for a moment the old one is called .old, which `latest` reads
                 shutil.rmtree(replaced, ignore_errors=True)
                 final.rename(replaced)
             temporary.rename(final)
             _flush(self.folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(
-                f"checkpoint {final} could not be written: {error}. The ones before it are untouched."
-            ) from error
-        kept = [final, *[path for at, path in self._newest_first() if at < step][: self.keep - 1]]
-        for _, path in self._newest_first():
-            if path not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+
+        for part in (begin, write, end):
+            failure: Exception | None = None
+            try:
+                part()
+            except (OSError, ValueError, SafetensorError) as error:
+                failure = error
+            if not self.crew.least(int(failure is None)):  # all of them, or none
+                if first:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                raise CheckpointError(
+                    f"checkpoint {final} could not be written: {failure or 'another process could not write its part'}. "
+                    "The ones before it are untouched."
+                ) from failure
+        if first:
+            kept = [final, *[path for at, path in self._newest_first() if at < step][: self.keep - 1]]
+            for _, path in self._newest_first():
+                if path not in kept:
+                    shutil.rmtree(path, ignore_errors=True)
         return final
 
     def latest(self) -> tuple[int, State] | None:
-        """(step, state) of the newest whole checkpoint, tensors on the CPU, or None. A broken one is reported."""
+        """(step, state) of the newest whole checkpoint, tensors on the CPU, or None. A broken one is reported. Of a crew all
+        call it, and what one of them cannot read none of them takes."""
         for step, path in self._newest_first():
+            state: State | None = None
             try:
-                return step, _read(step, path)
+                state = _read(step, path, self.crew)
             except CheckpointError as error:
                 logger.warning("checkpoint %s cannot be used (%s); trying the one before", path, error)
+            if self.crew.least(int(state is not None)):
+                assert state is not None
+                return step, state
         return None
 
     def _newest_first(self) -> Iterator[tuple[int, Path]]:
@@ -123,6 +186,8 @@ def encode(state: State) -> tuple[Any, dict[str, Tensor]]:
     def walk(value: Any, place: str) -> Any:
         if isinstance(value, Tensor):
             return {"$tensor": store(value, place)}
+        if isinstance(value, Rows):
+            return {"$rows": store(value.own, place), "shape": list(value.shape)}
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, dict):
@@ -141,38 +206,73 @@ def encode(state: State) -> tuple[Any, dict[str, Tensor]]:
     return walk(state, ""), tensors
 
 
-def decode(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `encode`."""
-    match tree:
-        case {"$tensor": name}:
-            return tensors[name]
-        case {"$dict": items}:
-            return {key: decode(child, tensors) for key, child in items}
-        case {"$tuple": children}:
-            return tuple(decode(child, tensors) for child in children)
-        case dict():
-            return {key: decode(child, tensors) for key, child in tree.items()}
-        case list():
-            return [decode(child, tensors) for child in tree]
-    return tree
+def decode(tree: Any, tensor: Callable[[str], Tensor], rows: Callable[[str, tuple[int, ...]], Tensor]) -> Any:
+    """The inverse of `encode`, with tensors and rows by their names."""
+
+    def walk(tree: Any) -> Any:
+        match tree:
+            case {"$tensor": name}:
+                return tensor(name)
+            case {"$rows": name, "shape": shape}:
+                return Rows(rows(name, tuple(shape)), tuple(shape))
+            case {"$dict": items}:
+                return {key: walk(child) for key, child in items}
+            case {"$tuple": children}:
+                return tuple(walk(child) for child in children)
+            case dict():
+                return {key: walk(child) for key, child in tree.items()}
+            case list():
+                return [walk(child) for child in tree]
+        return tree
+
+    return walk(tree)
 
 
-def _read(step: int, path: Path) -> State:
-    """The state in `path`. Raises CheckpointError with the reason if any part of it is not what was written."""
+def _read(step: int, path: Path, crew: Crew) -> State:
+    """The state in `path`, of tensors that are spread this process's rows. Raises CheckpointError with the reason if any part
+    of it is not what was written."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-        for name in (TENSORS, TREE):
-            written, found = manifest[name], _fingerprint(path / name)
-            if found["bytes"] != written["bytes"]:
-                raise CheckpointError(f"{name}: {found['bytes']} bytes of {written['bytes']}")
-            if found["sha256"] != written["sha256"]:
-                raise CheckpointError(f"{name}: its content is not what was written (sha256 differs)")
+        _verify(path / TREE, manifest[TREE])
         document = json.loads((path / TREE).read_bytes())
         if document["step"] != step:
             raise CheckpointError(f"{TREE}: it is of step {document['step']}")
-        return decode(document["state"], load_file(path / TENSORS, backend="pread"))
+        writers = Crew(world=document["files"])
+        files = writers.files()
+        own = files[crew.rank : crew.rank + 1] if writers.world == crew.world else files  # another one reads the others
+        with ExitStack() as open_files:
+            tensors: dict[str, Any] = {}
+            for name in dict.fromkeys([files[0], *own]):
+                _verify(path / name, manifest[name])
+                tensors[name] = open_files.enter_context(safe_open(path / name, "pt", backend="pread"))
+
+            def rows(name: str, shape: tuple[int, ...]) -> Tensor:
+                begin, end = _span(shape[0], crew.rank, crew.world)
+                found = []
+                for rank, file in enumerate(files):
+                    low, high = _span(shape[0], rank, len(files))
+                    if max(low, begin) < min(high, end):
+                        found.append(tensors[file].get_slice(name)[max(low, begin) - low : min(high, end) - low])
+                return torch.cat(found) if found else tensors[own[0]].get_slice(name)[:0]
+
+            return decode(document["state"], cache(tensors[files[0]].get_tensor), rows)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{type(error).__name__}: {error}") from error
+
+
+def _span(rows: int, rank: int, world: int) -> tuple[int, int]:
+    """The rows of a tensor that a process has."""
+    size = -(-rows // world)
+    return min(rank * size, rows), min((rank + 1) * size, rows)
+
+
+def _verify(path: Path, written: dict[str, Any]) -> None:
+    """Raises CheckpointError for a file that is not what was written."""
+    found = _fingerprint(path)
+    if found["bytes"] != written["bytes"]:
+        raise CheckpointError(f"{path.name}: {found['bytes']} bytes of {written['bytes']}")
+    if found["sha256"] != written["sha256"]:
+        raise CheckpointError(f"{path.name}: its content is not what was written (sha256 differs)")
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

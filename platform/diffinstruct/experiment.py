@@ -349,6 +349,11 @@ class Cluster(Section):
 
     workers: Count = Field(1, description="training processes; each takes global_batch_size / workers samples (ours)")
     use_gpu: bool = Field(False, description="one GPU per training process (ours)")
+    fully_shard: bool = Field(
+        False,
+        description="FSDP2: weights, gradients, Adam states and average are spread over the training processes, for full "
+        "fine-tuning of what one GPU does not hold (ours)",
+    )
     cpus_per_worker: Count = Field(1, description="CPUs per training process (ours)")
     reward_replicas: Count = Field(1, description="reward actors, each with its own decoder and reward models (ours)")
     reward_cpus: NotNegative = Field(1.0, description="CPUs per reward actor, fractions allowed; 0 leaves it uncounted (ours)")
@@ -418,11 +423,19 @@ class Experiment(Section):
     seed: int = Field(0, ge=0, description="z, t, eps and prompts are functions of (seed, step, sample index) (ours)")
     steps: Count = Field(100, description="alternating rounds (ours)")
     global_batch_size: Count = Field(32, description="samples per round over all workers (ours)")
+    micro_batch_size: Count | None = Field(
+        None,
+        description="samples of one training process that go through the networks at once; the gradients of a round's "
+        "micro-batches add up, and the generator goes forward twice; none: all of them at once (ours)",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the networks' arithmetic; weights stay fp32 (ours)")
     activation_checkpointing: bool = Field(
         False,
         description="networks and decoder keep their blocks' inputs alone and compute the rest again in the backward pass: "
         "less memory, and of di_star's 12 forward passes' worth of work 5 more (ours)",
+    )
+    compile: bool = Field(
+        False, description="torch.compile of generator, score network and reference: minutes at the start, faster rounds (ours)"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one (ours)")
     reference: Reference = Reference()
@@ -469,6 +482,14 @@ class Experiment(Section):
             raise _at("workers", value.workers, _wrong(f"should divide global_batch_size ({batch})"))
         if value.use_gpu and info.data.get("device") == "cpu":
             raise _at("use_gpu", value.use_gpu, _wrong("should be false where device is 'cpu'"))
+        return value
+
+    @field_validator("cluster")
+    @classmethod
+    def _whole_networks(cls, value: Cluster, info: ValidationInfo) -> Cluster:
+        adapted = [key for key in ("generator", "score_network") if key in info.data and info.data[key].lora_rank]
+        if value.fully_shard and adapted:
+            raise _at("fully_shard", True, _wrong(f"should be false with {adapted[0]}.lora_rank: adapters fit every GPU"))
         return value
 
     @field_validator("cluster")

@@ -52,6 +52,11 @@ class StableDiffusion:
         return cls.encode(pipeline, "", device)
 
     @staticmethod
+    def blank(network: Any, tokens: int) -> Conditions:
+        """The shapes of one prompt's conditions, for a network of this configuration and a CLIP that sees so many tokens."""
+        return {"prompt_embeds": torch.zeros(1, tokens, network.cross_attention_dim)}
+
+    @staticmethod
     def output(network: nn.Module, xt: Tensor, t: Tensor, c: Conditions, pixels: tuple[int, int]) -> Tensor:
         """What the network says of xt, like xt. `pixels`: height and width of the picture."""
         return network(xt, t, c["prompt_embeds"], return_dict=False)[0]
@@ -81,6 +86,12 @@ class StableDiffusionXL(StableDiffusion):
         return {key: torch.zeros_like(value) if zeros else value for key, value in empty.items()}
 
     @staticmethod
+    def blank(network: Any, tokens: int) -> Conditions:
+        pooled = network.projection_class_embeddings_input_dim - 6 * network.addition_time_embed_dim
+        embeds = torch.zeros(1, tokens, network.cross_attention_dim)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": torch.zeros(1, pooled)}
+
+    @staticmethod
     def output(network: nn.Module, xt: Tensor, t: Tensor, c: Conditions, pixels: tuple[int, int]) -> Tensor:
         sizes = xt.new_tensor([*pixels, 0, 0, *pixels]).expand(len(xt), -1)
         added = {"text_embeds": c["pooled_prompt_embeds"], "time_ids": sizes}
@@ -102,6 +113,14 @@ class PixArtAlpha(StableDiffusion):
     def encode(pipeline: Any, prompt: str, device: torch.device | str) -> Conditions:
         embeds, mask, _, _ = pipeline.encode_prompt([prompt], do_classifier_free_guidance=False, device=device)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    @staticmethod
+    def blank(network: Any, tokens: int) -> Conditions:
+        tokens = 120  # of T5; its pipeline cuts there
+        return {
+            "prompt_embeds": torch.zeros(1, tokens, network.caption_channels),
+            "prompt_attention_mask": torch.ones(1, tokens, dtype=torch.long),
+        }
 
     @staticmethod
     def output(network: nn.Module, xt: Tensor, t: Tensor, c: Conditions, pixels: tuple[int, int]) -> Tensor:
@@ -148,6 +167,12 @@ class StableDiffusion3(StableDiffusion):
     def encode(pipeline: Any, prompt: str, device: torch.device | str) -> Conditions:
         embeds, _, pooled, _ = pipeline.encode_prompt([prompt], None, None, device, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    @staticmethod
+    def blank(network: Any, tokens: int) -> Conditions:
+        with_t5 = tokens + 256  # where its pipeline cuts
+        pooled = torch.zeros(1, network.pooled_projection_dim)
+        return {"prompt_embeds": torch.zeros(1, with_t5, network.joint_attention_dim), "pooled_prompt_embeds": pooled}
 
     @staticmethod
     def output(network: nn.Module, xt: Tensor, t: Tensor, c: Conditions, pixels: tuple[int, int]) -> Tensor:

@@ -176,7 +176,7 @@ class Watcher:
     """
 
     def __init__(self, experiment: Experiment, reference: Reference, prompts: Sequence[str], jury: Jury) -> None:
-        self.reference, self.jury = reference, jury
+        self.experiment, self.reference, self.jury = experiment, reference, jury
         self.held_out = experiment.rewards.held_out
         self.watch = Watch()
         few, self.noise = pictures_to_meet(reference, prompts, PICTURES // NOISES, EVALUATION_SEED + 1, NOISES)
@@ -188,9 +188,12 @@ class Watcher:
         if divergence is not None:
             self.divergences.append(divergence)
 
-    def look(self, step: int, generator: nn.Module) -> Callable[[], tuple[dict[str, float], Alarm | None]]:
-        """At the generator after `step` rounds; collecting gives metrics and, maybe, an alarm."""
-        latents = sample(self.reference, generator, self.noise, self.prompts, self.jury.micro_batch)
+    def pictures(self, generator: nn.Module) -> Tensor:
+        """The latents to look at, [PICTURES, ...]."""
+        return sample(self.reference, generator, self.noise, self.prompts, self.experiment.rewards.micro_batch)
+
+    def look(self, step: int, latents: Tensor) -> Callable[[], tuple[dict[str, float], Alarm | None]]:
+        """At `pictures` after `step` rounds; collecting gives metrics and, maybe, an alarm."""
         weights, answer = self.jury.terms.weights, self.jury.score(latents, self.prompts)
         distance = sum(self.divergences) / len(self.divergences) if self.divergences else float("nan")
         self.divergences = []

@@ -22,6 +22,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
@@ -197,15 +198,24 @@ class Reference:
             nothing = {key: None for key, of in known.items() if of.default is of.empty}
             return kind(**nothing | options | self.texts | parts)
 
-    def network(self, start: str = "reference", dtype: torch.dtype | None = None) -> Any:
-        """A fresh network of the reference's shape, on its device.
+    def network(
+        self, start: str = "reference", dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Any:
+        """A fresh network of the reference's shape.
 
         start: "reference", "pocket-distilled", a folder or hub id that holds a network of the reference's class or a pipeline
             with one, or a .safetensors file of its weights, named as diffusers or as the model's authors do.
-        dtype: the reference's, if not said.
+        dtype, device: the reference's, if not said; on "meta" without weights, but with its buffers.
         Raises UserError for a start that is not there or does not fit the reference.
         """
-        network = self._start(self.check_start(start), dtype or self.dtype)
+        dtype, device = dtype or self.dtype, device or self.device
+        source = self.check_start(start)
+        if str(device) == "meta":
+            network = nn.Module.to(self._weightless(), dtype=dtype).eval()  # as in `_start`
+        else:
+            network = self._start(source, dtype, device)
+        if str(device).startswith("cuda"):  # the layout in which GPUs convolve
+            network = network.to(memory_format=torch.channels_last)
         if self.activation_checkpointing:
             network.enable_gradient_checkpointing()
         return network
@@ -279,6 +289,12 @@ class Reference:
         """What guidance takes for no prompt, batch size 1."""
         return self._embedding(NULL)
 
+    def blank_conditions(self) -> Conditions:
+        """Conditions of one prompt as to their shapes; no text encoder is read."""
+        encoder = getattr(transformers, self.family.texts["text_encoder"]).config_class
+        config = _read(encoder.from_pretrained, self.source, subfolder="text_encoder")
+        return self.family.blank(FrozenDict(self._config), getattr(config, "max_position_embeddings", 0))
+
     def store_embeddings(self, prompts: Iterable[str | None]) -> None:
         """Add those of `prompts` to the folder of embeddings."""
         assert self.embeddings is not None
@@ -327,12 +343,15 @@ class Reference:
         files = [path for part in self.family.texts for path in (folder / part).iterdir() if path.is_file()]
         return f"{self.family.__name__}-{digest(files)}"
 
-    def _start(self, source: str, dtype: torch.dtype) -> Any:
+    def _weightless(self) -> Any:
+        with init_empty_weights(include_buffers=False):
+            return self._network_class.from_config(self._config)
+
+    def _start(self, source: str, dtype: torch.dtype, device: torch.device | str) -> Any:
         """A network from a folder, a hub id or a file."""
         if Path(source).suffix != ".safetensors":
-            return self._part(self._network_class, source, self._subfolder(source), dtype)
-        with init_empty_weights(include_buffers=False):
-            network = self._network_class.from_config(self._config)
+            return self._part(self._network_class, source, self._subfolder(source), dtype, device)
+        network = self._weightless()
         weights = _read(load_file, source)
         if weights.keys() == network.state_dict().keys():
             try:
@@ -351,7 +370,7 @@ class Reference:
             odd = min(weights.keys() ^ network.state_dict().keys())
             raise _refusal(f"generator.start: {source} holds no {self.family.network}: only one of the two has {odd!r}")
         # nn.Module's own `to`: diffusers' warns of what does not concern these models
-        return nn.Module.to(network, self.device, dtype).requires_grad_(True).eval()
+        return nn.Module.to(network, device, dtype).requires_grad_(True).eval()
 
     def _subfolder(self, source: str) -> str:
         """Where in a folder or hub repository the network is: under its part's name in a pipeline, at the top otherwise."""
@@ -361,10 +380,17 @@ class Reference:
             return ""
         return self.family.part
 
-    def _part(self, kind: Any, source: str, subfolder: str, dtype: torch.dtype | None = None) -> Any:
+    def _part(
+        self,
+        kind: Any,
+        source: str,
+        subfolder: str,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Any:
         with quiet() if Path(source).is_dir() else nullcontext():  # a download keeps its progress bar
             part = _read(kind.from_pretrained, source, subfolder=subfolder, use_safetensors=True, dtype=dtype or self.dtype)
-        return part.to(self.device).eval()
+        return part.to(device or self.device).eval()
 
 
 class _PipelineIndex(ConfigMixin):
@@ -387,6 +413,11 @@ def load_reference(
     Raises UserError, one line, for what is not there or not supported.
     """
     source = str(POCKET / "pipeline") if model == "pocket" else model
+    if Path(source).is_file():
+        raise _refusal(
+            f"reference.model: {model} is a single file; diffusers makes a folder of it: "
+            f"StableDiffusionPipeline.from_single_file({model!r}).save_pretrained('FOLDER'), or the pipeline that it is of"
+        )
     index = _read(_PipelineIndex.load_config, source)
     name = index.get("_class_name")
     supported = f"supported are pipelines of class {', '.join(FAMILIES)}"

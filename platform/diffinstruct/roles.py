@@ -8,9 +8,8 @@ backward pass it would make the generator's gradient 0 without a word.)
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -39,12 +38,28 @@ class Roles:
     start_error: float | None = None
 
 
-def make_roles(experiment: Experiment, reference: Reference) -> Roles:
+Place = Callable[[Callable[[str | None], nn.Module]], nn.Module]
+"""How a process keeps a network: what is given loads it onto a device (None: the reference's; "meta": without weights)."""
+
+
+def whole(load: Callable[[str | None], nn.Module]) -> nn.Module:
+    """The `Place` of a process that keeps its networks for itself."""
+    return load(None)
+
+
+def make_roles(experiment: Experiment, reference: Reference, place: Place = whole) -> Roles:
     """As the configuration asks for: `lora_rank` 0 is a full copy in fp32. What is frozen is in the arithmetic's precision."""
     of, score, error = experiment.generator, experiment.score_network, None
     frozen = torch.bfloat16 if experiment.precision == "bf16" else None
-    base = Base(reference.network(dtype=frozen), reference.family.adapted, experiment.activation_checkpointing)
-    network: nn.Module
+
+    def network(start: str = "reference", dtype: torch.dtype | None = None) -> nn.Module:
+        loaded = place(lambda device: reference.network(start, dtype, device))
+        if experiment.compile:
+            loaded.compile()
+        return loaded
+
+    base = Base(network(dtype=frozen), reference.family.adapted, experiment.activation_checkpointing)
+    trained: nn.Module
     average: nn.Module
     if of.lora_rank:
         shared, under = base, tuple[str, ...]()
@@ -52,19 +67,17 @@ def make_roles(experiment: Experiment, reference: Reference) -> Roles:
             error = base.add_difference(START, reference.network(of.start), of.start_rank)
             under = (START,)
         elif of.start != "reference":
-            start = reference.network(of.start, dtype=frozen)
-            shared = Base(start, reference.family.adapted, experiment.activation_checkpointing)
+            shared = Base(network(of.start, frozen), reference.family.adapted, experiment.activation_checkpointing)
         shared.add(GENERATOR, of.lora_rank, experiment.seed)
         shared.add(AVERAGE, of.lora_rank, experiment.seed)
-        network, average = shared.role(GENERATOR, under), shared.role(AVERAGE, under)
+        trained, average = shared.role(GENERATOR, under), shared.role(AVERAGE, under)
     else:
-        network = reference.network(of.start)
-        average = copy.deepcopy(network)
+        trained, average = network(of.start), network(of.start)
     if score.lora_rank:
         base.add(SCORE, score.lora_rank, experiment.seed + 1)
-    assistant = base.role(SCORE) if score.lora_rank else reference.network()
+    assistant = base.role(SCORE) if score.lora_rank else network()
     return Roles(
-        generator=reference.one_step(network.requires_grad_(True), of.timestep, of.input_scale),
+        generator=reference.one_step(trained.requires_grad_(True), of.timestep, of.input_scale),
         score_network=reference.denoiser(assistant.requires_grad_(True)),
         reference=reference.denoiser(base.role()).eval(),
         average=reference.one_step(average.requires_grad_(False), of.timestep, of.input_scale).eval(),

@@ -11,15 +11,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from diffinstruct import orders
-from diffinstruct.checkpoint import CheckpointError, CheckpointStore
-from diffinstruct.diffusion import Schedule, log_normal_t, uniform_t
+from diffinstruct.checkpoint import CheckpointError, CheckpointStore, Crew
+from diffinstruct.diffusion import Conditions, Schedule, log_normal_t, uniform_t
 from diffinstruct.distances import distance
 from diffinstruct.embeddings import NULL
 from diffinstruct.experiment import Experiment, UserError
@@ -38,7 +40,8 @@ from diffinstruct.jury import (
 from diffinstruct.objectives import objective
 from diffinstruct.pretrained import OneStepGenerator, Reference, load_reference
 from diffinstruct.prompts import read_prompts
-from diffinstruct.roles import Roles, make_roles
+from diffinstruct.roles import Roles, make_roles, whole
+from diffinstruct.sharding import gathered, rows, sharded, spread
 from diffinstruct.step import Draws, Metrics, Players, Settings, alternating_round
 from diffinstruct.tracking import Parent, Tracker
 from diffinstruct.watch import BLIND, Alarm
@@ -55,6 +58,7 @@ class Worker:
     rank: int = 0
     world: int = 1
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module  # data parallelism
+    mesh: DeviceMesh | None = None  # over which all networks are sharded, where they are
     average: Callable[[Metrics], Metrics] = lambda metrics: metrics  # over the workers
     least: Callable[[int], int] = lambda value: value  # of all workers
     where: str = ""  # the cluster's address, for the first and the last line
@@ -83,37 +87,42 @@ def train(
     """
     device = resolve_device(experiment.device)
     reference = open_reference(experiment, device)
-    roles = make_roles(experiment, reference)
-    players = make_players(experiment, reference, roles, worker.wrap)
+    mesh = worker.mesh
+    roles = make_roles(experiment, reference, partial(sharded, mesh=mesh, precision=experiment.precision) if mesh else whole)
+    players = make_players(experiment, roles, reference.null_conditions(), worker.wrap)
     settings = make_settings(experiment, reference.schedule)
     prompts = read_prompts(experiment.prompts.train, column=experiment.prompts.column)["prompt"].tolist()
     jury = Jury(experiment, actors, lambda: InProcess(make_rewards(experiment.rewards.names, reference.decode, device)))
     watcher = Watcher(experiment, reference, prompts, jury)
-    store = CheckpointStore(folder / "checkpoints")
+    grid = Grid(experiment, reference, players.ema)
+    crew = Crew(worker.rank, worker.world, worker.least) if mesh else Crew()
+    store = CheckpointStore(folder / "checkpoints", crew=crew)
     done, state = newest(store, experiment)  # before anything is written: a run of another configuration stays as it is
-    output = Output(experiment, folder, reference, players, parent, worker.where) if worker.rank == 0 else None
+    output = Output(experiment, folder, reference, parent, worker.where) if worker.rank == 0 else None
     window = Window(experiment)
     kept: dict[str, Any] = {"players": players, "jury": jury, "watcher": watcher, "window": window}
     stopped = False
     if state:
+        state = spread(state, mesh) if mesh else state
         for name, part in kept.items():
             part.load_state_dict(state[name])
         settings, stopped = replace(settings, reward_scale=state["reward_scale"]), state["stopped"]
         if output:
             output.last = state["metrics"]
     per_worker = experiment.global_batch_size // worker.world
-    rows = slice(worker.rank * per_worker, (worker.rank + 1) * per_worker)
+    own_rows = slice(worker.rank * per_worker, (worker.rank + 1) * per_worker)
     at = done
     try:
         if not stopped and done < experiment.steps:
             if output and done == 0 and roles.start_error is not None:
                 output.said(0, "start", f"generator.start_rank: {roles.start_error:.1%} of the start's difference is lost")
-            meet(reference, players, prompts, jury, done, output)
+            meet(reference, players, prompts, jury, grid, done, output)
         for step in range(done, 0 if stopped else experiment.steps):
             at = step + 1
             looks = experiment.watch.every > 0 and step % experiment.watch.every == 0
-            look = watcher.look(step, players.ema) if output and looks else None
-            draws = Draws(experiment.seed, step, experiment.global_batch_size, reference.latent_shape, rows, device)
+            latents = watcher.pictures(players.ema) if looks else None
+            look = watcher.look(step, latents) if output and latents is not None else None
+            draws = Draws(experiment.seed, step, experiment.global_batch_size, reference.latent_shape, own_rows, device)
             chosen = [prompts[i] for i in draws.prompts(len(prompts))]
             c = reference.encode_prompts(chosen)
             metrics = alternating_round(players, settings, reference.schedule, draws, chosen, c, jury.send)
@@ -129,21 +138,25 @@ def train(
             last, paused = stopped or at == experiment.steps, order == orders.PAUSE
             if order == orders.STOP and output:
                 output.said(at, "stopped", "the run ends here: it was told to stop")
-            if last and output and experiment.watch.every:
-                output.looked(at, *watcher.look(at, players.ema)())
+            if last and experiment.watch.every:
+                latents = watcher.pictures(players.ema)
+                if output:
+                    output.looked(at, *watcher.look(at, latents)())
             if at % experiment.logging.every == 0 or last:
                 metrics = worker.average(window.mean())
                 if output:
                     output.metrics(at, metrics)
-            if output and (at % experiment.logging.grid_every == 0 or last):
-                output.grid(at)
+            if at % experiment.logging.grid_every == 0 or last:
+                columns = grid.columns(players.ema)
+                if output:
+                    output.grid(at, columns)
             if at % experiment.logging.checkpoint_every == 0 or last or paused:
                 jury.micro_batch = worker.least(jury.micro_batch)
                 window.share(worker.average)
-                if output:
+                if output or mesh:
                     own = {"experiment": experiment.derived_id, "reward_scale": settings.reward_scale, "stopped": stopped}
-                    own["metrics"] = output.last
-                    store.save(at, own | {name: part.state_dict() for name, part in kept.items()})
+                    own["metrics"] = output.last if output else {}
+                    store.save(at, own | rows({name: part.state_dict() for name, part in kept.items()}))
             if last:
                 break
             if paused:
@@ -152,18 +165,31 @@ def train(
         if output:
             output.failed(error)
         raise
-    return output.finished(at) if output else None
+    average = players.ema
+    assert isinstance(average, OneStepGenerator)
+    if mesh:
+        network = gathered(average.denoiser.network, reference.network(device="meta"))
+        average = reference.one_step(network, average.timestep, average.input_scale)
+    return output.finished(at, average) if output else None
 
 
 def meet(
-    reference: Reference, players: Players, prompts: Sequence[str], jury: Jury, done: int, output: Output | None
+    reference: Reference,
+    players: Players,
+    prompts: Sequence[str],
+    jury: Jury,
+    grid: Grid,
+    done: int,
+    output: Output | None,
 ) -> None:
     """Before the first round from here: the handshake with the rewards on the generator's pictures, also in a resumed run,
     whose rewards somebody may have mended meanwhile; of a new run the start's pictures, and the rewards' scales."""
-    if output and done == 0:
-        output.grid(0)
+    if done == 0:
+        columns = grid.columns(players.ema)
+        if output:
+            output.grid(0, columns)
     few, noise = pictures_to_meet(reference, prompts, PICTURES, EVALUATION_SEED + 2)
-    latents = sample(reference, players.ema, noise, few, jury.micro_batch)
+    latents = sample(reference, players.ema, noise, few, jury.experiment.rewards.micro_batch)
     if output:
         for report in jury.meet(latents, few):
             output.said(done, f"reward.{report.name}", str(report))
@@ -221,19 +247,19 @@ def store_embeddings(experiment: Experiment, prompts: Sequence[str | None]) -> N
 
 
 def make_players(
-    experiment: Experiment, reference: Reference, roles: Roles, wrap: Callable[[nn.Module], nn.Module]
+    experiment: Experiment, roles: Roles, null: Conditions, wrap: Callable[[nn.Module], nn.Module]
 ) -> Players:
-    """The roles with their optimizers, the reference with its guidance."""
+    """The roles with their optimizers, the reference with its guidance against the null prompt's conditions."""
 
     def adam(module: nn.Module, of: Any) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(module.parameters(), of.learning_rate, betas=of.betas, weight_decay=of.weight_decay)
+        options = {"lr": of.learning_rate, "betas": of.betas, "weight_decay": of.weight_decay}
+        weights = list(module.parameters())
+        return torch.optim.AdamW(weights, fused=weights[0].is_cuda or None, **options)  # one kernel, and no copies on the way
 
     return Players(
         generator=wrap(roles.generator),
         score_network=wrap(roles.score_network),
-        reference=guided(
-            roles.reference, reference.null_conditions(), experiment.reference.cfg_scale, experiment.reference.guidance
-        ),
+        reference=guided(roles.reference, null, experiment.reference.cfg_scale, experiment.reference.guidance),
         ema=roles.average,
         generator_optimizer=adam(roles.generator, experiment.generator),
         score_optimizer=adam(roles.score_network, experiment.score_network),
@@ -266,6 +292,7 @@ def make_settings(experiment: Experiment, schedule: Schedule) -> Settings:
         score_max_grad_norm=experiment.score_network.max_grad_norm,
         ema_decay=experiment.generator.ema_decay,
         precision=experiment.precision,
+        micro_batch_size=experiment.micro_batch_size,
     )
 
 
@@ -335,6 +362,27 @@ class Window:
         self.rows = list(state["rows"])
 
 
+class Grid:
+    """The pictures that show how a run goes. Rows are prompts; the first column is the starting generator, then the current one
+    on the same and on more noise."""
+
+    def __init__(self, experiment: Experiment, reference: Reference, start: nn.Module) -> None:
+        table = read_prompts(experiment.prompts.grid, column=experiment.prompts.column)["prompt"].tolist()
+        self.reference, self.prompts = reference, table[: experiment.logging.grid_prompts]
+        noise = torch.Generator().manual_seed(EVALUATION_SEED)
+        self.noise = torch.randn(GRID_NOISES, len(self.prompts), *reference.latent_shape, generator=noise)
+        self.start = self._latents(start, 0)
+
+    def columns(self, generator: nn.Module) -> list[Tensor]:
+        """Latents."""
+        return [self.start, *(self._latents(generator, i) for i in range(GRID_NOISES))]
+
+    @torch.no_grad()
+    def _latents(self, generator: nn.Module, noise: int) -> Tensor:
+        latents: Tensor = generator(self.noise[noise].to(self.reference.device), self.reference.encode_prompts(self.prompts))
+        return latents
+
+
 class Output:
     """What rank 0 shows and keeps: the progress line, the journal, the picture grid, the exported model."""
 
@@ -343,11 +391,10 @@ class Output:
         experiment: Experiment,
         folder: Path,
         reference: Reference,
-        players: Players,
         parent: Parent | None,
         where: str,
     ) -> None:
-        self.experiment, self.folder, self.reference, self.players = experiment, folder, reference, players
+        self.experiment, self.folder, self.reference = experiment, folder, reference
         self.where = f"  {where}" if where else ""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "experiment.yaml").write_text(experiment.to_yaml())
@@ -363,11 +410,6 @@ class Output:
         self.started = time.perf_counter()
         self.first_step: int | None = None
         self.last: Metrics = {}
-        table = read_prompts(experiment.prompts.grid, column=experiment.prompts.column)["prompt"].tolist()
-        self.grid_prompts = table[: experiment.logging.grid_prompts]
-        noise = torch.Generator().manual_seed(EVALUATION_SEED)
-        self.grid_noise = torch.randn(GRID_NOISES, len(self.grid_prompts), *reference.latent_shape, generator=noise)
-        self.start_column = self._pictures(0)
         print(f"run {folder}  tracking {self.tracker.url}{self.where}", flush=True)
 
     def metrics(self, step: int, metrics: Metrics) -> None:
@@ -399,23 +441,16 @@ class Output:
         self.said(step, "hacking", f"reward hacking: {alarm.line}")
         return {"warn": GO_ON, "lower_scale": LOWER_SCALE, "stop": STOP}[self.experiment.watch.on_hacking]
 
-    def grid(self, step: int) -> None:
-        """Rows are prompts; the first column is the starting generator, then the current one on the same and on more noise."""
-        columns = [self.start_column, *(self._pictures(i) for i in range(GRID_NOISES))]
-        self.tracker.image("grid", step, tile(columns))
-
     @torch.no_grad()
-    def _pictures(self, noise: int) -> Tensor:
-        device = next(self.players.ema.parameters()).device
-        z = self.grid_noise[noise].to(device)
-        return self.reference.decode(self.players.ema(z, self.reference.encode_prompts(self.grid_prompts))).cpu()
+    def grid(self, step: int, columns: Sequence[Tensor]) -> None:
+        """Show a Grid's columns."""
+        self.tracker.image("grid", step, tile([self.reference.decode(latents).cpu() for latents in columns]))
 
-    def finished(self, step: int) -> Result:
+    def finished(self, step: int, average: OneStepGenerator) -> Result:
         """Export the averaged generator as a stock pipeline, hand model and last metrics to the tracker."""
         from diffinstruct.export import export
 
-        assert isinstance(self.players.ema, OneStepGenerator)
-        folder = export(self.experiment.reference.model, self.players.ema, self.folder / "export")
+        folder = export(self.experiment.reference.model, average, self.folder / "export")
         table = self.folder / "metrics.json"
         table.write_text(json.dumps({"step": step, **self.last}, indent=2) + "\n")
         self.tracker.artifact(folder)

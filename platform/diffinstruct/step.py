@@ -6,6 +6,9 @@ computed on detached leaves, wherever that is cheapest, and the generator's grap
     x0 = g_theta(z, c)  --detached-->  rewards (elsewhere, meanwhile)
     K_TA times:  score network learns to denoise x0
     x0.backward((regularization_weight * g_reg - reward_scale * g_reward) / batch),  clip, Adam, EMA
+
+What does not fit memory at once goes through the networks in micro-batches. Then there is no graph to keep: x0 is drawn without
+one, and the generator goes forward once more for each micro-batch's backward pass.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from diffinstruct.diffusion import Conditions, GuidedReference, LawOfT, Schedule, denoising_loss
 from diffinstruct.objectives import Objective
@@ -46,6 +51,12 @@ class Settings:
     score_max_grad_norm: float
     ema_decay: float
     precision: str  # "fp32" | "bf16": autocast of the networks' forwards; weights and optimizers stay fp32
+    micro_batch_size: int | None  # of this worker's samples go through the networks at once; None: all
+
+    def parts(self, samples: int) -> list[slice]:
+        """The micro-batches of so many samples."""
+        size = self.micro_batch_size or samples
+        return [slice(i, i + size) for i in range(0, samples, size)]
 
 
 @dataclass
@@ -128,10 +139,16 @@ def alternating_round(
     Raises NonFinite before an update that would spoil the weights.
     """
     metrics: Metrics = {}
-    autocast = _autocast(settings.precision, draws.device)
     z = draws.normal(draws.GENERATOR)
-    with autocast:
-        x0 = players.generator(z, c)
+    *early, last = parts = settings.parts(len(z))
+
+    def generated(part: slice) -> Tensor:
+        with _autocast(settings.precision, draws.device):
+            sample: Tensor = players.generator(z[part], _rows(c, part))
+        return sample
+
+    with torch.set_grad_enabled(not early):
+        x0 = torch.cat([generated(part) for part in parts])
     sample = x0.detach()
     sending = time.perf_counter()
     collect = send(sample, prompts)
@@ -140,18 +157,8 @@ def alternating_round(
     if settings.objective:
         for k in range(settings.score_updates):
             metrics |= score_update(players, settings, schedule, draws, sample, c, draws.SCORE + 3 * k)
-        leaf = sample.clone().requires_grad_()
-        with autocast:
-            loss, record = settings.objective(
-                leaf,
-                draws.t(draws.GENERATOR + 1, settings.law_of_t),
-                draws.normal(draws.GENERATOR + 2),
-                c,
-                score_network=unwrapped(players.score_network),
-                reference=players.reference,
-            )
-        pull = settings.regularization_weight * torch.autograd.grad(loss.sum(), leaf)[0]
-        metrics |= {"loss/regularizer": loss.mean().item()} | {key: of.mean().item() for key, of in record.items()}
+        pull, record = _regularizer(players, settings, settings.objective, draws, sample, c)
+        metrics |= {key: of.mean().item() for key, of in record.items()}
     else:
         pull = torch.zeros_like(sample)
 
@@ -163,7 +170,11 @@ def alternating_round(
     metrics |= {f"reward/{name}": score.mean().item() for name, score in answer.scores.items()}
 
     players.generator_optimizer.zero_grad()
-    x0.backward((pull - push) / len(sample))
+    gradient = (pull - push) / len(sample)
+    for part in early:
+        with _accumulating(players.generator):
+            generated(part).backward(gradient[part])
+    (generated(last) if early else x0).backward(gradient[last])
     metrics |= {
         "gradient_norm/sample_regularizer": _mean_norm(pull),
         "gradient_norm/sample_reward": _mean_norm(push),
@@ -180,28 +191,66 @@ def score_update(
     players: Players, settings: Settings, schedule: Schedule, draws: Draws, sample: Tensor, c: Conditions, place: int
 ) -> Metrics:
     """One denoising update of the score network on generated samples, with t and eps of its own."""
-    with _autocast(settings.precision, draws.device):
-        if not settings.reuse_sample:
-            with torch.no_grad():
-                sample = unwrapped(players.generator)(draws.normal(place + 2), c)
-        t, eps = draws.t(place, settings.law_of_t), draws.normal(place + 1)
-        loss = denoising_loss(players.score_network, schedule, sample, t, eps, c, settings.score_space).mean()
+    t, eps = draws.t(place, settings.law_of_t), draws.normal(place + 1)
+    z = None if settings.reuse_sample else draws.normal(place + 2)
+    *early, last = settings.parts(len(sample))
+
+    def backward(part: slice) -> float:
+        own = _rows(c, part)
+        with _autocast(settings.precision, draws.device):
+            x0 = sample[part]
+            if z is not None:
+                with torch.no_grad():
+                    x0 = unwrapped(players.generator)(z[part], own)
+            each = denoising_loss(players.score_network, schedule, x0, t[part], eps[part], own, settings.score_space)
+            loss = each.mean() * (len(each) / len(sample))
+        loss.backward()
+        return loss.item()
+
     players.score_optimizer.zero_grad()
-    loss.backward()
+    loss = 0.0
+    for part in early:
+        with _accumulating(players.score_network):
+            loss += backward(part)
+    loss += backward(last)
     norm = _clipped(players.score_network, settings.score_max_grad_norm, draws.step, "score network")
     players.score_optimizer.step()
-    return {"loss/score_network": loss.item(), "gradient_norm/score_network": norm}
+    return {"loss/score_network": loss, "gradient_norm/score_network": norm}
+
+
+def _regularizer(
+    players: Players, settings: Settings, objective: Objective, draws: Draws, sample: Tensor, c: Conditions
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """regularization_weight times the loss's gradient at the sample, and per sample what the objective has to tell."""
+    t, eps = draws.t(draws.GENERATOR + 1, settings.law_of_t), draws.normal(draws.GENERATOR + 2)
+    pulls, records = [], []
+    for part in settings.parts(len(sample)):
+        leaf = sample[part].clone().requires_grad_()
+        with _autocast(settings.precision, draws.device):
+            loss, record = objective(
+                leaf,
+                t[part],
+                eps[part],
+                _rows(c, part),
+                score_network=unwrapped(players.score_network),
+                reference=players.reference,
+            )
+        pulls.append(settings.regularization_weight * torch.autograd.grad(loss.sum(), leaf)[0])
+        records.append({"loss/regularizer": loss.detach()} | record)
+    return torch.cat(pulls), {key: torch.cat([record[key] for record in records]) for key in records[0]}
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema <- decay ema + (1 - decay) model. In fp32: a bf16 average at 0.9999 stands still."""
-    torch._foreach_lerp_(list(ema.parameters()), [p.float() for p in model.parameters()], 1 - decay)
+    """ema <- decay ema + (1 - decay) model. The average is fp32: in bf16 one at 0.9999 stands still."""
+    average = list(ema.parameters())
+    torch._foreach_lerp_(average, [p.to(a.dtype) for a, p in zip(average, model.parameters(), strict=True)], 1 - decay)
 
 
 def _clipped(player: nn.Module, max_norm: float, step: int, name: str) -> float:
     """Clip and return the norm from before. Gradients are already averaged over the workers: all of them raise, or none."""
-    norm = nn.utils.clip_grad_norm_(player.parameters(), max_norm).item()
+    whole = nn.utils.clip_grad_norm_(player.parameters(), max_norm)
+    norm = (whole.full_tensor() if isinstance(whole, DTensor) else whole).item()
     if not math.isfinite(norm):
         raise NonFinite(f"step {step}: the {name}'s gradient is not finite ({norm}); its weights are unchanged")
     return norm
@@ -210,6 +259,16 @@ def _clipped(player: nn.Module, max_norm: float, step: int, name: str) -> float:
 def _mean_norm(gradient: Tensor) -> float:
     """Mean over the batch of the per-sample norms; so the workers' mean is the global batch's."""
     return gradient.flatten(1).norm(dim=1).mean().item()
+
+
+def _rows(c: Conditions, part: slice) -> Conditions:
+    return {key: value[part] for key, value in c.items()}
+
+
+def _accumulating(player: nn.Module) -> AbstractContextManager:
+    """A backward pass whose gradients wait for the last micro-batch's before they meet the other workers'. Sharded ones meet
+    them at once: to wait, each worker would hold the whole gradient."""
+    return player.no_sync() if isinstance(player, DistributedDataParallel) else nullcontext()
 
 
 def _autocast(precision: str, device: torch.device) -> AbstractContextManager:

@@ -32,6 +32,7 @@ from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import diffinstruct
@@ -164,7 +165,11 @@ def train_loop(
     rank, world = context.get_world_rank(), context.get_world_size()
     worker = Worker(rank, world, where=where)
     if world > 1:
-        worker = replace(worker, wrap=DistributedDataParallel, average=average, least=least)
+        worker = replace(worker, average=average, least=least)
+        if experiment.cluster.fully_shard:
+            worker = replace(worker, mesh=init_device_mesh(_collective_device(), (world,)))
+        else:
+            worker = replace(worker, wrap=DistributedDataParallel)
     with (folder / OUTPUT).open("a", buffering=1) if rank == 0 else nullcontext(sys.stdout) as output, redirect_stdout(output):
         if isinstance(pool, RewardPool):
             pool = replace(pool, first=rank)  # workers do not all queue for the same actor

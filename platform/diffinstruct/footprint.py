@@ -1,0 +1,133 @@
+"""What a round takes, counted by running it: the training's own step on tensors that have shapes and no content.
+
+Memory is what tensors hold at once, to the byte; what kernels use inside themselves and what an allocator keeps in reserve come
+on top. Work is what torch's own formulas say of each product, recomputation included.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from diffinstruct.experiment import Experiment
+from diffinstruct.pretrained import Reference
+from diffinstruct.rewards import Collect, Scores
+from diffinstruct.roles import make_roles
+from diffinstruct.run import make_players, make_settings
+from diffinstruct.step import Draws, alternating_round
+
+aten = torch.ops.aten
+
+
+FORMULAS = {  # torch knows the GPUs' kernels alone
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[aten._scaled_dot_product_flash_attention_backward],
+}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of one process. `held`: bytes between two rounds. `peak`: the most bytes at once, those included. `flops`: of a round."""
+
+    held: int
+    peak: int
+    flops: int
+
+    @property
+    def passing(self) -> int:
+        """Activations, and what else comes and goes within a round."""
+        return self.peak - self.held
+
+
+def of_training(experiment: Experiment, reference: Reference) -> Footprint:
+    """Of a process that trains, without rewards and text encoders, and with whole networks."""
+
+    samples = experiment.global_batch_size // experiment.cluster.workers
+    settings = make_settings(experiment, reference.schedule)
+    with _counting() as count:
+        null = reference.blank_conditions()
+        players = make_players(experiment, make_roles(experiment, reference, _without_content), null, lambda module: module)
+        c = {key: value.expand(samples, *value.shape[1:]).clone() for key, value in null.items()}
+        for optimizer in (players.generator_optimizer, players.score_optimizer):  # what the round before has left
+            for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+                weight.grad = torch.empty_like(weight)
+            optimizer.step()
+        count.peak, count.flops = count.live, 0
+        draws = Draws(0, 1, samples, reference.latent_shape, slice(0, samples), torch.device("cpu"))
+        alternating_round(players, settings, reference.schedule, draws, [""] * samples, c, _nobody)
+        return Footprint(count.live, count.peak, count.flops)
+
+
+def _without_content(load: Callable[[str | None], nn.Module]) -> nn.Module:
+    with _disable_current_modes():
+        network = load("meta")
+    for module in network.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            module._parameters[name] = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), weight.requires_grad)
+    return network
+
+
+def _nobody(latents: Tensor, prompts: Sequence[str]) -> Collect:
+    return lambda: Scores({}, torch.zeros_like(latents), 0.0, len(latents))
+
+
+@contextmanager
+def _counting() -> Iterator[_Count]:
+    with FakeTensorMode(allow_non_fake_inputs=True), _AsOnGpu(), _Count() as count:
+        yield count
+
+
+class _Count(TorchDispatchMode):
+    """The bytes of all tensors that are there, and the work done. A number that the program asks a tensor for is 1/2: finite,
+    positive, below 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.flops = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten._local_scalar_dense.default:
+            return 0.5
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._see, result)
+        if formula := FORMULAS.get(func._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+    def _see(self, tensor: Tensor) -> None:
+        if tensor.device.type == "meta":
+            return
+        storage = tensor.untyped_storage()
+        place, size = storage._cdata, storage.nbytes()
+        if place in self._known:
+            return
+        self._known.add(place)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, place, size)
+
+    def _gone(self, place: int, size: int) -> None:
+        self._known.discard(place)
+        self.live -= size
+
+
+class _AsOnGpu(TorchFunctionMode):
+    """Under autocast a GPU computes norms in fp32, and keeps their fp32 inputs; a CPU does not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.group_norm, torch.layer_norm) and torch.is_autocast_enabled("cpu"):
+            args = tree_map_only(Tensor, Tensor.float, args)
+        return func(*args, **(kwargs or {}))
