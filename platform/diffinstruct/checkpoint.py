@@ -67,7 +67,7 @@ class Crew:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. `folder` holds the `step-...` folders and nothing else; one process, or crew, writes to it."""
+    """The checkpoints of one run. `folder` holds the `step-...` folders and nothing else; one process or crew writes to it."""
 
     def __init__(self, folder: Path | str, keep: int = 2, crew: Crew = Crew()) -> None:
         self.folder = Path(folder).absolute()

@@ -1,8 +1,8 @@
 """Networks that are spread over the training processes (FSDP2, `fully_shard`), for what one GPU does not hold.
 
-Each process keeps its rows of every weight, and with them of gradients, Adam states and average; a block's weights are whole for
-as long as the block computes. A forward pass is then a collective call: all processes make it, also for pictures that one alone
-looks at.
+Each process keeps its rows of every weight, and with them of gradients, Adam states and average; a block's weights are whole
+for as long as the block computes. A forward pass is then a collective call: all processes make it, also for pictures that one
+alone looks at.
 
 A file's weights are read by one process, into main memory, and dealt out from there; the others never hold a whole network.
 """
