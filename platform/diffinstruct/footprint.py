@@ -7,7 +7,7 @@ on top. Work is what torch's own formulas say of each product, recomputation inc
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from diffinstruct.experiment import Experiment
 from diffinstruct.pretrained import Reference
-from diffinstruct.rewards import Collect, Scores
+from diffinstruct.rewards import Collect, LatentRewards, RewardModel, Scores, Send, Terms
 from diffinstruct.roles import make_roles
 from diffinstruct.run import make_players, make_settings
 from diffinstruct.step import Draws, alternating_round
@@ -51,14 +51,15 @@ class Footprint:
         return self.peak - self.held
 
 
-def of_training(experiment: Experiment, reference: Reference) -> Footprint:
-    """Of a process that trains, without rewards and text encoders, and with whole networks."""
-
+def of_training(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel] | None = None) -> Footprint:
+    """Of a process that trains, with whole networks and without text encoders; with rewards, if it computes them itself. Their own
+    weights are not counted, the decoder's are."""
     samples = experiment.global_batch_size // experiment.cluster.workers
     settings = make_settings(experiment, reference.schedule)
     with _counting() as count:
         null = reference.blank_conditions()
         players = make_players(experiment, make_roles(experiment, reference, _without_content), null, lambda module: module)
+        send = _judge(experiment, reference, rewards) if rewards is not None else _nobody
         c = {key: value.expand(samples, *value.shape[1:]).clone() for key, value in null.items()}
         for optimizer in (players.generator_optimizer, players.score_optimizer):  # what the round before has left
             for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
@@ -66,8 +67,31 @@ def of_training(experiment: Experiment, reference: Reference) -> Footprint:
             optimizer.step()
         count.peak, count.flops = count.live, 0
         draws = Draws(0, 1, samples, reference.latent_shape, slice(0, samples), torch.device("cpu"))
-        alternating_round(players, settings, reference.schedule, draws, [""] * samples, c, _nobody)
+        alternating_round(players, settings, reference.schedule, draws, [""] * samples, c, send)
         return Footprint(count.live, count.peak, count.flops)
+
+
+def of_rewards(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel]) -> Footprint:
+    """Of a reward actor, its rewards' own weights left aside; `flops` are those of a micro-batch."""
+    with _counting() as count:
+        send = _judge(experiment, reference, rewards)
+        held, samples = count.live, experiment.rewards.micro_batch
+        send(torch.empty(samples, *reference.latent_shape), [""] * samples)
+        return Footprint(held, count.peak, count.flops)
+
+
+def _judge(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel]) -> Send:
+    reference.vae = _without_content(lambda device: reference.empty_decoder()).requires_grad_(False)
+    if reference.activation_checkpointing:
+        reference.vae.enable_gradient_checkpointing()
+    judged = LatentRewards(reference.decode, rewards)
+    weights = {reward.name: reward.weight for reward in experiment.rewards.trained}
+
+    def send(latents: Tensor, prompts: Sequence[str]) -> Collect:
+        answer = judged(latents, prompts, Terms(weights, experiment.rewards.micro_batch))
+        return lambda: answer
+
+    return send
 
 
 def _without_content(load: Callable[[str | None], nn.Module]) -> nn.Module:
