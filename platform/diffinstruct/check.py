@@ -1,23 +1,30 @@
 """What a run takes, said before it starts: memory and passes of each role, payloads, placement.
 
-Counted on the pipeline's configuration files, without its weights; of the rewards on the models themselves. Activations come on
-top: they depend on batch and precision and are not counted here.
+Counted on the pipeline's configuration files, without its weights: those of the usual hub models lie in `shapes/`, as published,
+for that needs no network. Of the rewards on the models themselves. Activations come on top: they depend on batch and precision
+and are not counted here.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffinstruct.experiment import Experiment
+from diffinstruct.experiment import Experiment, UserError
 from diffinstruct.pretrained import load_reference, load_reward
 from diffinstruct.roles import Base
 from diffinstruct.run import make_settings
+from reward_models import NAMES
+
+SHAPES = Path(__file__).parent / "shapes"
 
 
 @dataclass(frozen=True)
@@ -49,19 +56,24 @@ HEADER = f"{'role':<24}" + "".join(
 )
 
 
-def report(experiment: Experiment) -> tuple[str, str | None]:
-    """What `experiment` takes, as text, and one line on what does not fit this machine, or None.
+def shapes(model: str) -> str:
+    """For counting alone: the configuration files that are shipped of a hub model; of another, its own name."""
+    folder = SHAPES / model.replace("/", "--")
+    return str(folder) if folder.is_dir() and not Path(model).exists() else model
 
-    Raises UserError where a model cannot be read.
+
+def report(experiment: Experiment) -> tuple[str, str | None]:
+    """What `experiment` takes, as text, and one line on what does not fit this machine or is not there, or None.
+
+    Raises UserError where the reference cannot be read or a reward is none.
     """
-    reference = load_reference(experiment.reference.model)
+    reference = load_reference(shapes(experiment.reference.model))
     make_settings(experiment, reference.schedule)  # refuses what only the schedule can tell
     generator, score = experiment.generator, experiment.score_network
     k = score.updates_per_step if experiment.objective.name != "reward_only" else 0
     guided = (k > 0) * (1 + (experiment.reference.cfg_scale != 0))  # conditional and null
     through = int(experiment.objective.name in ("di_star", "sim", "sid"))  # gradient to the networks' inputs; KL has none
     reference.one_step(nn.Identity(), generator.timestep)  # refuses a timestep that its schedule has not
-    reference.check_start(generator.start)
     network = sum(p.numel() for p in reference.empty_network().parameters())
     frozen = 2 * network if experiment.precision == "bf16" else 4 * network
 
@@ -93,9 +105,15 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
             worker.append(Role(name.replace("_", " "), *_count(encoder)))
     trained = [reward.name for reward in experiment.rewards.trained]
     apart = [name for environment in experiment.cluster.reward_environments for name in environment.rewards]
+    uncounted = {}
     actor = [Role("decoder", *_count(reference.empty_decoder()), forwards=1, backwards=1)]
     for name in (name for name in experiment.rewards.names if name not in apart):  # those may not even import here
-        actor.append(Role(name, *_count(load_reward(name)), forwards=1, backwards=int(name in trained)))
+        try:
+            actor.append(Role(name, *_count(load_reward(name)), forwards=1, backwards=int(name in trained)))
+        except UserError as error:
+            if not _out_of_reach(name, error):
+                raise
+            uncounted[name] = shorten(str(error.__cause__), 96, placeholder=" ...")
 
     # In forward passes of one network: a backward that reaches the weights costs two, one to the input alone costs one.
     work = worker[0].forwards + 2 + 3 * k + (1 + through) * ((k > 0) + guided)
@@ -116,6 +134,7 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         *([f"each of {actors} reward actors, {_mib(per_actor)}"] if actors else []),
         *(role.row for role in actor),
         *(f"{name:<24}in an environment of its own: not counted" for name in apart),
+        *(f"{name:<24}not counted: {why}" for name, why in uncounted.items()),
         f"work       {work} forwards' worth of one network per sample and step, {experiment.global_batch_size} samples a step",
         f"payload    {_mib(experiment.global_batch_size * per_sample * (actors > 0))} of latents to the reward actors a step, "
         "as much back",
@@ -129,6 +148,10 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         f"memory     {_mib(in_ram)} before activations; this machine has {_mib(ram)}",
     ]
     problem = None
+    try:
+        reference.check_start(shapes(generator.start))
+    except UserError as error:  # it is often still to be made, and nothing above depends on it
+        return "\n".join(lines), str(error)
     if cpus > have_cpus or gpus > have_gpus:
         problem = f"cluster: asks for {cpus:g} CPUs and {gpus:g} GPUs, this machine has {have_cpus} and {have_gpus}"
     elif experiment.device == "cuda" and not have_gpus:
@@ -141,6 +164,11 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         if on_gpu > of_gpu:
             problem = f"memory: one process takes {_mib(on_gpu)} before activations, a GPU here has {_mib(of_gpu)}"
     return "\n".join(lines), problem
+
+
+def _out_of_reach(name: str, error: UserError) -> bool:
+    """Whether a reward is one, and only its weights are not to be had here: there is no network, say."""
+    return isinstance(error.__cause__, OSError) and name.partition(":")[0] in {*NAMES, *sys.modules}
 
 
 def _count(model: object) -> tuple[int, int]:
