@@ -292,6 +292,18 @@ def test_check_counts_rewards_that_the_training_process_has_itself(file, capsys)
     assert "payload    0.00 MiB" in together
 
 
+def test_check_counts_what_it_can_and_says_what_not(file, tmp_path, capsys, monkeypatch):
+    """Weights that are out of reach cost a row, not the table; what is no reward is refused all the same."""
+    (tmp_path / "afar.py").write_text("def reward():\n    raise OSError('there is no\\nnetwork here')\n\nodd = 1\n")
+    (tmp_path / "broken.py").write_text("raise OSError('libodd.so: cannot open shared object file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert main(["check", str(file), "-s", "rewards.held_out=[afar:reward]"]) == 0
+    assert "afar:reward             not counted: there is no network here\n" in capsys.readouterr().out
+    for wrong, why in (("broken:reward", "libodd.so"), ("afar:rewards", "did you mean 'reward'?"), ("afar:odd", "wanted")):
+        assert why in complaint(capsys, "check", file, "-s", f"rewards.held_out=[{wrong}]")
+
+
 def test_check_says_what_nodes_have_to_declare(file, capsys, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     asked = ["cluster.workers=4", "cluster.worker_resources={trainer: 2}", "cluster.reward_resources={reward: 0.5}"]
@@ -313,8 +325,9 @@ def test_check_says_in_one_line_what_does_not_fit(file, capsys, monkeypatch):
     assert said == "device: 'cuda' asked for, but torch sees no GPU here"
     said = complaint(capsys, "check", file, "-s", "objective.t_max=5000")
     assert said == "objective.t_max: got 5000, the reference's schedule has 1000 steps"
-    said = complaint(capsys, "check", file, "-s", "generator.start=/nowhere.safetensors")
-    assert said == "generator.start: no such file: /nowhere.safetensors"
+    assert main(["check", str(file), "-s", "generator.start=/nowhere.safetensors"]) == 2
+    said = capsys.readouterr()
+    assert said.err == "generator.start: no such file: /nowhere.safetensors\n" and "memory     " in said.out
     assert "/nowhere" in complaint(capsys, "check", file, "-s", "generator.start=/nowhere")
     said = complaint(capsys, "check", file, "-s", "generator.timestep=1000")
     assert said == "generator.timestep: got 1000, the schedule has 0 to 999"

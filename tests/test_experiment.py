@@ -1,6 +1,7 @@
 """The configuration: one value that survives every form it takes, and mistakes that say where and what."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,16 @@ def test_the_recipe_is_the_default_and_names_every_key():
         return {k: keys(v) for k, v in value.items()} if isinstance(value, dict) else None
 
     assert keys(recipe) == keys(Experiment().model_dump())
+
+
+@pytest.mark.parametrize("path", sorted(RECIPE.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads(path):
+    """Those of full size say of each value where it comes from."""
+    experiment = load(path)
+    assert experiment.name == path.stem
+    if experiment.reference.model != "pocket":
+        values = [line for line in path.read_text().splitlines() if line and not re.fullmatch(r"\w+:", line)]
+        assert [line for line in values if "# " not in line] == []
 
 
 def test_it_is_frozen_and_every_field_is_described():

@@ -17,7 +17,9 @@ from diffinstruct import local
 from diffinstruct.cluster.sweep import changed
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-STUDIES = {path.stem for path in EXPERIMENTS.glob("*.py") if "--smoke" in path.read_text()}
+SCORED = "evaluate_published"
+"""It trains nothing."""
+STUDIES = {path.stem for path in EXPERIMENTS.glob("*.py") if "--smoke" in path.read_text()} - {SCORED}
 SWEPT = "reward_against_regularization"
 DRAWN = {SWEPT: ["pareto", "heat_maps"], "guidance": ["pareto"], "k_ta": ["pareto"]}
 """Those that draw what every sweep may draw; the others' figures are their own."""
@@ -47,7 +49,7 @@ def check(study, tmp_path, said):
 
 def test_what_has_no_smoke_is_no_study():
     others = {path.stem for path in EXPERIMENTS.glob("*.py")} - STUDIES
-    assert others == {"build_pocket_world", "hackable", "quickstart"}
+    assert others == {"build_pocket_world", "hackable", "quickstart", SCORED}
 
 
 @pytest.mark.parametrize("study", sorted(STUDIES - {SWEPT}))
@@ -62,3 +64,17 @@ def test_smoke_through_tune(session, tmp_path, monkeypatch, capsys):
     check(SWEPT, tmp_path, capsys.readouterr().out)
     (report,) = tmp_path.glob("runs/*/report.html")
     assert "A sweep of 2 trials" in report.read_text()
+
+
+def test_smoke_of_what_scores(tmp_path, monkeypatch, capsys):
+    smoke(SCORED, monkeypatch, tmp_path)
+    said = capsys.readouterr().out
+    assert said.count("scoring ") == 3 and "| --- | --:" in said and " (3.57) |" in said
+    table = pd.read_csv(tmp_path / "runs" / "published-smoke" / "table.csv", index_col=["measure", "model"])
+    assert set(table.loc["judge"].index) == {"distilled", "export-raw", "export-distilled"}
+    for measure in ("preference", "judge", "diversity"):  # a file of weights on the pipeline, and the whole pipeline
+        assert table.value[measure, "distilled"] == pytest.approx(table.value[measure, "export-distilled"], rel=1e-4)
+    assert table.value["judge", "distilled"] > table.value["judge", "export-raw"]
+    monkeypatch.setattr("diffinstruct.evaluation.evaluate", None)  # nothing is scored twice
+    smoke(SCORED, monkeypatch, tmp_path)
+    assert capsys.readouterr().out == said[said.index("|") :]

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,13 +53,16 @@ class Footprint:
 
 
 def of_training(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel] | None = None) -> Footprint:
-    """Of a process that trains, with whole networks and without text encoders; with rewards, if it computes them itself. Their own
-    weights are not counted, the decoder's are."""
+    """Of a process that trains, with whole networks and without text encoders; with rewards, if it computes them itself. Their
+    own weights are not counted, the decoder's are."""
     samples = experiment.global_batch_size // experiment.cluster.workers
     settings = make_settings(experiment, reference.schedule)
     with _counting() as count:
         null = reference.blank_conditions()
-        players = make_players(experiment, make_roles(experiment, reference, _without_content), null, lambda module: module)
+        # Sharded networks are gathered in the arithmetic's precision, so autocast makes no copies of them
+        gathered = torch.bfloat16 if experiment.cluster.fully_shard and experiment.precision == "bf16" else None
+        roles = make_roles(experiment, reference, partial(_without_content, dtype=gathered))
+        players = make_players(experiment, roles, null, lambda module: module)
         send = _judge(experiment, reference, rewards) if rewards is not None else _nobody
         c = {key: value.expand(samples, *value.shape[1:]).clone() for key, value in null.items()}
         for optimizer in (players.generator_optimizer, players.score_optimizer):  # what the round before has left
@@ -85,7 +89,7 @@ def _judge(experiment: Experiment, reference: Reference, rewards: Mapping[str, R
     if reference.activation_checkpointing:
         reference.vae.enable_gradient_checkpointing()
     judged = LatentRewards(reference.decode, rewards)
-    weights = {reward.name: reward.weight for reward in experiment.rewards.trained}
+    weights = {reward.name: reward.weight for reward in experiment.rewards.trained if reward.name in rewards}
 
     def send(latents: Tensor, prompts: Sequence[str]) -> Collect:
         answer = judged(latents, prompts, Terms(weights, experiment.rewards.micro_batch))
@@ -94,12 +98,13 @@ def _judge(experiment: Experiment, reference: Reference, rewards: Mapping[str, R
     return send
 
 
-def _without_content(load: Callable[[str | None], nn.Module]) -> nn.Module:
+def _without_content(load: Callable[[str | None], nn.Module], dtype: torch.dtype | None = None) -> Any:
     with _disable_current_modes():
         network = load("meta")
     for module in network.modules():
         for name, weight in module.named_parameters(recurse=False):
-            module._parameters[name] = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), weight.requires_grad)
+            empty = torch.empty(weight.shape, dtype=dtype or weight.dtype)
+            module._parameters[name] = nn.Parameter(empty, weight.requires_grad)
     return network
 
 

@@ -30,8 +30,7 @@ def sharded(load: Callable[[str], nn.Module], mesh: DeviceMesh, precision: str) 
     rank = mesh.get_rank()
     weights = dict(load("cpu").named_parameters()) if rank == 0 else {}
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
-    blocks = [module for module in network.modules() if type(module).__name__ in network._no_split_modules]
-    for module in (*reversed(blocks), network):  # inner ones first
+    for module in blocks(network):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     placed = {}
     for name, parameter in network.named_parameters():
@@ -39,6 +38,12 @@ def sharded(load: Callable[[str], nn.Module], mesh: DeviceMesh, precision: str) 
         placed[name] = distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements)
     network.load_state_dict(placed, strict=False, assign=True)  # buffers are there
     return network
+
+
+def blocks(network: Any) -> list[nn.Module]:
+    """The parts whose weights are gathered together, inner ones first; the network itself, for what is in none, last."""
+    found = [module for module in network.modules() if type(module).__name__ in network._no_split_modules]
+    return [*reversed(found), network]
 
 
 @torch.no_grad()

@@ -1,0 +1,166 @@
+"""Do the published one-step generators score here what their authors report? And ours, under the same protocol?
+
+    python experiments/evaluate_published.py PROMPTS [MODEL ...] [-o FOLDER] [--seed N]
+    python experiments/evaluate_published.py --smoke
+
+MODEL is the name of a published generator, a finished run or an exported folder; without any, all published ones. Each makes
+one picture a prompt, in one step, all from the same noise. Published are networks: as in their authors' notebook one pipeline
+carries them all, here SDXL's own, at 1024 px and timestep 399. Prints every figure with its 95 % interval over prompts and, in
+round brackets, the paper's (arXiv 2410.20898); writes FOLDER/table.csv. FOLDER/NAME.csv has a row a prompt and is kept: what is
+scored is not scored again.
+
+The paper's figures are of the 1,632 Parti prompts, HPSv2.1 of its own benchmark's 3,200: give those for that column. Which CLIP
+and which aesthetic predictor it has is not known here; ours are the rewards clip_score and aesthetic_v2.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import save_file
+
+from diffinstruct.evaluation import FeaturesOnly, Figure, bootstrap_mean, evaluate, markdown
+from diffinstruct.experiment import UserError, did_you_mean
+from diffinstruct.export import export, load_export
+from diffinstruct.pretrained import POCKET, OneStepGenerator, Reference, load_reference, load_reward
+from diffinstruct.prompts import read_prompts
+from diffinstruct.scoring import save
+from reward_models.weights import read
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BATCH = 4  # pictures made at once; at 1024 px the decoder takes gigabytes for each
+UNET = "unet/diffusion_pytorch_model.fp16.safetensors"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """base: the pipeline that carries published networks. rewards: by title, with what tables multiply them.
+    published: by name a hub id or folder, the file of weights in it, and the paper's figures, one a reward."""
+
+    base: str
+    timestep: int
+    rewards: Mapping[str, tuple[str, float]]
+    published: Mapping[str, tuple[str, str, Sequence[float]]]
+
+
+PAPER = Protocol(
+    "stabilityai/stable-diffusion-xl-base-1.0",
+    399,
+    {
+        "ImageReward": ("image_reward", 1),
+        "Aesthetic": ("aesthetic_v2", 1),
+        "PickScore": ("pickscore", 0.01),
+        "CLIP": ("clip_score", 1),
+        "HPSv2.1": ("hpsv2.1", 100),
+    },
+    {
+        "dmd2": ("tianweiy/DMD2", "dmd2_sdxl_1step_unet_fp16.bin", (0.930, 5.51, 0.2249, 32.97, 27.97)),  # the others' start
+        "diff_instruct_1step": ("XDG-XHS/diff_instruct_1step", UNET, (1.058, 5.60, 0.2253, 33.02, 29.70)),
+        "sim_1step": ("XDG-XHS/sim_1step", UNET, (1.049, 5.66, 0.2273, 32.93, 30.16)),
+        "dipp_1step": ("XDG-XHS/dipp_1step", UNET, (1.061, 5.58, 0.2260, 32.94, 29.72)),
+        "distar_short_1step": ("XDG-XHS/distar_short_1step", UNET, (1.067, 5.74, 0.2304, 32.82, 30.22)),
+        "distar_long_1step": ("XDG-XHS/distar_long_1step", UNET, (1.140, 5.83, 0.2331, 32.75, 31.19)),
+    },
+)
+SMOKE = Protocol(  # its "paper" is the README, which has more prompts
+    "pocket",
+    625,
+    {"preference": ("pocket_preference", 1), "judge": ("pocket_judge", 1)},
+    {"distilled": (str(POCKET / "generator"), "diffusion_pytorch_model.safetensors", (3.57, 3.02))},
+)
+
+
+@dataclass(frozen=True)
+class Beside(Figure):
+    """A figure of ours, with the paper's."""
+
+    paper: float | None = None
+
+    def __str__(self) -> str:
+        return super().__str__() + (f" ({self.paper:g})" if self.paper is not None else "")
+
+
+def opened(model: str, protocol: Protocol, folder: Path) -> tuple[Reference, OneStepGenerator]:
+    """What carries a model, and its generator."""
+    if model not in protocol.published:
+        return load_export(Path(model, "export") if Path(model, "experiment.yaml").is_file() else model, DEVICE)
+    source, file, _ = protocol.published[model]
+    start = Path(source, file) if Path(source).is_dir() else Path(hf_hub_download(source, file))
+    if start.suffix == ".bin":  # pickled tensors: read as such and nothing else
+        pickled, start = start, folder / f"{start.stem}.safetensors"
+        save_file(dict(read(pickled)), start)
+    base = load_reference(protocol.base, device=DEVICE)
+    return base, base.generator(protocol.timestep, str(start), "unit")
+
+
+def scores(models: Sequence[str], protocol: Protocol, prompts: pd.DataFrame, folder: Path, seed: int) -> dict[str, Any]:
+    """By the name of each model its table, a row a prompt, a column a reward; what lies in `folder` is not made again."""
+    judges: dict[str, Any] = {}
+    found: dict[str, pd.DataFrame] = {}
+    for model in models:
+        if model not in protocol.published and not Path(model).is_dir():
+            raise UserError(f"{model}: neither a folder nor published{did_you_mean(model, protocol.published)}")
+        if (name := Path(model).absolute().name) in found:
+            raise UserError(f"{model}: another one is called {name!r}; give the folder a name of its own")
+        file = folder / f"{name}.csv"
+        if not file.exists():
+            judges = judges or {reward: load_reward(reward, DEVICE) for reward, _ in protocol.rewards.values()}
+            reference, generator = opened(model, protocol, folder)
+            print(f"scoring {name}: {len(prompts)} prompts", flush=True)
+            sees = FeaturesOnly(list(judges.values())[-1].features)  # for diversity
+            sample, shape = reference.sampler(generator), reference.latent_shape
+            made = evaluate(sample, prompts, judges, sees, None, noise_shape=shape, seed=seed, batch_size=BATCH)
+            save(made.table.assign(seed=seed), file)
+        found[name] = pd.read_csv(file, keep_default_na=False, na_values={"diversity": [""]})
+        if list(found[name]["prompt"]) != list(prompts["prompt"]) or set(found[name]["seed"]) != {seed}:
+            raise UserError(f"{file}: is of other prompts or another seed; name another folder with -o")
+    return found
+
+
+def figures(name: str, table: pd.DataFrame, protocol: Protocol, seed: int) -> dict[str, Figure]:
+    ours = {title: bootstrap_mean(table[f"reward/{of}"] * factor, seed) for title, (of, factor) in protocol.rewards.items()}
+    theirs = protocol.published[name][2] if name in protocol.published else [None] * len(ours)
+    beside: dict[str, Figure] = {t: Beside(*astuple(ours[t]), paper) for t, paper in zip(ours, theirs, strict=True)}
+    return beside | {"diversity": bootstrap_mean(table["diversity"].dropna(), seed)}
+
+
+def exports(folder: Path) -> list[str]:
+    """The pocket world's two starts, exported: in `--smoke` they stand for ours."""
+    world, starts = load_reference("pocket"), {"export-raw": "reference", "export-distilled": "pocket-distilled"}
+    return [str(export("pocket", world.generator(SMOKE.timestep, start), folder / name)) for name, start in starts.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", nargs="?", metavar="PROMPTS", help="a .csv with a column `prompt`, a .txt, ...")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"a folder, or one of {', '.join(PAPER.published)}")
+    parser.add_argument("-o", dest="folder", type=Path, default=Path("runs/published"), metavar="FOLDER")
+    parser.add_argument("--seed", type=int, default=2_000_000, help="of the noise (default 2000000, as of `evaluate`)")
+    parser.add_argument("--smoke", action="store_true", help="the pocket world's generators on a few prompts")
+    asked = parser.parse_args()
+    protocol, folder = (SMOKE, Path("runs/published-smoke")) if asked.smoke else (PAPER, asked.folder)
+    if not asked.smoke and not asked.prompts:
+        parser.error("name the prompts")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        prompts = read_prompts("pocket:eval").iloc[::50] if asked.smoke else read_prompts(asked.prompts)
+        models = [*protocol.published, *exports(folder)] if asked.smoke else asked.models or list(protocol.published)
+        tables = scores(models, protocol, prompts, folder, asked.seed)
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    rows = {name: figures(name, table, protocol, asked.seed) for name, table in tables.items()}
+    print(markdown(rows))
+    flat = [{"model": name, "measure": title} | asdict(figure) for name, row in rows.items() for title, figure in row.items()]
+    save(pd.DataFrame(flat), folder / "table.csv")
+    print(folder / "table.csv")
+
+
+if __name__ == "__main__":
+    main()
