@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def scores(models: Sequence[str], protocol: Protocol, prompts: pd.DataFrame, fol
 def figures(name: str, table: pd.DataFrame, protocol: Protocol, seed: int) -> dict[str, Figure]:
     ours = {title: bootstrap_mean(table[f"reward/{of}"] * factor, seed) for title, (of, factor) in protocol.rewards.items()}
     theirs = protocol.published[name][2] if name in protocol.published else [None] * len(ours)
-    beside: dict[str, Figure] = {t: Beside(*astuple(ours[t]), paper) for t, paper in zip(ours, theirs, strict=True)}
+    beside: dict[str, Figure] = {t: Beside(**asdict(ours[t]), paper=paper) for t, paper in zip(ours, theirs, strict=True)}
     return beside | {"diversity": bootstrap_mean(table["diversity"].dropna(), seed)}
 
 

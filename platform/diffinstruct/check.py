@@ -75,7 +75,6 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
 
     Raises UserError where the reference cannot be read or a reward is none.
     """
-    libraries = psutil.Process().memory_info().rss  # nothing else is loaded yet
     reference = load_reference(
         shapes(experiment.reference.model), activation_checkpointing=experiment.activation_checkpointing
     )
@@ -128,6 +127,7 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
                 raise
             uncounted[name] = shorten(str(error.__cause__), 96, placeholder=" ...")
             models |= {name: _brightness} if name in trained else {}
+    libraries = psutil.Process().memory_info().rss - sum(role.weights for role in actor[1:])  # nothing else is loaded yet
     try:
         judging = footprint.of_rewards(experiment, reference, models)
     except Exception as error:  # they may be anybody's, and do with numbers what cannot be done without

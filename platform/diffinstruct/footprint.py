@@ -10,14 +10,13 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
@@ -55,13 +54,25 @@ class Footprint:
 def of_training(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel] | None = None) -> Footprint:
     """Of a process that trains, with whole networks and without text encoders; with rewards, if it computes them itself. Their
     own weights are not counted, the decoder's are."""
-    samples = experiment.global_batch_size // experiment.cluster.workers
+    of_worker = experiment.global_batch_size // experiment.cluster.workers
+    # One micro-batch after another takes what two take, but for latents
+    samples = min(of_worker, 2 * experiment.micro_batch_size) if experiment.micro_batch_size else of_worker
     settings = make_settings(experiment, reference.schedule)
+    networks: list[nn.Module] = []
+
+    def place(load: Callable[[str | None], nn.Module]) -> nn.Module:
+        networks.append(load("meta"))
+        return networks[-1]
+
+    with _Count():  # not yet among tensors without content: peft cannot move those
+        roles = make_roles(experiment, reference, place)
     with _counting() as count:
         null = reference.blank_conditions()
         # Sharded networks are gathered in the arithmetic's precision, so autocast makes no copies of them
         gathered = torch.bfloat16 if experiment.cluster.fully_shard and experiment.precision == "bf16" else None
-        roles = make_roles(experiment, reference, partial(_without_content, dtype=gathered))
+        filled = dict[nn.Parameter, nn.Parameter]()
+        for network in (*networks, roles.generator, roles.score_network, roles.average):
+            _fill(network, filled, gathered)
         players = make_players(experiment, roles, null, lambda module: module)
         send = _judge(experiment, reference, rewards) if rewards is not None else _nobody
         c = {key: value.expand(samples, *value.shape[1:]).clone() for key, value in null.items()}
@@ -72,7 +83,7 @@ def of_training(experiment: Experiment, reference: Reference, rewards: Mapping[s
         count.peak, count.flops = count.live, 0
         draws = Draws(0, 1, samples, reference.latent_shape, slice(0, samples), torch.device("cpu"))
         alternating_round(players, settings, reference.schedule, draws, [""] * samples, c, send)
-        return Footprint(count.live, count.peak, count.flops)
+        return Footprint(count.live, count.peak, count.flops * of_worker // samples)
 
 
 def of_rewards(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel]) -> Footprint:
@@ -85,7 +96,7 @@ def of_rewards(experiment: Experiment, reference: Reference, rewards: Mapping[st
 
 
 def _judge(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel]) -> Send:
-    reference.vae = _without_content(lambda device: reference.empty_decoder()).requires_grad_(False)
+    reference.vae = _fill(reference.empty_decoder().requires_grad_(False), {})
     if reference.activation_checkpointing:
         reference.vae.enable_gradient_checkpointing()
     judged = LatentRewards(reference.decode, rewards)
@@ -98,13 +109,14 @@ def _judge(experiment: Experiment, reference: Reference, rewards: Mapping[str, R
     return send
 
 
-def _without_content(load: Callable[[str | None], nn.Module], dtype: torch.dtype | None = None) -> Any:
-    with _disable_current_modes():
-        network = load("meta")
+def _fill(network: nn.Module, filled: dict[nn.Parameter, nn.Parameter], dtype: torch.dtype | None = None) -> Any:
+    """Put a tensor without content in the place of each weight; `filled`: those that have theirs."""
     for module in network.modules():
         for name, weight in module.named_parameters(recurse=False):
-            empty = torch.empty(weight.shape, dtype=dtype or weight.dtype)
-            module._parameters[name] = nn.Parameter(empty, weight.requires_grad)
+            if weight not in filled:  # adapters over one base share its weights
+                empty = torch.empty(weight.shape, dtype=dtype or weight.dtype)
+                filled[weight] = nn.Parameter(empty, weight.requires_grad)
+            module._parameters[name] = filled[weight]
     return network
 
 

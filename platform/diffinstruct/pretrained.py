@@ -209,11 +209,10 @@ class Reference:
         Raises UserError for a start that is not there or does not fit the reference.
         """
         dtype, device = dtype or self.dtype, device or self.device
-        source = self.check_start(start)
         if str(device) == "meta":
             network = nn.Module.to(self._weightless(), dtype=dtype).eval()  # as in `_start`
         else:
-            network = self._start(source, dtype, device)
+            network = self._start(self.check_start(start), dtype, device)
         if str(device).startswith("cuda"):  # the layout in which GPUs convolve
             network = network.to(memory_format=torch.channels_last)
         if self.activation_checkpointing:

@@ -64,7 +64,7 @@ def make_roles(experiment: Experiment, reference: Reference, place: Place = whol
     if of.lora_rank:
         shared, under = base, tuple[str, ...]()
         if of.start != "reference" and of.start_rank:
-            error = base.add_difference(START, reference.network(of.start), of.start_rank)
+            error = base.add_difference(START, network(of.start), of.start_rank)
             under = (START,)
         elif of.start != "reference":
             shared = Base(network(of.start, frozen), reference.family.adapted, experiment.activation_checkpointing)
