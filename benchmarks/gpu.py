@@ -449,7 +449,7 @@ def shrunk(folder: Path, into: Path) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9, help="after which what remains is printed as not reached")
-    parser.add_argument("--smoke", action="store_true", help="tiny networks on the CPU, in seconds")
+    parser.add_argument("--smoke", action="store_true", help="tiny networks on the CPU, in a minute or two")
     args = parser.parse_args()
     if not args.smoke and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --smoke goes without")
