@@ -1,0 +1,79 @@
+"""benchmarks/gpu.py as far as a CPU goes: its rows, its count of the work, and that the loop beside ours does the same."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import gpu
+
+ROOT = Path(__file__).parents[1]
+BARE = "import runpy, sys; sys.modules.update(ray=None, mlflow=None); runpy.run_path('benchmarks/gpu.py', run_name='__main__')"
+CPU = torch.device("cpu")
+
+
+def run(*arguments):
+    """The rows of its table, cell by cell, and all that it printed; where neither ray nor mlflow can be imported."""
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT / "platform"), str(ROOT)])}
+    command = [sys.executable, "-c", BARE, "--smoke", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | paths, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line[:2] == "| "]
+    return [cells for cells in table if cells[0] in gpu.MODELS], done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return gpu.shrunk(gpu.SHAPES / gpu.MODELS["SD1.5"][0], tmp_path_factory.mktemp("shapes"))
+
+
+def test_every_row_has_its_figures():
+    rows, said = run()
+    seen = [tuple(cells[:6]) for cells in rows]
+    eager = [("SD1.5", "full", "no"), ("SDXL", "LoRA", "yes"), ("SD1.5", "LoRA", "no"), ("SD1.5", "full", "yes")]
+    for of in [*eager, ("SD1.5", "LoRA", "yes")]:
+        assert [row[5] for row in seen if row[:3] == of and row[3:5] == ("no", "DI*")] == ["1", "2", "4"]
+    others = {row[:5] for row in seen} - {(*row[:3], "no", "DI*") for row in seen}
+    plain = {("SD1.5", "full", "no", "no", loop) for loop in ("ours", "plain", "KL")}
+    assert others == plain | {("SD1.5", trained, "no", "yes", "DI*") for trained in ("full", "LoRA")}
+    for cells in rows:
+        if cells[5] == "4":
+            assert cells[6] == "out of memory"
+            continue
+        assert float(cells[6]) > 0 and float(cells[7]) > 0
+        assert sum(float(share.rstrip("%")) for share in cells[10:]) == pytest.approx(100, abs=0.3)
+        assert all(float(share.rstrip("%")) > 0 for share in cells[10:])
+    assert "ours / plain, 3 pairs" in said and said.count("not judged here") == 3
+
+
+def test_what_there_is_no_time_for_is_said():
+    rows, _ = run("--minutes", "0")
+    assert len(rows) == len(gpu.PLAN) and {cells[6] for cells in rows} == {"not reached"}
+
+
+def test_the_plain_loop_does_the_same(folder):
+    """Three rounds each, from the same start."""
+    worlds = [gpu.World(gpu.Setting("SD1.5"), folder, CPU) for _ in range(2)]
+    for world in worlds:
+        torch.manual_seed(1)
+        world.reference.encode_prompts(["prompt 0", "prompt 1"])
+    for step in range(3):
+        clocks = [gpu.Clock(CPU), gpu.Clock(CPU)]
+        of_ours, of_plain = (
+            loop(world, 2, step, clock) for loop, world, clock in zip((gpu.ours, gpu.plain), worlds, clocks, strict=True)
+        )
+        assert {key: of_ours[key] for key in of_plain} == pytest.approx(of_plain, rel=1e-5)
+        assert all(min(clock.seconds().values()) > 0 for clock in clocks)
+
+
+@pytest.mark.parametrize("setting", [gpu.Setting("SD1.5"), gpu.Setting("SD1.5", lora=True)], ids=str)
+def test_work_is_counted_as_it_is_done(folder, setting):
+    world = gpu.World(setting, folder, CPU, precision="fp32")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's own has no formula
+        gpu.ours(world, 2, 0, gpu.Clock(CPU))
+    assert gpu.flops(setting, folder) == pytest.approx(counter.get_total_flops() / 2, rel=1e-3)
