@@ -149,7 +149,7 @@ class World:
         self.reference = RandomWeights(str(folder), index, torch.float32, device, setting.checkpointing, None)
         with device:  # else adapters are made on the CPU, and do not follow their layers to "meta"
             self.roles = make_roles(self.experiment, self.reference)
-        self.players = make_players(self.experiment, self.reference, self.roles, lambda module: module)
+        self.players = make_players(self.experiment, self.roles, self.reference.null_conditions(), lambda module: module)
         self.settings = make_settings(self.experiment, self.reference.schedule)
         rewards = LatentRewards(self.reference.decode, {REWARD: brightness})
         self.jury = Jury(self.experiment, None, lambda: InProcess(rewards))
