@@ -63,7 +63,7 @@ PEAKS = {  # dense bf16 FLOP/s by the beginning of the device's name, the first 
 PHASES = ("forward", "reward", "score network", "regulariser", "backward")  # the last with Adam and the average
 WARM_UP, ROUNDS = 1, 3
 BEFORE = 20.0  # seconds that imports take before the clock runs, and the last words after it
-SMOKE_BATCH = 2
+SMOKE_BATCH = 1
 OUT_OF_MEMORY = "out of memory"
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from math import prod
 
 import pytest
 
-from diffinstruct.check import SHAPES, report, shapes
+from diffinstruct import footprint
+from diffinstruct.check import SHAPES, largest_block, report, shapes
 from diffinstruct.experiment import Experiment, UserError
 from diffinstruct.pretrained import load_reference
+from diffinstruct.sharding import blocks
 
 VAE, CLIP_L = 83_653_863, 123_060_480
 PUBLISHED = {
@@ -54,7 +57,44 @@ def test_only_check_takes_them_and_only_where_no_folder_has_the_name(tmp_path, m
     assert shapes(model) == model and shapes(".") == "." and shapes("pocket") == "pocket"
 
 
-def test_a_table_without_network_weights_or_start() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"micro_batch_size": 3},
+        {"activation_checkpointing": True},
+        {"generator__lora_rank": 4, "score_network__lora_rank": 2},
+    ],
+    ids=["whole", "micro-batches", "checkpointing", "adapters"],
+)
+def test_a_round_without_content_takes_what_a_real_one_takes(world, more, precision, monkeypatch) -> None:
+    """The same code on tensors that are there: every byte that is held, and the most that is at once."""
+    experiment = world[1](precision=precision, **more)
+
+    def counted() -> footprint.Footprint:
+        reference = load_reference(experiment.reference.model, activation_checkpointing=experiment.activation_checkpointing)
+        rewards = {"tiny_rewards:Red": lambda images, prompts: images.mean((1, 2, 3))}
+        return footprint.of_training(experiment, reference, rewards)
+
+    said = counted()
+    monkeypatch.setattr(footprint, "FakeTensorMode", lambda **_: nullcontext())
+    real = counted()
+    assert said.held == real.held and said.flops == real.flops > 0
+    assert said.peak == pytest.approx(real.peak, rel=0.02) and said.passing > 0
+
+
+def test_a_sharded_networks_largest_block() -> None:
+    network = load_reference(shapes("stabilityai/stable-diffusion-xl-base-1.0")).empty_network()
+    assert {type(module).__name__ for module in blocks(network)} >= {"BasicTransformerBlock", "ResnetBlock2D"}
+    block = next(module for module in blocks(network) if type(module).__name__ == "BasicTransformerBlock")
+    assert largest_block(network) >= sum(p.numel() for p in block.parameters())
+    assert largest_block(network) < 0.1 * sum(p.numel() for p in network.parameters())
+
+
+def test_a_table_without_network_weights_or_start(monkeypatch) -> None:
+    monkeypatch.setattr(footprint, "of_training", lambda *_: footprint.Footprint(0, 2**31, 10**15))
+    monkeypatch.setattr(footprint, "of_rewards", lambda *_: footprint.Footprint(0, 0, 0))
     values = Experiment().model_dump() | {"rewards": {"trained": [{"name": "pocket_preference"}], "held_out": []}}
     values["reference"]["model"] = "stabilityai/stable-diffusion-xl-base-1.0"
     values["generator"] |= {"start": "/nowhere.safetensors", "lora_rank": 64}

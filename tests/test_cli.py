@@ -17,6 +17,7 @@ from PIL import Image
 
 from diffinstruct.cli import main
 from diffinstruct.experiment import Experiment, UserError, load
+from diffinstruct.footprint import Footprint
 from diffinstruct.rewards import RewardError
 
 TINY = """\
@@ -234,11 +235,19 @@ def test_check_counts_what_a_run_takes(file, model, capsys, monkeypatch):
     assert f"each of 1 training processes, {total:.2f} MiB" in out
     assert table["torch.nn:Identity"] == ["0.00", "-", "-", "-", "-", "1", "1"]
     assert table["torch.nn:ReLU"] == ["0.00", "-", "-", "-", "-", "1", "-"]
-    assert "work       12 forwards' worth of one network per sample and step, 4 samples a step" in out  # 9 F + 3 F
+    assert "work       12 forwards' worth of one network per sample and step, 4 samples a step; in all " in out  # 9 F + 3 F
     assert f"payload    {4 * 4 * 8 * 8 * 4 / 2**20:.2f} MiB" in out
     assert "1 x 1 + 1 x 1 = 2 CPUs and 0 GPUs; this machine has 2 and" in out
 
 
+@pytest.fixture
+def no_rounds(monkeypatch):
+    """What a round takes beside is test_check.py's."""
+    for name in ("of_training", "of_rewards"):
+        monkeypatch.setattr(f"diffinstruct.footprint.{name}", lambda *_: Footprint(0, 0, 0))
+
+
+@pytest.mark.usefixtures("no_rounds")
 @pytest.mark.parametrize(
     ("overrides", "work"),
     [
@@ -254,6 +263,7 @@ def test_check_counts_the_work(file, capsys, overrides, work):
     assert f"work       {work} forwards' worth of one network" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_rounds")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_check_counts_adapters(file, model, capsys, precision):
     """As the roles are, to the byte: one base, frozen in the arithmetic's precision, and what is trained beside it."""
@@ -281,17 +291,19 @@ def test_check_counts_adapters(file, model, capsys, precision):
         assert rows(capsys.readouterr().out)[name][1] == f"{size / 2**20:.2f}"
 
 
+@pytest.mark.usefixtures("no_rounds")
 def test_check_counts_rewards_that_the_training_process_has_itself(file, capsys):
-    def memory(*overrides):
+    def held(*overrides):
         main(["check", str(file), *(f"-s{override}" for override in overrides)])
         out = capsys.readouterr().out
-        return out, float(out.partition("memory     ")[2].partition(" MiB")[0])
+        return out, sum(float(line.split()[-2]) for line in out.splitlines() if line.startswith("each of "))
 
-    (apart, of_actor), (together, of_process) = memory(), memory("cluster.reward_place=process")
-    assert of_process == of_actor and "reward actors, " in apart and "reward actors, " not in together
+    (apart, of_both), (together, of_process) = held(), held("cluster.reward_place=process")
+    assert of_process == pytest.approx(of_both, abs=0.02) and "reward actors, " in apart and "reward actors, " not in together
     assert "payload    0.00 MiB" in together
 
 
+@pytest.mark.usefixtures("no_rounds")
 def test_check_counts_what_it_can_and_says_what_not(file, tmp_path, capsys, monkeypatch):
     """Weights that are out of reach cost a row, not the table; what is no reward is refused all the same."""
     (tmp_path / "afar.py").write_text("def reward():\n    raise OSError('there is no\\nnetwork here')\n\nodd = 1\n")
@@ -304,6 +316,7 @@ def test_check_counts_what_it_can_and_says_what_not(file, tmp_path, capsys, monk
         assert why in complaint(capsys, "check", file, "-s", f"rewards.held_out=[{wrong}]")
 
 
+@pytest.mark.usefixtures("no_rounds")
 def test_check_says_what_nodes_have_to_declare(file, capsys, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     asked = ["cluster.workers=4", "cluster.worker_resources={trainer: 2}", "cluster.reward_resources={reward: 0.5}"]
@@ -313,6 +326,7 @@ def test_check_says_what_nodes_have_to_declare(file, capsys, monkeypatch):
     assert "  1 x 0.5 = 0.5 reward, which nodes have to declare\n" in out
 
 
+@pytest.mark.usefixtures("no_rounds")
 def test_check_says_in_one_line_what_does_not_fit(file, capsys, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)

@@ -7,7 +7,7 @@ on top. Work is what torch's own formulas say of each product, recomputation inc
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from diffinstruct.experiment import Experiment
 from diffinstruct.pretrained import Reference
 from diffinstruct.rewards import Collect, LatentRewards, RewardModel, Scores, Send, Terms
-from diffinstruct.roles import make_roles
+from diffinstruct.roles import Role, make_roles
 from diffinstruct.run import make_players, make_settings
 from diffinstruct.step import Draws, alternating_round
 
@@ -58,21 +58,17 @@ def of_training(experiment: Experiment, reference: Reference, rewards: Mapping[s
     # One micro-batch after another takes what two take, but for latents
     samples = min(of_worker, 2 * experiment.micro_batch_size) if experiment.micro_batch_size else of_worker
     settings = make_settings(experiment, reference.schedule)
-    networks: list[nn.Module] = []
-
-    def place(load: Callable[[str | None], nn.Module]) -> nn.Module:
-        networks.append(load("meta"))
-        return networks[-1]
-
-    with _Count():  # not yet among tensors without content: peft cannot move those
-        roles = make_roles(experiment, reference, place)
+    with _Count(), torch.device("meta"):  # not yet among tensors without content: peft cannot move those
+        roles = make_roles(experiment, reference, lambda load: load("meta"))
     with _counting() as count:
         null = reference.blank_conditions()
         # Sharded networks are gathered in the arithmetic's precision, so autocast makes no copies of them
         gathered = torch.bfloat16 if experiment.cluster.fully_shard and experiment.precision == "bf16" else None
         filled = dict[nn.Parameter, nn.Parameter]()
-        for network in (*networks, roles.generator, roles.score_network, roles.average):
-            _fill(network, filled, gathered)
+        for role in (roles.generator.denoiser, roles.score_network, roles.average.denoiser, roles.reference):
+            if isinstance(role.network, Role):
+                _fill(role.network.base.network, filled, gathered)
+            _fill(role.network, filled, gathered)
         players = make_players(experiment, roles, null, lambda module: module)
         send = _judge(experiment, reference, rewards) if rewards is not None else _nobody
         c = {key: value.expand(samples, *value.shape[1:]).clone() for key, value in null.items()}
@@ -110,13 +106,15 @@ def _judge(experiment: Experiment, reference: Reference, rewards: Mapping[str, R
 
 
 def _fill(network: nn.Module, filled: dict[nn.Parameter, nn.Parameter], dtype: torch.dtype | None = None) -> Any:
-    """Put a tensor without content in the place of each weight; `filled`: those that have theirs."""
+    """Put a tensor without content in the place of each weight and buffer; `filled`: the weights that have theirs."""
     for module in network.modules():
         for name, weight in module.named_parameters(recurse=False):
-            if weight not in filled:  # adapters over one base share its weights
-                empty = torch.empty(weight.shape, dtype=dtype or weight.dtype)
-                filled[weight] = nn.Parameter(empty, weight.requires_grad)
+            if weight not in filled:  # roles over one base share its weights
+                own = nn.Parameter(torch.empty(weight.shape, dtype=dtype or weight.dtype), weight.requires_grad)
+                filled[weight] = filled[own] = own
             module._parameters[name] = filled[weight]
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
     return network
 
 
