@@ -152,7 +152,7 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     per_worker, per_actor = sum(held) + gathered + training.passing, sum(role.memory for role in actor) + judging.passing
     in_ram = asked.workers * (per_worker + libraries) * (not asked.use_gpu)
     in_ram += actors * (per_actor + libraries) * (asked.reward_gpus == 0)
-    flops = asked.workers * training.flops
+    flops = float(asked.workers * training.flops)
     flops += judging.flops * experiment.global_batch_size / experiment.rewards.micro_batch * (actors > 0)
     checkpoint = sum(role.weights * (3 * role.trained + role.averaged) for role in worker)
     runs = Path(experiment.runs).absolute()

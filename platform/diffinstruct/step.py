@@ -243,7 +243,7 @@ def _regularizer(
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema <- decay ema + (1 - decay) model. The average is fp32: in bf16 one at 0.9999 stands still."""
-    average = list(ema.parameters())
+    average: list[Tensor] = list(ema.parameters())
     torch._foreach_lerp_(average, [p.to(a.dtype) for a, p in zip(average, model.parameters(), strict=True)], 1 - decay)
 
 
