@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from diffinstruct import footprint
 from diffinstruct.experiment import Experiment, UserError
-from diffinstruct.pretrained import load_reference, load_reward
+from diffinstruct.pretrained import frozen_dtype, load_reference, load_reward
 from diffinstruct.rewards import RewardModel
 from diffinstruct.roles import Base
 from diffinstruct.run import make_settings
@@ -75,8 +75,11 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
 
     Raises UserError where the reference cannot be read or a reward is none.
     """
+    frozen = frozen_dtype(experiment.precision)
     reference = load_reference(
-        shapes(experiment.reference.model), activation_checkpointing=experiment.activation_checkpointing
+        shapes(experiment.reference.model),
+        activation_checkpointing=experiment.activation_checkpointing,
+        decoder_dtype=frozen,
     )
     make_settings(experiment, reference.schedule)  # refuses what only the schedule can tell
     generator, score = experiment.generator, experiment.score_network
@@ -85,7 +88,7 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     through = int(experiment.objective.name in ("di_star", "sim", "sid"))  # gradient to the networks' inputs; KL has none
     reference.one_step(nn.Identity(), generator.timestep)  # refuses a timestep that its schedule has not
     network = sum(p.numel() for p in reference.empty_network().parameters())
-    frozen = 2 * network if experiment.precision == "bf16" else 4 * network
+    held_frozen = frozen.itemsize * network
 
     def player(name: str, rank: int, **more: Any) -> Role:
         if not rank:
@@ -105,11 +108,12 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
             backwards=1,
         ),
         player("score network", score.lora_rank, trained=k > 0, forwards=k + (k > 0), backwards=k + through),
-        Role("reference", network, frozen, forwards=guided, backwards=guided * through),
+        Role("reference", network, held_frozen, forwards=guided, backwards=guided * through),
     ]
     spread = list(worker)
     if generator.lora_rank and generator.start != "reference":
-        start = player("start", generator.start_rank) if generator.start_rank else Role("generator's base", network, frozen)
+        second = Role("generator's base", network, held_frozen)
+        start = player("start", generator.start_rank) if generator.start_rank else second
         worker.append(start)
     if experiment.prompts.embeddings is None:
         for name, encoder in reference.empty_encoders().items():

@@ -428,7 +428,9 @@ class Experiment(Section):
         description="samples of one training process that go through the networks at once; the gradients of a round's "
         "micro-batches add up, and the generator goes forward twice; none: all of them at once (ours)",
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the networks' arithmetic; weights stay fp32 (ours)")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the networks' and the decoder's arithmetic; trained weights stay fp32 (ours)"
+    )
     activation_checkpointing: bool = Field(
         False,
         description="networks and decoder keep their blocks' inputs alone and compute the rest again in the backward pass: "

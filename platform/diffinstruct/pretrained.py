@@ -103,8 +103,10 @@ class Reference:
         device: torch.device | str,
         activation_checkpointing: bool,
         embeddings: Path | None,
+        decoder_dtype: torch.dtype | None = None,
     ) -> None:
         self.source, self.index, self.dtype, self.device = source, index, dtype, device
+        self.decoder_dtype = decoder_dtype or dtype
         self.activation_checkpointing = activation_checkpointing
         self.family = FAMILIES[index["_class_name"]]
         scheduler = _read(DDIMScheduler.load_config, source, subfolder="scheduler")
@@ -135,7 +137,8 @@ class Reference:
 
     @cached_property
     def vae(self) -> Any:
-        vae = self._part(getattr(diffusers, self.index["vae"][1]), self.source, "vae").requires_grad_(False)
+        kind = getattr(diffusers, self.index["vae"][1])
+        vae = self._part(kind, self.source, "vae", self.decoder_dtype).requires_grad_(False)
         if self.activation_checkpointing:
             vae.enable_gradient_checkpointing()
         return vae
@@ -185,9 +188,9 @@ class Reference:
     def empty_decoder(self) -> nn.Module:
         """The decoder (and its encoder, which comes with it) without weights."""
         kind = getattr(diffusers, self.index["vae"][1])
-        with torch.device("meta"):
+        with torch.device("meta"), quiet():
             decoder: nn.Module = kind.from_config(_read(kind.load_config, self.source, subfolder="vae"))
-        return decoder
+        return nn.Module.to(decoder, self.decoder_dtype)
 
     def pipeline(self, **parts: Any) -> Any:
         """diffusers' own pipeline with the text encoders and these parts, and nothing in the place of others."""
@@ -402,6 +405,7 @@ def load_reference(
     device: torch.device | str = "cpu",
     activation_checkpointing: bool = False,
     embeddings: Path | None = None,
+    decoder_dtype: torch.dtype | None = None,
 ) -> Reference:
     """Open "pocket" (the built-in world), a local diffusers pipeline folder or a hub id; its parts load when used.
 
@@ -409,6 +413,7 @@ def load_reference(
     activation_checkpointing: networks and decoder keep their blocks' inputs alone and compute the rest again when they are
         differentiated.
     embeddings: a folder of prompt embeddings (`embeddings.Embeddings`), from which prompts are then read.
+    decoder_dtype: of the decoder, if another.
     Raises UserError, one line, for what is not there or not supported.
     """
     source = str(POCKET / "pipeline") if model == "pocket" else model
@@ -429,7 +434,12 @@ def load_reference(
         found = (index.get(part) or (None, None))[1]
         if found not in classes:
             raise _refusal(f"reference.model: the {part} of {model} is a {found}, not a {' or '.join(classes)}; {supported}")
-    return Reference(source, index, dtype, device, activation_checkpointing, embeddings)
+    return Reference(source, index, dtype, device, activation_checkpointing, embeddings, decoder_dtype)
+
+
+def frozen_dtype(precision: str) -> torch.dtype:
+    """In which the networks and the decoder that a run does not train are held, by `Experiment.precision`."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffinstruct.experiment import Experiment
-from diffinstruct.pretrained import NetworkDenoiser, OneStepGenerator, Reference
+from diffinstruct.pretrained import NetworkDenoiser, OneStepGenerator, Reference, frozen_dtype
 
 GENERATOR, AVERAGE, SCORE, START = "generator", "average", "score", "start"
 
@@ -50,7 +50,7 @@ def whole(load: Callable[[str | None], nn.Module]) -> nn.Module:
 def make_roles(experiment: Experiment, reference: Reference, place: Place = whole) -> Roles:
     """As the configuration asks for: `lora_rank` 0 is a full copy in fp32. What is frozen is in the arithmetic's precision."""
     of, score, error = experiment.generator, experiment.score_network, None
-    frozen = torch.bfloat16 if experiment.precision == "bf16" else None
+    frozen = frozen_dtype(experiment.precision)
 
     def network(start: str = "reference", dtype: torch.dtype | None = None) -> nn.Module:
         loaded = place(lambda device: reference.network(start, dtype, device))

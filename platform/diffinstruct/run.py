@@ -38,7 +38,7 @@ from diffinstruct.jury import (
     sample,
 )
 from diffinstruct.objectives import objective
-from diffinstruct.pretrained import OneStepGenerator, Reference, load_reference
+from diffinstruct.pretrained import OneStepGenerator, Reference, frozen_dtype, load_reference
 from diffinstruct.prompts import read_prompts
 from diffinstruct.roles import Roles, make_roles, whole
 from diffinstruct.sharding import gathered, rows, sharded, spread
@@ -225,6 +225,7 @@ def open_reference(experiment: Experiment, device: torch.device) -> Reference:
         experiment.reference.model,
         device=device,
         activation_checkpointing=experiment.activation_checkpointing,
+        decoder_dtype=frozen_dtype(experiment.precision),
         embeddings=Path(experiment.prompts.embeddings) if experiment.prompts.embeddings else None,
     )
 

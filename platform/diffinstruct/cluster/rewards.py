@@ -93,13 +93,14 @@ class RewardActor:
     @cached_property
     def rewards(self) -> LatentRewards:
         from diffinstruct.jury import make_rewards  # seconds of import that whoever asks an actor need not spend
-        from diffinstruct.pretrained import load_reference
+        from diffinstruct.pretrained import frozen_dtype, load_reference
 
         with self.at_work(LOADING):
             decode = load_reference(
                 self.experiment.reference.model,
                 device=self.device,
                 activation_checkpointing=self.experiment.activation_checkpointing,
+                decoder_dtype=frozen_dtype(self.experiment.precision),
             ).decode
             return make_rewards(self.names, decode, self.device)
 
