@@ -60,6 +60,7 @@ def of_training(experiment: Experiment, reference: Reference, rewards: Mapping[s
     settings = make_settings(experiment, reference.schedule)
     with _Count(), torch.device("meta"):  # not yet among tensors without content: peft cannot move those
         roles = make_roles(experiment, reference, lambda load: load("meta"))
+    decoder = reference.empty_decoder()
     with _counting() as count:
         null = reference.blank_conditions()
         # Sharded networks are gathered in the arithmetic's precision, so autocast makes no copies of them
@@ -70,7 +71,7 @@ def of_training(experiment: Experiment, reference: Reference, rewards: Mapping[s
                 _fill(role.network.base.network, filled, gathered)
             _fill(role.network, filled, gathered)
         players = make_players(experiment, roles, null, lambda module: module)
-        send = _judge(experiment, reference, rewards) if rewards is not None else _nobody
+        send = _judge(experiment, reference, decoder, rewards) if rewards is not None else _nobody
         c = {key: value.expand(samples, *value.shape[1:]).clone() for key, value in null.items()}
         for optimizer in (players.generator_optimizer, players.score_optimizer):  # what the round before has left
             for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
@@ -84,15 +85,16 @@ def of_training(experiment: Experiment, reference: Reference, rewards: Mapping[s
 
 def of_rewards(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel]) -> Footprint:
     """Of a reward actor, its rewards' own weights left aside; `flops` are those of a micro-batch."""
+    decoder = reference.empty_decoder()
     with _counting() as count:
-        send = _judge(experiment, reference, rewards)
+        send = _judge(experiment, reference, decoder, rewards)
         held, samples = count.live, experiment.rewards.micro_batch
         send(torch.empty(samples, *reference.latent_shape), [""] * samples)
         return Footprint(held, count.peak, count.flops)
 
 
-def _judge(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel]) -> Send:
-    reference.vae = _fill(reference.empty_decoder().requires_grad_(False), {})
+def _judge(experiment: Experiment, reference: Reference, decoder: nn.Module, rewards: Mapping[str, RewardModel]) -> Send:
+    reference.vae = _fill(decoder.requires_grad_(False), {})
     if reference.activation_checkpointing:
         reference.vae.enable_gradient_checkpointing()
     judged = LatentRewards(reference.decode, rewards)
