@@ -148,6 +148,8 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     cpus = asked.workers * asked.cpus_per_worker + actors * asked.reward_cpus
     gpus = asked.workers * asked.use_gpu + actors * asked.reward_gpus
     have_cpus, have_gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    if network > 10**8:  # operation by operation, as python goes
+        print("check: going through a round without content, some minutes", file=sys.stderr, flush=True)
     training = footprint.of_training(experiment, reference, None if actors else models)
     shares = asked.workers if asked.fully_shard else 1
     held = [role.memory / (shares if role in spread else 1) for role in worker]
