@@ -32,23 +32,22 @@ def folder(tmp_path_factory):
     return gpu.shrunk(gpu.SHAPES / gpu.MODELS["SD1.5"][0], tmp_path_factory.mktemp("shapes"))
 
 
-def test_every_row_has_its_figures():
-    rows, said = run()
-    seen = [tuple(cells[:6]) for cells in rows]
-    eager = [("SD1.5", "full", "no"), ("SDXL", "LoRA", "yes"), ("SD1.5", "LoRA", "no"), ("SD1.5", "full", "yes")]
-    for of in [*eager, ("SD1.5", "LoRA", "yes")]:
-        assert [row[5] for row in seen if row[:3] == of and row[3:5] == ("no", "DI*")] == ["1", "2"]
-    others = {row[:5] for row in seen} - {(*row[:3], "no", "DI*") for row in seen}
-    plain = {("SD1.5", "full", "no", "no", loop) for loop in ("ours", "plain", "KL")}
-    assert others == plain | {("SD1.5", trained, "no", "yes", "DI*") for trained in ("full", "LoRA")}
+def test_every_row_has_its_figures_or_says_why_not():
+    """For half a minute: what is not reached then is said. (All of them take one core a minute and a half.)"""
+    rows, said = run("--minutes", "0.5")
+    assert {tuple(cells[:5]) for cells in rows} >= {
+        (of.model, "LoRA" if of.lora else "full", *("yes" if on else "no" for on in (of.checkpointing, of.compiled)), of.loop)
+        for of in gpu.PLAN
+        if of.loop != "plain"
+    }
+    assert rows[0][6] not in ("not reached", "out of memory")
     for cells in rows:
-        if cells[6] == "out of memory":
-            assert cells[5] == "2"
+        if cells[6] in ("not reached", "out of memory"):
             continue
         assert float(cells[6]) > 0 and float(cells[7]) > 0
         assert sum(float(share.rstrip("%")) for share in cells[10:]) == pytest.approx(100, abs=0.3)
         assert all(float(share.rstrip("%")) > 0 for share in cells[10:])
-    assert "ours / plain, 3 pairs" in said and said.count("not judged here") == 3
+    assert said.count("not judged here") == 3
 
 
 def test_what_there_is_no_time_for_is_said():
@@ -71,8 +70,8 @@ def test_the_plain_loop_does_the_same(folder):
         assert all(min(clock.seconds().values()) > 0 for clock in clocks)
 
 
-@pytest.mark.parametrize("setting", [gpu.Setting("SD1.5"), gpu.Setting("SD1.5", lora=True)], ids=str)
-def test_work_is_counted_as_it_is_done(folder, setting):
+def test_work_is_counted_as_it_is_done(folder):
+    setting = gpu.Setting("SD1.5", lora=True)
     world = gpu.World(setting, folder, CPU, precision="fp32")
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's own has no formula
         gpu.ours(world, 2, 0, gpu.Clock(CPU))

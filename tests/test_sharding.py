@@ -45,7 +45,7 @@ def test_two_processes_equal_one_over_ten_alternating_rounds(spread_out) -> None
         ours = result["networks"][f"straight/{role}"]
         assert ours.keys() == exact.keys()
         for name, value in exact.items():
-            assert torch.allclose(ours[name], value, rtol=0, atol=1e-8), (role, name)
+            assert (ours[name] - value).abs().max() < 1e-6, (role, name)
         assert max((ours[name] - before[name]).abs().max() for name in before) > 1e-4
     for rank in range(WORLD):
         assert torch.load(folder / f"rank-{rank}.pt", weights_only=True)["held"] == pytest.approx(1 / WORLD, abs=0.05)
@@ -89,6 +89,6 @@ def test_what_one_process_cannot_read_none_takes(tmp_path) -> None:
     store = CheckpointStore(tmp_path)
     for step in (5, 7):
         store.save(step, {"step": step})
-    others = iter([0, 1])
+    others = iter([7, 0, 5, 1])  # the newest that they see, and whether they can read it
     crew = Crew(least=lambda value: min(value, next(others)))
     assert CheckpointStore(tmp_path, crew=crew).latest() == (5, {"step": 5})

@@ -75,6 +75,8 @@ def process(rank: int, world: int, experiment: Experiment, folder: Path) -> None
     store, each = CheckpointStore(folder / "checkpoints", crew=Crew(rank, world, least)), len(PROMPTS) // world
     own = slice(rank * each, (rank + 1) * each)
     players = players_of(experiment, reference, mesh)
+    with torch.no_grad():  # as a picture of the average, before a round and between two
+        players.ema(torch.zeros(2, *reference.latent_shape, dtype=torch.float64), reference.encode_prompts(PROMPTS[:2]))
     said = go(experiment, reference, players, range(ROUNDS // 2), own)
     store.save(ROUNDS // 2, rows(players.state_dict()))
     said += go(experiment, reference, players, range(ROUNDS // 2, ROUNDS), own)

@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -122,11 +123,13 @@ class CheckpointStore:
             failure: Exception | None = None
             try:
                 part()
-            except (OSError, ValueError, SafetensorError) as error:
+            except Exception as error:
                 failure = error
             if not self.crew.least(int(failure is None)):  # all of them, or none
                 if first:
                     shutil.rmtree(temporary, ignore_errors=True)
+                if failure and not isinstance(failure, OSError | ValueError | SafetensorError):
+                    raise failure
                 raise CheckpointError(
                     f"checkpoint {final} could not be written: {failure or 'another process could not write its part'}. "
                     "The ones before it are untouched."
@@ -141,15 +144,20 @@ class CheckpointStore:
     def latest(self) -> tuple[int, State] | None:
         """(step, state) of the newest whole checkpoint, tensors on the CPU, or None. A broken one is reported. Of a crew all
         call it, and what one of them cannot read none of them takes."""
-        for step, path in self._newest_first():
-            state: State | None = None
-            try:
-                state = _read(step, path, self.crew)
-            except CheckpointError as error:
-                logger.warning("checkpoint %s cannot be used (%s); trying the one before", path, error)
+        step = sys.maxsize
+        while (step := self.crew.least(next((at for at, _ in self._newest_first() if at < step), -1))) >= 0:
+            state = self._whole(step)
             if self.crew.least(int(state is not None)):
                 assert state is not None
                 return step, state
+        return None
+
+    def _whole(self, step: int) -> State | None:
+        for path in (path for at, path in self._newest_first() if at == step):
+            try:
+                return _read(step, path, self.crew)
+            except CheckpointError as error:
+                logger.warning("checkpoint %s cannot be used (%s); trying the one before", path, error)
         return None
 
     def _newest_first(self) -> Iterator[tuple[int, Path]]:

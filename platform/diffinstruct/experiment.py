@@ -452,6 +452,13 @@ class Experiment(Section):
     tracking: Tracking = Tracking()
     runs: Text = Field("runs", description="folder of run folders, relative to where the command is typed (ours)")
 
+    @field_validator("compile")
+    @classmethod
+    def _keeps_activations(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("activation_checkpointing"):
+            raise _wrong("should be false with activation_checkpointing: torch.compile knows no role that is played again")
+        return value
+
     @field_validator("generator")
     @classmethod
     def _same_world(cls, value: Generator, info: ValidationInfo) -> Generator:
@@ -490,6 +497,8 @@ class Experiment(Section):
     @classmethod
     def _whole_networks(cls, value: Cluster, info: ValidationInfo) -> Cluster:
         adapted = [key for key in ("generator", "score_network") if key in info.data and info.data[key].lora_rank]
+        if value.fully_shard and value.workers == 1:
+            raise _at("fully_shard", True, _wrong("should be false with one worker: there is nobody to share with"))
         if value.fully_shard and adapted:
             raise _at("fully_shard", True, _wrong(f"should be false with {adapted[0]}.lora_rank: adapters fit every GPU"))
         return value

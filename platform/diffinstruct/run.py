@@ -88,6 +88,8 @@ def train(
     device = resolve_device(experiment.device)
     reference = open_reference(experiment, device)
     mesh = worker.mesh
+    if mesh and reference.family.flow and experiment.precision == "bf16":
+        raise UserError("cluster.fully_shard: should be false for a flow in bf16, whose times it would round")
     roles = make_roles(experiment, reference, partial(sharded, mesh=mesh, precision=experiment.precision) if mesh else whole)
     players = make_players(experiment, roles, reference.null_conditions(), worker.wrap)
     settings = make_settings(experiment, reference.schedule)
@@ -370,6 +372,7 @@ class Grid:
     def __init__(self, experiment: Experiment, reference: Reference, start: nn.Module) -> None:
         table = read_prompts(experiment.prompts.grid, column=experiment.prompts.column)["prompt"].tolist()
         self.reference, self.prompts = reference, table[: experiment.logging.grid_prompts]
+        self.batch = experiment.rewards.micro_batch
         noise = torch.Generator().manual_seed(EVALUATION_SEED)
         self.noise = torch.randn(GRID_NOISES, len(self.prompts), *reference.latent_shape, generator=noise)
         self.start = self._latents(start, 0)
@@ -378,10 +381,8 @@ class Grid:
         """Latents."""
         return [self.start, *(self._latents(generator, i) for i in range(GRID_NOISES))]
 
-    @torch.no_grad()
     def _latents(self, generator: nn.Module, noise: int) -> Tensor:
-        latents: Tensor = generator(self.noise[noise].to(self.reference.device), self.reference.encode_prompts(self.prompts))
-        return latents
+        return sample(self.reference, generator, self.noise[noise].to(self.reference.device), self.prompts, self.batch)
 
 
 class Output:
@@ -445,7 +446,11 @@ class Output:
     @torch.no_grad()
     def grid(self, step: int, columns: Sequence[Tensor]) -> None:
         """Show a Grid's columns."""
-        self.tracker.image("grid", step, tile([self.reference.decode(latents).cpu() for latents in columns]))
+        self.tracker.image("grid", step, tile([self._decoded(latents) for latents in columns]))
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """One at a time: a decoder takes more for a grid than a round does for its micro-batch."""
+        return torch.cat([self.reference.decode(latent).cpu() for latent in latents.split(1)])
 
     def finished(self, step: int, average: OneStepGenerator) -> Result:
         """Export the averaged generator as a stock pipeline, hand model and last metrics to the tracker."""

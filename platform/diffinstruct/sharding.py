@@ -31,7 +31,8 @@ def sharded(load: Callable[[str], nn.Module], mesh: DeviceMesh, precision: str) 
     weights = dict(load("cpu").named_parameters()) if rank == 0 else {}
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
     for module in blocks(network):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # The root as well: a picture without gradient would leave its weights whole, and the next update meet both kinds
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     placed = {}
     for name, parameter in network.named_parameters():
         whole = weights.pop(name).detach() if rank == 0 else torch.empty(parameter.shape, dtype=parameter.dtype)
