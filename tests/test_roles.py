@@ -249,3 +249,25 @@ def test_bf16_holds_the_frozen_base_in_bf16_and_what_is_trained_in_fp32(folder: 
     players = make_players(experiment, roles, reference.null_conditions(), lambda module: module)
     metrics = rounds(experiment, reference, players, 2)[-1]
     assert all(np.isfinite(value) for value in metrics.values()) and metrics["gradient_norm/generator"] > 0
+
+
+def test_compiled_networks_play_the_same_roles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile takes for constant changes with the role, and it makes a version for each without giving up. (Its
+    backend here runs what it has traced as it is.)"""
+    monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_(module, backend="eager"))
+    sd15 = tiny.build(tmp_path / "sd15")
+    reference, said = load_reference(str(sd15)), {}
+    for compiled in ("false", "true"):
+        experiment = configured(sd15, "sd15", *RANKS, f"compile={compiled}")
+        roles = moved(make_roles(experiment, reference))
+        players = make_players(experiment, roles, reference.null_conditions(), lambda module: module)
+        said[compiled] = rounds(experiment, reference, players, 2)
+        with torch.no_grad():  # as a picture of the average
+            players.ema(torch.ones(1, *reference.latent_shape), reference.encode_prompts(PROMPTS[:1]))
+    times = {key for key in said["true"][0] if key.startswith("time/")}
+    for ours, theirs in zip(said["true"], said["false"], strict=True):
+        assert {k: v for k, v in ours.items() if k not in times} == pytest.approx(
+            {k: v for k, v in theirs.items() if k not in times}, rel=1e-4
+        )
