@@ -250,10 +250,10 @@ def test_a_look_sees_the_same_prompts_and_noise_with_the_runs_weights(world, mon
     jury.scales = {"tiny_rewards:Red": 0.5}
     watcher = Watcher(experiment, reference, prompts, jury)
     generator = reference.generator(600)
-    figures, alarm = watcher.look(0, generator)()
+    figures, alarm = watcher.look(0, watcher.pictures(generator))()
     watcher.note(2.0)
     watcher.note(4.0)
-    watcher.look(10, generator)()
+    watcher.look(10, watcher.pictures(generator))()
     first, second = seen
     assert alarm is None and figures["watch/trained"] == 0.0
     assert (first.step, second.step) == (0, 10) and np.isnan(first.distance) and second.distance == 3.0
