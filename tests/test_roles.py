@@ -104,7 +104,7 @@ def test_adapters_equal_their_merge(folder: Path, family: str, checkpointing: st
     for each, of in ((roles, reference), (merged, load_reference(str(folder)))):
         still = experiment.model_copy(update={"generator": experiment.generator.model_copy(update={"learning_rate": 1e-12})})
         still = still.model_copy(update={"score_network": still.score_network.model_copy(update={"learning_rate": 1e-12})})
-        (metrics,) = rounds(still, of, make_players(still, of, each, lambda module: module), 1)
+        (metrics,) = rounds(still, of, make_players(still, each, of.null_conditions(), lambda module: module), 1)
         said.append({key: value for key, value in metrics.items() if not key.startswith("time/")})
     weights = ("gradient_norm/generator", "gradient_norm/score_network")  # of other parameters
     assert {k: v for k, v in said[0].items() if k not in weights} == pytest.approx(
