@@ -40,7 +40,7 @@ import diffinstruct
 from diffinstruct.diffusion import Conditions
 from diffinstruct.experiment import Experiment
 from diffinstruct.jury import InProcess, Jury
-from diffinstruct.pretrained import Reference
+from diffinstruct.pretrained import Reference, frozen_dtype
 from diffinstruct.rewards import Collect, LatentRewards, Scores, Send, out_of_memory
 from diffinstruct.roles import Role, make_roles
 from diffinstruct.run import make_players, make_settings
@@ -52,7 +52,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # folder in SHAPES, what its 
     "SDXL": ("stabilityai--stable-diffusion-xl-base-1.0", {"timestep": 399, "input_scale": "unit"}),
 }
 OBJECTIVES = {"DI*": "di_star", "KL": "diff_instruct_pp", "plain": "di_star"}  # KL: Diff-Instruct with the same reward
-RANK, TOKENS, REWARD = 64, 77, "gpu:brightness"
+RANK, REWARD = 64, "gpu:brightness"
 PEAKS = {  # dense bf16 FLOP/s by the beginning of the device's name, the first that fits
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
@@ -117,11 +117,7 @@ class RandomWeights(Reference):
         return nn.Module.to(part, dtype or self.dtype).eval()
 
     def _embed(self, prompt: str | None) -> Conditions:
-        found = {"prompt_embeds": torch.randn(1, TOKENS, self._config["cross_attention_dim"], device=self.device)}
-        if pooled := self._config.get("projection_class_embeddings_input_dim"):
-            pooled -= 6 * self._config["addition_time_embed_dim"]
-            found["pooled_prompt_embeds"] = torch.randn(1, pooled, device=self.device)
-        return found
+        return {key: torch.randn(value.shape, device=self.device) for key, value in self.blank_conditions().items()}
 
 
 def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -146,7 +142,8 @@ class World:
             }
         )
         index = json.loads((folder / "model_index.json").read_text())
-        self.reference = RandomWeights(str(folder), index, torch.float32, device, setting.checkpointing, None)
+        of = frozen_dtype(precision)  # of the decoder, as in a run
+        self.reference = RandomWeights(str(folder), index, torch.float32, device, setting.checkpointing, None, of)
         with device:  # else adapters are made on the CPU, and do not follow their layers to "meta"
             self.roles = make_roles(self.experiment, self.reference)
         self.players = make_players(self.experiment, self.roles, self.reference.null_conditions(), lambda module: module)
@@ -263,7 +260,8 @@ def plain(world: World, batch: int, step: int, clock: Clock) -> Metrics:
     pushes = []
     for some in sample.split(world.jury.micro_batch):
         leaf = some.clone().requires_grad_()
-        images = (vae.decode(leaf / vae.config.scaling_factor, return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1)
+        scaled = (leaf / vae.config.scaling_factor).to(vae.dtype)
+        images = (vae.decode(scaled, return_dict=False)[0].to(leaf.dtype) * 0.5 + 0.5).clamp(0, 1)
         pushes.append(torch.autograd.grad(images.flatten(1).mean(1).sum(), leaf)[0])
     push = e.objective.reward_scale * torch.cat(pushes)
 
