@@ -1,6 +1,6 @@
 """Do the published one-step generators score here what their authors report? And ours, under the same protocol?
 
-    python experiments/evaluate_published.py PROMPTS [MODEL ...] [-o FOLDER] [--seed N]
+    python experiments/evaluate_published.py PROMPTS [MODEL ...] [-o FOLDER] [--seed N] [--batch N]
     python experiments/evaluate_published.py --smoke
 
 MODEL is the name of a published generator, a finished run or an exported folder; without any, all published ones. Each makes
@@ -35,7 +35,6 @@ from diffinstruct.scoring import save
 from reward_models.weights import read
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BATCH = 4  # pictures made at once; at 1024 px the decoder takes gigabytes for each
 UNET = "unet/diffusion_pytorch_model.fp16.safetensors"
 
 
@@ -100,7 +99,9 @@ def opened(model: str, protocol: Protocol, folder: Path) -> tuple[Reference, One
     return base, base.generator(protocol.timestep, str(start), "unit")
 
 
-def scores(models: Sequence[str], protocol: Protocol, prompts: pd.DataFrame, folder: Path, seed: int) -> dict[str, Any]:
+def scores(
+    models: Sequence[str], protocol: Protocol, prompts: pd.DataFrame, folder: Path, seed: int, batch: int
+) -> dict[str, Any]:
     """By the name of each model its table, a row a prompt, a column a reward; what lies in `folder` is not made again."""
     judges: dict[str, Any] = {}
     found: dict[str, pd.DataFrame] = {}
@@ -116,7 +117,7 @@ def scores(models: Sequence[str], protocol: Protocol, prompts: pd.DataFrame, fol
             print(f"scoring {name}: {len(prompts)} prompts", flush=True)
             sees = FeaturesOnly(list(judges.values())[-1].features)  # for diversity
             sample, shape = reference.sampler(generator), reference.latent_shape
-            made = evaluate(sample, prompts, judges, sees, None, noise_shape=shape, seed=seed, batch_size=BATCH)
+            made = evaluate(sample, prompts, judges, sees, None, noise_shape=shape, seed=seed, batch_size=batch)
             save(made.table.assign(seed=seed), file)
         found[name] = pd.read_csv(file, keep_default_na=False, na_values={"diversity": [""]})
         if list(found[name]["prompt"]) != list(prompts["prompt"]) or set(found[name]["seed"]) != {seed}:
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"a folder, or one of {', '.join(PAPER.published)}")
     parser.add_argument("-o", dest="folder", type=Path, default=Path("runs/published"), metavar="FOLDER")
     parser.add_argument("--seed", type=int, default=2_000_000, help="of the noise (default 2000000, as of `evaluate`)")
+    parser.add_argument("--batch", type=int, default=1, help="pictures made at once; the decoder takes gigabytes for each")
     parser.add_argument("--smoke", action="store_true", help="the pocket world's generators on a few prompts")
     asked = parser.parse_args()
     protocol, folder = (SMOKE, Path("runs/published-smoke")) if asked.smoke else (PAPER, asked.folder)
@@ -152,7 +154,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         prompts = read_prompts("pocket:eval").iloc[::50] if asked.smoke else read_prompts(asked.prompts)
         models = [*protocol.published, *exports(folder)] if asked.smoke else asked.models or list(protocol.published)
-        tables = scores(models, protocol, prompts, folder, asked.seed)
+        tables = scores(models, protocol, prompts, folder, asked.seed, asked.batch)
     except UserError as error:
         raise SystemExit(str(error)) from None
     rows = {name: figures(name, table, protocol, asked.seed) for name, table in tables.items()}

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 import runpy
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from diffinstruct import local
 from diffinstruct.cluster.sweep import changed
+from diffinstruct.pretrained import POCKET
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SCORED = "evaluate_published"
@@ -78,3 +83,17 @@ def test_smoke_of_what_scores(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("diffinstruct.evaluation.evaluate", None)  # nothing is scored twice
     smoke(SCORED, monkeypatch, tmp_path)
     assert capsys.readouterr().out == said[said.index("|") :]
+
+
+def test_published_weights_may_be_pickled_tensors(tmp_path):
+    names = runpy.run_path(str(EXPERIMENTS / f"{SCORED}.py"))
+    weights = load_file(POCKET / "generator" / "diffusion_pytorch_model.safetensors")
+    torch.save(weights, tmp_path / "published.bin")
+    torch.save({"code": Path}, tmp_path / "code.bin")
+    smoke, figures = names["SMOKE"], (3.57, 3.02)
+    for file, opens in (("published.bin", nullcontext()), ("code.bin", pytest.raises(ValueError, match="code"))):
+        protocol = replace(smoke, published={"distilled": (str(tmp_path), file, figures)})
+        with opens:
+            _, generator = names["opened"]("distilled", protocol, tmp_path)
+            opened = generator.denoiser.network.state_dict()
+            assert all(torch.equal(opened[name].cpu(), value) for name, value in weights.items())

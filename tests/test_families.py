@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers.loaders import single_file
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffinstruct import run
+from diffinstruct import pretrained, run
 from diffinstruct.cli import main
 from diffinstruct.experiment import UserError
 from diffinstruct.pretrained import Reference, load_reference
@@ -130,19 +132,62 @@ LDM_RESNET = {
 }  # fmt: skip
 
 
-def test_a_start_may_be_named_as_the_models_authors_do(tmp_path: Path) -> None:
-    reference = load_reference(str(tiny.build(tmp_path / "sd15")))
-    weights = load_file(tmp_path / "sd15" / "unet" / "diffusion_pytorch_model.safetensors")
+LDM_VAE = {
+    r"down_blocks\.(\d)\.resnets": r"down.\1.block", r"down_blocks\.(\d)\.downsamplers\.0": r"down.\1.downsample",
+    r"up_blocks\.0\.": "up.2.", r"up_blocks\.1\.": "up.1.", r"up_blocks\.2\.": "up.0.", r"\.resnets": ".block",
+    r"upsamplers\.0": "upsample", r"mid_block\.block\.0": "mid.block_1", r"mid_block\.block\.1": "mid.block_2",
+    r"mid_block\.attentions\.0": "mid.attn_1", r"group_norm": "norm", r"to_([qkv])": r"\1", r"to_out\.0": "proj_out",
+    r"conv_norm_out": "norm_out", r"conv_shortcut": "nin_shortcut",
+}  # fmt: skip
+
+
+def ldm_unet(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     theirs = {}
     for name, value in weights.items():
         (ours,) = (key for key in LDM if name.startswith(key))
         rest = name.removeprefix(ours)
         if "resnets" in ours:
             rest = next(new + rest.removeprefix(old) for old, new in LDM_RESNET.items() if rest.startswith(old))
-        theirs["model.diffusion_model." + LDM[ours] + rest] = value + 1
-    save_file(theirs, tmp_path / "ldm.safetensors")
+        theirs["model.diffusion_model." + LDM[ours] + rest] = value
+    return theirs
+
+
+def test_a_start_may_be_named_as_the_models_authors_do(tmp_path: Path) -> None:
+    reference = load_reference(str(tiny.build(tmp_path / "sd15")))
+    weights = load_file(tmp_path / "sd15" / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file(ldm_unet({name: value + 1 for name, value in weights.items()}), tmp_path / "ldm.safetensors")
     started = reference.generator(625, str(tmp_path / "ldm.safetensors")).denoiser.network.state_dict()
     assert all(torch.equal(started[name], value + 1) for name, value in weights.items())
+
+
+def test_a_reference_may_be_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.build(tmp_path / "sd15")
+    tiny.kl_decoder(4).save_pretrained(folder / "vae")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("AutoencoderTiny", "AutoencoderKL"))
+    theirs = ldm_unet(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+    for name, value in load_file(folder / "vae" / "diffusion_pytorch_model.safetensors").items():
+        for ours, other in LDM_VAE.items():
+            name = re.sub(ours, other, name)
+        theirs[f"first_stage_model.{name}"] = value
+    for name, value in load_file(folder / "text_encoder" / "model.safetensors").items():
+        theirs[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = value
+    save_file(theirs, tmp_path / "all.safetensors")
+    save_file({"other": value}, tmp_path / "other.safetensors")
+    (tmp_path / "pickled.ckpt").touch()
+    monkeypatch.setattr(pretrained, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for module in (pretrained, single_file):  # in the place of the hub, where the published model's configuration is
+        monkeypatch.setattr(module, "fetch_diffusers_config", lambda weights: {"pretrained_model_name_or_path": str(folder)})
+    whole, one = load_reference(str(folder)), load_reference(str(tmp_path / "all.safetensors"))
+    pictures = [each.decode(each.sample(PROMPTS, noise(), 3, 2.0)) for each in (whole, one)]
+    assert torch.equal(*pictures) and pictures[0].std() > 0.05
+    with monkeypatch.context() as once:
+        once.setattr(StableDiffusionPipeline, "from_single_file", None)
+        assert load_reference(str(tmp_path / "all.safetensors")).source == one.source
+    for spoilt, said in {"other.safetensors": "holds no StableDiffusionPipeline", "pickled.ckpt": "is no .safetensors"}.items():
+        with pytest.raises(UserError, match=f"{spoilt} {said}") as refusal:
+            load_reference(str(tmp_path / spoilt))
+        assert "\n" not in str(refusal.value)
 
 
 def test_a_t5_tokenizer_may_be_a_sentencepiece_model(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_adapters_equal_their_merge(folder: Path, family: str, checkpointing: st
     # d/dB of W + BA is (d/dW) A^T: the adapters' gradients are those of the merged weights, as the chain rule has it
     network, full = roles.generator.denoiser.network, dict(merged.generator.denoiser.network.named_parameters())
     compared = 0
-    for name, layer in network.base._layers():
+    for name, layer in network.base.layers.items():
         gradient = full[f"{name}.weight"].grad.flatten(1)
         a, b = layer.lora_A["generator"].weight, layer.lora_B["generator"].weight
         torch.testing.assert_close(b.grad.flatten(1), gradient @ a.flatten(1).T, rtol=1e-3, atol=1e-4)

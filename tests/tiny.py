@@ -96,7 +96,7 @@ def _sdxl(folder: Path, prediction: str) -> dict[str, Any]:
         timestep_spacing="leading", steps_offset=1,
     )  # fmt: skip
     return {
-        "vae": _vae(4), "unet": unet, "scheduler": scheduler,
+        "vae": kl_decoder(4), "unet": unet, "scheduler": scheduler,
         "text_encoder": CLIPTextModel(_clip_config(tokenizer, 2)), "tokenizer": tokenizer,
         "text_encoder_2": CLIPTextModelWithProjection(_clip_config(tokenizer_2, 2)), "tokenizer_2": tokenizer_2,
     }  # fmt: skip
@@ -114,7 +114,7 @@ def _pixart(folder: Path, prediction: str) -> dict[str, Any]:
         beta_start=0.0001, beta_end=0.02, beta_schedule="linear", prediction_type=prediction
     )  # fmt: skip
     return {
-        "vae": _vae(4), "transformer": transformer, "scheduler": scheduler,
+        "vae": kl_decoder(4), "transformer": transformer, "scheduler": scheduler,
         "text_encoder": T5EncoderModel(_t5_config(tokenizer)), "tokenizer": tokenizer,
     }  # fmt: skip
 
@@ -128,14 +128,15 @@ def _sd3(folder: Path, prediction: str) -> dict[str, Any]:
         pos_embed_max_size=16,
     )  # fmt: skip
     return {
-        "vae": _vae(4, shift_factor=0.2), "transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae": kl_decoder(4, shift_factor=0.2), "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         "text_encoder": CLIPTextModelWithProjection(_clip_config(tokenizer, 2)), "tokenizer": tokenizer,
         "text_encoder_2": CLIPTextModelWithProjection(_clip_config(tokenizer_2, 2)), "tokenizer_2": tokenizer_2,
         "text_encoder_3": T5EncoderModel(_t5_config(tokenizer_3, 32)), "tokenizer_3": tokenizer_3,
     }  # fmt: skip
 
 
-def _vae(channels: int, **more: Any) -> AutoencoderKL:
+def kl_decoder(channels: int, **more: Any) -> AutoencoderKL:
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         latent_channels=channels, norm_num_groups=4, sample_size=32, scaling_factor=0.7, **more,

@@ -69,7 +69,7 @@ def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
             values = json.loads(config.read_text())
             values.pop("_name_or_path", None)
             config.write_text(json.dumps(values, indent=2) + "\n")
-        origin = Path(model).name if Path(model).is_dir() else model
+        origin = Path(model).name if Path(model).exists() else model
         refuses = reference.betas is not None
         otherwise = "any other step count raises an error" if refuses else "it was trained for no other step count"
         card = CARD.format(name=folder.name, reference=origin, timestep=generator.timestep, otherwise=otherwise)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -140,16 +140,20 @@ class _Count(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # more than half of all calls
+            return args[0].fake_device
         if func is aten._local_scalar_dense.default:
             return 0.5
         result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._see, result)
+        for made in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(made, Tensor):
+                self._see(made)
         if formula := FORMULAS.get(func._overloadpacket):
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
     def _see(self, tensor: Tensor) -> None:
-        if tensor.device.type == "meta":
+        if tensor.is_meta and not isinstance(tensor, FakeTensor):
             return
         storage = tensor.untyped_storage()
         place, size = storage._cdata, storage.nbytes()

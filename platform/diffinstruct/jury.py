@@ -16,6 +16,7 @@ from diffinstruct.experiment import Experiment
 from diffinstruct.handshake import PICTURES, Report, handshake, refuse
 from diffinstruct.pretrained import Reference, load_reward
 from diffinstruct.rewards import Collect, LatentRewards, RewardError, Scores, Terms
+from diffinstruct.step import autocast
 from diffinstruct.watch import NOISES, Alarm, Look, Watch
 
 EVALUATION_SEED = 1_000_000
@@ -190,7 +191,7 @@ class Watcher:
 
     def pictures(self, generator: nn.Module) -> Tensor:
         """The latents to look at, [PICTURES, ...]."""
-        return sample(self.reference, generator, self.noise, self.prompts, self.experiment.rewards.micro_batch)
+        return sample(self.experiment, self.reference, generator, self.noise, self.prompts)
 
     def look(self, step: int, latents: Tensor) -> Callable[[], tuple[dict[str, float], Alarm | None]]:
         """At `pictures` after `step` rounds; collecting gives metrics and, maybe, an alarm."""
@@ -226,10 +227,14 @@ def pictures_to_meet(
 
 
 @torch.no_grad()
-def sample(reference: Reference, generator: nn.Module, noise: Tensor, prompts: Sequence[str], batch: int) -> Tensor:
-    """The generator's latents, some at a time: a look takes no more memory than a round."""
+def sample(
+    experiment: Experiment, reference: Reference, generator: nn.Module, noise: Tensor, prompts: Sequence[str]
+) -> Tensor:
+    """The generator's latents, in a round's precision and some at a time: a look takes no more memory than a round."""
+    batch = experiment.rewards.micro_batch
     rows = [slice(i, i + batch) for i in range(0, len(noise), batch)]
-    return torch.cat([generator(noise[of], reference.encode_prompts(list(prompts[of]))) for of in rows])
+    with autocast(experiment.precision, noise.device):
+        return torch.cat([generator(noise[of], reference.encode_prompts(list(prompts[of]))) for of in rows])
 
 
 def variety(latents: Tensor) -> float:

@@ -10,7 +10,9 @@ Shapes: B samples; latents and noise [B, C, H, W] in the network's units (the de
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, lru_cache, partial
@@ -23,8 +25,11 @@ import transformers
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import FrozenDict
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from diffusers.utils import logging as diffusers_logging
+from filelock import FileLock
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -407,7 +412,8 @@ def load_reference(
     embeddings: Path | None = None,
     decoder_dtype: torch.dtype | None = None,
 ) -> Reference:
-    """Open "pocket" (the built-in world), a local diffusers pipeline folder or a hub id; its parts load when used.
+    """Open "pocket" (the built-in world), a diffusers pipeline's folder or hub id, or a .safetensors file that holds a whole
+    pipeline in its authors' layout; its parts load when used.
 
     dtype: of every part, whatever the files hold.
     activation_checkpointing: networks and decoder keep their blocks' inputs alone and compute the rest again when they are
@@ -418,10 +424,7 @@ def load_reference(
     """
     source = str(POCKET / "pipeline") if model == "pocket" else model
     if Path(source).is_file():
-        raise _refusal(
-            f"reference.model: {model} is a single file; diffusers makes a folder of it: "
-            f"StableDiffusionPipeline.from_single_file({model!r}).save_pretrained('FOLDER'), or the pipeline that it is of"
-        )
+        source = str(unpacked(Path(source)))
     index = _read(_PipelineIndex.load_config, source)
     name = index.get("_class_name")
     supported = f"supported are pipelines of class {', '.join(FAMILIES)}"
@@ -435,6 +438,33 @@ def load_reference(
         if found not in classes:
             raise _refusal(f"reference.model: the {part} of {model} is a {found}, not a {' or '.join(classes)}; {supported}")
     return Reference(source, index, dtype, device, activation_checkpointing, embeddings, decoder_dtype)
+
+
+def unpacked(file: Path) -> Path:
+    """The pipeline's folder that diffusers makes of a file that holds all of it, kept beside what is downloaded.
+
+    What the file does not hold (configuration, tokenizers) is that of the model that diffusers takes it to be a version of.
+    Raises UserError for a file that holds none.
+    """
+    if file.suffix != ".safetensors":
+        raise _refusal(f"reference.model: {file} is no .safetensors file, and files of other kinds are not opened")
+    seen = file.stat()
+    name = hashlib.sha256(f"{file.absolute()} {seen.st_size} {seen.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = Path(HF_HUB_CACHE, "diffinstruct", f"{file.stem}-{name}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # of a node's processes one makes it
+        if folder.is_dir():
+            return folder
+        kept = fetch_diffusers_config(_read(load_file, str(file)))["pretrained_model_name_or_path"]
+        kind = getattr(diffusers, _read(_PipelineIndex.load_config, kept)["_class_name"])
+        partial = folder.with_name(f".{folder.name}")
+        try:
+            with quiet():
+                kind.from_single_file(str(file.absolute())).save_pretrained(partial)
+        except Exception as error:  # the converters look for what they know and fall over what they do not
+            shutil.rmtree(partial, ignore_errors=True)
+            raise _refusal(f"reference.model: {file} holds no {kind.__name__}: {_last_line(error)}") from None
+        return partial.rename(folder)
 
 
 def frozen_dtype(precision: str) -> torch.dtype:

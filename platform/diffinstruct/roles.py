@@ -89,12 +89,14 @@ class Base:
     """A frozen network that several roles share.
 
     adapted: endings of the names of the layers that adapters belong to.
+    layers: those that have some, by the names that they have without. Found once: a search takes longer than many a block.
     """
 
     def __init__(self, network: Any, adapted: Sequence[str], activation_checkpointing: bool = False) -> None:
         self.network: Any = network.requires_grad_(False).eval()
         self.adapted = list(adapted)
         self.playing: tuple[str, ...] = ()
+        self.layers: Mapping[str, LoraLayer] = {}
         if activation_checkpointing:
             network.enable_gradient_checkpointing(self._checkpoint)
 
@@ -104,6 +106,7 @@ class Base:
             torch.manual_seed(seed)
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
             inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=self.adapted), self.network, adapter)
+        self.layers = {name: module for name, module in self.network.named_modules() if isinstance(module, LoraLayer)}
         for name, parameter in self.network.named_parameters():
             if f".{adapter}." in name:
                 parameter.data = parameter.data.float()  # whatever the base is in
@@ -119,7 +122,7 @@ class Base:
             square = (target[name].float() - parameter.float()).square().sum().item()
             whole, lost = whole + square, lost + square
         self.add(adapter, rank, 0)
-        for name, layer in self._layers():
+        for name, layer in self.layers.items():
             weight = layer.get_base_layer().weight
             difference = target[f"{name}.weight"].float() - weight.float()
             with torch.random.fork_rng():
@@ -149,14 +152,8 @@ class Base:
 
     def _play(self, names: tuple[str, ...]) -> None:
         self.playing = names
-        for _, layer in self._layers():
+        for layer in self.layers.values():
             layer._disable_adapters, layer._active_adapter = not names, list(names)
-
-    def _layers(self) -> Iterator[tuple[str, LoraLayer]]:
-        """The layers with adapters, by the names that they have without."""
-        for name, module in self.network.named_modules():
-            if isinstance(module, LoraLayer):
-                yield name, module
 
     def _checkpoint(self, block: Any, *inputs: Any) -> Any:
         """A block whose activations are computed again in the backward pass, which is the role's own whatever role the network
@@ -194,7 +191,7 @@ class Role(nn.Module):
     def merged(self) -> nn.Module:
         """A network of its own with the adapters added to its weights; on the CPU, in fp32."""
         weights = {name: value.float().cpu() for name, value in _own(self.base.network.state_dict())}
-        for name, layer in self.base._layers():
+        for name, layer in self.base.layers.items():
             for adapter in (*self.under, self.adapter):
                 added = layer.get_delta_weight(adapter).detach().float().cpu()
                 weights[f"{name}.weight"] = weights[f"{name}.weight"] + added  # a new tensor: the base's own stays

@@ -88,8 +88,6 @@ def train(
     device = resolve_device(experiment.device)
     reference = open_reference(experiment, device)
     mesh = worker.mesh
-    if mesh and reference.family.flow and experiment.precision == "bf16":
-        raise UserError("cluster.fully_shard: should be false for a flow in bf16, whose times it would round")
     roles = make_roles(experiment, reference, partial(sharded, mesh=mesh, precision=experiment.precision) if mesh else whole)
     players = make_players(experiment, roles, reference.null_conditions(), worker.wrap)
     settings = make_settings(experiment, reference.schedule)
@@ -191,7 +189,7 @@ def meet(
         if output:
             output.grid(0, columns)
     few, noise = pictures_to_meet(reference, prompts, PICTURES, EVALUATION_SEED + 2)
-    latents = sample(reference, players.ema, noise, few, jury.experiment.rewards.micro_batch)
+    latents = sample(jury.experiment, reference, players.ema, noise, few)
     if output:
         for report in jury.meet(latents, few):
             output.said(done, f"reward.{report.name}", str(report))
@@ -371,8 +369,8 @@ class Grid:
 
     def __init__(self, experiment: Experiment, reference: Reference, start: nn.Module) -> None:
         table = read_prompts(experiment.prompts.grid, column=experiment.prompts.column)["prompt"].tolist()
-        self.reference, self.prompts = reference, table[: experiment.logging.grid_prompts]
-        self.batch = experiment.rewards.micro_batch
+        self.experiment, self.reference = experiment, reference
+        self.prompts = table[: experiment.logging.grid_prompts]
         noise = torch.Generator().manual_seed(EVALUATION_SEED)
         self.noise = torch.randn(GRID_NOISES, len(self.prompts), *reference.latent_shape, generator=noise)
         self.start = self._latents(start, 0)
@@ -382,7 +380,8 @@ class Grid:
         return [self.start, *(self._latents(generator, i) for i in range(GRID_NOISES))]
 
     def _latents(self, generator: nn.Module, noise: int) -> Tensor:
-        return sample(self.reference, generator, self.noise[noise].to(self.reference.device), self.prompts, self.batch)
+        own = self.noise[noise].to(self.reference.device)
+        return sample(self.experiment, self.reference, generator, own, self.prompts)
 
 
 class Output:

@@ -10,6 +10,7 @@ A file's weights are read by one process, into main memory, and dealt out from t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,15 +25,17 @@ from diffinstruct.checkpoint import Rows
 def sharded(load: Callable[[str], nn.Module], mesh: DeviceMesh, precision: str) -> nn.Module:
     """The network that `load(device)` gives, spread over the mesh; `load("meta")` gives it without weights.
 
-    precision: "bf16" gathers and computes in bf16; gradients meet in fp32.
+    precision: "bf16" gathers and computes in bf16, under autocast; gradients meet in fp32.
     """
     network: Any = load("meta")
     rank = mesh.get_rank()
     weights = dict(load("cpu").named_parameters()) if rank == 0 else {}
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
     for module in blocks(network):
+        # A flow's times are floats: where they come in, nothing is rounded
+        of = replace(policy, cast_forward_inputs=module is not network)
         # The root as well: a picture without gradient would leave its weights whole, and the next update meet both kinds
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, mp_policy=of, reshard_after_forward=True)
     placed = {}
     for name, parameter in network.named_parameters():
         whole = weights.pop(name).detach() if rank == 0 else torch.empty(parameter.shape, dtype=parameter.dtype)

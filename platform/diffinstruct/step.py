@@ -143,7 +143,7 @@ def alternating_round(
     *early, last = parts = settings.parts(len(z))
 
     def generated(part: slice) -> Tensor:
-        with _autocast(settings.precision, draws.device):
+        with autocast(settings.precision, draws.device):
             sample: Tensor = players.generator(z[part], _rows(c, part))
         return sample
 
@@ -197,7 +197,7 @@ def score_update(
 
     def backward(part: slice) -> float:
         own = _rows(c, part)
-        with _autocast(settings.precision, draws.device):
+        with autocast(settings.precision, draws.device):
             x0 = sample[part]
             if z is not None:
                 with torch.no_grad():
@@ -226,7 +226,7 @@ def _regularizer(
     pulls, records = [], []
     for part in settings.parts(len(sample)):
         leaf = sample[part].clone().requires_grad_()
-        with _autocast(settings.precision, draws.device):
+        with autocast(settings.precision, draws.device):
             loss, record = objective(
                 leaf,
                 t[part],
@@ -271,5 +271,6 @@ def _accumulating(player: nn.Module) -> AbstractContextManager:
     return player.no_sync() if isinstance(player, DistributedDataParallel) else nullcontext()
 
 
-def _autocast(precision: str, device: torch.device) -> AbstractContextManager:
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Of the networks' forward passes, by `Experiment.precision`."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
