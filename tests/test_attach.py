@@ -147,16 +147,16 @@ def test_a_stopped_run_is_saved_and_another_job_goes_on_with_it(cluster, tmp_pat
         typed = f"ray job submit --working-dir . --runtime-env runtime_env.yaml {rest}"
         return subprocess.run(typed, shell=True, cwd=ROOT, env=cluster, capture_output=True, text=True)
 
-    recipe = f"experiments/recipes/pocket.yaml -s runs={tmp_path}/runs -s steps=60 {SMALL}"
+    recipe = f"experiments/recipes/pocket.yaml -s runs={tmp_path}/runs -s steps=40 {SMALL}"
     train(f"--no-wait --submission-id stopped -- python -m diffinstruct train {recipe}")
     until(lambda: any(max(journal(of.parent)[0], default=0) > 2 for of in (tmp_path / "runs").glob("pocket-*/journal.jsonl")))
     assert ray(cluster, "job", "stop", "stopped").returncode == 0
     (run,) = (tmp_path / "runs").glob("pocket-*")
     metrics, ends = journal(run)
-    assert {*ends} == {"KILLED"} and (run / "checkpoints" / f"step-{max(metrics):08d}").is_dir() and max(metrics) < 60
+    assert {*ends} == {"KILLED"} and (run / "checkpoints" / f"step-{max(metrics):08d}").is_dir() and max(metrics) < 40
 
     done = train(f"-- python -m diffinstruct train {run}/experiment.yaml --resume {run}")
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines() if line]
-    assert [record["step"] for record in records if "loss/score_network" in record.get("metrics", {})] == list(range(1, 61))
+    assert [record["step"] for record in records if "loss/score_network" in record.get("metrics", {})] == list(range(1, 41))
     assert journal(run)[1][-1] == "FINISHED"

@@ -136,7 +136,7 @@ def test_training_leaves_the_base_alone_and_moves_every_adapter(folder: Path, fa
     for name, value in before.items():
         idle = "transformer_blocks.1.attn.add_q_proj" in name  # SD3's last block asks for its text and does not use it
         assert torch.equal(after[name], value) == (".lora_" not in name or idle), name
-    assert base.playing == ()
+    assert base.playing == []
     now = roles.generator(torch.ones(2, *reference.latent_shape), reference.encode_prompts(PROMPTS)).detach()
     assert (now - start).abs().max() > 0 and all(metrics[-1][key] > 0 for key in metrics[-1] if key.startswith("gradient_norm"))
     shared = {name for name, _ in roles.generator.named_parameters()} & {n for n, _ in roles.score_network.named_parameters()}

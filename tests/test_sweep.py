@@ -34,9 +34,9 @@ ANYWHERE = Aim(floors={}, ceilings={})
 
 
 def slow(world, **changes):
-    """Rounds long enough for a scheduler to follow."""
-    trained = [{"name": "tiny_rewards:Slow", "weight": 1.0}]
-    return world[1](watch__every=5, logging__every=5, logging__checkpoint_every=5, rewards__trained=trained, **changes)
+    """Rounds long enough for a scheduler to follow; no reward actors, which take longer to start than the rest."""
+    changes |= {"rewards__trained": [{"name": "tiny_rewards:Slow", "weight": 1.0}], "cluster__reward_place": "process"}
+    return world[1](watch__every=5, logging__every=5, logging__checkpoint_every=5, **changes)
 
 
 def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, world, tmp_path, capfd):
@@ -81,7 +81,7 @@ def test_a_sweep_that_was_ended_is_finished_by_the_same_call(session, world, tmp
     """SIGTERM (`ray job stop`) saves first, so that no step is done twice; Ctrl-C goes back to the last checkpoint."""
     from mlflow import MlflowClient
 
-    base, points = world[1](steps=200, logging__checkpoint_every=20), sweeps.grid({"generator.timestep": [500]})
+    base, points = world[1](steps=100, logging__checkpoint_every=10), sweeps.grid({"generator.timestep": [500]})
     folder = tmp_path / "sweep" / sweeps.changed(base, points[0]).derived_id
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
@@ -108,7 +108,7 @@ def test_a_sweep_that_was_ended_is_finished_by_the_same_call(session, world, tmp
             assert newest() == max(journal(folder)[0])
 
     table = sweeps.sweep(base, points, tmp_path / "sweep")
-    assert table["step"].tolist() == [200] and starts(folder) == 3
+    assert table["step"].tolist() == [100] and starts(folder) == 3
     assert {run.info.status for run in tracked()} == {"FINISHED"} and len(tracked()) == 2
     local.run(sweeps.changed(base, points[0]), tmp_path / "local")
     agree(folder, tmp_path / "local")
@@ -117,15 +117,15 @@ def test_a_sweep_that_was_ended_is_finished_by_the_same_call(session, world, tmp
 def test_a_scheduler_ends_trials_that_are_behind_as_finished_runs(session, world, tmp_path):
     """One after the other, the best first; so the second comes to a rung where it is behind. A second life tells the scheduler
     of those that have ended, runs none of them, and the table is the same."""
-    base = slow(world, steps=60, cluster__cpus_per_worker=3)  # of 5; a killed trial's place is not freed without a dashboard
+    base = slow(world, steps=30, cluster__cpus_per_worker=3)  # of 5; a killed trial's place is not freed without a dashboard
     points = sweeps.grid({"objective.reward_scale": [10.0, 0.2]})
 
     def halving():
-        return ASHAScheduler(time_attr="step", max_t=60, grace_period=10, reduction_factor=2)
+        return ASHAScheduler(time_attr="step", max_t=30, grace_period=5, reduction_factor=2)
 
     table = sweeps.sweep(base, points, tmp_path / "sweep", scheduler=halving(), aim=ANYWHERE)
-    assert table["step"].max() == 60 and table["step"].min() < 60
-    early = table[table["step"] < 60].iloc[0]
+    assert table["step"].max() == 30 and table["step"].min() < 30
+    early = table[table["step"] < 30].iloc[0]
     assert (Path(early["run"]) / "export" / "model_index.json").exists() and journal(Path(early["run"]))[1] == ["FINISHED"]
     assert json.loads((Path(early["run"]) / "metrics.json").read_text())["step"] == early["step"]
 
@@ -313,21 +313,21 @@ def test_a_population_takes_over_weights_and_keeps_its_lineage(session, world, t
     in a Ray with room: Tune kills who is taken over, and without a dashboard the place of a killed one is never free again."""
     session.shutdown()
     session.init(address="local", num_cpus=10, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
-    base = slow(world, steps=60)
+    base = slow(world, steps=30)
     points = sweeps.grid({"objective.reward_scale": [0.01, 10.0]})
     scheduler = PopulationBasedTraining(
-        time_attr="step", perturbation_interval=20, quantile_fraction=0.5,
+        time_attr="step", perturbation_interval=10, quantile_fraction=0.5,
         hyperparam_mutations={"objective.reward_scale": tune.loguniform(1, 20)},
     )  # fmt: skip
     table = sweeps.sweep(base, points, tmp_path / "sweep", scheduler=scheduler, aim=ANYWHERE)
-    assert table["step"].tolist() == [60, 60]
+    assert table["step"].tolist() == [30, 30]
     _, *takeovers = [json.loads(line) for line in (tmp_path / "sweep" / "trials.jsonl").read_text().splitlines()]
     last = takeovers[-1]
     row = table.iloc[last["trial"]]
     run = tmp_path / "sweep" / last["run"]
     assert row["run"] == str(run) and row["objective.reward_scale"] == last["point"]["objective.reward_scale"]
     for after in takeovers:  # what was before is in the other's journal
-        assert min(journal(tmp_path / "sweep" / after["run"])[0], default=20) >= 20
+        assert min(journal(tmp_path / "sweep" / after["run"])[0], default=10) >= 10
     (before,) = (
         record["reason"]
         for path in (tmp_path / "sweep").glob("*/journal.jsonl")

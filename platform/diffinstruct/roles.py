@@ -89,13 +89,13 @@ class Base:
     """A frozen network that several roles share.
 
     adapted: endings of the names of the layers that adapters belong to.
-    layers: those that have some, by the names that they have without. Found once: a search takes longer than many a block.
+    layers: those that have some, by the names that they have without.
     """
 
     def __init__(self, network: Any, adapted: Sequence[str], activation_checkpointing: bool = False) -> None:
         self.network: Any = network.requires_grad_(False).eval()
         self.adapted = list(adapted)
-        self.playing: tuple[str, ...] = ()
+        self.playing: list[str] = []
         self.layers: Mapping[str, LoraLayer] = {}
         if activation_checkpointing:
             network.enable_gradient_checkpointing(self._checkpoint)
@@ -111,7 +111,8 @@ class Base:
             if f".{adapter}." in name:
                 parameter.data = parameter.data.float()  # whatever the base is in
         self.network.requires_grad_(False)  # each role says what of it is trained
-        self._play(self.playing)
+        for layer in self.layers.values():  # one list for all: a role is changed in one place, also within a backward pass
+            layer._active_adapter = self.playing
 
     def add_difference(self, adapter: str, other: nn.Module, rank: int) -> float:
         """An adapter that makes this network as much like `other` as its rank allows; the share of the difference, in the
@@ -143,22 +144,17 @@ class Base:
 
     @contextmanager
     def with_adapters(self, names: tuple[str, ...]) -> Iterator[None]:
-        before = self.playing
-        self._play(names)
+        before = tuple(self.playing)
+        self.playing[:] = names
         try:
             yield
         finally:
-            self._play(before)
-
-    def _play(self, names: tuple[str, ...]) -> None:
-        self.playing = names
-        for layer in self.layers.values():
-            layer._disable_adapters, layer._active_adapter = not names, list(names)
+            self.playing[:] = before
 
     def _checkpoint(self, block: Any, *inputs: Any) -> Any:
         """A block whose activations are computed again in the backward pass, which is the role's own whatever role the network
         plays by then."""
-        names = self.playing
+        names = tuple(self.playing)
         return checkpoint(
             block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self.with_adapters(names))
         )
