@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
-from diffusers.loaders import single_file
+from diffusers.loaders import single_file, single_file_utils
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -176,7 +176,7 @@ def test_a_reference_may_be_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     save_file({"other": value}, tmp_path / "other.safetensors")
     (tmp_path / "pickled.ckpt").touch()
     monkeypatch.setattr(pretrained, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    for module in (pretrained, single_file):  # in the place of the hub, where the published model's configuration is
+    for module in (single_file, single_file_utils):  # in the place of the hub, where the published model's configuration is
         monkeypatch.setattr(module, "fetch_diffusers_config", lambda weights: {"pretrained_model_name_or_path": str(folder)})
     whole, one = load_reference(str(folder)), load_reference(str(tmp_path / "all.safetensors"))
     pictures = [each.decode(each.sample(PROMPTS, noise(), 3, 2.0)) for each in (whole, one)]

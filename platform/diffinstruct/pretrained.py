@@ -25,7 +25,6 @@ import transformers
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import FrozenDict
-from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from diffusers.utils import logging as diffusers_logging
 from filelock import FileLock
 from huggingface_hub import snapshot_download
@@ -446,6 +445,8 @@ def unpacked(file: Path) -> Path:
     What the file does not hold (configuration, tokenizers) is that of the model that diffusers takes it to be a version of.
     Raises UserError for a file that holds none.
     """
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config  # takes a second, for what is rare
+
     if file.suffix != ".safetensors":
         raise _refusal(f"reference.model: {file} is no .safetensors file, and files of other kinds are not opened")
     seen = file.stat()
