@@ -83,7 +83,8 @@ def test_a_sweep_that_was_ended_is_finished_by_the_same_call(session, world, tmp
     """SIGTERM (`ray job stop`) saves first, so that no step is done twice; Ctrl-C goes back to the last checkpoint."""
     from mlflow import MlflowClient
 
-    base, points = world[1](steps=100, logging__checkpoint_every=10, **WITHOUT_ACTORS), sweeps.grid({"generator.timestep": [500]})
+    base = world[1](steps=100, logging__checkpoint_every=10, **WITHOUT_ACTORS)
+    points = sweeps.grid({"generator.timestep": [500]})
     folder = tmp_path / "sweep" / sweeps.changed(base, points[0]).derived_id
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
