@@ -10,10 +10,12 @@ import os
 import resource
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from chaos.store import exchanges, flips, full_disks, truncations
 
 from diffinstruct import checkpoint
 from diffinstruct.checkpoint import CheckpointError, CheckpointStore
@@ -162,6 +164,12 @@ def test_damage_is_named_and_the_one_before_is_used(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000050", "step-00000100"]
 
 
+@pytest.mark.parametrize("harm", [partial(flips, count=100, seed=0), truncations, exchanges, full_disks])
+def test_no_harm_is_taken_for_a_checkpoint(tmp_path: Path, harm) -> None:
+    """The quick part of tests/chaos/store.py."""
+    assert sum(1 for _ in harm(tmp_path)) >= 18
+
+
 def test_a_broken_newer_one_does_not_push_out_the_one_just_written(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     store.save(100, state())
@@ -227,7 +235,7 @@ def test_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", no_space)
-        with pytest.raises(CheckpointError, match=r"step-00000100.*No space left on device"):
+        with pytest.raises(CheckpointError, match=r"step-00000100.*No space left on device.*takes 0.0 MiB here, \d+"):
             store.save(100, state())
     assert same(store.latest(), (50, state()))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000050"]

@@ -110,7 +110,7 @@ class CheckpointStore:
                 said = (temporary / name).with_suffix(".json")
                 manifest[name] = json.loads(said.read_text())
                 said.unlink()
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            (temporary / MANIFEST).write_bytes(_manifest(manifest))
             for path in (temporary / TREE, temporary / MANIFEST, temporary):
                 _flush(path)
             if final.exists():  # no rename onto a folder: for a moment the old one is called .old, which `latest` reads
@@ -130,8 +130,10 @@ class CheckpointStore:
                     shutil.rmtree(temporary, ignore_errors=True)
                 if failure and not isinstance(failure, OSError | ValueError | SafetensorError):
                     raise failure
+                need = sum(tensor.nbytes for tensor in tensors.values())
                 raise CheckpointError(
                     f"checkpoint {final} could not be written: {failure or 'another process could not write its part'}. "
+                    f"It takes {need / 2**20:.1f} MiB here, {_free(final) / 2**20:.1f} MiB are free. "
                     "The ones before it are untouched."
                 ) from failure
         if first:
@@ -240,7 +242,11 @@ def _read(step: int, path: Path, crew: Crew) -> State:
     """The state in `path`, of tensors that are spread this process's rows. Raises CheckpointError with the reason if any part
     of it is not what was written."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        _own(path / MANIFEST)
+        said = (path / MANIFEST).read_bytes()
+        manifest = json.loads(said)
+        if said != _manifest(manifest):
+            raise CheckpointError(f"{MANIFEST}: it is not as it was written")
         _verify(path / TREE, manifest[TREE])
         document = json.loads((path / TREE).read_bytes())
         if document["step"] != step:
@@ -276,6 +282,7 @@ def _span(rows: int, rank: int, world: int) -> tuple[int, int]:
 
 def _verify(path: Path, written: dict[str, Any]) -> None:
     """Raises CheckpointError for a file that is not what was written."""
+    _own(path)
     found = _fingerprint(path)
     if found["bytes"] != written["bytes"]:
         raise CheckpointError(f"{path.name}: {found['bytes']} bytes of {written['bytes']}")
@@ -283,9 +290,24 @@ def _verify(path: Path, written: dict[str, Any]) -> None:
         raise CheckpointError(f"{path.name}: its content is not what was written (sha256 differs)")
 
 
+def _manifest(entries: dict[str, Any]) -> bytes:
+    return json.dumps(entries, indent=1).encode()
+
+
+def _own(path: Path) -> None:
+    """Raises CheckpointError for a link: what a checkpoint says lies in its folder."""
+    if path.is_symlink():
+        raise CheckpointError(f"{path.name}: it is a link")
+
+
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+
+
+def _free(path: Path) -> int:
+    """Bytes on the disk on which `path` lies, or would lie."""
+    return shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
 
 
 def _flush(path: Path) -> None:
