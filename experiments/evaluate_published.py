@@ -1,6 +1,6 @@
 """Do the published one-step generators score here what their authors report? And ours, under the same protocol?
 
-    python experiments/evaluate_published.py PROMPTS [MODEL ...] [-o FOLDER] [--seed N] [--batch N]
+    python experiments/evaluate_published.py PROMPTS [MODEL ...] [-o FOLDER] [--column NAME] [--seed N] [--batch N]
     python experiments/evaluate_published.py --smoke
 
 MODEL is the name of a published generator, a finished run or an exported folder; without any, all published ones. Each makes
@@ -16,6 +16,7 @@ and which aesthetic predictor it has is not known here; ours are the rewards cli
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
 
+from diffinstruct.embeddings import digest
 from diffinstruct.evaluation import FeaturesOnly, Figure, bootstrap_mean, evaluate, markdown
 from diffinstruct.experiment import UserError, did_you_mean
 from diffinstruct.export import export, load_export
@@ -86,10 +88,31 @@ class Beside(Figure):
         return super().__str__() + (f" ({self.paper:g})" if self.paper is not None else "")
 
 
+def called(model: str) -> str:
+    """The name of its row."""
+    path = Path(model).absolute()
+    return path.parent.name if path.name == "export" else path.name
+
+
+def exported(model: str) -> Path:
+    """The folder of a run's export, or of one by itself. Raises UserError for what is neither."""
+    folder = Path(model, "export") if Path(model, "experiment.yaml").is_file() else Path(model)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{model}: is no exported folder, nor a run that has finished")
+    return folder
+
+
+def weights_of(model: str, protocol: Protocol) -> str:
+    """What tells them from others'."""
+    if model in protocol.published:
+        return "/".join(protocol.published[model][:2])
+    return digest(exported(model).rglob("*.safetensors"))
+
+
 def opened(model: str, protocol: Protocol, folder: Path) -> tuple[Reference, OneStepGenerator]:
     """What carries a model, and its generator."""
     if model not in protocol.published:
-        return load_export(Path(model, "export") if Path(model, "experiment.yaml").is_file() else model, DEVICE)
+        return load_export(exported(model), DEVICE)
     source, file, _ = protocol.published[model]
     start = Path(source, file) if Path(source).is_dir() else Path(hf_hub_download(source, file))
     if start.suffix == ".bin":  # pickled tensors: read as such and nothing else
@@ -108,9 +131,9 @@ def scores(
     for model in models:
         if model not in protocol.published and not Path(model).is_dir():
             raise UserError(f"{model}: neither a folder nor published{did_you_mean(model, protocol.published)}")
-        if (name := Path(model).absolute().name) in found:
+        if (name := called(model)) in found:
             raise UserError(f"{model}: another one is called {name!r}; give the folder a name of its own")
-        file = folder / f"{name}.csv"
+        of, file = weights_of(model, protocol), folder / f"{name}.csv"
         if not file.exists():
             judges = judges or {reward: load_reward(reward, DEVICE) for reward, _ in protocol.rewards.values()}
             reference, generator = opened(model, protocol, folder)
@@ -118,10 +141,11 @@ def scores(
             sees = FeaturesOnly(list(judges.values())[-1].features)  # for diversity
             sample, shape = reference.sampler(generator), reference.latent_shape
             made = evaluate(sample, prompts, judges, sees, None, noise_shape=shape, seed=seed, batch_size=batch)
-            save(made.table.assign(seed=seed), file)
+            save(made.table.assign(seed=seed, weights=of), file)
         found[name] = pd.read_csv(file, keep_default_na=False, na_values={"diversity": [""]})
-        if list(found[name]["prompt"]) != list(prompts["prompt"]) or set(found[name]["seed"]) != {seed}:
-            raise UserError(f"{file}: is of other prompts or another seed; name another folder with -o")
+        kept = {key: set(found[name][key]) for key in ("seed", "weights")}
+        if list(found[name]["prompt"]) != list(prompts["prompt"]) or kept != {"seed": {seed}, "weights": {of}}:
+            raise UserError(f"{file}: is of other prompts, another seed or other weights; name another folder with -o")
     return found
 
 
@@ -144,19 +168,25 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"a folder, or one of {', '.join(PAPER.published)}")
     parser.add_argument("-o", dest="folder", type=Path, default=Path("runs/published"), metavar="FOLDER")
     parser.add_argument("--seed", type=int, default=2_000_000, help="of the noise (default 2000000, as of `evaluate`)")
+    parser.add_argument("--column", default="prompt", help="of the prompts in PROMPTS (default prompt)")
     parser.add_argument("--batch", type=int, default=1, help="pictures made at once; the decoder takes gigabytes for each")
     parser.add_argument("--smoke", action="store_true", help="the pocket world's generators on a few prompts")
     asked = parser.parse_args()
     protocol, folder = (SMOKE, Path("runs/published-smoke")) if asked.smoke else (PAPER, asked.folder)
     if not asked.smoke and not asked.prompts:
         parser.error("name the prompts")
+    if asked.batch < 1:
+        parser.error(f"--batch: should be at least 1, got {asked.batch}")
+    if folder.exists() and not folder.is_dir():
+        parser.error(f"-o: {folder} is no folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        prompts = read_prompts("pocket:eval").iloc[::50] if asked.smoke else read_prompts(asked.prompts)
+        prompts = read_prompts("pocket:eval").iloc[::50] if asked.smoke else read_prompts(asked.prompts, column=asked.column)
         models = [*protocol.published, *exports(folder)] if asked.smoke else asked.models or list(protocol.published)
         tables = scores(models, protocol, prompts, folder, asked.seed, asked.batch)
     except UserError as error:
-        raise SystemExit(str(error)) from None
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
     rows = {name: figures(name, table, protocol, asked.seed) for name, table in tables.items()}
     print(markdown(rows))
     flat = [{"model": name, "measure": title} | asdict(figure) for name, row in rows.items() for title, figure in row.items()]

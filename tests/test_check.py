@@ -97,5 +97,5 @@ def test_a_table_without_network_weights_or_start(monkeypatch) -> None:
     values["generator"] |= {"start": "/nowhere.safetensors", "lora_rank": 64}
     values["score_network"]["lora_rank"] = 64
     text, problem = report(Experiment.model_validate(values))
-    assert problem == "generator.start: no such file: /nowhere.safetensors"
+    assert problem == "generator.start: no such file or folder: /nowhere.safetensors"
     assert "2567.46" in text and "694.66" in text and "generator's adapter" in text

@@ -341,7 +341,7 @@ def test_check_says_in_one_line_what_does_not_fit(file, capsys, monkeypatch):
     assert said == "objective.t_max: got 5000, the reference's schedule has 1000 steps"
     assert main(["check", str(file), "-s", "generator.start=/nowhere.safetensors"]) == 2
     said = capsys.readouterr()
-    assert said.err == "generator.start: no such file: /nowhere.safetensors\n" and "memory     " in said.out
+    assert said.err == "generator.start: no such file or folder: /nowhere.safetensors\n" and "memory     " in said.out
     assert "/nowhere" in complaint(capsys, "check", file, "-s", "generator.start=/nowhere")
     said = complaint(capsys, "check", file, "-s", "generator.timestep=1000")
     assert said == "generator.timestep: got 1000, the schedule has 0 to 999"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from safetensors.torch import load_file
 
 from diffinstruct import local
 from diffinstruct.cluster.sweep import changed
+from diffinstruct.experiment import UserError
 from diffinstruct.pretrained import POCKET
+from diffinstruct.prompts import read_prompts
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SCORED = "evaluate_published"
@@ -83,6 +86,11 @@ def test_smoke_of_what_scores(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("diffinstruct.evaluation.evaluate", None)  # nothing is scored twice
     smoke(SCORED, monkeypatch, tmp_path)
     assert capsys.readouterr().out == said[said.index("|") :]
+    kept, names = tmp_path / "runs" / "published-smoke", runpy.run_path(str(EXPERIMENTS / f"{SCORED}.py"))
+    shutil.copytree(kept / "export-distilled", tmp_path / "other" / "export-raw")
+    prompts = read_prompts("pocket:eval").iloc[::50]
+    with pytest.raises(UserError, match=r"export-raw.csv: is of other prompts, another seed or other weights"):
+        names["scores"]([str(tmp_path / "other" / "export-raw")], names["SMOKE"], prompts, kept, 2_000_000, 1)
 
 
 def test_published_weights_may_be_pickled_tensors(tmp_path):

@@ -183,7 +183,13 @@ def test_a_reference_may_be_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert torch.equal(*pictures) and pictures[0].std() > 0.05
     with monkeypatch.context() as once:
         once.setattr(StableDiffusionPipeline, "from_single_file", None)
-        assert load_reference(str(tmp_path / "all.safetensors")).source == one.source
+        (tmp_path / "link.safetensors").symlink_to("all.safetensors")
+        assert load_reference(str(tmp_path / "link.safetensors")).source == one.source
+    with monkeypatch.context() as elsewhere:
+        (tmp_path / "no folder").touch()
+        elsewhere.setattr(pretrained, "HF_HUB_CACHE", str(tmp_path / "no folder"))
+        with pytest.raises(UserError, match=r"^reference.model: \S*all.safetensors cannot be unpacked into [^\n]*$"):
+            load_reference(str(tmp_path / "all.safetensors"))
     for spoilt, said in {"other.safetensors": "holds no StableDiffusionPipeline", "pickled.ckpt": "is no .safetensors"}.items():
         with pytest.raises(UserError, match=f"{spoilt} {said}") as refusal:
             load_reference(str(tmp_path / spoilt))

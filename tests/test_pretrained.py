@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -57,6 +58,9 @@ def test_an_embedding_depends_neither_on_its_batch_nor_on_the_cache(folder: Path
     alone = load_reference(str(folder)).encode_prompts(PROMPTS[2:])["prompt_embeds"]
     for _ in range(2):
         assert torch.equal(reference.encode_prompts(PROMPTS)["prompt_embeds"][2:], alone)
+    with torch.autocast("cpu", torch.bfloat16):  # a look, which may be the first to ask
+        first = load_reference(str(folder)).encode_prompts(PROMPTS[2:])["prompt_embeds"]
+    assert torch.equal(first, alone)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -209,3 +213,15 @@ def test_a_start_or_timestep_that_does_not_fit_is_refused(reference: Reference, 
         reference.generator(625, str(other))
     with pytest.raises(UserError, match=r"got 1000, .* 0 to 999"):
         reference.generator(1000)
+    with pytest.raises(UserError, match=r"generator.timestep: should be at least 1 where input_scale is 'sigma', got 0"):
+        reference.generator(0, input_scale="sigma")
+    (tmp_path / "model.ckpt").touch()
+    for key, start, said in [
+        ("generator.start", "othr", f"no such file or folder: {tmp_path}/othr, did you mean '{tmp_path}/other'?"),
+        ("generator.start", "model.ckpt", "is no .safetensors file, and files of other kinds are not opened"),
+        ("reference.model", "othr", f"no such file or folder: {tmp_path}/othr, did you mean '{tmp_path}/other'?"),
+    ]:
+        with pytest.raises(UserError, match=rf"^{key}: [^\n]*{re.escape(said)}$"):
+            if key == "reference.model":
+                load_reference(str(tmp_path / start))
+            reference.check_start(str(tmp_path / start))

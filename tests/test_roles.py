@@ -124,6 +124,15 @@ def test_adapters_equal_their_merge(folder: Path, family: str, checkpointing: st
     assert compared > 5
 
 
+def test_a_merge_is_on_the_files_own_weights(folder: Path, family: str) -> None:
+    """Also where the base is held in bf16, so that the adapter does to the published model what it does to the export."""
+    reference = load_reference(str(folder))
+    network: Any = make_roles(configured(folder, family, *RANKS, "precision=bf16"), reference).generator.denoiser.network
+    assert network.dtype == torch.bfloat16
+    merged = network.merged().state_dict()  # its adapter adds nothing yet
+    assert all(torch.equal(merged[name], value) for name, value in reference.network().state_dict().items())
+
+
 def test_training_leaves_the_base_alone_and_moves_every_adapter(folder: Path, family: str) -> None:
     experiment, reference = configured(folder, family, *RANKS), load_reference(str(folder))
     roles = make_roles(experiment, reference)

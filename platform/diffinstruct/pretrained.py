@@ -10,9 +10,9 @@ Shapes: B samples; latents and noise [B, C, H, W] in the network's units (the de
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, lru_cache, partial
@@ -42,6 +42,7 @@ from diffinstruct.rewards import RewardModel
 POCKET = Path(__file__).parent / "pocket"
 DECODERS = ("AutoencoderKL", "AutoencoderTiny")
 FLOW = "FlowMatchEulerDiscreteScheduler"
+SUPPORTED = f"supported are pipelines of class {', '.join(FAMILIES)}"
 
 InputScale = Literal["unit", "sigma"]
 """What a one-step generator takes z ~ N(0, I) for: "unit" feeds it as it is (DMD2), "sigma" feeds sigma_T z (SiD)."""
@@ -229,11 +230,13 @@ class Reference:
     def check_start(self, start: str) -> str:
         """Where a start's weights lie; whether they fit, as far as they need not be read. Raises UserError as `network`."""
         source = {"reference": self.source, "pocket-distilled": str(POCKET / "generator")}.get(start, start)
-        if Path(source).suffix == ".safetensors":
-            if not Path(source).is_file():
-                raise _refusal(f"generator.start: no such file: {source}")
+        _there("generator.start", source)
+        if Path(source).is_file():
+            _only_safetensors("generator.start", Path(source))
             return source
-        config = _read(self._network_class.load_config, source, subfolder=self._subfolder(source))
+        config = _read(
+            self._network_class.load_config, source, key="generator.start", subfolder=self._subfolder(source)
+        )
         for key in self.family.shape:
             if config.get(key) != self._config.get(key):
                 raise _refusal(
@@ -261,6 +264,8 @@ class Reference:
             raise _refusal(
                 f"generator.timestep: should be {last} for a flow, whose stock pipelines begin at pure noise, got {timestep}"
             )
+        if input_scale == "sigma" and timestep == 0:
+            raise _refusal("generator.timestep: should be at least 1 where input_scale is 'sigma', got 0")
         return OneStepGenerator(self.denoiser(network), timestep, input_scale)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -330,7 +335,8 @@ class Reference:
 
     @torch.no_grad()
     def _embed(self, prompt: str | None) -> Conditions:
-        with quiet():  # a prompt that is cut off would be told of at every worker
+        # Quiet: a prompt that is cut off would be told of at every worker. Not in the precision of whoever asks first, either.
+        with quiet(), torch.autocast(torch.device(self.device).type, enabled=False):
             if prompt is NULL:
                 return self.family.null(self._encoding, self.device)
             return self.family.encode(self._encoding, prompt, self.device)
@@ -355,15 +361,15 @@ class Reference:
 
     def _start(self, source: str, dtype: torch.dtype, device: torch.device | str) -> Any:
         """A network from a folder, a hub id or a file."""
-        if Path(source).suffix != ".safetensors":
+        if not Path(source).is_file():
             return self._part(self._network_class, source, self._subfolder(source), dtype, device)
         network = self._weightless()
-        weights = _read(load_file, source)
+        weights = _read(load_file, source, key="generator.start")
         if weights.keys() == network.state_dict().keys():
             try:
                 network.load_state_dict(weights, assign=True)
             except RuntimeError as error:
-                said = f"generator.start: {source} does not fit the reference {self.source}: {_last_line(error)}"
+                said = f"generator.start: {source} does not fit the reference {self.source}: {_lines(error)[-1]}"
                 raise _refusal(said) from None
         elif hasattr(self._network_class, "from_single_file"):
             with quiet():
@@ -371,7 +377,7 @@ class Reference:
                 try:
                     network = convert(str(Path(source).absolute()))
                 except Exception as error:  # the converters look for what they know and fall over what they do not
-                    raise _refusal(f"generator.start: {source} holds no {self.family.network}: {_last_line(error)}") from None
+                    raise _refusal(f"generator.start: {source} holds no {self.family.network}: {_lines(error)[-1]}") from None
         else:
             odd = min(weights.keys() ^ network.state_dict().keys())
             raise _refusal(f"generator.start: {source} holds no {self.family.network}: only one of the two has {odd!r}")
@@ -422,50 +428,60 @@ def load_reference(
     Raises UserError, one line, for what is not there or not supported.
     """
     source = str(POCKET / "pipeline") if model == "pocket" else model
+    _there("reference.model", source)
     if Path(source).is_file():
         source = str(unpacked(Path(source)))
-    index = _read(_PipelineIndex.load_config, source)
+    index = _read(_PipelineIndex.load_config, source, key="reference.model")
     name = index.get("_class_name")
-    supported = f"supported are pipelines of class {', '.join(FAMILIES)}"
     if name not in FAMILIES:
-        raise _refusal(f"reference.model: {model} is a {name}; {supported}")
+        raise _refusal(f"reference.model: {model} is a {name}; {SUPPORTED}")
     family = FAMILIES[name]
     wanted = {family.part: (family.network, *family.once), "vae": DECODERS}
     wanted |= {part: (kind, f"{kind}Fast") for part, kind in family.texts.items()}
     for part, classes in wanted.items():
         found = (index.get(part) or (None, None))[1]
         if found not in classes:
-            raise _refusal(f"reference.model: the {part} of {model} is a {found}, not a {' or '.join(classes)}; {supported}")
+            raise _refusal(f"reference.model: the {part} of {model} is a {found}, not a {' or '.join(classes)}; {SUPPORTED}")
     return Reference(source, index, dtype, device, activation_checkpointing, embeddings, decoder_dtype)
 
 
 def unpacked(file: Path) -> Path:
-    """The pipeline's folder that diffusers makes of a file that holds all of it, kept beside what is downloaded.
+    """The pipeline's folder that diffusers makes of a file that holds all of it, in the file's precision. It is kept beside
+    what is downloaded, under the file's name and content.
 
     What the file does not hold (configuration, tokenizers) is that of the model that diffusers takes it to be a version of.
-    Raises UserError for a file that holds none.
+    Raises UserError for a file that holds none, and for a folder that cannot be written.
     """
     from diffusers.loaders.single_file_utils import fetch_diffusers_config  # takes a second, for what is rare
 
-    if file.suffix != ".safetensors":
-        raise _refusal(f"reference.model: {file} is no .safetensors file, and files of other kinds are not opened")
-    seen = file.stat()
-    name = hashlib.sha256(f"{file.absolute()} {seen.st_size} {seen.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = Path(HF_HUB_CACHE, "diffinstruct", f"{file.stem}-{name}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):  # of a node's processes one makes it
-        if folder.is_dir():
-            return folder
-        kept = fetch_diffusers_config(_read(load_file, str(file)))["pretrained_model_name_or_path"]
-        kind = getattr(diffusers, _read(_PipelineIndex.load_config, kept)["_class_name"])
-        partial = folder.with_name(f".{folder.name}")
-        try:
-            with quiet():
-                kind.from_single_file(str(file.absolute())).save_pretrained(partial)
-        except Exception as error:  # the converters look for what they know and fall over what they do not
-            shutil.rmtree(partial, ignore_errors=True)
-            raise _refusal(f"reference.model: {file} holds no {kind.__name__}: {_last_line(error)}") from None
-        return partial.rename(folder)
+    _only_safetensors("reference.model", file)
+    file = file.resolve()
+    folder = Path(HF_HUB_CACHE, "diffinstruct", f"{file.stem}-{digest([file])}")
+    if folder.is_dir():
+        return folder
+    weights = _read(load_file, str(file), key="reference.model")
+    kept = fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
+    why = f"reference.model: {file} is taken for a version of {kept}, whose configuration is not here"
+    name = _read(_PipelineIndex.load_config, kept, key=why)["_class_name"]
+    if name not in FAMILIES:
+        raise _refusal(f"reference.model: {file} is a {name}; {SUPPORTED}")
+    dtype = next((weight.dtype for weight in weights.values() if weight.is_floating_point()), torch.float32)
+    partial = folder.with_name(f".{folder.name}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")), quiet(), warnings.catch_warnings():
+            if folder.is_dir():  # of a node's processes another one has made it
+                return folder
+            warnings.simplefilter("ignore")
+            try:
+                pipeline = getattr(diffusers, name).from_single_file(str(file), dtype=dtype)
+            except Exception as error:  # the converters look for what they know and fall over what they do not
+                raise _refusal(f"reference.model: {file} holds no {name}: {_lines(error)[0]}") from None
+            pipeline.save_pretrained(partial)
+            return partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _refusal(f"reference.model: {file} cannot be unpacked into {folder}: {_lines(error)[0]}") from None
 
 
 def frozen_dtype(precision: str) -> torch.dtype:
@@ -492,10 +508,12 @@ def quiet() -> Iterator[None]:
     """No progress bar for files on disk, no remark on torchvision (which nothing here needs) or on the key that
     AutoencoderTiny writes and does not read."""
     verbosity, bars = diffusers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    diffusers_bars = diffusers_logging.is_progress_bar_enabled()
     transformers_verbosity = transformers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
     try:
         yield
     finally:
@@ -503,19 +521,38 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(transformers_verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+        if diffusers_bars:
+            diffusers_logging.enable_progress_bar()
 
 
-def _read(load: Callable[..., Any], source: str, **where: Any) -> Any:
-    """`load(source, ...)`; what is missing becomes one line for the user."""
+def _read(load: Callable[..., Any], source: str, key: str = "", **where: Any) -> Any:
+    """`load(source, ...)`; what is missing becomes one line for the user, of the configuration's `key`."""
     try:
         return load(source, **where)
     except (OSError, ValueError, SafetensorError) as error:
         part = f" of {source}" if where.get("subfolder") else source
-        raise _refusal(f"cannot read {where.get('subfolder', '')}{part}: {str(error).splitlines()[0]}") from error
+        said = f"cannot read {where.get('subfolder', '')}{part}: {_lines(error)[0]}"
+        raise _refusal(f"{key}: {said}" if key else said) from error
 
 
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
+def _there(key: str, name: str) -> None:
+    """Refuse what can only be a file or a folder, not a hub id, and is not there."""
+    from diffinstruct.experiment import nearest_file
+
+    path = Path(name)
+    local = path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth") or name.startswith((".", "~", "/"))
+    if not path.exists() and (local or name.count("/") > 1 or ("/" in name and path.parent.is_dir())):
+        raise _refusal(f"{key}: no such file or folder: {name}{nearest_file(path, '*')}")
+
+
+def _only_safetensors(key: str, file: Path) -> None:
+    if file.suffix != ".safetensors":
+        raise _refusal(f"{key}: {file} is no .safetensors file, and files of other kinds are not opened")
+
+
+def _lines(error: Exception) -> list[str]:
+    """What it says, without empty lines."""
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
 
 
 def _refusal(message: str) -> Exception:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,11 @@ def make_roles(experiment: Experiment, reference: Reference, place: Place = whol
             loaded.compile()
         return loaded
 
-    base = Base(network(dtype=frozen), reference.family.adapted, experiment.activation_checkpointing)
+    def base_of(start: str) -> Base:
+        exact = partial(reference.network, start, torch.float32, "cpu")
+        return Base(network(start, frozen), reference.family.adapted, experiment.activation_checkpointing, exact)
+
+    base = base_of("reference")
     trained: nn.Module
     average: nn.Module
     if of.lora_rank:
@@ -67,7 +72,7 @@ def make_roles(experiment: Experiment, reference: Reference, place: Place = whol
             error = base.add_difference(START, network(of.start), of.start_rank)
             under = (START,)
         elif of.start != "reference":
-            shared = Base(network(of.start, frozen), reference.family.adapted, experiment.activation_checkpointing)
+            shared = base_of(of.start)
         shared.add(GENERATOR, of.lora_rank, experiment.seed)
         shared.add(AVERAGE, of.lora_rank, experiment.seed)
         trained, average = shared.role(GENERATOR, under), shared.role(AVERAGE, under)
@@ -90,9 +95,17 @@ class Base:
 
     adapted: endings of the names of the layers that adapters belong to.
     layers: those that have some, by the names that they have without.
+    exact: reads the network anew, in fp32, where what is held here may be rounded.
     """
 
-    def __init__(self, network: Any, adapted: Sequence[str], activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        network: Any,
+        adapted: Sequence[str],
+        activation_checkpointing: bool = False,
+        exact: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        self.exact = exact
         self.network: Any = network.requires_grad_(False).eval()
         self.adapted = list(adapted)
         self.playing: list[str] = []
@@ -185,8 +198,9 @@ class Role(nn.Module):
         return self.base.network.config
 
     def merged(self) -> nn.Module:
-        """A network of its own with the adapters added to its weights; on the CPU, in fp32."""
-        weights = {name: value.float().cpu() for name, value in _own(self.base.network.state_dict())}
+        """A network of its own with the adapters added to its weights as the files have them; on the CPU, in fp32."""
+        held = self.base.exact() if self.base.exact and self.dtype != torch.float32 else self.base.network
+        weights = {name: value.float().cpu() for name, value in _own(held.state_dict())}
         for name, layer in self.base.layers.items():
             for adapter in (*self.under, self.adapter):
                 added = layer.get_delta_weight(adapter).detach().float().cpu()
