@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: quickstart test
+.PHONY: quickstart test chaos
 
 quickstart: $(READY)
 	$(BIN)/python experiments/quickstart.py
@@ -12,6 +12,13 @@ test: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Kills, full disks and damage, more of each than `make test` has; half an hour, and strace.
+chaos: $(READY)
+	$(BIN)/python tests/chaos/store.py
+	$(BIN)/python tests/chaos/run.py
+	$(BIN)/python tests/chaos/rewards.py
+	$(BIN)/python tests/chaos/sweep.py
 
 # torch goes first and alone: whatever build of it pip is set up to find here, CPU or CUDA, stays.
 $(READY): pyproject.toml constraints.txt

@@ -347,6 +347,12 @@ def test_strange_files_are_one_line(tmp_path, text, said):
     assert errors(tmp_path, text) == [said]
 
 
+def test_aliases_of_aliases_end_soon(tmp_path):
+    lines = ["a0: &a0 [1]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12))]
+    (said,) = errors(tmp_path, "\n".join(lines))
+    assert said == "run.yaml:1: not YAML: more than 100000 values, with aliases"
+
+
 def test_a_missing_file_is_taken_for_one_of_nearly_its_name_only(tmp_path):
     (tmp_path / "recipe.yaml").write_text("")
     (tmp_path / "bin.yaml").write_bytes(b"\xff\xfe")

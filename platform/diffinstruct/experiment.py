@@ -582,6 +582,10 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
     raise ConfigErrors([line for _, line in sorted(source.mistakes, key=lambda mistake: mistake[0])])
 
 
+MOST_VALUES = 100_000
+"""In one configuration."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML whose `1e-4` is a number, as in YAML 1.2 and everywhere else."""
 
@@ -598,6 +602,7 @@ class _Source:
         self.values: dict[str, Any] = {}
         self.places: dict[Loc, tuple[int, str]] = {}  # (line, "file:line"); overrides come after every line
         self.mistakes: list[tuple[int, str]] = []
+        self._values_read = 0
 
     def read_file(self, path: Path) -> None:
         """Raises ConfigErrors where there is no file or no YAML in it: nothing more can be said then."""
@@ -658,6 +663,9 @@ class _Source:
             raise ConfigErrors([f"{where}: {key}not YAML: {what}"]) from None
 
     def _construct(self, loader: _Loader, node: yaml.Node, loc: Loc, place: Callable[[int], tuple[int, str]]) -> Any:
+        self._values_read += 1
+        if self._values_read > MOST_VALUES:  # ten aliases of ten aliases of ... are few lines
+            raise yaml.MarkedYAMLError(problem=f"more than {MOST_VALUES} values, with aliases", problem_mark=node.start_mark)
         if isinstance(node, yaml.SequenceNode):
             for i, item in enumerate(node.value):
                 self.places[*loc, i] = place(item.start_mark.line + 1)
