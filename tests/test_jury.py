@@ -260,7 +260,7 @@ def test_a_look_sees_the_same_prompts_and_noise_with_the_runs_weights(world, mon
     assert np.array_equal(first.trained, second.trained) and first.variety == second.variety > 0
 
     assert len(watcher.prompts) == 64 and len(set(watcher.prompts[:4])) == 1
-    latents = juries.sample(reference, generator, watcher.noise, watcher.prompts, 16)
+    latents = juries.sample(experiment, reference, generator, watcher.noise, watcher.prompts)
     scores = rewards(latents, watcher.prompts, Terms({}, 16)).scores
     np.testing.assert_allclose(first.trained, 4.0 * scores["tiny_rewards:Red"].double().numpy(), rtol=1e-6)
     np.testing.assert_allclose(first.held_out["tiny_rewards:Calm"], scores["tiny_rewards:Calm"].numpy(), rtol=1e-6)
