@@ -13,7 +13,7 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Kills, full disks and damage, more of each than `make test` has; half an hour, and strace.
+# Kills, full disks and damage, more of each than `make test` has; needs strace.
 chaos: $(READY)
 	$(BIN)/python tests/chaos/store.py
 	$(BIN)/python tests/chaos/run.py
