@@ -563,8 +563,8 @@ def test_a_death_while_the_tables_are_made_spoils_nothing(tmp_path: Path) -> Non
 import os, signal, sys, threading, time
 from diffinstruct.tracking import Tracker
 def kill():
-    folder = os.path.dirname(sys.argv[1].removeprefix("sqlite:///"))
-    while not any(os.path.getsize(os.path.join(folder, f)) > 40_000 for f in os.listdir(folder) if ".db." in f):
+    file = sys.argv[1].removeprefix("sqlite:///") + ".tmp"
+    while not (os.path.exists(file) and os.path.getsize(file) > 40_000):
         time.sleep(0.001)
     os.kill(os.getpid(), signal.SIGKILL)
 os.makedirs(os.path.dirname(sys.argv[1].removeprefix("sqlite:///")))
