@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,13 +43,20 @@ class InProcess:
         self.rewards = rewards
 
     def ask(self, latents: Tensor, prompts: Sequence[str], terms: Terms) -> Collect:
-        answer = self.rewards(latents, prompts, terms)
+        try:
+            answer = self.rewards(latents, prompts, terms)
+        except RewardError as error:  # it comes when the answer is collected, as an actor's does
+            return partial(_raise, error)
         return lambda: answer
 
     def meet(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
         with torch.no_grad():  # one at a time: so many as a handshake takes need not fit a GPU's memory while they are decoded
             images = torch.cat([self.rewards.decode(latent) for latent in latents.split(1)])
         return [handshake(name, reward, images, prompts, name in trained) for name, reward in self.rewards.models.items()]
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def make_rewards(names: Sequence[str], decode: Callable[[Tensor], Tensor], device: torch.device | str) -> LatentRewards:
@@ -129,7 +137,8 @@ class Jury:
 
         agree: the least of all workers' values; a collective call, so every worker is to settle after the same round.
         """
-        if self.place != "auto" or len(self._held_up) < MEASURED_ROUNDS or self._last is None:
+        # A round that was left out may have been measured by some workers and not by others
+        if self.place != "auto" or agree(len(self._held_up)) < MEASURED_ROUNDS or self._last is None:
             return None
         held_up = sorted(self._held_up)[len(self._held_up) // 2]
         taken, why = self._in_this_process()

@@ -22,6 +22,10 @@ class RewardError(RuntimeError):
     """A reward that cannot be trusted: wrong shape, not finite, dead, late. It never becomes a score."""
 
 
+class NotFinite(RewardError):
+    """Scores or a gradient with a NaN or an infinity in them: of these pictures, and maybe not of the next."""
+
+
 @dataclass(frozen=True)
 class Terms:
     """What a caller wants of the rewards.
@@ -107,7 +111,7 @@ class LatentRewards:
                 scores[name] = score.detach()
             gradient = torch.autograd.grad(total, leaf)[0] if weights else torch.zeros_like(leaf)
         if not math.isfinite(gradient.abs().sum().item()):
-            raise RewardError(f"the gradient of {' + '.join(weights)} at the latents is not finite")
+            raise NotFinite(f"the gradient of {' + '.join(weights)} at the latents is not finite")
         seen = {tower: features.detach() for tower, features in seen.items()}
         with torch.no_grad():
             for name in (name for name in self.models if name not in weights):
@@ -145,7 +149,7 @@ def scored(
     if not score.is_floating_point():
         raise RewardError(f"reward {name}: scores of {score.dtype}, expected floating point")
     if not torch.isfinite(score).all():
-        raise RewardError(f"reward {name}: {int((~torch.isfinite(score)).sum())} of {batch} scores are not finite")
+        raise NotFinite(f"reward {name}: {int((~torch.isfinite(score)).sum())} of {batch} scores are not finite")
     return score
 
 

@@ -40,15 +40,20 @@ from diffinstruct.jury import (
 from diffinstruct.objectives import objective
 from diffinstruct.pretrained import OneStepGenerator, Reference, frozen_dtype, load_reference
 from diffinstruct.prompts import read_prompts
+from diffinstruct.rewards import NotFinite
 from diffinstruct.roles import Roles, make_roles, whole
 from diffinstruct.sharding import gathered, rows, sharded, spread
-from diffinstruct.step import Draws, Metrics, Players, Settings, alternating_round
+from diffinstruct.step import Draws, Metrics, NonFinite, Players, Settings, alternating_round
 from diffinstruct.tracking import Parent, Tracker
 from diffinstruct.watch import BLIND, Alarm
 
 GRID_NOISES = 3
 GO_ON, LOWER_SCALE, STOP = 2, 1, 0
 """What a look leads to, for all workers: the least of them counts."""
+SKIPS = 5
+"""Steps in a row that are left out because something in them was not finite, until the run goes back."""
+SPIKE = 10.0
+"""A gradient's norm is a spike at so many times its mean over the rows of metrics before."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Worker:
     mesh: DeviceMesh | None = None  # over which all networks are sharded, where they are
     average: Callable[[Metrics], Metrics] = lambda metrics: metrics  # over the workers
     least: Callable[[int], int] = lambda value: value  # of all workers
+    gather: Callable[[Any], list[Any]] = lambda value: [value]  # of all workers, by rank
     where: str = ""  # the cluster's address, for the first and the last line
 
 
@@ -83,6 +89,9 @@ def train(
 ) -> Result | None:
     """Run or resume `experiment` in `folder`; the result on rank 0, None elsewhere. Without `actors` rewards are computed here.
 
+    A step with something in it that is not finite is left out and counted. After SKIPS of them in a row the run goes back to
+    its last checkpoint and on from there with other prompts and noise, once; if that comes to the same it raises NonFinite.
+
     Raises NonFinite or RewardError with the run resumable: weights on disk are from the last checkpoint.
     """
     device = resolve_device(experiment.device)
@@ -100,15 +109,28 @@ def train(
     done, state = newest(store, experiment)  # before anything is written: a run of another configuration stays as it is
     output = Output(experiment, folder, reference, parent, worker.where) if worker.rank == 0 else None
     window = Window(experiment)
-    kept: dict[str, Any] = {"players": players, "jury": jury, "watcher": watcher, "window": window}
-    stopped = False
-    if state:
+    skips, stopped = Skips(), False
+    kept: dict[str, Any] = {"players": players, "jury": jury, "watcher": watcher, "window": window, "skips": skips}
+
+    def take(state: dict[str, Any]) -> None:
+        nonlocal settings, stopped
         state = spread(state, mesh) if mesh else state
         for name, part in kept.items():
             part.load_state_dict(state[name])
         settings, stopped = replace(settings, reward_scale=state["reward_scale"]), state["stopped"]
         if output:
             output.last = state["metrics"]
+
+    def save(at: int) -> None:
+        jury.micro_batch = worker.least(jury.micro_batch)
+        window.share(worker.average)
+        if output or mesh:
+            own = {"experiment": experiment.derived_id, "reward_scale": settings.reward_scale, "stopped": stopped}
+            own["metrics"] = output.last if output else {}
+            store.save(at, own | rows({name: part.state_dict() for name, part in kept.items()}))
+
+    if state:
+        take(state)
     per_worker = experiment.global_batch_size // worker.world
     own_rows = slice(worker.rank * per_worker, (worker.rank + 1) * per_worker)
     at = done
@@ -117,19 +139,40 @@ def train(
             if output and done == 0 and roles.start_error is not None:
                 output.said(0, "start", f"generator.start_rank: {roles.start_error:.1%} of the start's difference is lost")
             meet(reference, players, prompts, jury, grid, done, output)
-        for step in range(done, 0 if stopped else experiment.steps):
-            at = step + 1
+        while not stopped and at < experiment.steps:
+            step, at = at, at + 1
             looks = experiment.watch.every > 0 and step % experiment.watch.every == 0
             latents = watcher.pictures(players.ema) if looks else None
             look = watcher.look(step, latents) if output and latents is not None else None
-            draws = Draws(experiment.seed, step, experiment.global_batch_size, reference.latent_shape, own_rows, device)
+            seed = skips.seed(experiment.seed)
+            draws = Draws(seed, step, experiment.global_batch_size, reference.latent_shape, own_rows, device)
             chosen = [prompts[i] for i in draws.prompts(len(prompts))]
             c = reference.encode_prompts(chosen)
-            metrics = alternating_round(players, settings, reference.schedule, draws, chosen, c, jury.send)
-            window.add(metrics)
-            watcher.note(metrics.get("divergence"))
+            try:
+                metrics = alternating_round(players, settings, reference.schedule, draws, chosen, c, jury.send)
+            except NonFinite as error:
+                why = skips.add(error, worker.gather(error.cause))
+                if output:
+                    output.said(at, "skipped", f"left out, {skips.in_a_row} in a row: {why}")
+                if skips.in_a_row == SKIPS:
+                    found = (0, None) if skips.returned else newest(store, experiment)
+                    if found[1] is None:
+                        raise skips.given_up(at, error.player, why) from None
+                    lost, at = at, found[0]
+                    take(found[1])
+                    skips.turn_back()
+                    if output:
+                        output.went_back(at, lost)
+                    save(at)  # whoever goes on from there goes the other way, too
+                    continue
+            else:
+                skips.in_a_row = 0
+                for spike in window.add(metrics):
+                    if output:
+                        output.said(at, "spike", spike)
+                watcher.note(metrics.get("divergence"))
             if looks:
-                verdict = output.looked(step, *look()) if output and look else GO_ON
+                verdict = output.looked(step, look) if output and look else GO_ON
                 settings, stopped = heed(worker.least(verdict), settings, at, output)
             if (place := jury.settle(worker.least)) and output:
                 output.said(at, "rewards", place)
@@ -141,25 +184,20 @@ def train(
             if last and experiment.watch.every:
                 latents = watcher.pictures(players.ema)
                 if output:
-                    output.looked(at, *watcher.look(at, latents)())
+                    output.looked(at, watcher.look(at, latents))
             if at % experiment.logging.every == 0 or last:
-                metrics = worker.average(window.mean())
+                metrics = worker.average(window.mean() | {"steps/skipped": skips.all})
                 if output:
                     output.metrics(at, metrics)
             if at % experiment.logging.grid_every == 0 or last:
                 columns = grid.columns(players.ema)
                 if output:
                     output.grid(at, columns)
-            if at % experiment.logging.checkpoint_every == 0 or last or paused:
-                jury.micro_batch = worker.least(jury.micro_batch)
-                window.share(worker.average)
-                if output or mesh:
-                    own = {"experiment": experiment.derived_id, "reward_scale": settings.reward_scale, "stopped": stopped}
-                    own["metrics"] = output.last if output else {}
-                    store.save(at, own | rows({name: part.state_dict() for name, part in kept.items()}))
-            if last:
-                break
-            if paused:
+            # What one goes back to should not lie in the middle of what one flees from
+            if (at % experiment.logging.checkpoint_every == 0 and not skips.in_a_row) or last or paused:
+                skips.returned = skips.returned and skips.in_a_row > 0
+                save(at)
+            if paused and not last:
                 raise orders.Paused(f"paused at step {at}, all of it saved in {store.folder}")
     except BaseException as error:
         if output:
@@ -330,26 +368,74 @@ def take_over(experiment: Experiment, folder: Path, donor: Path) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------- output
+class Skips:
+    """The steps that were left out because something in them was not finite."""
+
+    def __init__(self) -> None:
+        self.all = 0
+        self.in_a_row = 0
+        self.detours = 0  # how often the run has gone back; each time it goes on with other prompts and noise
+        self.returned = False  # and has not come to another checkpoint since
+
+    def add(self, error: NonFinite, causes: Sequence[str | None]) -> str:
+        """Count one; why, from what all workers have found, by rank."""
+        self.all += 1
+        self.in_a_row += 1
+        found = [(rank, cause) for rank, cause in enumerate(causes) if cause]
+        said = [f"worker {rank}: {cause}" if len(causes) > 1 else cause for rank, cause in found]
+        return "; ".join(said) or f"the {error.player}'s gradient, with all before it finite"
+
+    def turn_back(self) -> None:
+        self.in_a_row, self.returned = 0, True
+        self.detours += 1
+
+    def given_up(self, step: int, player: str, why: str) -> NonFinite:
+        again = "once more after going back" if self.returned else "with no checkpoint to go back to"
+        return NonFinite(step, player, f"{why}; {SKIPS} steps in a row, {again}")
+
+    def seed(self, seed: int) -> int:
+        """What a run with this seed draws from."""
+        return seed + 100_003 * self.detours
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
 class Window:
     """Metrics since the last row of the journal, and the pace."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.rows: list[Metrics] = []
+        self.usual: Metrics = {}  # gradient norms, means of the window before
         self.since = time.perf_counter()
 
-    def add(self, metrics: Metrics) -> None:
+    def add(self, metrics: Metrics) -> list[str]:
+        """A round's; what is unusual in it."""
         held_out = {f"reward/{name}": f"held_out/{name}" for name in self.experiment.rewards.held_out}
         self.rows.append({held_out.get(key, key): value for key, value in metrics.items()})
+        return [
+            f"{key} is {metrics[key]:.3g}, {metrics[key] / usual:.0f} times what is usual"
+            for key, usual in self.usual.items()
+            if metrics[key] > SPIKE * usual > 0
+        ]
 
     def mean(self) -> Metrics:
         """The mean of each metric and images per second over the window, which starts anew."""
-        now = time.perf_counter()
-        mean = {key: sum(row[key] for row in self.rows) / len(self.rows) for key in self.rows[0]}
+        now, rows = time.perf_counter(), self.rows
+        self.rows, began, self.since = [], self.since, now
+        if not rows:  # all of its steps were left out
+            return {}
+        mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        norms = [f"gradient_norm/{player}" for player in ("generator", "score_network")]
+        self.usual = {key: mean[key] for key in norms if key in mean}
+        mean |= {f"{key}_max": max(row[key] for row in rows) for key in self.usual}
         if mean["time/reward"]:
             mean["time/reward_hidden_fraction"] = 1 - min(1.0, mean["time/reward_exposed"] / mean["time/reward"])
-        mean["throughput/images_per_second"] = len(self.rows) * self.experiment.global_batch_size / (now - self.since)
-        self.rows, self.since = [], now
+        mean["throughput/images_per_second"] = len(rows) * self.experiment.global_batch_size / (now - began)
         return mean
 
     def share(self, average: Callable[[Metrics], Metrics]) -> None:
@@ -357,10 +443,10 @@ class Window:
         self.rows = [average(row) for row in self.rows]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
+        return {"rows": self.rows, "usual": self.usual}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows = list(state["rows"])
+        self.rows, self.usual = list(state["rows"]), dict(state["usual"])
 
 
 class Grid:
@@ -419,12 +505,14 @@ class Output:
         now = time.perf_counter()
         self.first_step = step if self.first_step is None else self.first_step
         pace = (now - self.started) / max(1, step - self.first_step + self.experiment.logging.every)
-        left = pace * (self.experiment.steps - step)
+        left, speed = pace * (self.experiment.steps - step), "throughput/images_per_second"
         line = (
             f"step {step}/{self.experiment.steps}"
             + "".join(f"  {key} {metrics[key]:.4g}" for key in metrics if key.startswith(("reward/", "held_out/")))
             + (f"  divergence {metrics['divergence']:.4g}" if "divergence" in metrics else "")
-            + f"  {metrics['throughput/images_per_second']:.1f} images/s  ETA {int(left // 60)}:{int(left % 60):02d}"
+            + (f"  {metrics[speed]:.1f} images/s" if speed in metrics else "")
+            + (f"  skipped {metrics['steps/skipped']:.0f}" if metrics["steps/skipped"] else "")
+            + f"  ETA {int(left // 60)}:{int(left % 60):02d}"
         )
         live = sys.stdout.isatty() and step < self.experiment.steps
         print(f"\r\x1b[K{line}" if sys.stdout.isatty() else line, end="" if live else "\n", flush=True)
@@ -434,8 +522,19 @@ class Output:
         print(f"step {step}: {text}", flush=True)
         self.tracker.event(step, kind, text)
 
-    def looked(self, step: int, figures: Metrics, alarm: Alarm | None) -> int:
-        """Keep what a look has seen; what follows from it."""
+    def went_back(self, step: int, lost: int) -> None:
+        """After SKIPS steps in a row that were left out."""
+        text = f"{SKIPS} steps in a row were not finite: back to the checkpoint of step {step}, on with other prompts and noise"
+        print(f"step {lost}: {text}", flush=True)
+        self.tracker.back_to(step, lost, text)
+
+    def looked(self, step: int, look: Callable[[], tuple[Metrics, Alarm | None]]) -> int:
+        """Keep what a look has seen; what follows from it. Rewards that have no finite score for its pictures see nothing."""
+        try:
+            figures, alarm = look()
+        except NotFinite as error:
+            self.said(step, "blind", f"no look: {error}")
+            return GO_ON
         self.tracker.metrics(step, figures)
         if alarm is None:
             return GO_ON

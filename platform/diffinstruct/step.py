@@ -7,6 +7,9 @@ computed on detached leaves, wherever that is cheapest, and the generator's grap
     K_TA times:  score network learns to denoise x0
     x0.backward((regularization_weight * g_reg - reward_scale * g_reward) / batch),  clip, Adam, EMA
 
+Nothing that is not finite reaches a weight. What one worker finds, be it in its sample, a loss or a reward, makes its gradient
+NaN; gradients are averaged over the workers, so all of them see it, leave the update out and raise NonFinite at the same place.
+
 What does not fit memory at once goes through the networks in micro-batches. Then there is no graph to keep: x0 is drawn without
 one, and the generator goes forward once more for each micro-batch's backward pass.
 """
@@ -27,13 +30,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffinstruct.diffusion import Conditions, GuidedReference, LawOfT, Schedule, denoising_loss
 from diffinstruct.objectives import Objective
-from diffinstruct.rewards import Send
+from diffinstruct.rewards import NotFinite, Scores, Send
 
 Metrics = dict[str, float]
 
 
 class NonFinite(RuntimeError):
-    """A gradient that is not finite, found before the update: no weight has been touched by it."""
+    """The gradient of `player` is not finite: its update was left out, and with it the rest of the round. All workers raise it.
+
+    player: "score network" or "generator".
+    cause: the first thing that was not finite on this worker, with the prompts it belongs to; None where all was well here, up
+        to the gradient itself.
+    """
+
+    def __init__(self, step: int, player: str, cause: str | None) -> None:
+        self.step, self.player, self.cause = step, player, cause
+        why = f" ({cause})" if cause else ""
+        super().__init__(f"step {step}: the {player}'s gradient is not finite{why}; its weights are unchanged")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NonFinite, (self.step, self.player, self.cause)
 
 
 @dataclass(frozen=True)
@@ -125,6 +141,32 @@ class Draws:
         return full[self.rows].tolist()
 
 
+class _Faults:
+    """What this worker has found in a round that is not finite."""
+
+    def __init__(self, prompts: Sequence[str]) -> None:
+        self.prompts = prompts
+        self.first: str | None = None
+
+    def look(self, what: str, values: Tensor, part: slice = slice(None)) -> bool:
+        """Whether the values [B, ...] of these samples are finite."""
+        finite = values.detach().reshape(len(values), -1).isfinite().all(1)
+        if finite.all():
+            return True
+        prompts = self.prompts[part]
+        of = [prompt for prompt, is_finite in zip(prompts, finite.tolist(), strict=True) if not is_finite]
+        self.say(f"{what}, of {len(of)} of {len(prompts)} samples, the first of them {of[0]!r}")
+        return False
+
+    def say(self, what: str) -> None:
+        self.first = self.first or what
+
+    @property
+    def factor(self) -> float:
+        """Of a loss or a gradient: all workers shall see what one has found."""
+        return math.nan if self.first else 1.0
+
+
 def alternating_round(
     players: Players,
     settings: Settings,
@@ -136,9 +178,12 @@ def alternating_round(
 ) -> Metrics:
     """The score network's K_TA updates, then the generator's one. Returns this worker's means.
 
-    Raises NonFinite before an update that would spoil the weights.
+    Raises NonFinite before an update that would spoil the weights; RewardError.
     """
     metrics: Metrics = {}
+    faults = _Faults(prompts)
+    for key, value in c.items():
+        faults.look(f"prompt embeddings ({key})", value)
     z = draws.normal(draws.GENERATOR)
     *early, last = parts = settings.parts(len(z))
 
@@ -151,26 +196,37 @@ def alternating_round(
         x0 = torch.cat([generated(part) for part in parts])
     sample = x0.detach()
     sending = time.perf_counter()
-    collect = send(sample, prompts)
+    # A reward may well give such pictures a finite score
+    collect = send(sample, prompts) if faults.look("the generator's sample", sample) else None
     exposed = time.perf_counter() - sending  # rewards in this process have their answer now
 
     if settings.objective:
         for k in range(settings.score_updates):
-            metrics |= score_update(players, settings, schedule, draws, sample, c, draws.SCORE + 3 * k)
+            metrics |= score_update(players, settings, schedule, draws, sample, c, draws.SCORE + 3 * k, faults)
         pull, record = _regularizer(players, settings, settings.objective, draws, sample, c)
+        for key, of in record.items():
+            faults.look(key, of)
+        faults.look("the regularizer's gradient", pull)
         metrics |= {key: of.mean().item() for key, of in record.items()}
     else:
         pull = torch.zeros_like(sample)
 
     waiting = time.perf_counter()
-    answer = collect()
+    answer: Scores | None = None
+    try:
+        answer = collect() if collect else None
+    except NotFinite as error:
+        faults.say(str(error))
     metrics["time/reward_exposed"] = exposed + time.perf_counter() - waiting
-    metrics["time/reward"] = answer.seconds
-    push = settings.reward_scale * answer.gradient.to(sample)
-    metrics |= {f"reward/{name}": score.mean().item() for name, score in answer.scores.items()}
+    push = torch.zeros_like(sample)
+    if answer:
+        metrics["time/reward"] = answer.seconds
+        push = settings.reward_scale * answer.gradient.to(sample)
+        metrics |= {f"reward/{name}": score.mean().item() for name, score in answer.scores.items()}
+    faults.look("reward_scale times the rewards' gradient", push)
 
     players.generator_optimizer.zero_grad()
-    gradient = (pull - push) / len(sample)
+    gradient = (pull - push) / len(sample) * faults.factor
     for part in early:
         with _accumulating(players.generator):
             generated(part).backward(gradient[part])
@@ -179,7 +235,7 @@ def alternating_round(
         "gradient_norm/sample_regularizer": _mean_norm(pull),
         "gradient_norm/sample_reward": _mean_norm(push),
         "gradient_norm/generator": _clipped(
-            players.generator, settings.generator_max_grad_norm, draws.step, "generator"
+            players.generator, settings.generator_max_grad_norm, draws.step, "generator", faults
         ),
     }
     players.generator_optimizer.step()
@@ -188,7 +244,14 @@ def alternating_round(
 
 
 def score_update(
-    players: Players, settings: Settings, schedule: Schedule, draws: Draws, sample: Tensor, c: Conditions, place: int
+    players: Players,
+    settings: Settings,
+    schedule: Schedule,
+    draws: Draws,
+    sample: Tensor,
+    c: Conditions,
+    place: int,
+    faults: _Faults,
 ) -> Metrics:
     """One denoising update of the score network on generated samples, with t and eps of its own."""
     t, eps = draws.t(place, settings.law_of_t), draws.normal(place + 1)
@@ -203,7 +266,8 @@ def score_update(
                 with torch.no_grad():
                     x0 = unwrapped(players.generator)(z[part], own)
             each = denoising_loss(players.score_network, schedule, x0, t[part], eps[part], own, settings.score_space)
-            loss = each.mean() * (len(each) / len(sample))
+            faults.look("the score network's loss", each, part)
+            loss = each.mean() * (len(each) / len(sample)) * faults.factor
         loss.backward()
         return loss.item()
 
@@ -213,7 +277,7 @@ def score_update(
         with _accumulating(players.score_network):
             loss += backward(part)
     loss += backward(last)
-    norm = _clipped(players.score_network, settings.score_max_grad_norm, draws.step, "score network")
+    norm = _clipped(players.score_network, settings.score_max_grad_norm, draws.step, "score network", faults)
     players.score_optimizer.step()
     return {"loss/score_network": loss, "gradient_norm/score_network": norm}
 
@@ -247,12 +311,12 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(average, [p.to(a.dtype) for a, p in zip(average, model.parameters(), strict=True)], 1 - decay)
 
 
-def _clipped(player: nn.Module, max_norm: float, step: int, name: str) -> float:
+def _clipped(player: nn.Module, max_norm: float, step: int, name: str, faults: _Faults) -> float:
     """Clip and return the norm from before. Gradients are already averaged over the workers: all of them raise, or none."""
     whole = nn.utils.clip_grad_norm_(player.parameters(), max_norm)
     norm = (whole.full_tensor() if isinstance(whole, DTensor) else whole).item()
     if not math.isfinite(norm):
-        raise NonFinite(f"step {step}: the {name}'s gradient is not finite ({norm}); its weights are unchanged")
+        raise NonFinite(step, name, faults.first)
     return norm
 
 

@@ -5,6 +5,7 @@
                           "metrics": {key: value}, "step": n        (Python's JSON: NaN and Infinity are kept as such)
                           "image": "images/....png", "key": ..., "step": n
                           "event": kind, "step": n, "text": ...     (MLflow has the last of a kind in the tag event.<kind>)
+                                "back_to": n      steps after this one are measured once more, and count as then measured
                           "artifact": path                          (relative to the run's folder where it lies in it)
                           "finish": status, "reason": ...
     <run>/journal.ack     how far MLflow has confirmed it: {"offset": bytes, "postponed": [offsets of pictures and files]}
@@ -111,7 +112,9 @@ class Tracker:
             start["journal"] = starts[-1]["journal"]
         if starts and starts[-1]["params"] == start["params"]:
             for record in before:
-                if "step" in record:
+                if "back_to" in record:
+                    self._forget(record["back_to"])
+                elif "step" in record:
                     once = f"event:{record['event']}" if "event" in record else f"image:{record.get('key')}"
                     self._seen.setdefault(record["step"], set()).update(record.get("metrics") or [once])
         torn = journal.exists() and not journal.read_bytes().endswith(b"\n")
@@ -142,6 +145,14 @@ class Tracker:
         """Journals that something has happened, at most once of a kind and step."""
         if f"event:{kind}" not in self._seen.get(step, ()):
             self._append({"step": int(step), "event": kind, "text": text})
+
+    def back_to(self, step: int, at: int, text: str) -> None:
+        """Journals that the run has gone back from `at` to an earlier step, and comes by the steps between once more."""
+        self._forget(step)
+        self._append({"step": int(at), "event": "back_to", "text": text, "back_to": int(step)})
+
+    def _forget(self, step: int) -> None:
+        self._seen = {of: keys for of, keys in self._seen.items() if of <= step}
 
     def artifact(self, path: Path | str) -> None:
         """Journals a file or folder, to be stored under its own name. It is read when it is delivered: leave it there."""

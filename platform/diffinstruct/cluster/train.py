@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -165,7 +165,7 @@ def train_loop(
     rank, world = context.get_world_rank(), context.get_world_size()
     worker = Worker(rank, world, where=where)
     if world > 1:
-        worker = replace(worker, average=average, least=least)
+        worker = replace(worker, average=average, least=least, gather=gather)
         if experiment.cluster.fully_shard:
             worker = replace(worker, mesh=init_device_mesh(_collective_device(), (world,)))
         else:
@@ -188,6 +188,13 @@ def least(value: int) -> int:
     values = torch.tensor(value, device=_collective_device())
     torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MIN)
     return int(values)
+
+
+def gather(value: Any) -> list[Any]:
+    """All workers' values, by rank; a collective call."""
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _collective_device() -> str:
