@@ -14,6 +14,7 @@ OURS = {"diffinstruct", "reward_models", "experiments", "benchmarks", "tests"}
 # From the ground up. A module imports from floors below its own; a room (a folder) also from itself.
 FLOORS = [
     {"__init__", "diffusion", "distances", "experiment", "orders", "watch"},
+    {"locks"},
     {"aim", "embeddings", "families", "guidance", "objectives", "rewards", "prompts", "checkpoint", "tracking"},
     {"step", "pretrained", "sharding", "evaluation", "handshake", "preflight"},
     {"roles", "results", "jury"},

@@ -1,5 +1,6 @@
 """The face: answers at once, says in one line what the user can mend, and hands the rest to the runners."""
 
+import os
 import re
 import resource
 import shutil
@@ -15,9 +16,10 @@ import tiny
 import torch
 from PIL import Image
 
-from diffinstruct.cli import main
+from diffinstruct.cli import main, run_folder
 from diffinstruct.experiment import Experiment, UserError, load
 from diffinstruct.footprint import Footprint
+from diffinstruct.locks import only_writer
 from diffinstruct.rewards import RewardError
 
 TINY = """\
@@ -102,8 +104,20 @@ def test_train_calls_the_runner_with_value_and_folder(file, tmp_path, runners):
     assert cluster == load(file)
     for f in (folder, other):
         assert f.parent == tmp_path / "runs"
-        assert re.fullmatch(r"tiny-\d{8}T\d{6}-[0-9a-f]{4}", f.name)
+        assert re.fullmatch(r"tiny-[0-9a-f]{12}", f.name)
     assert folder != other
+    assert main(["train", str(file), "-s", "tracking.experiment=elsewhere"]) == 0
+    assert runners["cluster"][1][1] == other  # the same command finds its run again
+
+
+def test_a_run_that_somebody_is_at_work_on_is_left_alone(file, tmp_path, runners, capsys):
+    folder = run_folder(load(file))
+    folder.mkdir(parents=True)
+    with only_writer(folder):
+        said = complaint(capsys, "train", file)
+    assert re.fullmatch(rf"{folder}: process {os.getpid()} on \S+ is at work on this run; it can have one at a time", said)
+    assert main(["train", str(file)]) == 0
+    assert len(runners["cluster"]) == 1
 
 
 def test_run_folders_are_absolute(file, tmp_path, runners, monkeypatch):
@@ -132,9 +146,28 @@ def test_resume_under_another_configuration_names_the_keys(file, tmp_path, runne
     assert complaint(capsys, "train", file, "--resume", run, *changed).splitlines() == [
         f"steps: 7, but the run in {run} has 100",
         f"objective.huber_c: 0.2, but the run in {run} has 0.1",
-        f"--resume: goes on with {run}/experiment.yaml, unchanged",
+        f"--resume: goes on with {run}/experiment.yaml, unchanged; --allow steps goes on with what is new",
     ]
     assert runners["cluster"] == []
+
+
+def test_keys_that_may_change_do_so_one_by_one(file, tmp_path, runners, capsys):
+    run = tmp_path / "runs" / "tiny-1"
+    run.mkdir(parents=True)
+    (run / "experiment.yaml").write_text(load(file).to_yaml())
+    asked = ["train", file, "--resume", run, "-s", "steps=7", "-s", "generator.learning_rate=2e-4"]
+    assert complaint(capsys, *asked, "--allow", "steps").splitlines() == [
+        f"generator.learning_rate: 0.0002, but the run in {run} has 0.0001",
+        f"--resume: goes on with {run}/experiment.yaml, unchanged; --allow generator.learning_rate goes on with what is new",
+    ]
+    assert complaint(capsys, *asked, "--allow", "stepps") == "--allow: stepps: unknown key, did you mean 'steps'?"
+    never = complaint(capsys, "train", file, "--resume", run, "-s", "reference.model=other", "--allow", "reference.model")
+    assert never == "--allow: reference.model: cannot change in a run that has begun"
+    assert complaint(capsys, "train", file, "--allow", "steps").endswith("has not begun, there is nothing to go on with")
+    assert runners["cluster"] == []
+    assert main([*map(str, asked), "--allow", "steps", "--allow", "generator.learning_rate"]) == 0
+    assert (runners["cluster"][0][0].steps, runners["cluster"][0][1]) == (7, run)
+    assert "from step 0 on it has what is new" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

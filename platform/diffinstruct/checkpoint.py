@@ -7,9 +7,9 @@
 Where the networks are spread over several processes each writes a file of its own, tensors-00000-of-00008.safetensors, with its
 rows of the tensors that are spread. They are dealt out anew to however many processes read them.
 
-A checkpoint is written beside its place, flushed to the disk, and renamed into it: it is there whole or not at all.
-Reading compares the digests first (safetensors alone loads a flipped byte silently), names what is broken, and takes
-the one before. No pickles.
+A checkpoint is written beside its place, from a copy of the state and by a thread, flushed to the disk, and renamed into it: it
+is there whole or not at all. Reading compares the digests first (safetensors alone loads a flipped byte silently), names what
+is broken, and takes the one before. No pickles.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from diffinstruct.locks import locked
 
 State = dict[str, Any]
 TREE, MANIFEST = "state.json", "manifest.json"
@@ -67,6 +70,37 @@ class Crew:
         return [f"tensors-{rank:05d}-of-{self.world:05d}.safetensors" for rank in range(self.world)]
 
 
+class _Thread(threading.Thread):
+    """Does one thing; `result` waits for it and raises what it raised."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self.work = work
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.work()
+        except Exception as error:
+            self.error = error
+
+    def result(self) -> None:
+        self.join()
+        if self.error:
+            raise self.error
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    step: int
+    tree: Any
+    need: int
+    thread: _Thread
+
+
 class CheckpointStore:
     """The checkpoints of one run. `folder` holds the `step-...` folders and nothing else; one process or crew writes to it."""
 
@@ -74,37 +108,59 @@ class CheckpointStore:
         self.folder = Path(folder).absolute()
         self.keep = max(1, keep)
         self.crew = crew
+        self._pending: _Pending | None = None
 
     def save(self, step: int, state: State) -> Path:
-        """Writes `state` (dicts, lists, tuples of tensors, Rows, numbers, strings, None; keys str or int), keeps the newest.
-        Of a crew all call it: each writes its Rows, what else there is is the first one's.
+        """`start`, and wait until it is there."""
+        self.start(step, state)
+        self.settle(wait=True)
+        return self.folder / f"step-{step:08d}"
+
+    def start(self, step: int, state: State) -> None:
+        """Copies `state` (dicts, lists, tuples of tensors, Rows, numbers, strings, None; keys str or int), and leaves writing
+        the copy to a thread; `settle` makes it a checkpoint. Waits for the one before. Of a crew all call it: each writes its
+        Rows, what else there is is the first one's.
 
         Checkpoints *after* `step` go too: whoever writes an earlier step could not use them, or has started over.
         Raises CheckpointError when the disk does not take it (the checkpoints before stay as they are), TypeError for a
         value that has no place in a checkpoint.
         """
+        self.settle(wait=True)
         tree, tensors = encode(state)
-        final = self.folder / f"step-{step:08d}"
-        temporary, replaced = final.with_suffix(".tmp"), final.with_suffix(".old")
-        files, first = self.crew.files(), self.crew.rank == 0
+        temporary = self.folder / f"step-{step:08d}.tmp"
+        need = sum(tensor.nbytes for tensor in tensors.values())
+        own = temporary / self.crew.files()[self.crew.rank]
 
         def begin() -> None:
-            if first:
+            if self.crew.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for left_over in self.folder.glob("step-*.tmp"):
                     shutil.rmtree(left_over)
                 temporary.mkdir()
 
         def write() -> None:
-            own = temporary / files[self.crew.rank]
             save_file(tensors, own)
             own.with_suffix(".json").write_text(json.dumps(_fingerprint(own)))
             _flush(own)
 
+        self._together(step, need, begin)
+        self._pending = _Pending(step, tree, need, _Thread(write))
+
+    def settle(self, wait: bool = False) -> None:
+        """Make what was started a checkpoint, if it is written, and keep the newest ones. A collective call of a crew. Raises
+        as `start` does."""
+        pending = self._pending
+        if pending is None or not self.crew.least(int(wait or not pending.thread.is_alive())):
+            return
+        self._pending = None
+        step, first, files = pending.step, self.crew.rank == 0, self.crew.files()
+        final = self.folder / f"step-{step:08d}"
+        temporary, replaced = final.with_suffix(".tmp"), final.with_suffix(".old")
+
         def end() -> None:
             if not first:
                 return
-            (temporary / TREE).write_text(json.dumps({"step": step, "files": len(files), "state": tree}))
+            (temporary / TREE).write_text(json.dumps({"step": step, "files": len(files), "state": pending.tree}))
             manifest = {TREE: _fingerprint(temporary / TREE)}
             for name in files:  # as each has seen its own: to read them all again would take long
                 said = (temporary / name).with_suffix(".json")
@@ -119,33 +175,37 @@ class CheckpointStore:
             temporary.rename(final)
             _flush(self.folder)
 
-        for part in (begin, write, end):
-            failure: Exception | None = None
-            try:
-                part()
-            except Exception as error:
-                failure = error
-            if not self.crew.least(int(failure is None)):  # all of them, or none
-                if first:
-                    shutil.rmtree(temporary, ignore_errors=True)
-                if failure and not isinstance(failure, OSError | ValueError | SafetensorError):
-                    raise failure
-                need = sum(tensor.nbytes for tensor in tensors.values())
-                raise CheckpointError(
-                    f"checkpoint {final} could not be written: {failure or 'another process could not write its part'}. "
-                    f"It takes {need / 2**20:.1f} MiB here, {_free(final) / 2**20:.1f} MiB are free. "
-                    "The ones before it are untouched."
-                ) from failure
+        for part in (pending.thread.result, end):
+            self._together(step, pending.need, part)
         if first:
             kept = [final, *[path for at, path in self._newest_first() if at < step][: self.keep - 1]]
             for _, path in self._newest_first():
-                if path not in kept:
+                if path not in kept and not _being_read(path):
                     shutil.rmtree(path, ignore_errors=True)
-        return final
+
+    def _together(self, step: int, need: int, part: Callable[[], None]) -> None:
+        """All of the crew, or none."""
+        final, failure = self.folder / f"step-{step:08d}", None
+        try:
+            part()
+        except Exception as error:
+            failure = error
+        if self.crew.least(int(failure is None)):
+            return
+        if self.crew.rank == 0:
+            shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
+        if failure and not isinstance(failure, OSError | ValueError | SafetensorError):
+            raise failure
+        raise CheckpointError(
+            f"checkpoint {final} could not be written: {failure or 'another process could not write its part'}. "
+            f"It takes {need / 2**20:.1f} MiB here, {_free(final) / 2**20:.1f} MiB are free. "
+            "The ones before it are untouched."
+        ) from failure
 
     def latest(self) -> tuple[int, State] | None:
-        """(step, state) of the newest whole checkpoint, tensors on the CPU, or None. A broken one is reported. Of a crew all
-        call it, and what one of them cannot read none of them takes."""
+        """(step, state) of the newest whole checkpoint, tensors on the CPU, or None; one that is being written is waited for. A
+        broken one is reported. Of a crew all call it, and what one of them cannot read none of them takes."""
+        self.settle(wait=True)
         step = sys.maxsize
         while (step := self.crew.least(next((at for at, _ in self._newest_first() if at < step), -1))) >= 0:
             state = self._whole(step)
@@ -169,10 +229,9 @@ class CheckpointStore:
 
 
 def encode(state: State) -> tuple[Any, dict[str, Tensor]]:
-    """A state as (JSON tree, tensors by name). One tensor at two places is stored once and read as one again."""
+    """A state as a JSON tree and its tensors' copies by name. One tensor at two places is stored once and read as one again."""
     tensors: dict[str, Tensor] = {}
     names: dict[tuple[Any, ...], str] = {}  # which tensor (memory and view of it) already has a name
-    memory: set[int] = set()  # storages already written: safetensors refuses two views of one
 
     def store(tensor: Tensor, place: str) -> str:
         tensor = tensor.detach()
@@ -183,10 +242,8 @@ def encode(state: State) -> tuple[Any, dict[str, Tensor]]:
         if tensor.numel() and view in names:
             return names[view]
         packed = tensor.cpu().resolve_conj().resolve_neg().contiguous()
-        storage = packed.untyped_storage()
-        if storage.nbytes() != packed.nbytes or storage.data_ptr() in memory:
-            packed = packed.clone()
-        memory.add(packed.untyped_storage().data_ptr())
+        if packed.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+            packed = packed.clone()  # training goes on with the one, a thread writes the other
         while place in tensors:  # the keys "a/b" and a -> b, or 0 and "0", read alike
             place += "'"
         tensors[place] = packed
@@ -243,18 +300,20 @@ def _read(step: int, path: Path, crew: Crew) -> State:
     of it is not what was written."""
     try:
         _own(path / MANIFEST)
-        said = (path / MANIFEST).read_bytes()
-        manifest = json.loads(said)
-        if said != _manifest(manifest):
-            raise CheckpointError(f"{MANIFEST}: it is not as it was written")
-        _verify(path / TREE, manifest[TREE])
-        document = json.loads((path / TREE).read_bytes())
-        if document["step"] != step:
-            raise CheckpointError(f"{TREE}: it is of step {document['step']}")
-        writers = Crew(world=document["files"])
-        files = writers.files()
-        own = files[crew.rank : crew.rank + 1] if writers.world == crew.world else files  # another one reads the others
         with ExitStack() as open_files:
+            file = open_files.enter_context((path / MANIFEST).open("rb"))
+            locked(file, shared=True)  # retention leaves it alone meanwhile
+            said = file.read()
+            manifest = json.loads(said)
+            if said != _manifest(manifest):
+                raise CheckpointError(f"{MANIFEST}: it is not as it was written")
+            _verify(path / TREE, manifest[TREE])
+            document = json.loads((path / TREE).read_bytes())
+            if document["step"] != step:
+                raise CheckpointError(f"{TREE}: it is of step {document['step']}")
+            writers = Crew(world=document["files"])
+            files = writers.files()
+            own = files[crew.rank : crew.rank + 1] if writers.world == crew.world else files  # another one reads the others
             tensors: dict[str, Any] = {}
             for name in dict.fromkeys([files[0], *own]):
                 _verify(path / name, manifest[name])
@@ -292,6 +351,14 @@ def _verify(path: Path, written: dict[str, Any]) -> None:
 
 def _manifest(entries: dict[str, Any]) -> bytes:
     return json.dumps(entries, indent=1).encode()
+
+
+def _being_read(path: Path) -> bool:
+    try:
+        with (path / MANIFEST).open("rb") as file:
+            return not locked(file)
+    except OSError:  # there is none, so nobody reads it
+        return False
 
 
 def _own(path: Path) -> None:

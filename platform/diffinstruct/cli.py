@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import secrets
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +63,14 @@ def parser() -> argparse.ArgumentParser:
     takes_experiment(sub)
     sub.add_argument("--local", action="store_true", help="in this process, without Ray")
     sub.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    sub.add_argument(
+        "--allow", action="append", default=[], metavar="KEY",
+        help="with --resume: go on though this key has changed; may be repeated",
+    )  # fmt: skip
+
+    sub = command("sync", sync, "send MLflow what a run, or the runs of a sweep, could not deliver")
+    sub.add_argument("path", type=Path, metavar="RUN_OR_SWEEP", help="a run's folder, or a sweep's")
+    sub.add_argument("--uri", help="of the tracking server, where it is not the one that the run began with")
 
     sub = command("check", check, "say what a run takes, and whether it fits this machine, without starting it")
     takes_experiment(sub)
@@ -124,15 +131,19 @@ def parser() -> argparse.ArgumentParser:
 
 def train(arguments: argparse.Namespace) -> None:
     from diffinstruct.experiment import UserError
+    from diffinstruct.locks import LOCK, only_writer
 
     experiment = _experiment(arguments)
-    folder = new_run_folder(experiment) if arguments.resume is None else _existing_run(arguments.resume)
-    if arguments.resume:
-        _same_as_before(experiment, folder)
+    folder = run_folder(experiment) if arguments.resume is None else _existing_run(arguments.resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"runs: cannot make {folder}: {error.strerror}") from None
+    with only_writer(folder):  # who trains holds it, too; here it is told before anything heavy starts
+        if (folder / "experiment.yaml").is_file():
+            _same_as_before(experiment, folder, arguments.allow)
+        elif arguments.allow:
+            raise UserError(f"--allow: {folder} has not begun, there is nothing to go on with")
     if arguments.local:
         from diffinstruct.local import run
     else:
@@ -153,8 +164,29 @@ def train(arguments: argparse.Namespace) -> None:
         status = {KeyboardInterrupt: 130, Paused: EXIT_PAUSED}.get(type(error), 1)
         raise SystemExit(status) from None
     finally:
-        with suppress(OSError):
-            folder.rmdir()  # if nothing has begun in it
+        with suppress(OSError):  # if nothing has begun in it
+            if {path.name for path in folder.iterdir()} <= {LOCK}:
+                shutil.rmtree(folder)
+
+
+def sync(arguments: argparse.Namespace) -> None:
+    from diffinstruct.tracking import deliver, in_one_line, undelivered
+
+    folders = [path.parent for path in sorted([*arguments.path.glob("journal.jsonl"), *arguments.path.glob("*/journal.jsonl")])]
+    if not folders:
+        _existing_run(arguments.path)
+    failed = False
+    for folder in folders:
+        left = undelivered(folder)
+        try:
+            deliver(folder, arguments.uri)
+        except Exception as error:  # whatever MLflow and what lies between raise
+            print(f"{folder}: {in_one_line(error)}", file=sys.stderr)
+            failed = True
+        else:
+            print(f"{folder}: {left} bytes of the journal delivered" if left else f"{folder}: all of it is there")
+    if failed:
+        raise SystemExit(1)
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -303,10 +335,9 @@ def score_pictures(arguments: argparse.Namespace) -> None:
         print(out)
 
 
-def new_run_folder(experiment: Experiment) -> Path:
-    """An absolute path that no other run has: <runs>/<name>-<UTC time>-<4 hex digits>. It is not created here."""
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    return Path(experiment.runs).expanduser().absolute() / f"{experiment.name}-{stamp}-{secrets.token_hex(2)}"
+def run_folder(experiment: Experiment) -> Path:
+    """The absolute path of a configuration's run, <runs>/<name>-<derived id>: the same command finds it again."""
+    return Path(experiment.runs).expanduser().absolute() / f"{experiment.name}-{experiment.derived_id}"
 
 
 def _experiment(arguments: argparse.Namespace) -> Experiment:
@@ -348,14 +379,28 @@ def _writable(out: Path, suffix: str) -> None:
         raise UserError(f"-o: no folder {str(out.parent)!r}")
 
 
-def _same_as_before(experiment: Experiment, folder: Path) -> None:
-    """Refuse to go on with a run under another configuration, and name the keys."""
-    from diffinstruct.experiment import UserError, load
+def _same_as_before(experiment: Experiment, folder: Path, allowed: Sequence[str]) -> None:
+    """Refuse to go on with a run under another configuration, and name the keys; with those that are allowed its newest
+    checkpoint becomes one of the new configuration."""
+    from diffinstruct.experiment import CHANGEABLE, UserError, did_you_mean, load
 
     changes = experiment.changes(load(folder / "experiment.yaml"))
-    lines = [f"{key}: {now!r}, but the run in {folder} has {before!r}" for key, (before, now) in changes.items()]
+    for key in allowed:
+        if key not in (known := experiment.to_params()):
+            raise UserError(f"--allow: {key}: unknown key{did_you_mean(key, known)}")
+        if key not in CHANGEABLE:
+            raise UserError(f"--allow: {key}: cannot change in a run that has begun{did_you_mean(key, CHANGEABLE)}")
+    told = [f"{key}: {now!r}, but the run in {folder} has {before!r}" for key, (before, now) in changes.items()]
+    lines = [line for line, key in zip(told, changes, strict=True) if key not in allowed]
     if lines:
-        raise UserError("\n".join([*lines, f"--resume: goes on with {folder / 'experiment.yaml'}, unchanged"]))
+        may = [f"--allow {key}" for key in changes if key in CHANGEABLE and key not in allowed]
+        hint = f"; {' '.join(may)} goes on with what is new" if may else ""
+        raise UserError("\n".join([*lines, f"--resume: goes on with {folder / 'experiment.yaml'}, unchanged{hint}"]))
+    if changes:
+        from diffinstruct.run import change
+
+        step = change(experiment, folder, changes.keys())
+        print("\n".join([*told, f"from step {step} on it has what is new"]), flush=True)
 
 
 def _existing_run(folder: Path) -> Path:

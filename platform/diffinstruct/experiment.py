@@ -33,6 +33,21 @@ WHEREABOUTS: Mapping[str, set[str] | bool] = {
     "cluster": {"worker_resources", "reward_resources"},
 }
 """Sections and keys that say where a run is kept and on which machines it is placed: no part of what it computes."""
+CHANGEABLE = frozenset(
+    {
+        *("steps", "global_batch_size", "micro_batch_size", "precision", "activation_checkpointing", "compile", "device"),
+        *(f"generator.{key}" for key in ("learning_rate", "betas", "weight_decay", "max_grad_norm", "ema_decay")),
+        *(f"score_network.{key}" for key in ("learning_rate", "betas", "weight_decay", "max_grad_norm", "updates_per_step")),
+        *(f"objective.{key}" for key in ("regularization_weight", "reward_scale")),
+        *("prompts.train", "prompts.grid", "prompts.column", "rewards.micro_batch", "watch.on_hacking"),
+        *(f"logging.{key}" for key in ("every", "grid_every", "grid_prompts", "checkpoint_every")),
+        *(f"cluster.{key}" for key in ("workers", "use_gpu", "cpus_per_worker", "reward_replicas")),
+        *(f"cluster.{key}" for key in ("reward_cpus", "reward_gpus", "reward_deadline_s", "reward_place")),
+        "cluster.reward_environments",
+    }
+)
+"""Keys that may have another value from some step of a run on, where its user allows it. All others say what the run is: other
+networks, another objective, other rewards are another run."""
 RAYS_OWN = {
     "CPU": "cpus_per_worker and reward_cpus ask for CPUs",
     "GPU": "use_gpu and reward_gpus ask for GPUs",
@@ -420,7 +435,7 @@ class Experiment(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
         "pocket", description="of the run, part of its folder's name (ours)"
     )
-    seed: int = Field(0, ge=0, description="z, t, eps and prompts are functions of (seed, step, sample index) (ours)")
+    seed: int = Field(0, ge=0, le=10**9, description="z, t, eps and prompts are functions of (seed, step, sample index) (ours)")
     steps: Count = Field(100, description="alternating rounds (ours)")
     global_batch_size: Count = Field(32, description="samples per round over all workers (ours)")
     micro_batch_size: Count | None = Field(

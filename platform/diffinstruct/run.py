@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from diffinstruct.jury import (
     pictures_to_meet,
     sample,
 )
+from diffinstruct.locks import only_writer
 from diffinstruct.objectives import objective
 from diffinstruct.pretrained import OneStepGenerator, Reference, frozen_dtype, load_reference
 from diffinstruct.prompts import read_prompts
@@ -50,6 +52,8 @@ from diffinstruct.watch import BLIND, Alarm
 GRID_NOISES = 3
 GO_ON, LOWER_SCALE, STOP = 2, 1, 0
 """What a look leads to, for all workers: the least of them counts."""
+PATIENCE = 60.0
+"""Seconds that a run waits for a process that holds its folder: a worker that was lost may take a while to be gone."""
 SKIPS = 5
 """Steps in a row that are left out because something in them was not finite, until the run goes back."""
 SPIKE = 10.0
@@ -92,8 +96,17 @@ def train(
     A step with something in it that is not finite is left out and counted. After SKIPS of them in a row the run goes back to
     its last checkpoint and on from there with other prompts and noise, once; if that comes to the same it raises NonFinite.
 
-    Raises NonFinite or RewardError with the run resumable: weights on disk are from the last checkpoint.
+    Raises NonFinite or RewardError with the run resumable: weights on disk are from the last checkpoint; UserError where
+    another process is at work on the folder.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder, PATIENCE) if worker.rank == 0 else nullcontext():
+        return _train(experiment, folder, actors, worker, parent)
+
+
+def _train(
+    experiment: Experiment, folder: Path, actors: RewardService | None, worker: Worker, parent: Parent | None
+) -> Result | None:
     device = resolve_device(experiment.device)
     reference = open_reference(experiment, device)
     mesh = worker.mesh
@@ -106,8 +119,8 @@ def train(
     grid = Grid(experiment, reference, players.ema)
     crew = Crew(worker.rank, worker.world, worker.least) if mesh else Crew()
     store = CheckpointStore(folder / "checkpoints", crew=crew)
-    done, state = newest(store, experiment)  # before anything is written: a run of another configuration stays as it is
-    output = Output(experiment, folder, reference, parent, worker.where) if worker.rank == 0 else None
+    done, state = newest(store, experiment, worker)  # before anything is written: a run of another configuration stays as it is
+    output = Output(experiment, folder, reference, parent, worker.where, done) if worker.rank == 0 else None
     window = Window(experiment)
     skips, stopped = Skips(), False
     kept: dict[str, Any] = {"players": players, "jury": jury, "watcher": watcher, "window": window, "skips": skips}
@@ -127,7 +140,7 @@ def train(
         if output or mesh:
             own = {"experiment": experiment.derived_id, "reward_scale": settings.reward_scale, "stopped": stopped}
             own["metrics"] = output.last if output else {}
-            store.save(at, own | rows({name: part.state_dict() for name, part in kept.items()}))
+            store.start(at, own | rows({name: part.state_dict() for name, part in kept.items()}))
 
     if state:
         take(state)
@@ -155,7 +168,7 @@ def train(
                 if output:
                     output.said(at, "skipped", f"left out, {skips.in_a_row} in a row: {why}")
                 if skips.in_a_row == SKIPS:
-                    found = (0, None) if skips.returned else newest(store, experiment)
+                    found = (0, None) if skips.returned else newest(store, experiment, worker)
                     if found[1] is None:
                         raise skips.given_up(at, error.player, why) from None
                     lost, at = at, found[0]
@@ -197,9 +210,13 @@ def train(
             if (at % experiment.logging.checkpoint_every == 0 and not skips.in_a_row) or last or paused:
                 skips.returned = skips.returned and skips.in_a_row > 0
                 save(at)
+            store.settle(wait=last or paused)
             if paused and not last:
                 raise orders.Paused(f"paused at step {at}, all of it saved in {store.folder}")
     except BaseException as error:
+        if not mesh:
+            with suppress(CheckpointError):
+                store.settle(wait=True)
         if output:
             output.failed(error)
         raise
@@ -335,9 +352,15 @@ def make_settings(experiment: Experiment, schedule: Schedule) -> Settings:
     )
 
 
-def newest(store: CheckpointStore, experiment: Experiment) -> tuple[int, dict[str, Any] | None]:
-    """The rounds already done and the run's state, of the newest good checkpoint; (0, None) where there is none."""
+def newest(store: CheckpointStore, experiment: Experiment, worker: Worker) -> tuple[int, dict[str, Any] | None]:
+    """The rounds already done and the run's state, of the newest good checkpoint; (0, None) where there is none. Raises
+    CheckpointError where workers see different ones: their weights would differ from then on."""
+    store.settle(wait=True)
+    worker.least(0)  # now what the first one was writing is there for all
     found = store.latest()
+    at = found[0] if found else 0
+    if (first := worker.least(at)) != -worker.least(-at):
+        raise CheckpointError(f"{store.folder}: worker {worker.rank} sees the checkpoint of step {at}, another {first}")
     if found is None:
         if any(store.folder.glob("step-*")):
             print(f"no checkpoint in {store.folder} can be used: starting over", flush=True)
@@ -359,12 +382,32 @@ def take_over(experiment: Experiment, folder: Path, donor: Path) -> int:
     if found is None:
         raise CheckpointError(f"{donor}: no checkpoint whose weights could be taken over")
     step, state = found
+    own = {"reward_scale": experiment.objective.reward_scale, "stopped": False}
+    CheckpointStore(folder / "checkpoints").save(step, _made_one_of(experiment, state) | own)
+    return step
+
+
+def change(experiment: Experiment, folder: Path, keys: Collection[str]) -> int:
+    """Make the newest checkpoint in `folder`, of a run with other values of these keys, one of `experiment`; its step, 0 where
+    there is none. The reward scale stays what the watch has made of it, unless it is among the keys."""
+    store = CheckpointStore(folder / "checkpoints")
+    found = store.latest()
+    if found is None:
+        return 0
+    step, state = found
+    own = {"reward_scale": experiment.objective.reward_scale} if "objective.reward_scale" in keys else {}
+    if "rewards.micro_batch" in keys:
+        own["jury"] = state["jury"] | {"micro_batch": experiment.rewards.micro_batch}
+    store.save(step, _made_one_of(experiment, state) | own)
+    return step
+
+
+def _made_one_of(experiment: Experiment, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of another configuration's checkpoint, with this one's optimizers."""
     for optimizer, of in (("generator_optimizer", experiment.generator), ("score_optimizer", experiment.score_network)):
         for group in state["players"][optimizer]["param_groups"]:
             group |= {"lr": of.learning_rate, "betas": of.betas, "weight_decay": of.weight_decay}
-    own = {"experiment": experiment.derived_id, "reward_scale": experiment.objective.reward_scale, "stopped": False}
-    CheckpointStore(folder / "checkpoints").save(step, state | own)
-    return step
+    return state | {"experiment": experiment.derived_id}
 
 
 # ----------------------------------------------------------------------------------------------------- output
@@ -480,11 +523,13 @@ class Output:
         reference: Reference,
         parent: Parent | None,
         where: str,
+        done: int,
     ) -> None:
         self.experiment, self.folder, self.reference = experiment, folder, reference
         self.where = f"  {where}" if where else ""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "experiment.yaml").write_text(experiment.to_yaml())
+        passing = folder / "experiment.yaml.tmp"  # a kill must not leave half of it
+        passing.write_text(experiment.to_yaml())
+        passing.replace(folder / "experiment.yaml")
         self.tracker = Tracker(
             experiment.tracking.uri,
             experiment.tracking.experiment,
@@ -497,7 +542,8 @@ class Output:
         self.started = time.perf_counter()
         self.first_step: int | None = None
         self.last: Metrics = {}
-        print(f"run {folder}  tracking {self.tracker.url}{self.where}", flush=True)
+        at = f"  from step {done}{', its last' * (done == experiment.steps)}" if done else ""
+        print(f"run {folder}{at}  tracking {self.tracker.url}{self.where}", flush=True)
 
     def metrics(self, step: int, metrics: Metrics) -> None:
         self.last = metrics

@@ -170,8 +170,8 @@ class Tracker:
             self._finishing.set()
             self._thread.join(PATIENCE if self.uri.startswith("http") else 6 * PATIENCE)
             if not self._complete:
-                how = f"from diffinstruct.tracking import deliver; deliver({str(self.folder)!r})"
-                logger.warning("not all of this run has reached MLflow; later: python -c %s", shlex.quote(how))
+                how = f"diffinstruct sync {shlex.quote(str(self.folder))}"
+                logger.warning("not all of this run has reached MLflow; later: %s", how)
         return self._complete
 
     @property
@@ -215,7 +215,7 @@ class Tracker:
                     logger.warning(
                         "MLflow (%s) does not take this run's data: %s. Training goes on, %s keeps them until it does",
                         _public(self.uri),
-                        _in_one_line(error),
+                        in_one_line(error),
                         self._delivery.journal,
                     )
                 pause, away = min(2 * pause, LONGEST_PAUSE) if away else 1.0, True
@@ -239,6 +239,12 @@ def deliver(run_folder: Path | str, uri: str | None = None, status: str | None =
         raise RuntimeError(f"{len(delivery.postponed)} pictures or files of {folder} could not be stored in MLflow")
 
 
+def undelivered(run_folder: Path | str) -> int:
+    """Bytes of a run's journal that MLflow has not confirmed."""
+    folder = Path(run_folder)
+    return (folder / "journal.jsonl").stat().st_size - int(_read_json(folder / "journal.ack").get("offset", 0))
+
+
 def attach(run_folder: Path | str, *paths: Path) -> None:
     """Adds files to a run that has ended: journaled, then delivered; a warning where MLflow does not take them now."""
     folder = Path(run_folder).absolute()
@@ -259,7 +265,7 @@ def _deliver_now(folder: Path, uri: str | None = None) -> None:
     try:
         deliver(folder, uri)
     except Exception as error:
-        logger.warning("%s: what was added has not all reached MLflow: %s", folder, _in_one_line(error))
+        logger.warning("%s: what was added has not all reached MLflow: %s", folder, in_one_line(error))
 
 
 def commit_of_code() -> dict[str, str]:
@@ -430,7 +436,7 @@ class _Delivery:
             self._postponed_again = time.monotonic() + POSTPONED_AGAIN
             if str(path) not in self._refused:
                 self._refused.add(str(path))
-                logger.warning("%s does not reach MLflow yet: %s", path, _in_one_line(error))
+                logger.warning("%s does not reach MLflow yet: %s", path, in_one_line(error))
 
     def _image(self, path: Path, record: dict[str, Any]) -> None:
         from PIL import Image
@@ -541,7 +547,7 @@ def _send(client: Any, run_id: str | None, entities: list[Any], refused: set[str
             if not half:
                 if entities[0].key not in refused:
                     refused.add(entities[0].key)
-                    logger.warning("MLflow refuses %s: %s", entities[0].key, _in_one_line(error))
+                    logger.warning("MLflow refuses %s: %s", entities[0].key, in_one_line(error))
                 return
     _send(client, run_id, entities[:half], refused)
     _send(client, run_id, entities[half:], refused)
@@ -602,5 +608,5 @@ def _public(text: str) -> str:
     return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     return _public(f"{type(error).__name__}: {' '.join(str(error).split())}")[:200]

@@ -2,10 +2,10 @@
 
     python tests/chaos/nonfinite.py [--injections 1000] [--sharded] [--seed 0]
 
-One run on the tiny pipeline, two processes that average their gradients (DDP on gloo; with --sharded FSDP2). In every other round
-one of the two, as drawn by the seed, gets a value that is not finite, somewhere on its way: prompt embeddings, sample, prediction
-of score network or reference, a weight's gradient, a reward's score, a reward's gradient. After each round both look at all that
-they hold. Both have to leave out the round, say the same cause, and in the end hold the same weights. Exit status 1 if not.
+One run on the tiny pipeline, two processes that average their gradients (DDP on gloo; with --sharded FSDP2). In every other
+round one of the two, as drawn by the seed, gets a value that is not finite, somewhere on its way: prompt embeddings, sample,
+prediction of score network or reference, a weight's gradient, a reward's score, a reward's gradient. After each round both look
+at all that they hold. Both have to leave out each of these rounds and no other, and call its cause. Exit status 1 if not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PLACES = {  # where: what the run has to call it
     "generator's gradient": "the generator's gradient, with all before it finite",
     "score network's gradient": "the score network's gradient, with all before it finite",
     "reward": "scores are not finite",
-    "reward's gradient": "is not finite",
+    "reward's gradient": "reward_scale times the rewards' gradient",
 }
 
 
@@ -55,6 +55,7 @@ class Injection:
     def now(self, players: Any, c: Any, send: Any) -> tuple[Any, Any, list[Any]]:
         """Spoil it; the round's conditions and rewards, and the hooks to remove after it."""
         import tiny_rewards
+        import torch
 
         from diffinstruct.step import unwrapped
 
@@ -77,8 +78,9 @@ class Injection:
                 return c, send, []
             case "generator's gradient" | "score network's gradient":
                 module = network[self.place.removesuffix(" gradient")]
-                weights = list(module.parameters())
-                return c, send, [weights[int(self.at * len(weights))].register_hook(self.spoil)]
+                layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
+                layer = layers[int(self.at * len(layers))]
+                return c, send, [layer.register_full_backward_pre_hook(lambda m, gradients: (self.spoil(gradients[0]),))]
 
             case "reward":
                 sound = tiny_rewards.Red.forward
@@ -95,10 +97,11 @@ class Injection:
 def plan(injections: int, seed: int) -> dict[int, Injection]:
     """Step -> injection; every other round, so that no row of them makes the run go back."""
     drawn, places = random.Random(seed), list(PLACES)
-    return {
-        2 * i + 1: Injection(places[i % len(places)], drawn.randrange(WORLD), drawn.choice(VALUES), drawn.random())
-        for i in range(injections)
-    }
+    found = {}
+    for i in range(injections):
+        place, rank = places[i % len(places)], drawn.randrange(WORLD)
+        found[2 * i + 1] = Injection(place, rank, drawn.choice(VALUES), drawn.random())
+    return found
 
 
 def process(rank: int, experiment: Any, folder: Path, planned: dict[int, Injection], spread: bool) -> None:
@@ -201,7 +204,7 @@ def chaos(folder: Path, injections: int, seed: int = 0, spread: bool = False) ->
     return (
         f"{injections} values that are not finite in {2 * injections} rounds of two {'sharded ' * spread}processes ({of}), "
         f"{time.monotonic() - began:.0f} s: "
-        + (f"{len(faults)} FAULTS: {'; '.join(faults[:5])}" if faults else "no leak, each left out by both and called by its name")
+        + (f"{len(faults)} FAULTS: {'; '.join(faults[:5])}" if faults else "no leak, each left out by both and rightly called")
     ), not faults
 
 

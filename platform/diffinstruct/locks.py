@@ -1,0 +1,47 @@
+"""Who may write to a run's folder, and which checkpoint is being read: locks that end with the process that holds them."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from diffinstruct.experiment import UserError
+
+LOCK = "lock"
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def only_writer(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Holds a run's folder for the block. Raises UserError if another process still does after `patience` seconds."""
+    with (folder / LOCK).open("a+") as file:
+        until = time.monotonic() + patience
+        while not locked(file):
+            if time.monotonic() >= until:
+                file.seek(0)
+                who = file.read() or "another process"
+                raise UserError(f"{folder}: {who} is at work on this run; it can have one at a time")
+            time.sleep(0.5)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def locked(file: IO[Any], shared: bool = False) -> bool:
+    """Whether the file is locked now, for as long as it is open. Where a disk knows no locks there is nothing to wait for."""
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): see to it that nobody else uses this run", file.name, error.strerror)
+    return True

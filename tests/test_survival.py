@@ -1,0 +1,230 @@
+"""A run and what goes wrong in it: values that are not finite, another writer, changed keys, a tracker that was away.
+
+Runs of the tiny pipeline in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_rewards
+import torch
+from chaos import nonfinite
+from mlflow import MlflowClient
+from tiny_runs import agree, journal
+
+from diffinstruct import local, tracking
+from diffinstruct import run as runs
+from diffinstruct.checkpoint import CheckpointStore
+from diffinstruct.cli import main, run_folder
+from diffinstruct.experiment import UserError
+from diffinstruct.locks import only_writer
+from diffinstruct.orders import Paused
+from diffinstruct.rewards import NotFinite
+from diffinstruct.step import NonFinite, alternating_round
+
+
+@pytest.fixture(scope="module")
+def experiment(world, tmp_path_factory):
+    """experiment(**changes), tracked in one database."""
+    database = tmp_path_factory.mktemp("tracking") / "mlflow.db"
+    plain = {"tracking__uri": f"sqlite:///{database}", "watch__every": 0, "logging__checkpoint_every": 3, "steps": 9}
+    one_reward = {"rewards__trained": [{"name": "tiny_rewards:Red", "weight": 1.0}]}
+    return lambda **changes: world[1](**plain | one_reward | changes)
+
+
+def events(folder, kind):
+    lines = (folder / "journal.jsonl").read_text().splitlines()
+    return [(of["step"], of["text"]) for of in map(json.loads, filter(None, lines)) if of.get("event") == kind]
+
+
+def spoil(monkeypatch, steps, seen=None):
+    """The rewards' gradient is NaN in these rounds (counted from 0); the noise of each round goes into `seen`."""
+
+    def spoiled(players, settings, schedule, draws, prompts, c, send):
+        if seen is not None:
+            seen.append((draws.step, draws.normal(0)))
+
+        def nan(latents, prompts):
+            def collect():
+                raise NotFinite("reward red: 8 of 8 scores are not finite")
+
+            return collect if steps(draws.step) else send(latents, prompts)
+
+        return alternating_round(players, settings, schedule, draws, prompts, c, nan)
+
+    monkeypatch.setattr(runs, "alternating_round", spoiled)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(experiment, tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, {4, 5, 8}.__contains__)
+    local.run(experiment(), tmp_path / "run")
+    rows, ends = journal(tmp_path / "run")
+    assert ends == ["FINISHED"] and [rows[step]["steps/skipped"] for step in rows] == [0, 0, 0, 0, 1, 2, 2, 2, 3]
+    assert "divergence" not in rows[5] and "divergence" in rows[7]
+    why = "reward red: 8 of 8 scores are not finite"
+    told = [(5, f"left out, 1 in a row: {why}"), (6, f"left out, 2 in a row: {why}"), (9, f"left out, 1 in a row: {why}")]
+    assert events(tmp_path / "run", "skipped") == told
+    assert "step 5: left out, 1 in a row: " in (shown := capsys.readouterr().out) and "skipped 2" in shown
+    # What follows one that was left out has not been touched by it: no checkpoint at step 6, all of it finite at step 9
+    assert CheckpointStore(tmp_path / "run/checkpoints").latest()[0] == 9
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000003", "step-00000009"]
+
+
+def test_after_five_in_a_row_the_run_goes_back_and_another_way(experiment, tmp_path, monkeypatch, capsys):
+    seen: list[tuple[int, torch.Tensor]] = []
+    gone_by: list[int] = []
+
+    def once(step):
+        gone_by.append(step)
+        return step >= 4 and gone_by.count(step) == 1 and step < 9
+
+    spoil(monkeypatch, once, seen)
+    local.run(experiment(steps=12), tmp_path / "run")
+    back = "5 steps in a row were not finite: back to the checkpoint of step 3, on with other prompts and noise"
+    assert events(tmp_path / "run", "back_to") == [(9, back)] and f"step 9: {back}" in capsys.readouterr().out
+    assert [step for step, _ in seen] == [*range(9), *range(3, 12)]
+    assert not torch.equal(seen[3][1], seen[9][1])  # the same step by, another noise
+    rows, ends = journal(tmp_path / "run")
+    assert ends == ["FINISHED"] and sorted(rows) == [*range(1, 13)] and rows[12]["steps/skipped"] == 0
+
+    # Interrupted after it has gone back, the run goes on on its new way
+    gone_by.clear()
+
+    def paused(step):
+        if step == 7 and gone_by.count(7) == 1:
+            raise KeyboardInterrupt
+        return once(step)
+
+    spoil(monkeypatch, paused)
+    with pytest.raises(KeyboardInterrupt):
+        local.run(experiment(steps=12), tmp_path / "cut")
+    spoil(monkeypatch, lambda step: False)
+    local.run(experiment(steps=12), tmp_path / "cut")
+    agree(tmp_path / "run", tmp_path / "cut", rel=0)
+
+
+def test_what_cannot_be_got_around_ends_the_run_resumable(experiment, tmp_path, monkeypatch):
+    spoil(monkeypatch, lambda step: step >= 4)
+    why = "reward red: 8 of 8 scores are not finite; 5 steps in a row, once more after going back"
+    for _ in range(2):  # the same call meets the same end
+        with pytest.raises(NonFinite, match=why):
+            local.run(experiment(steps=20), tmp_path / "run")
+    assert journal(tmp_path / "run")[1] == ["FAILED", "FAILED"]
+    assert CheckpointStore(tmp_path / "run/checkpoints").latest()[0] == 3
+    spoil(monkeypatch, lambda step: False)
+    local.run(experiment(steps=20), tmp_path / "run")
+    assert journal(tmp_path / "run")[1][-1] == "FINISHED"
+
+    spoil(monkeypatch, lambda step: True)
+    with pytest.raises(NonFinite, match="5 steps in a row, with no checkpoint to go back to"):
+        local.run(experiment(), tmp_path / "other")
+
+
+def test_a_look_without_finite_scores_is_no_look(experiment, tmp_path, monkeypatch):
+    rounds: list[tuple[int, torch.Tensor]] = []
+    spoil(monkeypatch, lambda step: False, rounds)
+    sound = tiny_rewards.Calm.forward
+
+    def blind_in_round_4(self, images, prompts):
+        look = len(images) > 8  # a round has as many
+        return sound(self, images, prompts) * (float("nan") if look and len(rounds) == 4 else 1.0)
+
+    monkeypatch.setattr(tiny_rewards.Calm, "forward", blind_in_round_4)
+    local.run(experiment(watch__every=2), tmp_path / "run")
+    told = [(4, "no look: reward tiny_rewards:Calm: 16 of 16 scores are not finite")]
+    assert events(tmp_path / "run", "blind") == told and events(tmp_path / "run", "skipped") == []
+    rows, ends = journal(tmp_path / "run")
+    assert ends == ["FINISHED"] and [step for step in rows if "watch/held_out" in rows[step]] == [0, 2, 6, 8, 9]
+
+
+def test_spikes_are_recorded(experiment, tmp_path, monkeypatch):
+    def spiky(players, settings, schedule, draws, *rest):
+        metrics = alternating_round(players, settings, schedule, draws, *rest)
+        key = "gradient_norm/generator"
+        return metrics | {key: 1000 * metrics[key]} if draws.step == 5 else metrics
+
+    monkeypatch.setattr(runs, "alternating_round", spiky)
+    local.run(experiment(logging__every=3), tmp_path / "run")
+    (spike,) = events(tmp_path / "run", "spike")
+    assert spike[0] == 6 and "gradient_norm/generator is " in spike[1] and "times what is usual" in spike[1]
+    rows, _ = journal(tmp_path / "run")
+    assert rows[6]["gradient_norm/generator_max"] > 2.9 * rows[6]["gradient_norm/generator"]
+    assert rows[3]["gradient_norm/generator_max"] < 2.9 * rows[3]["gradient_norm/generator"]
+
+
+def test_no_injected_value_leaks_on_two_processes(tmp_path):
+    """One at each place; tests/chaos/nonfinite.py does a thousand, and the same to sharded networks."""
+    code = "from chaos.nonfinite import chaos; from pathlib import Path; print(*chaos(Path(sys.argv[1]), 8))"
+    paths = os.pathsep.join([str(nonfinite.TESTS), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}", str(tmp_path)], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": paths}, check=True,
+    )  # fmt: skip
+    assert done.stdout.rstrip().endswith("True"), done.stdout
+
+
+# ------------------------------------------------------------------------------------------------ the run's folder
+def test_a_run_has_one_writer(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "PATIENCE", 0.1)
+    (tmp_path / "run").mkdir()
+    at_work = rf"process {os.getpid()} on \S+ is at work on this run"
+    with only_writer(tmp_path / "run"), pytest.raises(UserError, match=at_work):
+        local.run(experiment(), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+def test_a_run_goes_on_under_changed_keys_that_are_allowed(experiment, tmp_path, capsys):
+    base = experiment(steps=4, runs=str(tmp_path))
+    local.run(base, run_folder(base))
+    file = str(run_folder(base) / "experiment.yaml")
+    asked = ["train", file, "--resume", str(run_folder(base)), "--local", "-s", "steps=6", "-s", "generator.learning_rate=1e-5"]
+    assert main([*asked, "--allow", "steps", "--allow", "generator.learning_rate"]) == 0
+    shown = capsys.readouterr().out
+    assert "from step 4 on it has what is new" in shown and f"run {run_folder(base)}  from step 4  tracking" in shown
+    step, state = CheckpointStore(run_folder(base) / "checkpoints").latest()
+    assert step == 6 and state["players"]["generator_optimizer"]["param_groups"][0]["lr"] == 1e-5
+    rows, ends = journal(run_folder(base))
+    assert sorted(rows) == [*range(1, 7)] and ends == ["FINISHED", "FINISHED"]
+    assert main(asked) == 0  # which is now its own configuration
+
+
+# -------------------------------------------------------------------------------------------------------- tracker
+def test_sync_delivers_what_a_dead_server_missed(experiment, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "PATIENCE", 0.1)
+    local.run(experiment(tracking__uri="http://127.0.0.1:9", steps=4), tmp_path / "run")
+    assert journal(tmp_path / "run")[1] == ["FINISHED"]
+    with pytest.raises(SystemExit) as failed:
+        main(["sync", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert failed.value.code == 1 and said.startswith(f"{tmp_path / 'run'}: ") and said.count("\n") == 1
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for told in (r"bytes of the journal delivered", "all of it is there"):
+        assert main(["sync", str(tmp_path), "--uri", uri]) == 0  # a folder of runs
+        assert told in capsys.readouterr().out
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("diffinstruct").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "divergence")
+    assert run.info.status == "FINISHED" and sorted(value.step for value in history) == [1, 2, 3, 4]
+    assert main(["sync", str(tmp_path / "nowhere")]) == 2
+
+
+def test_a_pause_waits_for_the_checkpoint(experiment, tmp_path, monkeypatch):
+    """What is written by a thread is there when the process ends."""
+    from diffinstruct import orders
+
+    def paused(players, settings, schedule, draws, *rest):
+        if draws.step == 4:
+            orders.give(tmp_path / "run", orders.PAUSE)
+        return alternating_round(players, settings, schedule, draws, *rest)
+
+    monkeypatch.setattr(runs, "alternating_round", paused)
+    with pytest.raises(Paused):
+        local.run(experiment(), tmp_path / "run")
+    assert CheckpointStore(Path(tmp_path / "run/checkpoints")).latest()[0] == 5
