@@ -142,6 +142,7 @@ def test_a_stopped_job_is_given_the_time_to_save(cluster, tmp_path):
     assert "STOPPED" in ray(cluster, "job", "list").stdout
 
 
+@pytest.mark.long
 def test_a_stopped_run_is_saved_and_another_job_goes_on_with_it(cluster, tmp_path):
     def train(rest):
         typed = f"ray job submit --working-dir . --runtime-env runtime_env.yaml {rest}"

@@ -32,18 +32,16 @@ def folder(tmp_path_factory):
     return gpu.shrunk(gpu.SHAPES / gpu.MODELS["SD1.5"][0], tmp_path_factory.mktemp("shapes"))
 
 
-def test_every_row_has_its_figures_or_says_why_not():
-    """For half a minute: what is not reached then is said. (All of them take one core a minute and a half.)"""
-    rows, said = run("--minutes", "0.5")
+@pytest.mark.long
+def test_every_row_has_its_figures():
+    """All of them: one core takes a minute and a half."""
+    rows, said = run("--minutes", "9")
     assert {tuple(cells[:5]) for cells in rows} >= {
         (of.model, "LoRA" if of.lora else "full", *("yes" if on else "no" for on in (of.checkpointing, of.compiled)), of.loop)
         for of in gpu.PLAN
         if of.loop != "plain"
     }
-    assert rows[0][6] not in ("not reached", "out of memory")
     for cells in rows:
-        if cells[6] in ("not reached", "out of memory"):
-            continue
         assert float(cells[6]) > 0 and float(cells[7]) > 0
         assert sum(float(share.rstrip("%")) for share in cells[10:]) == pytest.approx(100, abs=0.3)
         assert all(float(share.rstrip("%")) > 0 for share in cells[10:])

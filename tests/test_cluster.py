@@ -73,6 +73,7 @@ def moments(optimizer):
     return [moment.own if isinstance(moment, Rows) else moment for moment in found]
 
 
+@pytest.mark.long
 def test_a_killed_worker_goes_on_from_the_checkpoint(session, world, tmp_path, capfd):
     """The whole way through `run`: its own reward actor, its lines in the terminal, and the numbers of an unbroken run."""
     experiment = world[1](steps=30, logging__checkpoint_every=4)

@@ -62,6 +62,7 @@ cluster: {{reward_place: actor, worker_resources: {{trainer: 1}}, reward_resourc
     return folder / "tiny.yaml"
 
 
+@pytest.mark.long
 def test_each_process_of_a_sweep_runs_on_the_node_that_declares_what_it_asks_for(nodes, file, tmp_path):
     from ray._private.state import state
 

@@ -261,6 +261,7 @@ def test_another_questions_answer_is_refused_and_repeated_failure_an_error(sessi
     assert said.endswith(" (the cluster has 8 CPUs, 0 GPUs)")
 
 
+@pytest.mark.long
 def test_a_run_does_not_notice_what_befalls_its_actor(session, tmp_path):
     """The script's check, with few disturbances; and it does see a difference."""
     line, good = chaos(tmp_path, kills=1, stops=1)

@@ -260,6 +260,7 @@ def test_bf16_holds_the_frozen_base_in_bf16_and_what_is_trained_in_fp32(folder: 
     assert all(np.isfinite(value) for value in metrics.values()) and metrics["gradient_norm/generator"] > 0
 
 
+@pytest.mark.long
 def test_compiled_networks_play_the_same_roles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch.compile takes for constant changes with the role, and it makes a version for each without giving up. (Its
     backend here runs what it has traced as it is.)"""

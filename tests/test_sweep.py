@@ -79,6 +79,7 @@ def test_a_trial_is_named_by_what_tells_it_from_the_others(world, tmp_path):
     assert names == ["reward_scale=2.0 seed=1", "objective=diff_instruct_pp reward_scale=2.0 seed=1", "reward_scale=2.0"]
 
 
+@pytest.mark.long
 def test_a_sweep_that_was_ended_is_finished_by_the_same_call(session, world, tmp_path, capfd):
     """SIGTERM (`ray job stop`) saves first, so that no step is done twice; Ctrl-C goes back to the last checkpoint."""
     from mlflow import MlflowClient
@@ -117,6 +118,7 @@ def test_a_sweep_that_was_ended_is_finished_by_the_same_call(session, world, tmp
     agree(folder, tmp_path / "local")
 
 
+@pytest.mark.long
 def test_a_scheduler_ends_trials_that_are_behind_as_finished_runs(session, world, tmp_path):
     """One after the other, the best first; so the second comes to a rung where it is behind. A second life tells the scheduler
     of those that have ended, runs none of them, and the table is the same."""
@@ -165,6 +167,7 @@ def test_optuna_asks_for_the_same_points_in_a_second_life(world, tmp_path):
     assert longer[:14] == whole and len(longer) == 16
 
 
+@pytest.mark.long
 def test_optuna_and_the_aim_through_tune(session, world, tmp_path):
     table = sweeps.sweep(
         world[1](steps=4, watch__every=2),
@@ -229,6 +232,7 @@ def test_values_that_go_together_are_no_mistake(world, tmp_path):
     assert sweeps.Trials(world[1](), sweeps.Optuna(space, 2), tmp_path, None).count == 2
 
 
+@pytest.mark.long
 def test_a_trial_without_the_figure_that_is_looked_for_has_failed(session, world, tmp_path):
     with pytest.raises(sweeps.SweepError, match=r": aim: no figure 'reward/hpsv2.1' came of this trial$"):
         sweeps.sweep(
@@ -253,6 +257,7 @@ def test_points_by_chance_are_the_same_for_the_same_seed():
     assert all(0.1 <= point["objective.reward_scale"] <= 10 for point in sweeps.sample(space, 50))
 
 
+@pytest.mark.long
 def test_trials_that_have_a_row_are_not_run_again_wherever_it_came_from(session, world, tmp_path):
     """A budget of one trial at a time; then the rows alone, in another folder, are enough, also for another study's arms."""
     arms = {"early": {"generator.timestep": 500}, "late": {"generator.timestep": 600}}
@@ -311,6 +316,7 @@ def test_a_sweep_refuses_what_it_cannot_vary(world, tmp_path):
         sweeps.changed(world[1](), {"objective.reward_scale": -1.0})
 
 
+@pytest.mark.long
 def test_a_population_takes_over_weights_and_keeps_its_lineage(session, world, tmp_path):
     """The worse of two goes on with the other's weights, under a configuration and in a run of its own. The last of this file,
     in a Ray with room: Tune kills who is taken over, and without a dashboard the place of a killed one is never free again."""

@@ -411,7 +411,7 @@ def test_without_a_server_training_goes_on_and_all_is_kept(
     away, later = warnings(caplog)
     assert "Training goes on" in away
     assert "\n" not in away
-    assert f"deliver('{tmp_path}/run')" in later.replace("'\"'\"'", "'")
+    assert f"diffinstruct sync {tmp_path}/run" in later
     assert "secret" not in (tmp_path / "run/journal.jsonl").read_text() + tracker.url + str(warnings(caplog))
     deliver(tmp_path / "run", uri)
     run_id = json.loads((tmp_path / "run/mlflow.json").read_text())["run_id"]

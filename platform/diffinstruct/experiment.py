@@ -708,7 +708,13 @@ _LAST = sys.maxsize
 
 
 def _dotted(loc: Iterable[str | int]) -> str:
-    return ".".join(map(str, loc))
+    """In one line, whatever somebody has written as a key."""
+    return ".".join(map(_printable, loc))
+
+
+def _printable(part: object) -> str:
+    text = str(part)
+    return text if text.isprintable() else repr(text)
 
 
 def _short(value: object) -> str:
