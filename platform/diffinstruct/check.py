@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from diffinstruct import footprint
 from diffinstruct.experiment import Experiment, UserError
-from diffinstruct.pretrained import frozen_dtype, load_reference, load_reward
+from diffinstruct.pretrained import frozen_dtype, load_reference, load_reward, pinned
 from diffinstruct.rewards import RewardModel
 from diffinstruct.roles import Base
 from diffinstruct.run import make_settings
@@ -66,7 +66,7 @@ HEADER = f"{'role':<24}" + "".join(
 
 def shapes(model: str) -> str:
     """For counting alone: the configuration files that are shipped of a hub model; of another, its own name."""
-    folder = SHAPES / model.replace("/", "--")
+    folder = SHAPES / pinned(model)[0].replace("/", "--")
     return str(folder) if folder.is_dir() and not Path(model).exists() else model
 
 

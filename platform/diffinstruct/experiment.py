@@ -48,6 +48,7 @@ CHANGEABLE = frozenset(
 )
 """Keys that may have another value from some step of a run on, where its user allows it. All others say what the run is: other
 networks, another objective, other rewards are another run."""
+IN_ENVIRONMENT = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or all of it in MLFLOW_TRACKING_URI"
 RAYS_OWN = {
     "CPU": "cpus_per_worker and reward_cpus ask for CPUs",
     "GPU": "use_gpu and reward_gpus ask for GPUs",
@@ -77,6 +78,11 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Ends a message: `, did you mean 'x'?` where a known name is near to `word`, else nothing."""
     near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.7)
     return f", did you mean {near[0]!r}?" if near else ""
+
+
+def without_password(text: str) -> str:
+    """A URI, or a message about it, without user and password: for eyes and files."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 
 def nearest_file(path: Path, pattern: str) -> str:
@@ -134,7 +140,9 @@ class Section(BaseModel):
 class Reference(Section):
     """The frozen diffusion model that the generator is held close to."""
 
-    model: Text = Field("pocket", description="diffusers folder, hub id, or 'pocket', the built-in world (ours)")
+    model: Text = Field(
+        "pocket", description="diffusers folder, hub id or hub id@commit, or 'pocket', the built-in world (ours)"
+    )
     cfg_scale: NotNegative = Field(
         2.0,
         description="guidance of the reference; 0 is none, diffusers' guidance_scale is 1 + this (the paper; ours)",
@@ -163,8 +171,8 @@ class Generator(Player):
 
     start: Text = Field(
         "pocket-distilled",
-        description="initial weights: 'pocket-distilled', 'reference', a diffusers folder or hub id, or a .safetensors file "
-        "(ours)",
+        description="initial weights: 'pocket-distilled', 'reference', a diffusers folder, hub id or hub id@commit, or a "
+        ".safetensors file (ours)",
     )
     start_rank: int = Field(
         0,
@@ -426,6 +434,8 @@ class Tracking(Section):
     def _known_scheme(cls, value: str | None) -> str | None:
         if value is not None and value.partition("://")[0] not in TRACKING_SCHEMES:
             raise _wrong(f"should begin with one of {', '.join(f'{scheme}://' for scheme in TRACKING_SCHEMES)}")
+        if value is not None and without_password(value) != value:
+            raise _wrong(f"should hold no user and password, since recipes are shown and kept ({IN_ENVIRONMENT})")
         return value
 
 
@@ -552,6 +562,15 @@ class Experiment(Section):
         """Keys that differ from `before`, with (before, now); what `derived_id` passes over is passed over here."""
         then, now = (dict(_flat(Experiment, e.model_dump(mode="json", exclude=WHEREABOUTS))) for e in (before, self))
         return {k: (then[k], now[k]) for k in now if then[k] != now[k]}
+
+    def public(self) -> Experiment:
+        """The same without a tracking server's address that holds a password, which came from the environment."""
+        uri = self.tracking.uri
+        return self if uri is None or without_password(uri) == uri else self.tracked_at(None)
+
+    def tracked_at(self, uri: str | None) -> Experiment:
+        """The same with another tracking.uri, also one from the environment."""
+        return self.model_copy(update={"tracking": self.tracking.model_copy(update={"uri": uri})})
 
     def to_params(self) -> dict[str, str | int | float | bool | None]:
         """The whole configuration as one flat dictionary, "objective.t_min" -> 20; lists and mappings as JSON text."""
@@ -718,7 +737,7 @@ def _printable(part: object) -> str:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    text = without_password(repr(value))
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -373,7 +373,9 @@ class Reference:
                 raise _refusal(said) from None
         elif hasattr(self._network_class, "from_single_file"):
             with quiet():
-                convert = partial(self._network_class.from_single_file, config=self.source, subfolder=self.family.part)
+                name, revision = pinned(self.source)
+                where = {"config": name, "subfolder": self.family.part, **revision}
+                convert = partial(self._network_class.from_single_file, **where)
                 try:
                     network = convert(str(Path(source).absolute()))
                 except Exception as error:  # the converters look for what they know and fall over what they do not
@@ -387,7 +389,8 @@ class Reference:
     def _subfolder(self, source: str) -> str:
         """Where in a folder or hub repository the network is: under its part's name in a pipeline, at the top otherwise."""
         try:
-            self._network_class.load_config(source, subfolder=self.family.part)
+            name, revision = pinned(source)
+            self._network_class.load_config(name, subfolder=self.family.part, **revision)
         except OSError:
             return ""
         return self.family.part
@@ -417,8 +420,8 @@ def load_reference(
     embeddings: Path | None = None,
     decoder_dtype: torch.dtype | None = None,
 ) -> Reference:
-    """Open "pocket" (the built-in world), a diffusers pipeline's folder or hub id, or a .safetensors file that holds a whole
-    pipeline in its authors' layout; its parts load when used.
+    """Open "pocket" (the built-in world), a diffusers pipeline's folder, hub id or hub id@commit, or a .safetensors file that
+    holds a whole pipeline in its authors' layout; its parts load when used.
 
     dtype: of every part, whatever the files hold.
     activation_checkpointing: networks and decoder keep their blocks' inputs alone and compute the rest again when they are
@@ -527,18 +530,26 @@ def quiet() -> Iterator[None]:
 
 def _read(load: Callable[..., Any], source: str, key: str = "", **where: Any) -> Any:
     """`load(source, ...)`; what is missing becomes one line for the user, of the configuration's `key`."""
+    name, revision = pinned(source)
     try:
-        return load(source, **where)
+        return load(name, **where, **revision)
     except (OSError, ValueError, SafetensorError) as error:
         part = f" of {source}" if where.get("subfolder") else source
         said = f"cannot read {where.get('subfolder', '')}{part}: {_lines(error)[0]}"
         raise _refusal(f"{key}: {said}" if key else said) from error
 
 
-def _there(key: str, name: str) -> None:
+def pinned(source: str) -> tuple[str, dict[str, str]]:
+    """A hub id and what names the commit that follows it after an @; a path as it is."""
+    name, _, revision = source.partition("@")
+    return (name, {"revision": revision}) if revision and not Path(source).exists() else (source, {})
+
+
+def _there(key: str, source: str) -> None:
     """Refuse what can only be a file or a folder, not a hub id, and is not there."""
     from diffinstruct.experiment import nearest_file
 
+    name, _ = pinned(source)
     path = Path(name)
     local = path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth") or name.startswith((".", "~", "/"))
     if not path.exists() and (local or name.count("/") > 1 or ("/" in name and path.parent.is_dir())):

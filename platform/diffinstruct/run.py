@@ -528,14 +528,14 @@ class Output:
         self.experiment, self.folder, self.reference = experiment, folder, reference
         self.where = f"  {where}" if where else ""
         passing = folder / "experiment.yaml.tmp"  # a kill must not leave half of it
-        passing.write_text(experiment.to_yaml())
+        passing.write_text(experiment.public().to_yaml())
         passing.replace(folder / "experiment.yaml")
         self.tracker = Tracker(
             experiment.tracking.uri,
             experiment.tracking.experiment,
             parent.child if parent else folder.name,
             folder,
-            params=experiment.to_params(),
+            params=experiment.public().to_params(),
             tags={"diffinstruct.experiment_id": experiment.derived_id},
             parent_run_id=parent.run_id if parent else None,
         )

@@ -40,6 +40,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffinstruct.experiment import without_password
+
 logger = logging.getLogger(__name__)
 
 INTERVAL = 2.0  # seconds between deliveries; on sqlite a batch of 20 values costs 12 ms of CPU, one of 200 30 ms
@@ -97,7 +99,7 @@ class Tracker:
         self.uri = tracking_uri(uri, self.folder.parent)
         start = {
             "journal": uuid.uuid4().hex,  # by it the run is found again if the answer to its creation was lost
-            "uri": _public(self.uri),
+            "uri": without_password(self.uri),
             "experiment": experiment_name,
             "name": run_name,
             "params": {key: str(value) for key, value in params.items()},
@@ -186,7 +188,7 @@ class Tracker:
         if self.uri.startswith("sqlite:"):
             return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
         page = f"/#/experiments/{self._delivery.experiment_id}/runs/{self._delivery.run_id}"
-        return _public(self.uri).rstrip("/") + (page if self._delivery.run_id else "")
+        return without_password(self.uri).rstrip("/") + (page if self._delivery.run_id else "")
 
     def _append(self, record: dict[str, Any]) -> None:
         line = self._separator + json.dumps({"time": int(time.time() * 1000), **record}).encode() + b"\n"
@@ -214,7 +216,7 @@ class Tracker:
                 if not away:
                     logger.warning(
                         "MLflow (%s) does not take this run's data: %s. Training goes on, %s keeps them until it does",
-                        _public(self.uri),
+                        without_password(self.uri),
                         in_one_line(error),
                         self._delivery.journal,
                     )
@@ -350,7 +352,7 @@ class _Delivery:
             self.offset, self.postponed = 0, []
         self._confirm(self.offset)
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
-        where = {"uri": _public(self.uri), "experiment_id": self.experiment_id, "run_id": self.run_id}
+        where = {"uri": without_password(self.uri), "experiment_id": self.experiment_id, "run_id": self.run_id}
         _replace(self.folder / "mlflow.json", where)
         self._nonfinite = {tag for tag in run.data.tags if tag.startswith("nonfinite.")}
         self._client = client
@@ -603,10 +605,5 @@ def _name(key: str) -> str:
     return re.sub(r"[^A-Za-z0-9_\-./ ]", "_", key)
 
 
-def _public(text: str) -> str:
-    """A URI, or a message about it, without user and password: for eyes and files."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
-
-
 def in_one_line(error: Exception) -> str:
-    return _public(f"{type(error).__name__}: {' '.join(str(error).split())}")[:200]
+    return without_password(f"{type(error).__name__}: {' '.join(str(error).split())}")[:200]

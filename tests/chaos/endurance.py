@@ -67,8 +67,9 @@ def chaos(folder: Path, steps: int) -> tuple[str, bool]:
     good = growth <= 0.01 and more_files <= 0 and checkpoints <= KEEP + 1
     return (
         f"{steps} steps, {time.monotonic() - began:.0f} s: memory {np.median(memory[:edge]) / 2**20:.0f} MiB, "
-        f"{growth:+.2%} in the end (at most {memory.max() / np.median(memory[:edge]) - 1:+.2%}); "
-        f"{int(np.median(files[:edge]))} files, {more_files:+d}; at most {checkpoints} checkpoints: " + ("nothing grows" if good else "IT GROWS")
+        f"{growth:+.2%} in the end (at most {memory.max() / np.median(memory[:edge]) - 1:+.2%}), "
+        f"{int(np.median(files[:edge]))} files, {more_files:+d}; at most {checkpoints} checkpoints: "
+        + ("nothing grows" if good else "IT GROWS")
     ), bool(good)
 
 

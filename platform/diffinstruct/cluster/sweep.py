@@ -150,7 +150,7 @@ def sweep(
     Raises SweepError if any trial failed, after all have ended; Paused after SIGTERM, KeyboardInterrupt after Ctrl-C.
     """
     folder = folder.absolute()
-    base = changed(base, {"tracking.uri": tracking.tracking_uri(base.tracking.uri, folder.parent)})
+    base = base.tracked_at(tracking.tracking_uri(base.tracking.uri, folder.parent))
     trials = Trials(base, points, folder, examine)
     if scheduler or isinstance(points, Optuna):
         aim = aim or Aim()
@@ -755,7 +755,7 @@ def _total() -> dict[str, float]:
 
 def changed(base: Experiment, values: Mapping[str, Any]) -> Experiment:
     """`base` with the values of dotted keys; raises UserError, a line for each that does not fit."""
-    content = base.model_dump()
+    content = base.public().model_dump()
     for key, value in values.items():
         *parents, last = key.split(".")
         section: Any = content
@@ -765,7 +765,8 @@ def changed(base: Experiment, values: Mapping[str, Any]) -> Experiment:
             raise UserError(f"{key}: unknown key{did_you_mean(key, base.to_params())}")
         section[last] = value
     try:
-        return Experiment.model_validate(content)
+        experiment = Experiment.model_validate(content)
+        return experiment if "tracking.uri" in values else experiment.tracked_at(base.tracking.uri)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
         raise UserError("\n".join(lines)) from None

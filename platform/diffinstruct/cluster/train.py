@@ -66,7 +66,7 @@ def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> R
     folder = folder.absolute()
     warn_of_passing_copy(folder)
     uri = tracking.tracking_uri(experiment.tracking.uri, folder.parent)
-    experiment = experiment.model_copy(update={"tracking": experiment.tracking.model_copy(update={"uri": uri})})
+    experiment = experiment.tracked_at(uri)
     with attached() as where:
         check_fits(experiment)
         embed(experiment)
