@@ -10,8 +10,10 @@ import os
 import resource
 import shutil
 import signal
+import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -263,3 +265,54 @@ def test_manifest_says_what_the_files_are(tmp_path: Path) -> None:
     for name, entry in json.loads((folder / "manifest.json").read_text()).items():
         content = (folder / name).read_bytes()
         assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+
+def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is the state as it was when the writing began; it is a checkpoint once it is settled, not before."""
+    store, weights = CheckpointStore(tmp_path), torch.zeros(1000)
+    may_write, write = threading.Event(), checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda *of: may_write.wait(60) and write(*of))
+    store.start(1, {"weights": weights, "step": 1})
+    weights += 1
+    store.settle()
+    assert not list(tmp_path.glob("step-00000001"))  # still at it
+    may_write.set()
+    store.start(2, {"weights": weights})  # waits for the one before
+    weights += 1
+    assert same(CheckpointStore(tmp_path).latest(), (1, {"weights": torch.zeros(1000), "step": 1}))
+    assert same(store.latest(), (2, {"weights": torch.ones(1000)}))  # waits for its own
+    store.settle(wait=True)  # there is nothing more
+
+
+def test_what_the_thread_meets_is_said_when_it_is_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(1, state())
+
+    def full(*of: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        store.start(2, state(1))
+        with pytest.raises(CheckpointError, match=r"step-00000002 could not be written: .*No space left.* MiB here, "):
+            store.settle(wait=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    store.save(3, state(1))  # nothing of it is left behind
+    assert same(store.latest(), (3, state(1)))
+
+
+def test_one_that_is_being_read_is_not_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer, decode = CheckpointStore(tmp_path), CheckpointStore(tmp_path, keep=1), checkpoint.decode
+    writer.save(1, state())
+
+    def slowly(*of: Any) -> Any:
+        for step in (2, 3):
+            writer.save(step, state(step))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+        return decode(*of)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "decode", slowly)
+        assert same(reader.latest(), (1, state()))
+    writer.save(4, state(4))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]

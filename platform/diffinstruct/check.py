@@ -161,6 +161,7 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     flops = float(asked.workers * training.flops)
     flops += judging.flops * experiment.global_batch_size / experiment.rewards.micro_batch * (actors > 0)
     checkpoint = sum(role.weights * (3 * role.trained + role.averaged) for role in worker)
+    in_ram += checkpoint  # the copy that is written while training goes on
     runs = Path(experiment.runs).absolute()
     free = shutil.disk_usage(next(folder for folder in (runs, *runs.parents) if folder.exists())).free
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -192,8 +193,8 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
             if actors
             else []
         ),
-        f"           in main memory {_mib(in_ram)}, with {_mib(libraries)} of libraries a process; "
-        f"this machine has {_mib(ram)}",
+        f"           in main memory {_mib(in_ram)}, with {_mib(libraries)} of libraries a process and {_mib(checkpoint)} of a "
+        f"checkpoint's copy; this machine has {_mib(ram)}",
         f"disk       a checkpoint {_mib(checkpoint)}, {KEPT} at a time; {_mib(free)} free for {experiment.runs}",
     ]
     problem = None

@@ -22,11 +22,12 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -71,17 +72,18 @@ class Crew:
 
 
 class _Thread(threading.Thread):
-    """Does one thing; `result` waits for it and raises what it raised."""
+    """Does things in turn; `result` waits for them and raises what one has raised."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
+    def __init__(self, *parts: Callable[[], None]) -> None:
         super().__init__(name="checkpoint", daemon=True)
-        self.work = work
+        self.parts = parts
         self.error: Exception | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            self.work()
+            for part in self.parts:
+                part()
         except Exception as error:
             self.error = error
 
@@ -93,12 +95,12 @@ class _Thread(threading.Thread):
 
 @dataclass(frozen=True)
 class _Pending:
-    """A checkpoint that is being written."""
+    """A checkpoint that is being written; `rest` is to be done by all of the crew when each has written its part."""
 
     step: int
-    tree: Any
     need: int
     thread: _Thread
+    rest: tuple[Callable[[], None], ...]
 
 
 class CheckpointStore:
@@ -109,6 +111,7 @@ class CheckpointStore:
         self.keep = max(1, keep)
         self.crew = crew
         self._pending: _Pending | None = None
+        self._copies: dict[str, Tensor] = {}  # of the last state: fresh memory takes five times as long to fill
 
     def save(self, step: int, state: State) -> Path:
         """`start`, and wait until it is there."""
@@ -126,7 +129,8 @@ class CheckpointStore:
         value that has no place in a checkpoint.
         """
         self.settle(wait=True)
-        tree, tensors = encode(state)
+        tree, tensors = encode(state, self._copies)
+        self._copies = tensors
         temporary = self.folder / f"step-{step:08d}.tmp"
         need = sum(tensor.nbytes for tensor in tensors.values())
         own = temporary / self.crew.files()[self.crew.rank]
@@ -143,45 +147,48 @@ class CheckpointStore:
             own.with_suffix(".json").write_text(json.dumps(_fingerprint(own)))
             _flush(own)
 
+        def end() -> None:
+            if self.crew.rank == 0:
+                self._finish(step, tree)
+
         self._together(step, need, begin)
-        self._pending = _Pending(step, tree, need, _Thread(write))
+        if self.crew.world == 1:  # nobody else's part to wait for
+            self._pending = _Pending(step, need, _Thread(write, end), ())
+        else:
+            self._pending = _Pending(step, need, _Thread(write), (end,))
 
     def settle(self, wait: bool = False) -> None:
-        """Make what was started a checkpoint, if it is written, and keep the newest ones. A collective call of a crew. Raises
-        as `start` does."""
+        """See to what was started: once it is written it is a checkpoint, and the newest ones are kept. A collective call of a
+        crew. Raises as `start` does."""
         pending = self._pending
         if pending is None or not self.crew.least(int(wait or not pending.thread.is_alive())):
             return
         self._pending = None
-        step, first, files = pending.step, self.crew.rank == 0, self.crew.files()
-        final = self.folder / f"step-{step:08d}"
+        for part in (pending.thread.result, *pending.rest):
+            self._together(pending.step, pending.need, part)
+
+    def _finish(self, step: int, tree: Any) -> None:
+        """What is written becomes a checkpoint."""
+        final, files = self.folder / f"step-{step:08d}", self.crew.files()
         temporary, replaced = final.with_suffix(".tmp"), final.with_suffix(".old")
-
-        def end() -> None:
-            if not first:
-                return
-            (temporary / TREE).write_text(json.dumps({"step": step, "files": len(files), "state": pending.tree}))
-            manifest = {TREE: _fingerprint(temporary / TREE)}
-            for name in files:  # as each has seen its own: to read them all again would take long
-                said = (temporary / name).with_suffix(".json")
-                manifest[name] = json.loads(said.read_text())
-                said.unlink()
-            (temporary / MANIFEST).write_bytes(_manifest(manifest))
-            for path in (temporary / TREE, temporary / MANIFEST, temporary):
-                _flush(path)
-            if final.exists():  # no rename onto a folder: for a moment the old one is called .old, which `latest` reads
-                shutil.rmtree(replaced, ignore_errors=True)
-                final.rename(replaced)
-            temporary.rename(final)
-            _flush(self.folder)
-
-        for part in (pending.thread.result, end):
-            self._together(step, pending.need, part)
-        if first:
-            kept = [final, *[path for at, path in self._newest_first() if at < step][: self.keep - 1]]
-            for _, path in self._newest_first():
-                if path not in kept and not _being_read(path):
-                    shutil.rmtree(path, ignore_errors=True)
+        (temporary / TREE).write_text(json.dumps({"step": step, "files": len(files), "state": tree}))
+        manifest = {TREE: _fingerprint(temporary / TREE)}
+        for name in files:  # as each has seen its own: to read them all again would take long
+            said = (temporary / name).with_suffix(".json")
+            manifest[name] = json.loads(said.read_text())
+            said.unlink()
+        (temporary / MANIFEST).write_bytes(_manifest(manifest))
+        for path in (temporary / TREE, temporary / MANIFEST, temporary):
+            _flush(path)
+        if final.exists():  # no rename onto a folder: for a moment the old one is called .old, which `latest` reads
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        temporary.rename(final)
+        _flush(self.folder)
+        kept = [final, *[path for at, path in self._newest_first() if at < step][: self.keep - 1]]
+        for _, path in self._newest_first():
+            if path not in kept and not _being_read(path):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _together(self, step: int, need: int, part: Callable[[], None]) -> None:
         """All of the crew, or none."""
@@ -228,8 +235,9 @@ class CheckpointStore:
             yield int(match[1]), self.folder / match[0]
 
 
-def encode(state: State) -> tuple[Any, dict[str, Tensor]]:
-    """A state as a JSON tree and its tensors' copies by name. One tensor at two places is stored once and read as one again."""
+def encode(state: State, spare: Mapping[str, Tensor] = MappingProxyType({})) -> tuple[Any, dict[str, Tensor]]:
+    """A state as a JSON tree and its tensors' copies by name. One tensor at two places is stored once and read as one again.
+    Copies go into those of `spare` that have the same name, shape and type."""
     tensors: dict[str, Tensor] = {}
     names: dict[tuple[Any, ...], str] = {}  # which tensor (memory and view of it) already has a name
 
@@ -241,12 +249,12 @@ def encode(state: State) -> tuple[Any, dict[str, Tensor]]:
         view = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, lazy)
         if tensor.numel() and view in names:
             return names[view]
-        packed = tensor.cpu().resolve_conj().resolve_neg().contiguous()
-        if packed.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
-            packed = packed.clone()  # training goes on with the one, a thread writes the other
         while place in tensors:  # the keys "a/b" and a -> b, or 0 and "0", read alike
             place += "'"
-        tensors[place] = packed
+        copy = spare.get(place)
+        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+        tensors[place] = copy.copy_(tensor)
         names[view] = place
         return place
 

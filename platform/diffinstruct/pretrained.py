@@ -436,16 +436,20 @@ def load_reference(
         source = str(unpacked(Path(source)))
     index = _read(_PipelineIndex.load_config, source, key="reference.model")
     name = index.get("_class_name")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise _refusal(f"reference.model: {model} is a {name}; {SUPPORTED}")
     family = FAMILIES[name]
     wanted = {family.part: (family.network, *family.once), "vae": DECODERS}
     wanted |= {part: (kind, f"{kind}Fast") for part, kind in family.texts.items()}
     for part, classes in wanted.items():
-        found = (index.get(part) or (None, None))[1]
+        _, found = entry if isinstance(entry := index.get(part), list | tuple) and len(entry) == 2 else (None, entry)
         if found not in classes:
             raise _refusal(f"reference.model: the {part} of {model} is a {found}, not a {' or '.join(classes)}; {SUPPORTED}")
-    return Reference(source, index, dtype, device, activation_checkpointing, embeddings, decoder_dtype)
+    try:
+        return Reference(source, index, dtype, device, activation_checkpointing, embeddings, decoder_dtype)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {_lines(error)[0]}"
+        raise _refusal(f"reference.model: {model} is not as diffusers writes it: {said}") from error
 
 
 def unpacked(file: Path) -> Path:

@@ -71,6 +71,7 @@ class Worker:
     average: Callable[[Metrics], Metrics] = lambda metrics: metrics  # over the workers
     least: Callable[[int], int] = lambda value: value  # of all workers
     gather: Callable[[Any], list[Any]] = lambda value: [value]  # of all workers, by rank
+    leaving: Callable[[], bool] = lambda: False  # whether a worker's machine is about to go; the same for all workers
     where: str = ""  # the cluster's address, for the first and the last line
 
 
@@ -146,7 +147,7 @@ def _train(
         take(state)
     per_worker = experiment.global_batch_size // worker.world
     own_rows = slice(worker.rank * per_worker, (worker.rank + 1) * per_worker)
-    at = done
+    at, leaving = done, False
     try:
         if not stopped and done < experiment.steps:
             if output and done == 0 and roles.start_error is not None:
@@ -189,6 +190,8 @@ def _train(
                 settings, stopped = heed(worker.least(verdict), settings, at, output)
             if (place := jury.settle(worker.least)) and output:
                 output.said(at, "rewards", place)
+            if not leaving and (leaving := worker.leaving()) and output:
+                output.said(at, "preemption", "a machine of this run is about to go: every step is saved from here on")
             order = worker.least(orders.given(folder) if output else orders.NONE)
             stopped = stopped or order == orders.STOP
             last, paused = stopped or at == experiment.steps, order == orders.PAUSE
@@ -207,10 +210,11 @@ def _train(
                 if output:
                     output.grid(at, columns)
             # What one goes back to should not lie in the middle of what one flees from
-            if (at % experiment.logging.checkpoint_every == 0 and not skips.in_a_row) or last or paused:
+            now = last or paused or leaving
+            if now or (at % experiment.logging.checkpoint_every == 0 and not skips.in_a_row):
                 skips.returned = skips.returned and skips.in_a_row > 0
                 save(at)
-            store.settle(wait=last or paused)
+            store.settle(wait=now)
             if paused and not last:
                 raise orders.Paused(f"paused at step {at}, all of it saved in {store.folder}")
     except BaseException as error:

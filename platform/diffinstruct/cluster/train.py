@@ -163,7 +163,8 @@ def train_loop(
     torch.set_num_threads(experiment.cluster.cpus_per_worker)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    worker = Worker(rank, world, where=where)
+    watched = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"
+    worker = Worker(rank, world, where=where, leaving=leaving if watched else lambda: False)
     if world > 1:
         worker = replace(worker, average=average, least=least, gather=gather)
         if experiment.cluster.fully_shard:
@@ -195,6 +196,11 @@ def gather(value: Any) -> list[Any]:
     values = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def leaving() -> bool:
+    """Whether a node with a worker on it has been told to go, as spot machines are; a collective call, of Ray's alpha API."""
+    return ray.train.get_preemption_info() is not None
 
 
 def _collective_device() -> str:
