@@ -13,12 +13,19 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Kills, full disks and damage, more of each than `make test` has; needs strace.
+# Kills, full disks, damage and whatever else takes too long for `make test`; needs strace.
 chaos: $(READY)
 	$(BIN)/python tests/chaos/store.py
 	$(BIN)/python tests/chaos/run.py
+	$(BIN)/python tests/chaos/nonfinite.py
+	$(BIN)/python tests/chaos/nonfinite.py --sharded --injections 100
+	$(BIN)/python tests/chaos/configurations.py
+	$(BIN)/python tests/chaos/tracker.py
+	$(BIN)/python tests/chaos/endurance.py
 	$(BIN)/python tests/chaos/rewards.py
+	$(BIN)/python tests/chaos/cluster.py
 	$(BIN)/python tests/chaos/sweep.py
+	$(BIN)/pytest -m long
 
 # torch goes first and alone: whatever build of it pip is set up to find here, CPU or CUDA, stays.
 $(READY): pyproject.toml constraints.txt

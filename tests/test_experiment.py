@@ -9,6 +9,7 @@ import pandas as pd
 import pydantic
 import pytest
 import yaml
+from chaos.configurations import chaos
 
 from diffinstruct.experiment import POCKET_SPLITS, ConfigErrors, Experiment, Section, UserError, load
 from diffinstruct.prompts import read_prompts
@@ -336,6 +337,7 @@ def test_prompts_that_cannot_be_read(tmp_path, source, message):
     ("text", "said"),
     [
         ("[" * 3000, "run.yaml:1: nested too deeply, or into itself"),
+        ("a: 1\n" * 10**6, "run.yaml: larger than 4 MiB, which no recipe is"),
         ("a: &a [*a]", "run.yaml:1: nested too deeply, or into itself"),
         ("? [1, 2]\n: 3", "run.yaml:1: not YAML: a key should be a word"),
         ("generator: {betas: 3}", "run.yaml:1: generator.betas: should be a list, got 3"),
@@ -373,3 +375,17 @@ def test_a_comma_without_quotes_is_no_column(tmp_path, text):
         read_prompts(tmp_path / "p.csv")
     (tmp_path / "p.csv").write_text('prompt\n"a cat, oil"\n')
     assert read_prompts(tmp_path / "p.csv")["prompt"].tolist() == ["a cat, oil"]
+
+
+def test_made_up_configurations_are_read_or_refused_and_the_schema_agrees(tmp_path):
+    """A few hundred; tests/chaos/configurations.py makes up ten thousand."""
+    assert chaos(tmp_path, 300).endswith("none wrongly accepted, no traceback")
+
+
+def test_passwords_stay_in_the_environment(tmp_path):
+    (said,) = errors(tmp_path, "tracking: {uri: 'https://me:hunter2@host/x'}")
+    assert said.startswith("run.yaml:1: tracking.uri: should hold no user and password") and "hunter2" not in said
+    experiment = Experiment().tracked_at("https://me:hunter2@host/x")
+    assert experiment.public().tracking.uri is None and experiment.tracked_at(None).public() == Experiment()
+    assert "hunter2" not in experiment.public().to_yaml() + str(experiment.public().to_params())
+    assert Experiment().tracked_at("https://host/x").public().tracking.uri == "https://host/x"

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from diffinstruct import pretrained
-from diffinstruct.experiment import UserError
+from diffinstruct.experiment import UserError, load
 from diffinstruct.pretrained import Reference, load_reference
 
 PROMPTS = ["a red hat", "", "far too many words for this text encoder, they are cut off"]
@@ -225,3 +225,22 @@ def test_a_start_or_timestep_that_does_not_fit_is_refused(reference: Reference, 
             if key == "reference.model":
                 load_reference(str(tmp_path / start))
             reference.check_start(str(tmp_path / start))
+
+
+def test_a_hub_id_may_name_the_commit(monkeypatch, tmp_path) -> None:
+    asked = []
+
+    def load_config(name, **where):
+        asked.append((name, where))
+        raise OSError("not here")
+
+    monkeypatch.setattr(pretrained._PipelineIndex, "load_config", load_config)
+    for model in ("owner/name@0123abc", "owner/name"):
+        with pytest.raises(UserError, match=f"^reference.model: cannot read {model}: not here$"):
+            load_reference(model)
+    assert asked == [("owner/name", {"revision": "0123abc"}), ("owner/name", {})]
+    (tmp_path / "a@b").mkdir()
+    assert pretrained.pinned(str(tmp_path / "a@b")) == (str(tmp_path / "a@b"), {})  # a folder may be called anything
+    recipes = (Path(__file__).parents[1] / "experiments" / "recipes").glob("*.yaml")
+    models = {load(recipe).reference.model for recipe in recipes} - {"pocket"}
+    assert len(models) == 3 and all(re.fullmatch(r"[^@]+/[^@]+@[0-9a-f]{40}", model) for model in models)

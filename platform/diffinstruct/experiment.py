@@ -618,6 +618,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
 
 MOST_VALUES = 100_000
 """In one configuration."""
+LARGEST = 4 << 20
+"""Bytes of one configuration."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -642,7 +644,11 @@ class _Source:
         """Raises ConfigErrors where there is no file or no YAML in it: nothing more can be said then."""
         self.places[()] = (1, f"{path}:1")
         try:
-            text = path.read_text(encoding="utf-8")
+            with path.open("rb") as file:
+                content = file.read(LARGEST + 1)
+            if len(content) > LARGEST:
+                raise ConfigErrors([f"{path}: larger than {LARGEST >> 20} MiB, which no recipe is"])
+            text = content.decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             what = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             near = nearest_file(path, "*.y*ml") if isinstance(error, FileNotFoundError) else ""
