@@ -208,7 +208,7 @@ def test_one_worker_that_is_better_off_with_actors_decides_for_all(world, monkey
     jury = Jury(world(), Fake(clock, 0.5), lambda: Fake(clock, 0.2))
     for _ in range(juries.MEASURED_ROUNDS):
         jury.send(torch.zeros(8, 4), ["a"] * 8)()
-    assert jury.settle(lambda value: min(value, 0))
+    assert jury.settle(lambda value: value if value > 1 else 0)  # as many rounds as here, and the other is for actors
     assert jury.place == "actor" and jury.service is jury.actors
 
 
