@@ -11,7 +11,7 @@ import pytest
 import yaml
 from chaos.configurations import chaos
 
-from diffinstruct.experiment import POCKET_SPLITS, ConfigErrors, Experiment, Section, UserError, load
+from diffinstruct.experiment import POCKET_SPLITS, ConfigErrors, Experiment, Section, UserError, load, without_password
 from diffinstruct.prompts import read_prompts
 
 RECIPE = Path(__file__).parents[1] / "experiments" / "recipes" / "pocket.yaml"
@@ -388,4 +388,10 @@ def test_passwords_stay_in_the_environment(tmp_path):
     experiment = Experiment().tracked_at("https://me:hunter2@host/x")
     assert experiment.public().tracking.uri is None and experiment.tracked_at(None).public() == Experiment()
     assert "hunter2" not in experiment.public().to_yaml() + str(experiment.public().to_params())
+    uris = ("postgresql://me:hunt/er2@host/db", "https://me:hunt@er2@host", "postgresql://host/db?user=me&password=hunter2&x=1")
+    for uri in (*uris, "https://token@host"):
+        assert "er2" not in without_password(f"{uri} and {uri!r}") and "token@" not in without_password(uri)
+        assert "uri: should hold no user and password" in errors(tmp_path, f"tracking: {{uri: '{uri}'}}")[0]
+    for uri in ("https://host:5000/x", "sqlite:////a/b.db", "postgresql://host/db"):
+        assert without_password(uri) == uri
     assert Experiment().tracked_at("https://host/x").public().tracking.uri == "https://host/x"

@@ -177,7 +177,7 @@ def test_names_are_such_as_kubernetes_takes(name):
         (["--resume", "runs/one"], r"--resume: should lie in /mnt/runs, where the claim is mounted, got 'runs/one'"),
         (["-s", "runs=/data", "-s", "tracking.uri=sqlite:////tmp/m.db"], r"tracking\.uri: should lie in /data, .*'/tmp/m\.db'"),
         (["--claim", "My_Runs"], r"--claim: should be small letters, digits, '-' and '\.', got 'My_Runs'"),
-        (["-s", "tracking.uri=https://me:word@host"], r"tracking\.uri: holds a password, .* Secret 'diffinstruct'"),
+        (["-s", "tracking.uri=https://me:word@host"], r"-s: tracking\.uri: should hold no user and password, .*'https://host'"),
         (["-s", "cluster.reward_resources={it's: 1}"], r"-s: cluster\.reward_resources\.it's: should be named in letters, .*"),
     ],
 )

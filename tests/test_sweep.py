@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import threading
@@ -70,6 +71,13 @@ def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, wor
     assert again.to_dict("records") == rows
     assert starts(tmp_path / "sweep" / good) == 1  # it had finished: nothing to do
     assert client.get_run(parent.info.run_id).info.status == "FINISHED"  # the same parent, which has not failed any more
+
+
+def test_what_tune_writes_down_holds_no_password(world, tmp_path):
+    base = world[1]().tracked_at("http://me:hunter2@host")
+    trials = sweeps.Trials(base, sweeps.grid({"seed": [1]}), tmp_path, None)
+    assert trials.experiment(0).tracking.uri == "http://me:hunter2@host"
+    assert b"hunter2" not in pickle.dumps(trials)
 
 
 def test_a_trial_is_named_by_what_tells_it_from_the_others(world, tmp_path):

@@ -363,7 +363,7 @@ def _manifest(entries: dict[str, Any]) -> bytes:
 
 def _being_read(path: Path) -> bool:
     try:
-        with (path / MANIFEST).open("rb") as file:
+        with (path / MANIFEST).open("r+b") as file:  # network disks lock nothing that is open for reading alone
             return not locked(file)
     except OSError:  # there is none, so nobody reads it
         return False

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from diffinstruct.experiment import Experiment
 
 
+PATIENCE = 5.0
+"""Seconds in which a process that was killed on another machine is gone from its run."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0, or 2 where the user has to mend something (said on stderr). A run that breaks off
     and a reward that fails or is refused end with 1."""
@@ -139,11 +143,11 @@ def train(arguments: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"runs: cannot make {folder}: {error.strerror}") from None
-    with only_writer(folder):  # who trains holds it, too; here it is told before anything heavy starts
+    if arguments.allow and not arguments.resume:
+        raise UserError("--allow: goes with --resume RUN")
+    with only_writer(folder, PATIENCE):  # who trains holds it, too; here it is told before anything heavy starts
         if (folder / "experiment.yaml").is_file():
             _same_as_before(experiment, folder, arguments.allow)
-        elif arguments.allow:
-            raise UserError(f"--allow: {folder} has not begun, there is nothing to go on with")
     if arguments.local:
         from diffinstruct.local import run
     else:
@@ -397,9 +401,14 @@ def _same_as_before(experiment: Experiment, folder: Path, allowed: Sequence[str]
         hint = f"; {' '.join(may)} goes on with what is new" if may else ""
         raise UserError("\n".join([*lines, f"--resume: goes on with {folder / 'experiment.yaml'}, unchanged{hint}"]))
     if changes:
+        from diffinstruct.checkpoint import CheckpointError
         from diffinstruct.run import change
 
-        step = change(experiment, folder, changes.keys())
+        try:
+            step = change(experiment, folder, changes.keys())
+        except CheckpointError as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(1) from None
         print("\n".join([*told, f"from step {step} on it has what is new"]), flush=True)
 
 

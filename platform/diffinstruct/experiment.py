@@ -82,7 +82,8 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 
 def without_password(text: str) -> str:
     """A URI, or a message about it, without user and password: for eyes and files."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+    text = re.sub(r"(?<=://)([^/@:\s'\"]*:[^\s'\"]*|[^/@\s'\"]+)@", "", text)  # a database's password may hold a / or an @
+    return re.sub(r"(?i)(?<=[?&])(password|pwd|token)=[^&\s'\"]*", r"\1=...", text)
 
 
 def nearest_file(path: Path, pattern: str) -> str:

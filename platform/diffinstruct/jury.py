@@ -175,6 +175,7 @@ class Jury:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.micro_batch, self.scales = state["micro_batch"], dict(state["scales"])
+        self._service, self._held_up = None, []
         if self.actors is not None:
             self.place = state["place"]
 

@@ -19,16 +19,20 @@ LOCK = "lock"
 logger = logging.getLogger(__name__)
 
 
+class Busy(UserError):
+    """Another process is at work on the run."""
+
+
 @contextmanager
 def only_writer(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """Holds a run's folder for the block. Raises UserError if another process still does after `patience` seconds."""
+    """Holds a run's folder for the block. Raises Busy if another process still does after `patience` seconds."""
     with (folder / LOCK).open("a+") as file:
         until = time.monotonic() + patience
         while not locked(file):
             if time.monotonic() >= until:
                 file.seek(0)
                 who = file.read() or "another process"
-                raise UserError(f"{folder}: {who} is at work on this run; it can have one at a time")
+                raise Busy(f"{folder}: {who} is at work on this run; it can have one at a time")
             time.sleep(0.5)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -322,7 +322,11 @@ def ran_with(journal: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    records = read_journal(folder)
+    records: list[dict[str, Any]] = []
+    for record in read_journal(folder):
+        if "back_to" in record:  # what came after that step has been left
+            records = [kept for kept in records if kept.get("step", 0) <= record["back_to"]]
+        records.append(record)
     last: dict[str, Any] = next((record for record in reversed(records) if record.keys() & {"start", "finish"}), {})
     torn = "its journal has no end, and may have been cut or deleted" if (folder / "metrics.json").exists() else None
     measured = [record for record in records if "metrics" in record]

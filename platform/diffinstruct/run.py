@@ -47,7 +47,7 @@ from diffinstruct.roles import Roles, make_roles, whole
 from diffinstruct.sharding import gathered, rows, sharded, spread
 from diffinstruct.step import Draws, Metrics, NonFinite, Players, Settings, alternating_round
 from diffinstruct.tracking import Parent, Tracker
-from diffinstruct.watch import BLIND, Alarm
+from diffinstruct.watch import BLIND, Alarm, Watch
 
 GRID_NOISES = 3
 GO_ON, LOWER_SCALE, STOP = 2, 1, 0
@@ -168,13 +168,13 @@ def _train(
                 why = skips.add(error, worker.gather(error.cause))
                 if output:
                     output.said(at, "skipped", f"left out, {skips.in_a_row} in a row: {why}")
-                if skips.in_a_row == SKIPS:
+                if skips.in_a_row == min(SKIPS, experiment.steps):
                     found = (0, None) if skips.returned else newest(store, experiment, worker)
                     if found[1] is None:
                         raise skips.given_up(at, error.player, why) from None
-                    lost, at = at, found[0]
+                    lost, at, count = at, found[0], skips.all
                     take(found[1])
-                    skips.turn_back()
+                    skips.turn_back(count)
                     if output:
                         output.went_back(at, lost)
                     save(at)  # whoever goes on from there goes the other way, too
@@ -367,7 +367,7 @@ def newest(store: CheckpointStore, experiment: Experiment, worker: Worker) -> tu
         raise CheckpointError(f"{store.folder}: worker {worker.rank} sees the checkpoint of step {at}, another {first}")
     if found is None:
         if any(store.folder.glob("step-*")):
-            print(f"no checkpoint in {store.folder} can be used: starting over", flush=True)
+            print(f"no checkpoint in {store.folder} can be used", flush=True)
         return 0, None
     step, state = found
     if state["experiment"] != experiment.derived_id:
@@ -394,16 +394,29 @@ def take_over(experiment: Experiment, folder: Path, donor: Path) -> int:
 def change(experiment: Experiment, folder: Path, keys: Collection[str]) -> int:
     """Make the newest checkpoint in `folder`, of a run with other values of these keys, one of `experiment`; its step, 0 where
     there is none. The reward scale stays what the watch has made of it, unless it is among the keys."""
-    store = CheckpointStore(folder / "checkpoints")
+    store = CheckpointStore(folder / "checkpoints", keep=1)  # older ones stay the other configuration's
     found = store.latest()
     if found is None:
+        keep_configuration(experiment, folder)
         return 0
     step, state = found
-    own = {"reward_scale": experiment.objective.reward_scale} if "objective.reward_scale" in keys else {}
+    own: dict[str, Any] = {"stopped": False}
+    if "objective.reward_scale" in keys:
+        own["reward_scale"] = experiment.objective.reward_scale
+    if any(key.startswith("prompts.") for key in keys):  # looks are compared picture by picture
+        own["watcher"] = {"watch": Watch().state_dict(), "divergences": []}
     if "rewards.micro_batch" in keys:
         own["jury"] = state["jury"] | {"micro_batch": experiment.rewards.micro_batch}
     store.save(step, _made_one_of(experiment, state) | own)
+    keep_configuration(experiment, folder)
     return step
+
+
+def keep_configuration(experiment: Experiment, folder: Path) -> None:
+    """Write the run's experiment.yaml, whole or not at all."""
+    passing = folder / "experiment.yaml.tmp"
+    passing.write_text(experiment.public().to_yaml())
+    passing.replace(folder / "experiment.yaml")
 
 
 def _made_one_of(experiment: Experiment, state: dict[str, Any]) -> dict[str, Any]:
@@ -432,13 +445,14 @@ class Skips:
         said = [f"worker {rank}: {cause}" if len(causes) > 1 else cause for rank, cause in found]
         return "; ".join(said) or f"the {error.player}'s gradient, with all before it finite"
 
-    def turn_back(self) -> None:
-        self.in_a_row, self.returned = 0, True
+    def turn_back(self, count: int) -> None:
+        """The state is that of an earlier step; what was counted since stays."""
+        self.all, self.in_a_row, self.returned = count, 0, True
         self.detours += 1
 
     def given_up(self, step: int, player: str, why: str) -> NonFinite:
         again = "once more after going back" if self.returned else "with no checkpoint to go back to"
-        return NonFinite(step, player, f"{why}; {SKIPS} steps in a row, {again}")
+        return NonFinite(step, player, f"{why}; {self.in_a_row} steps in a row, {again}")
 
     def seed(self, seed: int) -> int:
         """What a run with this seed draws from."""
@@ -531,9 +545,7 @@ class Output:
     ) -> None:
         self.experiment, self.folder, self.reference = experiment, folder, reference
         self.where = f"  {where}" if where else ""
-        passing = folder / "experiment.yaml.tmp"  # a kill must not leave half of it
-        passing.write_text(experiment.public().to_yaml())
-        passing.replace(folder / "experiment.yaml")
+        keep_configuration(experiment, folder)
         self.tracker = Tracker(
             experiment.tracking.uri,
             experiment.tracking.experiment,
@@ -550,7 +562,7 @@ class Output:
         print(f"run {folder}{at}  tracking {self.tracker.url}{self.where}", flush=True)
 
     def metrics(self, step: int, metrics: Metrics) -> None:
-        self.last = metrics
+        self.last = self.last | metrics  # of a window in which all steps were left out there is little
         self.tracker.metrics(step, metrics)
         now = time.perf_counter()
         self.first_step = step if self.first_step is None else self.first_step

@@ -336,7 +336,8 @@ class _Delivery:
         if not starts:
             raise FileNotFoundError(f"{self.journal} does not hold a run")
         (_, began), (start, _) = starts[0], starts[-1]
-        self.uri = self.uri or start["uri"]
+        own = os.environ.get("MLFLOW_TRACKING_URI", "")  # of which the journal may have all but the password
+        self.uri = self.uri or (own if without_password(own) == start["uri"] else start["uri"])
         client, experiment_id = _open(self.uri, start["experiment"])
         known = _read_json(self.folder / "mlflow.json").get("run_id")
         run = _active_run(client, known)

@@ -221,6 +221,7 @@ def _tuned(
     # A scheduler has to hear of finished trials, too: it judges the others by them.
     todo = [i for i in trials.known if scheduler or i not in done]
     started_in, population = os.getcwd(), isinstance(scheduler, PopulationBasedTraining)
+    uri = trials.base.tracking.uri
     if population:  # Tune wants to hand out its points itself
         keys = trials.point(todo[0])
         told: dict[str, Any] = {key: tune.sample_from(partial(_value, trials, key)) for key in keys}
@@ -232,6 +233,7 @@ def _tuned(
 
     def trial(config: dict[str, Any]) -> None:
         stand_in(started_in)
+        trials.base = trials.base.tracked_at(uri)
         Trial(trials, config, pool, where, parent, aim, population, started_in).run()
 
     logging.getLogger("ray.tune.tune").setLevel(logging.ERROR)  # how to go on from Tune's own state, which is cleared away
@@ -296,6 +298,10 @@ class Trials:
             if experiment.derived_id in (run for _, run in self.known.values()):
                 raise UserError(f"sweep: two trials have the same configuration, the second is {dict(point)}")
             self.known[i] = (point, experiment.derived_id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune writes what it holds to disk: no place for a tracking server's password."""
+        return {**vars(self), "base": self.base.public()}
 
     def checked(self, point: Point) -> Experiment:
         """The experiment of a point. Raises UserError where it is none, or where trials cannot differ."""

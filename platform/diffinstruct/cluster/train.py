@@ -16,7 +16,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from diffinstruct import orders, tracking
 from diffinstruct.checkpoint import CheckpointError
 from diffinstruct.cluster.rewards import RewardPool, ray_options, reward_pool, stand_in
 from diffinstruct.experiment import Experiment, UserError, did_you_mean
+from diffinstruct.locks import Busy
 from diffinstruct.orders import Paused
 from diffinstruct.rewards import RewardError
 from diffinstruct.step import Metrics, NonFinite
@@ -88,15 +89,17 @@ def fit(
     """
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # what we print is shown once, by `shown`
     asked, started_in = experiment.cluster, os.getcwd()
+    name = uuid.uuid4().hex  # one that was there before would be resumed, from Ray's snapshot
+    watched = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"
     trainer = TorchTrainer(
-        lambda: train_loop(experiment, folder, pool, where, parent, started_in),
+        lambda: train_loop(experiment, folder, pool, where, parent, started_in, watched),
         scaling_config=ScalingConfig(
             num_workers=asked.workers,
             use_gpu=asked.use_gpu,
             resources_per_worker=asked.per_worker,
         ),
         run_config=RunConfig(
-            name=uuid.uuid4().hex,  # a name that was there before would be resumed, from Ray's snapshot
+            name=name,
             storage_path=str(folder / "ray"),
             failure_config=FailureConfig(max_failures=3),
             callbacks=[NoSecondTry()],
@@ -111,12 +114,15 @@ def fit(
     except BaseException as error:
         # Ray answers Ctrl-C by ending the workers and the program, with status 0.
         reason = KeyboardInterrupt() if isinstance(error, SystemExit) else final_error(error) or error
-        close(folder, experiment, reason)
+        if not isinstance(reason, Busy):  # whose run it is sees to its end
+            close(folder, experiment, reason)
         if reason is error:
             raise
         raise reason from None
     finally:
-        shutil.rmtree(folder / "ray", ignore_errors=True)
+        shutil.rmtree(folder / "ray" / name, ignore_errors=True)
+        with suppress(OSError):
+            (folder / "ray").rmdir()
         if in_main_thread:
             signal.signal(signal.SIGINT, interrupt)  # Ray leaves its own behind
 
@@ -153,7 +159,13 @@ def embed(experiment: Experiment) -> None:
 
 
 def train_loop(
-    experiment: Experiment, folder: Path, pool: RewardService | None, where: str, parent: Parent | None, started_in: str
+    experiment: Experiment,
+    folder: Path,
+    pool: RewardService | None,
+    where: str,
+    parent: Parent | None,
+    started_in: str,
+    watched: bool,
 ) -> Result | None:
     """What runs in each worker; the result on rank 0."""
     from diffinstruct.run import Worker, train  # driver and controller need not spend the seconds of this import
@@ -163,7 +175,6 @@ def train_loop(
     torch.set_num_threads(experiment.cluster.cpus_per_worker)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    watched = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"
     worker = Worker(rank, world, where=where, leaving=leaving if watched else lambda: False)
     if world > 1:
         worker = replace(worker, average=average, least=least, gather=gather)
@@ -238,7 +249,7 @@ def close(folder: Path, experiment: Experiment, reason: BaseException) -> None:
         if (folder / "journal.jsonl").exists():
             tracking.deliver(folder, experiment.tracking.uri, status, f"{type(reason).__name__}: {reason}")
     except Exception as error:
-        logger.warning("the end of %s has not reached MLflow: %s", folder, error)
+        logger.warning("the end of %s has not reached MLflow: %s", folder, tracking.in_one_line(error))
 
 
 def warn_of_passing_copy(path: Path) -> None:
