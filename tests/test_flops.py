@@ -15,7 +15,7 @@ from diffinstruct.pretrained import NetworkDenoiser, load_reference
 from diffinstruct.rewards import Scores
 from diffinstruct.roles import make_roles
 from diffinstruct.run import make_players, make_settings
-from diffinstruct.step import Draws, alternating_round, score_update, unwrapped
+from diffinstruct.step import Draws, Faults, alternating_round, score_update, unwrapped
 
 BATCH = 2
 PROMPTS = ["a tulip in a yellow pot", "a pink round critter"]
@@ -61,7 +61,7 @@ def test_a_round_costs_what_the_arithmetic_says(reference, monkeypatch, name, cf
     sample = draws.normal(0)
     with torch.no_grad():
         one = counted(lambda: unwrapped(players.score_network)(sample, torch.tensor([5, 500]), c))
-    update = partial(score_update, players, settings, reference.schedule, draws, sample, c, draws.SCORE)
+    update = partial(score_update, players, settings, reference.schedule, draws, sample, c, draws.SCORE, Faults(PROMPTS))
     score = counted(update) if settings.objective else 0
     rows: list[int] = []
     forward = NetworkDenoiser.forward

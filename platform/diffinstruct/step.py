@@ -141,7 +141,7 @@ class Draws:
         return full[self.rows].tolist()
 
 
-class _Faults:
+class Faults:
     """What this worker has found in a round that is not finite."""
 
     def __init__(self, prompts: Sequence[str]) -> None:
@@ -151,7 +151,7 @@ class _Faults:
     def look(self, what: str, values: Tensor, part: slice = slice(None)) -> bool:
         """Whether the values [B, ...] of these samples are finite."""
         finite = values.detach().reshape(len(values), -1).isfinite().all(1)
-        if finite.all():
+        if finite.all().item():
             return True
         prompts = self.prompts[part]
         of = [prompt for prompt, is_finite in zip(prompts, finite.tolist(), strict=True) if not is_finite]
@@ -181,7 +181,7 @@ def alternating_round(
     Raises NonFinite before an update that would spoil the weights; RewardError.
     """
     metrics: Metrics = {}
-    faults = _Faults(prompts)
+    faults = Faults(prompts)
     for key, value in c.items():
         faults.look(f"prompt embeddings ({key})", value)
     z = draws.normal(draws.GENERATOR)
@@ -251,7 +251,7 @@ def score_update(
     sample: Tensor,
     c: Conditions,
     place: int,
-    faults: _Faults,
+    faults: Faults,
 ) -> Metrics:
     """One denoising update of the score network on generated samples, with t and eps of its own."""
     t, eps = draws.t(place, settings.law_of_t), draws.normal(place + 1)
@@ -311,7 +311,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(average, [p.to(a.dtype) for a, p in zip(average, model.parameters(), strict=True)], 1 - decay)
 
 
-def _clipped(player: nn.Module, max_norm: float, step: int, name: str, faults: _Faults) -> float:
+def _clipped(player: nn.Module, max_norm: float, step: int, name: str, faults: Faults) -> float:
     """Clip and return the norm from before. Gradients are already averaged over the workers: all of them raise, or none."""
     whole = nn.utils.clip_grad_norm_(player.parameters(), max_norm)
     norm = (whole.full_tensor() if isinstance(whole, DTensor) else whole).item()
