@@ -228,7 +228,8 @@ def test_death_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, again: bo
     raise AssertionError("the writer never got through")
 
 
-def test_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("of", "name"), [(Path, "write_text"), (checkpoint, "save_file")], ids=["json", "tensors"])
+def test_full_disk_is_one_clear_error_when_the_save_is_settled(of, name, tmp_path, monkeypatch) -> None:
     store = CheckpointStore(tmp_path)
     store.save(50, state())
 
@@ -236,11 +237,14 @@ def test_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", no_space)
+        patch.setattr(of, name, no_space)
+        store.start(100, state(1))
         with pytest.raises(CheckpointError, match=r"step-00000100.*No space left on device.*takes 0.0 MiB here, \d+"):
-            store.save(100, state())
+            store.settle(wait=True)
     assert same(store.latest(), (50, state()))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000050"]
+    store.save(150, state(1))  # nothing of it is in the way
+    assert same(store.latest(), (150, state(1)))
 
 
 def test_a_write_the_system_cuts_short_is_the_same_error(tmp_path: Path) -> None:
@@ -282,23 +286,6 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, monkeypatch: p
     assert same(CheckpointStore(tmp_path).latest(), (1, {"weights": torch.zeros(1000), "step": 1}))
     assert same(store.latest(), (2, {"weights": torch.ones(1000)}))  # waits for its own
     store.settle(wait=True)  # there is nothing more
-
-
-def test_what_the_thread_meets_is_said_when_it_is_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = CheckpointStore(tmp_path)
-    store.save(1, state())
-
-    def full(*of: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
-        store.start(2, state(1))
-        with pytest.raises(CheckpointError, match=r"step-00000002 could not be written: .*No space left.* MiB here, "):
-            store.settle(wait=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    store.save(3, state(1))  # nothing of it is left behind
-    assert same(store.latest(), (3, state(1)))
 
 
 def test_one_that_is_being_read_is_not_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from diffinstruct.experiment import Experiment
+
 TOKENS = 12
 LATENT = (4, 8, 8)
 FAMILIES = {
@@ -60,6 +62,21 @@ def build(folder: Path, prediction: str = "epsilon", dtype: torch.dtype = torch.
         index["force_zeros_for_empty_prompt"] = True
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def experiment(folder: Path, **sections: Any) -> Experiment:
+    """A run on the tiny pipeline, which is built in `folder` beside its prompts, and tracked there; sections as in a recipe."""
+    prompts = folder / "prompts.txt"
+    prompts.write_text("".join(f"a {colour} thing\n" for colour in ("red", "blue", "pale", "dark")))
+    content = {
+        "global_batch_size": 8,
+        "reference": {"model": str(build(folder / "tiny"))},
+        "generator": {"start": "reference"},
+        "rewards": {"trained": [{"name": "tiny_rewards:Red"}], "held_out": ["tiny_rewards:Calm"]},
+        "prompts": {"train": str(prompts), "grid": str(prompts)},
+        "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
+    }
+    return Experiment.model_validate(content | sections)
 
 
 def _sd15(folder: Path, prediction: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -219,8 +219,10 @@ def _train(
                 raise orders.Paused(f"paused at step {at}, all of it saved in {store.folder}")
     except BaseException as error:
         if not mesh:
-            with suppress(CheckpointError):
+            try:
                 store.settle(wait=True)
+            except CheckpointError as lost:  # the run ends for another reason, which is raised
+                print(lost, flush=True)
         if output:
             output.failed(error)
         raise

@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -136,21 +135,13 @@ def chaos(folder: Path, kinds: tuple[str, ...] = KINDS) -> tuple[str, bool]:
 
     from diffinstruct.experiment import Experiment
 
-    (folder / "prompts.txt").write_text("".join(f"a {colour} thing\n" for colour in ("red", "blue", "pale", "dark")))
-    content: dict[str, Any] = {
-        "steps": STEPS,
-        "global_batch_size": 8,
-        "reference": {"model": str(tiny.build(folder / "tiny"))},
-        "generator": {"start": "reference"},
-        "rewards": {"trained": [{"name": "tiny_rewards:Slow"}], "held_out": ["tiny_rewards:Calm"]},
-        "prompts": {"train": str(folder / "prompts.txt"), "grid": str(folder / "prompts.txt")},
-        "watch": {"every": 5},
-        "logging": {"every": 1, "grid_every": 100, "grid_prompts": 2, "checkpoint_every": 3},
-    }
+    slow = {"trained": [{"name": "tiny_rewards:Slow"}], "held_out": ["tiny_rewards:Calm"]}
+    often = {"every": 1, "grid_every": 100, "grid_prompts": 2, "checkpoint_every": 3}
+    base = tiny.experiment(folder, steps=STEPS, rewards=slow, watch={"every": 5}, logging=often).model_dump()
     for place in ("process", "actor"):
         if any(("actors" in kind) == (place == "actor") for kind in kinds):
             cluster = {"workers": 2, "worker_resources": {"trainer": 1}, "reward_place": place, "reward_cpus": 0.5}
-            (folder / f"{place}.yaml").write_text(Experiment.model_validate(content | {"cluster": cluster}).to_yaml())
+            (folder / f"{place}.yaml").write_text(Experiment.model_validate(base | {"cluster": cluster}).to_yaml())
             assert start(folder / f"calm-{place}", "nothing", place).wait() == 0, (folder / f"calm-{place}.txt").read_text()
     lines, good = [], True
     for kind in kinds:

@@ -30,24 +30,11 @@ def chaos(folder: Path, steps: int) -> tuple[str, bool]:
     import torch
 
     from diffinstruct import local, run
-    from diffinstruct.experiment import Experiment
     from diffinstruct.step import alternating_round
 
     torch.set_num_threads(1)
-    (folder / "prompts.txt").write_text("".join(f"a {colour} thing\n" for colour in ("red", "blue", "pale", "dark")))
-    experiment = Experiment.model_validate(
-        {
-            "steps": steps,
-            "global_batch_size": 2,
-            "reference": {"model": str(tiny.build(folder / "tiny"))},
-            "generator": {"start": "reference"},
-            "rewards": {"trained": [{"name": "tiny_rewards:Red"}], "held_out": ["tiny_rewards:Calm"]},
-            "prompts": {"train": str(folder / "prompts.txt"), "grid": str(folder / "prompts.txt")},
-            "watch": {"every": 200},
-            "logging": {"every": 5, "grid_every": 500, "grid_prompts": 2, "checkpoint_every": 50},
-            "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
-        }
-    )
+    often = {"every": 5, "grid_every": 500, "grid_prompts": 2, "checkpoint_every": 50}
+    experiment = tiny.experiment(folder, steps=steps, global_batch_size=2, watch={"every": 200}, logging=often)
     process, seen, checkpoints = psutil.Process(), list[tuple[int, int]](), 0
 
     def watched(players: Any, settings: Any, schedule: Any, draws: Any, *rest: Any) -> Any:

@@ -164,23 +164,16 @@ def chaos(folder: Path, injections: int, seed: int = 0, spread: bool = False) ->
     import torch
 
     from diffinstruct.checkpoint import CheckpointStore
-    from diffinstruct.experiment import Experiment
     from diffinstruct.tracking import read_journal
 
-    (folder / "prompts.txt").write_text("".join(f"a {colour} thing\n" for colour in ("red", "blue", "pale", "dark")))
-    experiment = Experiment.model_validate(
-        {
-            "steps": 2 * injections,
-            "global_batch_size": 4,
-            "reference": {"model": str(tiny.build(folder / "tiny"))},
-            "generator": {"start": "reference"},
-            "rewards": {"trained": [{"name": "tiny_rewards:Red"}], "held_out": []},
-            "prompts": {"train": str(folder / "prompts.txt"), "grid": str(folder / "prompts.txt")},
-            "watch": {"every": 0},
-            "logging": {"every": 10, "grid_every": 10**6, "grid_prompts": 2, "checkpoint_every": 10**6},
-            "cluster": {"workers": WORLD, "fully_shard": spread},
-            "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
-        }
+    experiment = tiny.experiment(
+        folder,
+        steps=2 * injections,
+        global_batch_size=4,
+        rewards={"trained": [{"name": "tiny_rewards:Red"}], "held_out": []},
+        watch={"every": 0},
+        logging={"every": 10, "grid_every": 10**6, "grid_prompts": 2, "checkpoint_every": 10**6},
+        cluster={"workers": WORLD, "fully_shard": spread},
     )
     planned, began = plan(injections, seed), time.monotonic()
     torch.multiprocessing.spawn(process, (experiment, folder, planned, spread), WORLD)

@@ -34,23 +34,13 @@ def chaos(folder: Path, kills: int, stops: int, seed: int = 0) -> tuple[str, boo
 
     from diffinstruct.cluster.rewards import reward_pool
     from diffinstruct.cluster.train import fit
-    from diffinstruct.experiment import Experiment
 
-    (folder / "prompts.txt").write_text("".join(f"a {colour} thing\n" for colour in ("red", "blue", "pale", "dark")))
-    prompts = {"train": str(folder / "prompts.txt"), "grid": str(folder / "prompts.txt")}
     steps = 10 + APART * (kills + stops)
-    experiment = Experiment.model_validate(
-        {
-            "steps": steps,
-            "global_batch_size": 8,
-            "reference": {"model": str(tiny.build(folder / "tiny"))},
-            "generator": {"start": "reference"},
-            "rewards": {"trained": [{"name": "tiny_rewards:Red"}], "held_out": ["tiny_rewards:Calm"]},
-            "prompts": prompts,
-            "logging": {"every": 1, "grid_every": steps, "checkpoint_every": steps},
-            "cluster": {"reward_place": "actor", "reward_deadline_s": 5.0},
-            "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
-        }
+    experiment = tiny.experiment(
+        folder,
+        steps=steps,
+        logging={"every": 1, "grid_every": steps, "checkpoint_every": steps},
+        cluster={"reward_place": "actor", "reward_deadline_s": 5.0},
     )
     done: list[str] = []
     began = time.monotonic()

@@ -32,23 +32,9 @@ def chaos(folder: Path, kills: int, seed: int = 0) -> tuple[str, bool]:
     from chaos.rewards import compare
     from safetensors.torch import load_file
 
-    from diffinstruct.experiment import Experiment
-
     torch.set_num_threads(1)
-    (folder / "prompts.txt").write_text("".join(f"a {colour} thing\n" for colour in ("red", "blue", "pale", "dark")))
-    experiment = Experiment.model_validate(
-        {
-            "steps": STEPS,
-            "global_batch_size": 8,
-            "reference": {"model": str(tiny.build(folder / "tiny"))},
-            "generator": {"start": "reference"},
-            "rewards": {"trained": [{"name": "tiny_rewards:Red"}], "held_out": ["tiny_rewards:Calm"]},
-            "prompts": {"train": str(folder / "prompts.txt"), "grid": str(folder / "prompts.txt")},
-            "watch": {"every": 5},
-            "logging": {"every": 1, "grid_every": 7, "checkpoint_every": 3},
-            "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
-        }
-    )
+    logging = {"every": 1, "grid_every": 7, "checkpoint_every": 3}
+    experiment = tiny.experiment(folder, steps=STEPS, watch={"every": 5}, logging=logging)
 
     def life(run: Path, seconds: float | None) -> bool:
         """The run's call in a process of its own, killed after so many; whether it has come to the run's end."""

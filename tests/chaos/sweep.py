@@ -47,20 +47,15 @@ def chaos(folder: Path, kills: int, chance: random.Random) -> int:
     sys.path.insert(0, str(ROOT / "tests"))
     import tiny
 
-    from diffinstruct.experiment import Experiment
-
     folder.mkdir(parents=True, exist_ok=True)
-    tiny.build(folder / "tiny")
-    (folder / "prompts.txt").write_text("a red thing\na blue thing\na pale thing\na dark thing\n")
-    content = Experiment().model_dump()
-    content |= {"steps": 60, "global_batch_size": 8, "prompts": {"train": str(folder / "prompts.txt")}}
-    content["prompts"]["grid"] = content["prompts"]["train"]
-    content["reference"]["model"], content["generator"]["start"] = str(folder / "tiny"), "reference"
-    content["rewards"]["trained"] = [{"name": "tiny_rewards:Slow", "weight": 1.0}]
-    content["rewards"]["held_out"] = ["tiny_rewards:Calm"]
-    content["logging"] |= {"every": 4, "grid_every": 1000, "grid_prompts": 2, "checkpoint_every": 6}
-    content["cluster"]["reward_cpus"] = 0.0
-    (folder / "base.yaml").write_text(Experiment.model_validate(content).to_yaml())
+    base = tiny.experiment(
+        folder,
+        steps=60,
+        rewards={"trained": [{"name": "tiny_rewards:Slow"}], "held_out": ["tiny_rewards:Calm"]},
+        logging={"every": 4, "grid_every": 1000, "grid_prompts": 2, "checkpoint_every": 6},
+        cluster={"reward_cpus": 0.0},
+    )
+    (folder / "base.yaml").write_text(base.to_yaml())
 
     began = time.monotonic()
     undisturbed = start(folder / "undisturbed")
