@@ -138,6 +138,31 @@ def test_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000150", "step-00000200"]
 
 
+def test_the_best_is_kept_beside_them(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    seen = []
+    for step, best in ((50, None), (100, 50), (150, 50), (200, 150), (250, 150)):
+        store.save(step, {"step": step}, best)
+        seen.append(store.steps())
+    assert seen == [[50], [100, 50], [150, 100, 50], [200, 150], [250, 200, 150]]
+    store.save(100, {"step": 100}, 150)  # of a run that has gone back: what came later is nobody's best any more
+    assert store.steps() == [100]
+
+
+def test_a_part_is_read_without_the_files_that_it_does_not_take(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    folder = store.save(1, {"networks": {"ema": {"w": torch.ones(2)}, "other": torch.zeros(3)}, "said": {"best": 7}})
+    assert same(store.part(1, "networks", "ema"), {"w": torch.ones(2)}) and store.part(1, "said", "best") == 7
+    with pytest.raises(CheckpointError, match=r"step-00000001 cannot be used: state\.json: it has no 'networks/average'"):
+        store.part(1, "networks", "average")
+    flip(folder / "tensors.safetensors")
+    assert store.part(1, "said", "best") == 7
+    with pytest.raises(CheckpointError, match=r"tensors\.safetensors: its content is not what was written"):
+        store.part(1, "networks", "ema")
+    with pytest.raises(CheckpointError, match="step-00000002 cannot be used"):
+        store.part(2, "said")
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-9] ^= 1

@@ -113,7 +113,7 @@ def test_a_resumed_run_shakes_hands_again(world, tmp_path, monkeypatch):
 def test_what_the_handshake_saw_is_in_the_journal(world, tmp_path):
     local.run(world(steps=1), tmp_path / "run")
     seen = {record["event"]: record for record in records(tmp_path / "run", "event")}
-    assert seen.keys() == {"reward.tiny_rewards:Red", "reward.tiny_rewards:Calm"}
+    assert seen.keys() == {"reward.tiny_rewards:Red", "reward.tiny_rewards:Calm", "best"}
     assert all(record["step"] == 0 and "scores" in record["text"] for record in seen.values())
 
 
@@ -240,9 +240,9 @@ def test_a_look_sees_the_same_prompts_and_noise_with_the_runs_weights(world, mon
     seen = []
 
     class Spy(juries.Watch):
-        def see(self, look):
-            seen.append(look)
-            return super().see(look)
+        def see(self, look, kept):
+            seen.append((look, kept))
+            return super().see(look, kept)
 
     monkeypatch.setattr(juries, "Watch", Spy)
     rewards = juries.make_rewards(experiment.rewards.names, reference.decode, CPU)
@@ -250,11 +250,12 @@ def test_a_look_sees_the_same_prompts_and_noise_with_the_runs_weights(world, mon
     jury.scales = {"tiny_rewards:Red": 0.5}
     watcher = Watcher(experiment, reference, prompts, jury)
     generator = reference.generator(600)
-    figures, alarm = watcher.look(0, watcher.pictures(generator))()
+    figures, alarm = watcher.look(0, watcher.pictures(generator), kept=False)()
     watcher.note(2.0)
     watcher.note(4.0)
-    watcher.look(10, watcher.pictures(generator))()
-    first, second = seen
+    watcher.look(10, watcher.pictures(generator), kept=True)()
+    (first, start_kept), (second, second_kept) = seen
+    assert (start_kept, second_kept) == (False, True)
     assert alarm is None and figures["watch/trained"] == 0.0
     assert (first.step, second.step) == (0, 10) and np.isnan(first.distance) and second.distance == 3.0
     assert np.array_equal(first.trained, second.trained) and first.variety == second.variety > 0
@@ -283,8 +284,8 @@ class Alarming(juries.Watch):
 
     at = 2
 
-    def see(self, look):
-        super().see(look)
+    def see(self, look, kept):
+        super().see(look, kept)
         return Alarm(look.step, "unexplained", f"at step {look.step} something is odd") if look.step == self.at else None
 
 

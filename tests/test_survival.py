@@ -18,6 +18,7 @@ from chaos import nonfinite
 from mlflow import MlflowClient
 from tiny_runs import agree, journal
 
+from diffinstruct import jury as juries
 from diffinstruct import local, tracking
 from diffinstruct import run as runs
 from diffinstruct.checkpoint import CheckpointStore
@@ -27,6 +28,7 @@ from diffinstruct.locks import only_writer
 from diffinstruct.orders import Paused
 from diffinstruct.rewards import NotFinite
 from diffinstruct.step import NonFinite, alternating_round
+from diffinstruct.watch import Watch
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +194,45 @@ def test_a_run_goes_on_under_changed_keys_that_are_allowed(experiment, tmp_path,
     rows, ends = journal(run_folder(base))
     assert sorted(rows) == [*range(1, 7)] and ends == ["FINISHED", "FINISHED"]
     assert main(asked) == 0  # which is now its own configuration
+
+
+def test_the_best_checkpoint_is_kept_told_of_and_exported(experiment, tmp_path, monkeypatch, capsys):
+    """Held-out scores are planted, since these pictures are nobody's best."""
+    gains = {0: 0.0, 3: 0.2, 6: 0.5, 9: 0.4, 12: 0.3, 15: 0.1}
+
+    class Planted(Watch):
+        def _compare(self, look):
+            return super()._compare(look) | {"held_out": gains[look.step], "unexplained": 0.0}
+
+    monkeypatch.setattr(juries, "Watch", Planted)
+    run = tmp_path / "run"
+    local.run(experiment(steps=15, watch__every=3), run)
+    assert "held-out rewards like best is that of step 6: " in (shown := capsys.readouterr().out)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step-{at:08d}" for at in (6, 12, 15)]
+    assert [step for step, _ in events(run, "best")] == [3, 6] and f"diffinstruct export {run} --step best" in shown
+
+    assert main(["export", str(run), "--step", "best", "-o", str(tmp_path / "best")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'best'}  step 6, the best\n"
+    local.run(experiment(steps=6), tmp_path / "shorter")
+    name = "unet/diffusion_pytorch_model.safetensors"
+    best, last, six = ((of / name).read_bytes() for of in (tmp_path / "best", run / "export", tmp_path / "shorter/export"))
+    assert best == six != last
+    assert main(["export", str(run), "-o", str(tmp_path / "best")]) == 0  # the last one, over the one before
+    assert (tmp_path / "best" / name).read_bytes() == last
+    capsys.readouterr()
+
+    (tmp_path / "mine").mkdir()
+    assert main(["export", str(run), "-o", str(tmp_path / "mine")]) == 2
+    assert main(["export", str(run), "--step", "9", "-o", str(tmp_path / "new")]) == 2
+    assert main(["export", str(tmp_path / "shorter"), "--step", "best", "-o", str(tmp_path / "new")]) == 2
+    there, nine, none = capsys.readouterr().err.splitlines()
+    assert "is there and is no pipeline" in there and nine.endswith("there are 15, 12, 6, last, best")
+    assert none.endswith("there are 6, 3, last, and the watch knows of no best one")
+    flip = run / "checkpoints/step-00000012/tensors.safetensors"
+    flip.write_bytes(flip.read_bytes()[:-1])
+    with pytest.raises(SystemExit):
+        main(["export", str(run), "--step", "12", "-o", str(tmp_path / "new")])
+    assert "step-00000012 cannot be used: tensors.safetensors" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 # -------------------------------------------------------------------------------------------------------- tracker

@@ -117,18 +117,33 @@ def test_a_resumed_run_alarms_alike():
     course = [look(0), look(10, 2, 2), look(20, 4, 0.9), look(30, 5, 0.8), look(40, 5, 0.8, 0.1), look(50, 5, 2.5, 1, 4.0)]
     whole, told = Watch(), []
     for each in course:
-        told.append((whole.see(each), whole.figures()))
-    assert len([alarm for alarm, _ in told if alarm]) == 4
+        told.append((whole.see(each, kept=True), whole.figures(), whole.best))
+    assert len([alarm for alarm, *_ in told if alarm]) == 4
     for cut in range(len(course)):
         first = Watch()
         for each in course[:cut]:
-            first.see(each)
+            first.see(each, kept=True)
         kept = json.loads(json.dumps(first.state_dict()))
         for each in course[cut:]:
-            first.see(each)  # the run that went on has nothing to do with what was kept
+            first.see(each, kept=True)  # the run that went on has nothing to do with what was kept
         second = Watch()
         second.load_state_dict(kept)
-        assert [(second.see(each), second.figures()) for each in course[cut:]] == told[cut:]
+        assert [(second.see(each, kept=True), second.figures(), second.best) for each in course[cut:]] == told[cut:]
+
+
+def test_the_best_checkpoint_has_gained_most_held_out_and_no_symptom():
+    seen = Watch()
+    course = [look(0), look(10, 1, 1), look(20, 2, 1.5), look(30, 2, 1.4), look(40, 3, 2, variety=0.1), look(50, 3, 1.9)]
+    bests = [(seen.see(each, kept=each.step not in (0, 20)), seen.best.get("step"))[1] for each in course]
+    assert bests == [None, 10, 10, 30, 30, 50]  # of step 20 there is none, at 40 variety is lost
+    assert seen.best == {"step": 50, "held_out": pytest.approx(1.9)}
+
+
+def test_without_held_out_rewards_there_is_no_best_one():
+    seen = Watch()
+    for step in (0, 10):
+        seen.see(Look(step, START, {}, 1.0, math.nan), kept=True)
+    assert seen.best == {}
 
 
 def test_without_held_out_rewards_variety_and_distance_remain():

@@ -22,7 +22,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -113,18 +113,19 @@ class CheckpointStore:
         self._pending: _Pending | None = None
         self._copies: dict[str, Tensor] = {}  # of the last state: fresh memory takes five times as long to fill
 
-    def save(self, step: int, state: State) -> Path:
+    def save(self, step: int, state: State, best: int | None = None) -> Path:
         """`start`, and wait until it is there."""
-        self.start(step, state)
+        self.start(step, state, best)
         self.settle(wait=True)
         return self.folder / f"step-{step:08d}"
 
-    def start(self, step: int, state: State) -> None:
+    def start(self, step: int, state: State, best: int | None = None) -> None:
         """Copies `state` (dicts, lists, tuples of tensors, Rows, numbers, strings, None; keys str or int), and leaves writing
         the copy to a thread; `settle` makes it a checkpoint. Waits for the one before. Of a crew all call it: each writes its
         Rows, what else there is is the first one's.
 
-        Checkpoints *after* `step` go too: whoever writes an earlier step could not use them, or has started over.
+        The newest `keep` stay, and that of the step `best`. Those *after* `step` go too: whoever writes an earlier step could
+        not use them, or has started over.
         Raises CheckpointError when the disk does not take it (the checkpoints before stay as they are), TypeError for a
         value that has no place in a checkpoint.
         """
@@ -149,7 +150,7 @@ class CheckpointStore:
 
         def end() -> None:
             if self.crew.rank == 0:
-                self._finish(step, tree)
+                self._finish(step, tree, best)
 
         self._together(step, need, begin)
         if self.crew.world == 1:  # nobody else's part to wait for
@@ -167,7 +168,7 @@ class CheckpointStore:
         for part in (pending.thread.result, *pending.rest):
             self._together(pending.step, pending.need, part)
 
-    def _finish(self, step: int, tree: Any) -> None:
+    def _finish(self, step: int, tree: Any, best: int | None) -> None:
         """What is written becomes a checkpoint."""
         final, files = self.folder / f"step-{step:08d}", self.crew.files()
         temporary, replaced = final.with_suffix(".tmp"), final.with_suffix(".old")
@@ -186,8 +187,8 @@ class CheckpointStore:
         temporary.rename(final)
         _flush(self.folder)
         kept = [final, *[path for at, path in self._newest_first() if at < step][: self.keep - 1]]
-        for _, path in self._newest_first():
-            if path not in kept and not _being_read(path):
+        for at, path in self._newest_first():
+            if path not in kept and not (at == best and at < step) and not _being_read(path):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _together(self, step: int, need: int, part: Callable[[], None]) -> None:
@@ -220,6 +221,19 @@ class CheckpointStore:
                 assert state is not None
                 return step, state
         return None
+
+    def steps(self) -> list[int]:
+        """Those of which there is a checkpoint, newest first; whether they are whole only reading tells."""
+        return list(dict.fromkeys(at for at, _ in self._newest_first()))
+
+    def part(self, step: int, *keys: str) -> Any:
+        """What a checkpoint's state has under these keys, one inside the other, and of its files those alone that it takes.
+        Raises CheckpointError where it cannot be read."""
+        path = next((path for at, path in self._newest_first() if at == step), self.folder / f"step-{step:08d}")
+        try:
+            return _read(step, path, self.crew, keys)
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from None
 
     def _whole(self, step: int) -> State | None:
         for path in (path for at, path in self._newest_first() if at == step):
@@ -303,9 +317,9 @@ def decode(tree: Any, tensor: Callable[[str], Tensor], rows: Callable[[str, tupl
     return walk(tree)
 
 
-def _read(step: int, path: Path, crew: Crew) -> State:
-    """The state in `path`, of tensors that are spread this process's rows. Raises CheckpointError with the reason if any part
-    of it is not what was written."""
+def _read(step: int, path: Path, crew: Crew, keys: Sequence[str] = ()) -> Any:
+    """The state in `path`, or what it has under `keys`; of tensors that are spread this process's rows. Raises CheckpointError
+    with the reason if any part of it is not what was written."""
     try:
         _own(path / MANIFEST)
         with ExitStack() as open_files:
@@ -322,10 +336,15 @@ def _read(step: int, path: Path, crew: Crew) -> State:
             writers = Crew(world=document["files"])
             files = writers.files()
             own = files[crew.rank : crew.rank + 1] if writers.world == crew.world else files  # another one reads the others
-            tensors: dict[str, Any] = {}
-            for name in dict.fromkeys([files[0], *own]):
+
+            @cache
+            def tensors(name: str) -> Any:
                 _verify(path / name, manifest[name])
-                tensors[name] = open_files.enter_context(safe_open(path / name, "pt", backend="pread"))
+                return open_files.enter_context(safe_open(path / name, "pt", backend="pread"))
+
+            @cache
+            def whole(name: str) -> Tensor:
+                return tensors(files[0]).get_tensor(name)
 
             def rows(name: str, shape: tuple[int, ...]) -> Tensor:
                 begin, end = _span(shape[0], crew.rank, crew.world)
@@ -333,10 +352,18 @@ def _read(step: int, path: Path, crew: Crew) -> State:
                 for rank, file in enumerate(files):
                     low, high = _span(shape[0], rank, len(files))
                     if max(low, begin) < min(high, end):
-                        found.append(tensors[file].get_slice(name)[max(low, begin) - low : min(high, end) - low])
-                return torch.cat(found) if found else tensors[own[0]].get_slice(name)[:0]
+                        found.append(tensors(file).get_slice(name)[max(low, begin) - low : min(high, end) - low])
+                return torch.cat(found) if found else tensors(own[0]).get_slice(name)[:0]
 
-            return decode(document["state"], cache(tensors[files[0]].get_tensor), rows)
+            state = document["state"]
+            for depth, key in enumerate(keys, 1):
+                if not isinstance(state, dict) or key not in state:
+                    raise CheckpointError(f"{TREE}: it has no {'/'.join(keys[:depth])!r}")
+                state = state[key]
+            if not keys:  # also a file that this process takes nothing from says whether the checkpoint is whole
+                for name in (files[0], *own):
+                    tensors(name)
+            return decode(state, whole, rows)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{type(error).__name__}: {error}") from error
 

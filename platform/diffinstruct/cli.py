@@ -105,6 +105,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("path", type=Path, metavar="RUN_OR_SWEEP", help="a run's folder, a sweep's, or a .csv of kept rows")
     sub.add_argument("-o", dest="out", type=Path, required=True, metavar="out.html", help="the file to write")
 
+    sub = command("export", export, "write a checkpoint's averaged generator as a stock pipeline, also of an unfinished run")
+    sub.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    help = "a number, last, or best: the most gain in held-out rewards, without a symptom of hacking (default last)"
+    sub.add_argument("--step", default="last", help=help)
+    sub.add_argument("-o", dest="out", type=Path, required=True, metavar="FOLDER", help="the pipeline's folder to write")
+
     sub = command("generate", generate, "make pictures with a trained generator, in one step")
     sub.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     sub.add_argument("prompt")
@@ -250,6 +256,30 @@ def report(arguments: argparse.Namespace) -> None:
 
     write(arguments.path, arguments.out)
     print(arguments.out)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from diffinstruct.experiment import UserError, did_you_mean, load
+
+    folder, out = _existing_run(arguments.run), arguments.out
+    if out.exists() and not (out / "model_index.json").is_file():
+        raise UserError(f"-o: {str(out)!r} is there and is no pipeline that could be replaced")
+    experiment = load(folder / "experiment.yaml")
+    from diffinstruct.checkpoint import CheckpointError
+    from diffinstruct.run import checkpoints, export_checkpoint
+
+    try:
+        steps, best = checkpoints(folder)
+        named = {str(step): step for step in steps} | {"last": steps[0]} | ({} if best is None else {"best": best})
+        if arguments.step not in named:
+            there = f"; there are {', '.join(named)}" + ", and the watch knows of no best one" * (best is None)
+            hint = did_you_mean(arguments.step, named) or there
+            raise UserError(f"--step: no checkpoint {arguments.step!r} in {folder}{hint}")
+        step = named[arguments.step]
+        print(f"{export_checkpoint(experiment, folder, step, out)}  step {step}{', the best' * (step == best)}")
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def generate(arguments: argparse.Namespace) -> None:

@@ -203,8 +203,9 @@ class Watcher:
         """The latents to look at, [PICTURES, ...]."""
         return sample(self.experiment, self.reference, generator, self.noise, self.prompts)
 
-    def look(self, step: int, latents: Tensor) -> Callable[[], tuple[dict[str, float], Alarm | None]]:
-        """At `pictures` after `step` rounds; collecting gives metrics and, maybe, an alarm."""
+    def look(self, step: int, latents: Tensor, kept: bool) -> Callable[[], tuple[dict[str, float], Alarm | None]]:
+        """At `pictures` after `step` rounds, of which there is a checkpoint or not; collecting gives metrics and, maybe, an
+        alarm."""
         weights, answer = self.jury.terms.weights, self.jury.score(latents, self.prompts)
         distance = sum(self.divergences) / len(self.divergences) if self.divergences else float("nan")
         self.divergences = []
@@ -213,7 +214,7 @@ class Watcher:
             scores = {name: score.double().cpu() for name, score in answer().scores.items()}
             trained = sum((weight * scores[name] for name, weight in weights.items()), torch.zeros(len(latents)).double())
             held_out = {name: scores[name].numpy() for name in self.held_out}
-            alarm = self.watch.see(Look(step, trained.numpy(), held_out, variety(latents), distance))
+            alarm = self.watch.see(Look(step, trained.numpy(), held_out, variety(latents), distance), kept)
             return self.watch.figures(), alarm
 
         return collect

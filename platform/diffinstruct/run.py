@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from diffinstruct import orders
-from diffinstruct.checkpoint import CheckpointError, CheckpointStore, Crew
+from diffinstruct.checkpoint import CheckpointError, CheckpointStore, Crew, Rows
 from diffinstruct.diffusion import Conditions, Schedule, log_normal_t, uniform_t
 from diffinstruct.distances import distance
 from diffinstruct.embeddings import NULL
@@ -52,6 +53,8 @@ from diffinstruct.watch import BLIND, Alarm, Watch
 GRID_NOISES = 3
 GO_ON, LOWER_SCALE, STOP = 2, 1, 0
 """What a look leads to, for all workers: the least of them counts."""
+STATE = 2
+"""Of what a checkpoint of a run holds: goes up with each change that makes older ones unreadable."""
 PATIENCE = 60.0
 """Seconds that a run waits for a process that holds its folder: a worker that was lost may take a while to be gone."""
 SKIPS = 5
@@ -139,9 +142,10 @@ def _train(
         jury.micro_batch = worker.least(jury.micro_batch)
         window.share(worker.average)
         if output or mesh:
-            own = {"experiment": experiment.derived_id, "reward_scale": settings.reward_scale, "stopped": stopped}
-            own["metrics"] = output.last if output else {}
-            store.start(at, own | rows({name: part.state_dict() for name, part in kept.items()}))
+            own = {"format": STATE, "experiment": experiment.derived_id, "stopped": stopped}
+            own |= {"reward_scale": settings.reward_scale, "metrics": output.last if output else {}}
+            state = own | rows({name: part.state_dict() for name, part in kept.items()})
+            store.start(at, state, watcher.watch.best.get("step"))
 
     if state:
         take(state)
@@ -157,7 +161,8 @@ def _train(
             step, at = at, at + 1
             looks = experiment.watch.every > 0 and step % experiment.watch.every == 0
             latents = watcher.pictures(players.ema) if looks else None
-            look = watcher.look(step, latents) if output and latents is not None else None
+            regular = step > 0 and step % experiment.logging.checkpoint_every == 0 and not skips.in_a_row
+            look = watcher.look(step, latents, regular) if output and latents is not None else None
             seed = skips.seed(experiment.seed)
             draws = Draws(seed, step, experiment.global_batch_size, reference.latent_shape, own_rows, device)
             chosen = [prompts[i] for i in draws.prompts(len(prompts))]
@@ -186,7 +191,7 @@ def _train(
                         output.said(at, "spike", spike)
                 watcher.note(metrics.get("divergence"))
             if looks:
-                verdict = output.looked(step, look) if output and look else GO_ON
+                verdict = output.looked(step, look, watcher.watch) if output and look else GO_ON
                 settings, stopped = heed(worker.least(verdict), settings, at, output)
             if (place := jury.settle(worker.least)) and output:
                 output.said(at, "rewards", place)
@@ -200,7 +205,7 @@ def _train(
             if last and experiment.watch.every:
                 latents = watcher.pictures(players.ema)
                 if output:
-                    output.looked(at, watcher.look(at, latents))
+                    output.looked(at, watcher.look(at, latents, kept=True), watcher.watch)
             if at % experiment.logging.every == 0 or last:
                 metrics = worker.average(window.mean() | {"steps/skipped": skips.all})
                 if output:
@@ -231,7 +236,7 @@ def _train(
     if mesh:
         network = gathered(average.denoiser.network, reference.network(device="meta"))
         average = reference.one_step(network, average.timestep, average.input_scale)
-    return output.finished(at, average) if output else None
+    return output.finished(at, average, watcher.watch.best.get("step", at)) if output else None
 
 
 def meet(
@@ -372,12 +377,41 @@ def newest(store: CheckpointStore, experiment: Experiment, worker: Worker) -> tu
             print(f"no checkpoint in {store.folder} can be used", flush=True)
         return 0, None
     step, state = found
-    if state["experiment"] != experiment.derived_id:
+    _check_state(store.folder, experiment, state.get("format"), state["experiment"])
+    return step, state
+
+
+def _check_state(folder: Path, experiment: Experiment, written: object, of: str) -> None:
+    """Raises UserError for a checkpoint that another configuration has written, or another version of this."""
+    if written != STATE:
+        raise UserError(f"{folder}: written by another version of diffinstruct (state {written}, this one has {STATE})")
+    if of != experiment.derived_id:
         raise UserError(
-            f"{store.folder}: belongs to another configuration ({state['experiment']}, this one is {experiment.derived_id}); "
+            f"{folder}: belongs to another configuration ({of}, this one is {experiment.derived_id}); "
             "resume with the run's own experiment.yaml"
         )
-    return step, state
+
+
+def checkpoints(folder: Path) -> tuple[list[int], int | None]:
+    """The steps of which a run has checkpoints, newest first, and which of them the watch holds for the best. Raises UserError
+    where there are none, CheckpointError where the newest cannot be read."""
+    store = CheckpointStore(folder / "checkpoints")
+    if not (steps := store.steps()):
+        raise UserError(f"{folder}: no checkpoint in it yet")
+    return steps, store.part(steps[0], "watcher", "watch", "best").get("step")
+
+
+def export_checkpoint(experiment: Experiment, folder: Path, step: int, out: Path) -> Path:
+    """Write the averaged generator of a checkpoint of `folder`, a run of `experiment`, as `export` does. Raises CheckpointError
+    where it cannot be read, UserError where it is not of this configuration."""
+    from diffinstruct.export import export
+
+    store = CheckpointStore(folder / "checkpoints")
+    _check_state(store.folder, experiment, store.part(step, "format"), store.part(step, "experiment"))
+    weights = store.part(step, "players", "ema")
+    average = make_roles(experiment, open_reference(experiment, torch.device("cpu"))).average
+    average.load_state_dict({name: value.own if isinstance(value, Rows) else value for name, value in weights.items()})
+    return export(experiment.reference.model, average, out)
 
 
 def take_over(experiment: Experiment, folder: Path, donor: Path) -> int:
@@ -422,7 +456,8 @@ def keep_configuration(experiment: Experiment, folder: Path) -> None:
 
 
 def _made_one_of(experiment: Experiment, state: dict[str, Any]) -> dict[str, Any]:
-    """The state of another configuration's checkpoint, with this one's optimizers."""
+    """The state of another configuration's checkpoint, with this one's optimizers; what was the best there is not here."""
+    state["watcher"]["watch"]["best"] = {}
     for optimizer, of in (("generator_optimizer", experiment.generator), ("score_optimizer", experiment.score_network)):
         for group in state["players"][optimizer]["param_groups"]:
             group |= {"lr": of.learning_rate, "betas": of.betas, "weight_decay": of.weight_decay}
@@ -592,7 +627,7 @@ class Output:
         print(f"step {lost}: {text}", flush=True)
         self.tracker.back_to(step, lost, text)
 
-    def looked(self, step: int, look: Callable[[], tuple[Metrics, Alarm | None]]) -> int:
+    def looked(self, step: int, look: Callable[[], tuple[Metrics, Alarm | None]], watch: Watch) -> int:
         """Keep what a look has seen; what follows from it. Rewards that have no finite score for its pictures see nothing."""
         try:
             figures, alarm = look()
@@ -600,6 +635,9 @@ class Output:
             self.said(step, "blind", f"no look: {error}")
             return GO_ON
         self.tracker.metrics(step, figures)
+        if watch.best.get("step") == step:
+            gained = f"{watch.best['held_out']:.3g} spreads gained by the held-out rewards"
+            self.tracker.event(step, "best", f"of the checkpoints so far: {gained}")
         if alarm is None:
             return GO_ON
         self.said(step, "hacking", f"reward hacking: {alarm.line}")
@@ -614,7 +652,7 @@ class Output:
         """One at a time: a decoder takes more for a grid than a round does for its micro-batch."""
         return torch.cat([self.reference.decode(latent).cpu() for latent in latents.split(1)])
 
-    def finished(self, step: int, average: OneStepGenerator) -> Result:
+    def finished(self, step: int, average: OneStepGenerator, best: int) -> Result:
         """Export the averaged generator as a stock pipeline, hand model and last metrics to the tracker."""
         from diffinstruct.export import export
 
@@ -624,6 +662,9 @@ class Output:
         self.tracker.artifact(folder)
         self.tracker.artifact(table)
         self.tracker.finish("FINISHED")
+        if best < step:
+            how = f"diffinstruct export {shlex.quote(str(self.folder))} --step best -o FOLDER"
+            print(f"the checkpoint that held-out rewards like best is that of step {best}: {how}")
         print(f"done: run {self.folder}  model {folder}  tracking {self.tracker.url}{self.where}", flush=True)
         return Result(self.folder, folder, self.last, self.tracker.url)
 

@@ -73,13 +73,17 @@ class Watch:
     """One run's looks, in order; the first is its start. Without held-out rewards two symptoms remain: see BLIND."""
 
     def __init__(self) -> None:
+        self.best: dict[str, Any] = {}  # "step" and "held_out", of the look at a checkpoint that has gained most there
         self._start: dict[str, Any] = {}  # the first look's scores and variety; "distance", of the first look that has one
-        self._best: dict[str, dict[str, Any]] = {}  # held-out reward -> step and scores of the look with the highest mean
+        self._highest: dict[str, dict[str, Any]] = {}  # held-out reward -> step and scores of the look with the highest mean
         self._standing: list[str] = []  # symptoms that have been told of and have not gone away
         self._figures: dict[str, float] = {}
 
-    def see(self, look: Look) -> Alarm | None:
-        """The alarm of a symptom that was not there at the look before, one at a time. Raises ValueError for a broken look."""
+    def see(self, look: Look, kept: bool = False) -> Alarm | None:
+        """The alarm of a symptom that was not there at the look before, one at a time. Raises ValueError for a broken look.
+
+        kept: there is a checkpoint of that step. Of those without any symptom the best has the highest held-out gain.
+        """
         if look.trained.ndim != 1 or len(look.trained) % NOISES or len(look.trained) < 2 * NOISES:
             raise ValueError(f"a look has {NOISES} pictures of each of several prompts, got scores {list(look.trained.shape)}")
         if not self._start:
@@ -88,10 +92,13 @@ class Watch:
         if self._start["distance"] is None and math.isfinite(look.distance):
             self._start["distance"] = look.distance
         for name, scores in look.held_out.items():
-            if name not in self._best or scores.mean() > np.mean(self._best[name]["scores"]):
-                self._best[name] = {"step": look.step, "scores": scores.tolist()}
+            if name not in self._highest or scores.mean() > np.mean(self._highest[name]["scores"]):
+                self._highest[name] = {"step": look.step, "scores": scores.tolist()}
         self._figures = self._compare(look)
         symptoms = self._symptoms(look)
+        gained = self._figures.get("held_out", -math.inf)
+        if kept and not symptoms and gained > self.best.get("held_out", -math.inf):
+            self.best = {"step": look.step, "held_out": gained}
         self._standing = [symptom for symptom in self._standing if symptom in symptoms]
         new = next((symptom for symptom in symptoms if symptom not in self._standing), None)
         if new is None:
@@ -122,7 +129,7 @@ class Watch:
         figures, found = self._figures, {}
         trained = figures.get("trained", math.inf)  # no spread to count its gain in
         for name, scores in look.held_out.items():
-            start, best = self._start["held_out"][name], self._best[name]
+            start, best = self._start["held_out"][name], self._highest[name]
             fall = by_prompt(best["scores"]) - by_prompt(scores)
             error = fall.std(ddof=1) / math.sqrt(len(fall))
             rise = float(np.mean(best["scores"]) - np.mean(start))
@@ -152,10 +159,13 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """What the coming looks are compared with: numbers, strings, lists and dicts of them."""
-        return {"start": self._start, "best": self._best, "standing": list(self._standing)}
+        return {
+            "start": self._start, "highest": self._highest, "standing": list(self._standing), "best": dict(self.best),
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._start, self._best, self._standing = dict(state["start"]), dict(state["best"]), list(state["standing"])
+        self._start, self._highest, self._standing = dict(state["start"]), dict(state["highest"]), list(state["standing"])
+        self.best = dict(state["best"])
 
 
 def by_prompt(scores: Any) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing import Any
 
 TESTS = Path(__file__).parents[1]
 LOOKS = 100  # how often all is measured
-KEEP = 2
+KEEP = 2  # and the best one
 
 
 def chaos(folder: Path, steps: int) -> tuple[str, bool]:
@@ -39,7 +39,7 @@ def chaos(folder: Path, steps: int) -> tuple[str, bool]:
 
     def watched(players: Any, settings: Any, schedule: Any, draws: Any, *rest: Any) -> Any:
         nonlocal checkpoints
-        checkpoints = max(checkpoints, len(list((folder / "run/checkpoints").glob("step-*"))))
+        checkpoints = max(checkpoints, len(list((folder / "run/checkpoints").glob("step-????????"))))
         if draws.step % max(1, steps // LOOKS) == 0:
             seen.append((process.memory_info().rss, process.num_fds()))
         return alternating_round(players, settings, schedule, draws, *rest)

@@ -48,7 +48,9 @@ class Injection:
 
     def spoil(self, values: Any) -> Any:
         """A copy with one element replaced."""
-        spoiled = values.clone()
+        import torch
+
+        spoiled = values.clone(memory_format=torch.contiguous_format)
         spoiled.view(-1)[int(self.at * values.numel())] = self.value
         return spoiled
 
