@@ -31,8 +31,8 @@ from diffinstruct.sharding import blocks
 from reward_models import NAMES
 
 SHAPES = Path(__file__).parent / "shapes"
-KEPT = 3
-"""Checkpoints on disk while a third is written."""
+KEPT = 4
+"""Checkpoints on disk: the two newest, the best, and one that is being written."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -323,9 +323,7 @@ def _read(step: int, path: Path, crew: Crew, keys: Sequence[str] = ()) -> Any:
     try:
         _own(path / MANIFEST)
         with ExitStack() as open_files:
-            file = open_files.enter_context((path / MANIFEST).open("rb"))
-            locked(file, shared=True)  # retention leaves it alone meanwhile
-            said = file.read()
+            said = open_files.enter_context(reading(path))
             manifest = json.loads(said)
             if said != _manifest(manifest):
                 raise CheckpointError(f"{MANIFEST}: it is not as it was written")
@@ -365,6 +363,23 @@ def _read(step: int, path: Path, crew: Crew, keys: Sequence[str] = ()) -> Any:
                     tensors(name)
             return decode(state, whole, rows)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[bytes]:
+    """The manifest of the checkpoint in `path`, which retention leaves alone during the block."""
+    with (path / MANIFEST).open("rb") as file:
+        locked(file, shared=True)
+        yield file.read()
+
+
+def verify(path: Path) -> None:
+    """Raises CheckpointError where a checkpoint's files are not what its manifest says."""
+    try:
+        for name, written in json.loads((path / MANIFEST).read_bytes()).items():
+            _verify(path / name, written)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{type(error).__name__}: {error}") from error
 
 

@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         help="with --resume: go on though this key has changed; may be repeated",
     )  # fmt: skip
 
-    sub = command("sync", sync, "send MLflow what a run, or the runs of a sweep, could not deliver")
+    sub = command("sync", sync, "send MLflow, and its mirror, what a run or the runs of a sweep could not")
     sub.add_argument("path", type=Path, metavar="RUN_OR_SWEEP", help="a run's folder, or a sweep's")
     sub.add_argument("--uri", help="of the tracking server, where it is not the one that the run began with")
 
@@ -180,6 +180,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def sync(arguments: argparse.Namespace) -> None:
+    from diffinstruct.experiment import load
     from diffinstruct.tracking import deliver, in_one_line, undelivered
 
     folders = [path.parent for path in sorted([*arguments.path.glob("journal.jsonl"), *arguments.path.glob("*/journal.jsonl")])]
@@ -195,6 +196,15 @@ def sync(arguments: argparse.Namespace) -> None:
             failed = True
         else:
             print(f"{folder}: {left} bytes of the journal delivered" if left else f"{folder}: all of it is there")
+        if (folder / "experiment.yaml").is_file() and (url := load(folder / "experiment.yaml").mirror):
+            from diffinstruct.mirror import Mirror
+
+            try:
+                Mirror(url, folder.absolute()).push()
+                print(f"{folder}: all of it is at {url}")
+            except Exception as error:  # whatever the store does
+                print(f"{folder}: {url}: {in_one_line(error)}", file=sys.stderr)
+                failed = True
     if failed:
         raise SystemExit(1)
 

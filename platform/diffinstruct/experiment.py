@@ -28,6 +28,7 @@ POCKET_SPLITS = ("train", "eval", "open", "grid")
 TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 WHEREABOUTS: Mapping[str, set[str] | bool] = {
     "runs": True,
+    "mirror": True,
     "tracking": True,
     "prompts": {"embeddings"},
     "cluster": {"worker_resources", "reward_resources"},
@@ -49,6 +50,11 @@ CHANGEABLE = frozenset(
 """Keys that may have another value from some step of a run on, where its user allows it. All others say what the run is: other
 networks, another objective, other rewards are another run."""
 IN_ENVIRONMENT = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or all of it in MLFLOW_TRACKING_URI"
+NO_STORES = (
+    *("blockcache", "cached", "data", "dir", "filecache", "generic", "http", "https", "libarchive", "reference"),
+    *("simplecache", "tar", "zip"),
+)
+"""What fsspec knows and nothing can be kept in, or only by way of another."""
 RAYS_OWN = {
     "CPU": "cpus_per_worker and reward_cpus ask for CPUs",
     "GPU": "use_gpu and reward_gpus ask for GPUs",
@@ -477,6 +483,28 @@ class Experiment(Section):
     cluster: Cluster = Cluster()
     tracking: Tracking = Tracking()
     runs: Text = Field("runs", description="folder of run folders, relative to where the command is typed (ours)")
+    mirror: Text | None = Field(
+        None,
+        description="URL in an object store, such as s3://bucket/runs, that gets a copy of each checkpoint and of the rest of "
+        "a run's folder; where that is lost or behind, the run goes on from there (ours)",
+    )
+
+    @field_validator("mirror")
+    @classmethod
+    def _known_store(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        from fsspec import available_protocols
+
+        kind, separator, place = value.partition("://")
+        known = [name for name in available_protocols() if name not in NO_STORES]
+        if not separator or kind not in known:
+            raise _wrong("should begin with s3://, gs://, az:// or what else fsspec knows", did_you_mean(kind, known))
+        if "::" in value or not place.strip("/"):
+            raise _wrong("should name one bucket or folder")
+        if without_password(value) != value:
+            raise _wrong("should hold no keys, since recipes are shown and kept (the environment has them)")
+        return value
 
     @field_validator("compile")
     @classmethod

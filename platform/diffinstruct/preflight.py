@@ -11,18 +11,29 @@ from diffinstruct.prompts import read_prompts
 
 
 def check_inputs(experiment: Experiment) -> None:
-    """Raises UserError for prompts that cannot be read, and for a reward whose module is nowhere."""
+    """Raises UserError for prompts that cannot be read, a reward whose module is nowhere, a mirror whose package is missing."""
     for key in ("train", "grid"):
         try:
             read_prompts(getattr(experiment.prompts, key), column=experiment.prompts.column)
         except UserError as error:
             raise UserError(f"prompts.{key}: {error}") from None
+    if experiment.mirror:
+        _check_store(experiment.mirror)
     if "RAY_ADDRESS" in os.environ:  # a cluster that is elsewhere may have what is not here
         return
     apart = {name for environment in experiment.cluster.reward_environments for name in environment.rewards}  # so may these
     for name in experiment.rewards.names:
         if ":" in name and name not in apart and (missing := _missing_module(name.partition(":")[0])):
             raise UserError(f"rewards: {name!r}: there is no module {missing!r}, neither in this folder nor installed")
+
+
+def _check_store(url: str) -> None:
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(url.partition("://")[0])
+    except ImportError as error:
+        raise UserError(f"mirror: {url}: {error}") from None
 
 
 def _missing_module(path: str) -> str | None:

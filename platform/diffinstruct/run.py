@@ -11,7 +11,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +39,7 @@ from diffinstruct.jury import (
     sample,
 )
 from diffinstruct.locks import only_writer
+from diffinstruct.mirror import mirrored
 from diffinstruct.objectives import objective
 from diffinstruct.pretrained import OneStepGenerator, Reference, frozen_dtype, load_reference
 from diffinstruct.prompts import read_prompts
@@ -104,7 +104,9 @@ def train(
     another process is at work on the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with only_writer(folder, PATIENCE) if worker.rank == 0 else nullcontext():
+    if worker.rank:
+        return _train(experiment, folder, actors, worker, parent)
+    with only_writer(folder, PATIENCE), mirrored(experiment.mirror, folder):
         return _train(experiment, folder, actors, worker, parent)
 
 

@@ -152,6 +152,8 @@ def sweep(
     folder = folder.absolute()
     base = base.tracked_at(tracking.tracking_uri(base.tracking.uri, folder.parent))
     trials = Trials(base, points, folder, examine)
+    if any(experiment.mirror for experiment in (base, *trials.experiments)):
+        raise UserError("mirror: is for single runs; what a sweep's trials leave lies in the sweep's folder")
     if scheduler or isinstance(points, Optuna):
         aim = aim or Aim()
         _check_looks(trials, aim, scheduler)

@@ -1,0 +1,272 @@
+"""A run's copy in an object store: machines that are gone, stores that are away, uploads that break off anywhere.
+
+The store is fsspec's own in memory, by the interface that all of them have.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+
+import fsspec
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from test_checkpoint import same
+from tiny_runs import agree, journal
+
+from diffinstruct import local, mirror, orders
+from diffinstruct import run as runs
+from diffinstruct.checkpoint import CheckpointStore
+from diffinstruct.cli import main, run_folder
+from diffinstruct.experiment import ConfigErrors, Experiment, UserError, load
+from diffinstruct.mirror import Mirror
+from diffinstruct.orders import Paused
+from diffinstruct.preflight import check_inputs
+from diffinstruct.step import alternating_round
+
+URL = "memory://bucket/runs"
+WRITES = ("put_file", "pipe_file", "rm_file")
+
+
+@pytest.fixture(autouse=True)
+def empty_store(monkeypatch):
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+    monkeypatch.setattr(mirror, "INTERVAL", 0.05)
+    monkeypatch.setattr(mirror.time, "sleep", lambda seconds: None)
+
+
+@pytest.fixture(scope="module")
+def experiment(world, tmp_path_factory):
+    """experiment(**changes), tracked in one database."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'mlflow.db'}"
+    plain = {"tracking__uri": uri, "watch__every": 0, "logging__checkpoint_every": 2, "steps": 6, "mirror": URL}
+    return lambda **changes: world[1](**plain | changes)
+
+
+def state(step):
+    return {"weights": torch.full((3,), float(step)), "step": step}
+
+
+def saved(folder, *steps):
+    """A run's folder with these checkpoints."""
+    store = CheckpointStore(folder / "checkpoints")
+    for step in steps:
+        store.save(step, state(step))
+    (folder / "journal.jsonl").write_text("{}\n" * max(steps))
+    return folder
+
+
+def read(folder):
+    return CheckpointStore(folder / "checkpoints").latest()
+
+
+def away(monkeypatch, names=(*WRITES, "ls", "cat_file", "get_file")):
+    def nothing(*arguments, **options):
+        raise ConnectionError("no route to the store")
+
+    for name in names:
+        monkeypatch.setattr(MemoryFileSystem, name, nothing)
+
+
+# ------------------------------------------------------------------------------------------------------- the copy
+def test_a_folder_that_is_lost_comes_back(tmp_path):
+    folder = saved(tmp_path / "run", 1, 2)
+    (folder / "images").mkdir()
+    (folder / "images/grid-1.png").write_bytes(b"a picture")
+    (folder / "lock").touch()
+    (folder / "checkpoints/step-00000003.tmp").mkdir()
+    Mirror(URL, folder).push()
+    files, root = fsspec.url_to_fs(f"{URL}/run")
+    names = ("manifest.json", "state.json", "tensors.safetensors")
+    steps = [f"checkpoints/step-0000000{step}/{name}" for step in (1, 2) for name in names]
+    found = sorted(path.removeprefix(root).strip("/") for path in files.find(root))
+    assert found == [*steps, "images/grid-1.png", "journal.jsonl"]
+
+    shutil.move(folder, tmp_path / "lost")
+    folder.mkdir()
+    assert Mirror(URL, folder).pull() == 2
+    assert same(read(folder), (2, state(2))) and CheckpointStore(folder / "checkpoints").steps() == [2, 1]
+    assert (folder / "journal.jsonl").read_text() == "{}\n{}\n" and (folder / "images/grid-1.png").read_bytes() == b"a picture"
+    assert Mirror(URL, folder).pull() is None  # nothing newer there
+
+
+def test_what_the_folder_has_no_more_goes(tmp_path):
+    folder = saved(tmp_path / "run", 2, 4)
+    Mirror(URL, folder).push()
+    CheckpointStore(folder / "checkpoints").save(3, state(3))  # it has gone back
+    CheckpointStore(folder / "checkpoints").save(4, {"another": 4})
+    Mirror(URL, folder).push()
+    shutil.rmtree(folder)
+    folder.mkdir()
+    assert Mirror(URL, folder).pull() == 4 and read(folder) == (4, {"another": 4})
+    assert CheckpointStore(folder / "checkpoints").steps() == [4, 3]
+
+
+def test_a_folder_that_is_ahead_stays(tmp_path):
+    folder = saved(tmp_path / "run", 1)
+    Mirror(URL, folder).push()
+    saved(folder, 2)
+    assert Mirror(URL, folder).pull() is None and read(folder)[0] == 2
+
+
+def test_an_upload_that_breaks_off_anywhere_leaves_a_whole_one(tmp_path, monkeypatch):
+    """At every call that writes, in turn: what then comes back is the checkpoint before or the new one, never a part."""
+    came = []
+    for at in itertools.count():
+        MemoryFileSystem.store.clear()
+        MemoryFileSystem.pseudo_dirs[:] = [""]
+        folder = saved(tmp_path / f"{at}/run", 1, 2)
+        Mirror(URL, folder).push()
+        saved(folder, 3)
+        calls = itertools.count()
+
+        def broken(sound, at=at, calls=calls):
+            def called(*arguments, **options):
+                if next(calls) == at:
+                    raise ConnectionResetError("the machine is gone")
+                return sound(*arguments, **options)
+
+            return called
+
+        with monkeypatch.context() as patch:
+            for name in WRITES:
+                patch.setattr(MemoryFileSystem, name, broken(getattr(MemoryFileSystem, name)))
+            try:
+                Mirror(URL, folder).push()
+                whole = True
+            except ConnectionResetError:
+                whole = False
+        fresh = tmp_path / f"{at}/fresh/run"
+        fresh.mkdir(parents=True)
+        came.append(Mirror(URL, fresh).pull())
+        assert same(read(fresh), (came[-1], state(came[-1])))
+        Mirror(URL, folder).push()  # goes on where it was
+        assert sorted(Mirror(URL, folder)._there()) == [2, 3]
+        if whole:
+            break
+    assert len(came) == 8 and came == sorted(came) and {2, 3} == set(came)
+
+
+@pytest.mark.parametrize("harm", ["flipped", "missing", "cut"])
+def test_a_damaged_copy_is_named_and_left_out(harm, tmp_path, caplog):
+    folder = saved(tmp_path / "run", 1, 2)
+    Mirror(URL, folder).push()
+    files, root = fsspec.url_to_fs(f"{URL}/run/checkpoints/step-00000002/tensors.safetensors")
+    content = files.cat_file(root)
+    files.rm_file(root)
+    if harm != "missing":
+        files.pipe_file(root, content[:-1] + (bytes([content[-1] ^ 1]) if harm == "flipped" else b""))
+    shutil.rmtree(folder)
+    folder.mkdir()
+    assert Mirror(URL, folder).pull() == 1 and same(read(folder), (1, state(1)))
+    assert "step-00000002" in caplog.text and "tensors.safetensors" in caplog.text
+
+
+@pytest.mark.parametrize("manifest", ['{"../../../evil": {}}', '{"evil.py": {}}', "[[1]]", "no JSON", "7"])
+def test_names_from_a_store_stay_in_their_folder(manifest, tmp_path, caplog):
+    folder = saved(tmp_path / "run", 1)
+    Mirror(URL, folder).push()
+    files, root = fsspec.url_to_fs(f"{URL}/run")
+    files.pipe_file(f"{root}/checkpoints/step-00000002/manifest.json", manifest.encode())
+    files.pipe_file(f"{root}/evil", b"evil")
+    files.pipe_file(f"{root}/checkpoints/step-00000002/evil.py", b"evil")
+    files.pipe_file(f"{root}/images/evil.py", b"evil")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    assert Mirror(URL, folder).pull() == 1
+    assert "step-00000002" in caplog.text and not list(tmp_path.rglob("*evil*"))
+
+
+# -------------------------------------------------------------------------------------------------------- the run
+def test_a_run_goes_on_where_its_machine_is_gone(experiment, tmp_path, monkeypatch, capsys):
+    asked, run = experiment(), tmp_path / "run"
+    local.run(experiment(mirror=None), tmp_path / "whole")
+
+    def paused(players, settings, schedule, draws, *rest):
+        if draws.step == 2:
+            orders.give(run, orders.PAUSE)
+        return alternating_round(players, settings, schedule, draws, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "alternating_round", paused)
+        with pytest.raises(Paused):
+            local.run(asked, run)
+    shutil.move(run, tmp_path / "lost")
+    capsys.readouterr()
+    local.run(asked, run)
+    assert f"step 3 comes from {URL}/run\n" in (shown := capsys.readouterr().out) and "  from step 3  tracking" in shown
+    one, other = (CheckpointStore(of / "checkpoints").latest() for of in (run, tmp_path / "whole"))
+    assert one[0] == other[0] == 6 and same(one[1]["players"], other[1]["players"])
+    agree(run, tmp_path / "whole", rel=0)
+    assert journal(run)[1] == ["KILLED", "FINISHED"]
+    # Of what it leaves all is there, the model too
+    files, root = fsspec.url_to_fs(f"{URL}/run")
+    name = "export/unet/diffusion_pytorch_model.safetensors"
+    assert files.cat_file(f"{root}/{name}") == (run / name).read_bytes()
+    assert files.cat_file(f"{root}/journal.jsonl") == (run / "journal.jsonl").read_bytes()
+    assert not files.exists(f"{root}/lock")
+
+
+def test_a_store_that_is_away_stops_nothing_and_sync_delivers(experiment, tmp_path, monkeypatch, caplog, capsys):
+    asked = experiment(runs=str(tmp_path))
+    run = run_folder(asked)
+
+    def lost(players, settings, schedule, draws, *rest):
+        away(patch)
+        return alternating_round(players, settings, schedule, draws, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "alternating_round", lost)
+        local.run(asked, run)
+        assert journal(run)[1] == ["FINISHED"]
+        told = [record.getMessage() for record in caplog.records if URL in record.getMessage()]
+        assert any("takes nothing: ConnectionError: no route to the store. The run goes on" in line for line in told)
+        assert told[-1].startswith("not all of this run is at ") and told[-1].endswith(f"; later: diffinstruct sync {run}")
+        with pytest.raises(SystemExit):
+            main(["sync", str(run)])
+        assert f"{run}: {URL}: ConnectionError: no route to the store" in capsys.readouterr().err
+        # Nor does it keep a run from going on that has its folder
+        local.run(asked, run)
+    assert main(["sync", str(run)]) == 0 and f"{run}: all of it is at {URL}" in capsys.readouterr().out
+    shutil.rmtree(run)
+    run.mkdir()
+    assert Mirror(URL, run).pull() == 6
+
+
+def test_a_run_does_not_start_over_because_its_store_is_away(experiment, tmp_path, monkeypatch):
+    away(monkeypatch)
+    with pytest.raises(UserError, match=r"mirror: memory://bucket/runs does not answer as it should: ConnectionError"):
+        local.run(experiment(), tmp_path / "run")
+    assert not (tmp_path / "run/journal.jsonl").exists()
+
+
+# -------------------------------------------------------------------------------------------------- configuration
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("bucket/runs", "should begin with s3://, gs://, az:// or what else fsspec knows, got 'bucket/runs'"),
+        ("s3x://bucket", "or what else fsspec knows, got 's3x://bucket', did you mean 's3'?"),
+        ("https://host/runs", "or what else fsspec knows"),
+        ("s3://", "should name one bucket or folder"),
+        ("simplecache::s3://bucket", "or what else fsspec knows"),
+        ("s3://bucket::zip://x", "should name one bucket or folder"),
+        ("s3://key:secret@bucket/runs", "should hold no keys"),
+    ],
+)
+def test_what_is_no_store_is_refused(value, said, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"mirror: {value}\n")
+    with pytest.raises(ConfigErrors) as refused:
+        load(tmp_path / "recipe.yaml")
+    (line,) = refused.value.errors
+    assert line.startswith(f"{tmp_path / 'recipe.yaml'}:1: mirror: ") and said in line and "secret" not in line
+
+
+def test_a_package_that_is_missing_is_told_before_anything_starts():
+    with pytest.raises(UserError, match=r"^mirror: wandb://bucket: .*[Ii]nstall wandb"):
+        check_inputs(Experiment(mirror="wandb://bucket"))
+
+
+def test_where_copies_lie_is_no_part_of_the_configuration():
+    assert Experiment(mirror=URL).derived_id == Experiment().derived_id
