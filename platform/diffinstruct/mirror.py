@@ -181,7 +181,7 @@ def mirrored(url: str | None, folder: Path) -> Iterator[None]:
             print(f"step {step} comes from {mirror.url}", flush=True)
         mirror.touch()
     except Exception as error:  # stores and what lies between raise what they like
-        what = f"mirror: {url} does not answer as it should: {type(error).__name__}: {in_one_line(error)}"
+        what = f"mirror: {url} does not answer as it should: {in_one_line(error)}"
         if mirror is None or not mirror.store.steps():
             raise UserError(what) from None
         logger.warning("%s; the run goes on from its folder", what)
