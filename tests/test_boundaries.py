@@ -16,7 +16,7 @@ FLOORS = [
     {"__init__", "diffusion", "distances", "experiment", "orders", "watch"},
     {"locks"},
     {"aim", "embeddings", "families", "guidance", "objectives", "rewards", "prompts", "checkpoint", "tracking"},
-    {"step", "pretrained", "sharding", "evaluation", "handshake", "preflight"},
+    {"step", "pretrained", "sharding", "evaluation", "handshake", "preflight", "mirror"},
     {"roles", "results", "jury"},
     {"export"},
     {"run", "examination", "pocket_world", "scoring", "figures"},
@@ -33,6 +33,7 @@ SCRIPTS_MAY_USE = {"experiments": {"diffinstruct", "reward_models"}, "benchmarks
 CALLERS = {  # third-party package -> the modules of ours that may import it
     "ray": {"cluster"},
     "mlflow": {"tracking"},
+    "fsspec": {"mirror", "preflight", "experiment"},
     "optuna": {"cluster"},
     "diffusers": {"pretrained", "roles", "export", "reward_models"},
     "transformers": {"pretrained", "roles", "export", "reward_models"},
