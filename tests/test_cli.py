@@ -19,7 +19,7 @@ from PIL import Image
 from diffinstruct.cli import main, run_folder
 from diffinstruct.experiment import Experiment, UserError, load
 from diffinstruct.footprint import Footprint
-from diffinstruct.locks import only_writer
+from diffinstruct.locks import COMMAND, LOCK, only_writer
 from diffinstruct.rewards import RewardError
 
 TINY = """\
@@ -113,9 +113,10 @@ def test_train_calls_the_runner_with_value_and_folder(file, tmp_path, runners):
 def test_a_run_that_somebody_is_at_work_on_is_left_alone(file, tmp_path, runners, capsys):
     folder = run_folder(load(file))
     folder.mkdir(parents=True)
-    with only_writer(folder):
-        said = complaint(capsys, "train", file)
-    assert re.fullmatch(rf"{folder}: process {os.getpid()} on \S+ is at work on this run; it can have one at a time", said)
+    for name in (LOCK, COMMAND):
+        with only_writer(folder, name=name):
+            said = complaint(capsys, "train", file)
+        assert re.fullmatch(rf"{folder}: process {os.getpid()} on \S+ is at work on this run; it can have one at a time", said)
     assert main(["train", str(file)]) == 0
     assert len(runners["cluster"]) == 1
 

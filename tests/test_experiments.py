@@ -67,6 +67,7 @@ def test_smoke(study, tmp_path, monkeypatch, capsys):
     check(study, tmp_path, capsys.readouterr().out)
 
 
+@pytest.mark.long
 def test_smoke_through_tune(session, tmp_path, monkeypatch, capsys):
     smoke(SWEPT, monkeypatch, tmp_path)
     check(SWEPT, tmp_path, capsys.readouterr().out)

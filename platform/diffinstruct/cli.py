@@ -141,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
 
 def train(arguments: argparse.Namespace) -> None:
     from diffinstruct.experiment import UserError
-    from diffinstruct.locks import LOCK, only_writer
+    from diffinstruct.locks import COMMAND, only_writer
 
     experiment = _experiment(arguments)
     folder = run_folder(experiment) if arguments.resume is None else _existing_run(arguments.resume)
@@ -151,20 +151,26 @@ def train(arguments: argparse.Namespace) -> None:
         raise UserError(f"runs: cannot make {folder}: {error.strerror}") from None
     if arguments.allow and not arguments.resume:
         raise UserError("--allow: goes with --resume RUN")
-    with only_writer(folder, PATIENCE):  # who trains holds it, too; here it is told before anything heavy starts
-        if (folder / "experiment.yaml").is_file():
-            _same_as_before(experiment, folder, arguments.allow)
-    if arguments.local:
+    with only_writer(folder, PATIENCE, COMMAND):  # from here on: another command would take this one's orders back
+        with only_writer(folder, PATIENCE):  # what a command has started may outlive it
+            if (folder / "experiment.yaml").is_file():
+                _same_as_before(experiment, folder, arguments.allow)
+        _train(experiment, folder, arguments.local)
+
+
+def _train(experiment: Experiment, folder: Path, local: bool) -> None:
+    if local:
         from diffinstruct.local import run
     else:
         from diffinstruct.cluster.train import run
     from diffinstruct.checkpoint import CheckpointError
+    from diffinstruct.locks import COMMAND, LOCK
     from diffinstruct.orders import EXIT_PAUSED, Paused
     from diffinstruct.rewards import RewardError
     from diffinstruct.step import NonFinite
 
     file = folder / "experiment.yaml"
-    go_on = f"diffinstruct train {shlex.quote(str(file))} --resume {shlex.quote(str(folder))}{' --local' * arguments.local}"
+    go_on = f"diffinstruct train {shlex.quote(str(file))} --resume {shlex.quote(str(folder))}{' --local' * local}"
     try:
         run(experiment, folder)
     except (RewardError, NonFinite, CheckpointError, Paused, KeyboardInterrupt) as error:
@@ -175,7 +181,7 @@ def train(arguments: argparse.Namespace) -> None:
         raise SystemExit(status) from None
     finally:
         with suppress(OSError):  # if nothing has begun in it
-            if {path.name for path in folder.iterdir()} <= {LOCK}:
+            if {path.name for path in folder.iterdir()} <= {LOCK, COMMAND}:
                 shutil.rmtree(folder)
 
 

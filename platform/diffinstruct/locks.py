@@ -15,6 +15,9 @@ from typing import IO, Any
 from diffinstruct.experiment import UserError
 
 LOCK = "lock"
+"""Of the process that writes checkpoints and journal."""
+COMMAND = "command"
+"""Of the command that has started it, maybe on another machine."""
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +27,9 @@ class Busy(UserError):
 
 
 @contextmanager
-def only_writer(folder: Path, patience: float = 0.0) -> Iterator[None]:
+def only_writer(folder: Path, patience: float = 0.0, name: str = LOCK) -> Iterator[None]:
     """Holds a run's folder for the block. Raises Busy if another process still does after `patience` seconds."""
-    with (folder / LOCK).open("a+") as file:
+    with (folder / name).open("a+") as file:
         until = time.monotonic() + patience
         while not locked(file):
             if time.monotonic() >= until:

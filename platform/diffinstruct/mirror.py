@@ -25,7 +25,7 @@ import fsspec
 from diffinstruct import orders
 from diffinstruct.checkpoint import MANIFEST, TREE, CheckpointError, CheckpointStore, reading, verify
 from diffinstruct.experiment import UserError
-from diffinstruct.locks import LOCK
+from diffinstruct.locks import COMMAND, LOCK
 from diffinstruct.tracking import in_one_line
 
 INTERVAL = 1.0
@@ -37,7 +37,7 @@ ATTEMPTS = 3
 BROUGHT = ("journal.jsonl", "journal.ack", "mlflow.json")
 IMAGE = re.compile(r"[^/\\]+\.png")
 FILE = re.compile(rf"{re.escape(TREE)}|tensors(-\d{{5}}-of-\d{{5}})?\.safetensors")
-OWN = {LOCK, "checkpoints", "ray", *orders.FILES.values()}
+OWN = {LOCK, COMMAND, "checkpoints", "ray", *orders.FILES.values()}
 """What of a run's folder is not copied as it lies there."""
 
 logger = logging.getLogger(__name__)
