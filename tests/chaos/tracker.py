@@ -132,6 +132,7 @@ def one(folder: Path, line: Line, direct: str, number: int) -> list[str]:
             if time.monotonic() > until:
                 raise
             time.sleep(0.2)
+    tracker._thread.join()  # it may be at it, too
     client = MlflowClient(direct)
     runs = client.search_runs(
         [client.get_experiment_by_name("chaos").experiment_id], f"attributes.run_name = '{name}'"
