@@ -17,6 +17,7 @@ test: $(READY)
 chaos: $(READY)
 	$(BIN)/python tests/chaos/store.py
 	$(BIN)/python tests/chaos/run.py
+	$(BIN)/python tests/chaos/run.py --mirror
 	$(BIN)/python tests/chaos/nonfinite.py
 	$(BIN)/python tests/chaos/nonfinite.py --sharded --injections 100
 	$(BIN)/python tests/chaos/configurations.py
