@@ -164,6 +164,21 @@ def test_a_damaged_copy_is_named_and_left_out(harm, tmp_path, caplog):
     assert "step-00000002" in caplog.text and "tensors.safetensors" in caplog.text
 
 
+@pytest.mark.parametrize("harm", ["no manifest", "half a manifest", "no tensors"])
+def test_what_is_damaged_here_keeps_nothing_else_from_being_copied(harm, tmp_path, caplog):
+    folder = saved(tmp_path / "run", 1, 2)
+    place = folder / "checkpoints/step-00000001"
+    if harm == "half a manifest":
+        (place / "manifest.json").write_bytes((place / "manifest.json").read_bytes()[:-5])
+    else:
+        (place / {"no manifest": "manifest.json", "no tensors": "tensors.safetensors"}[harm]).unlink()
+    Mirror(URL, folder).push()
+    assert "checkpoint 1 of" in caplog.text
+    shutil.rmtree(folder)
+    folder.mkdir()
+    assert Mirror(URL, folder).pull() == 2 and CheckpointStore(folder / "checkpoints").steps() == [2]
+
+
 @pytest.mark.parametrize("manifest", ['{"../../../evil": {}}', '{"evil.py": {}}', "[[1]]", "no JSON", "7"])
 def test_names_from_a_store_stay_in_their_folder(manifest, tmp_path, caplog):
     folder = saved(tmp_path / "run", 1)

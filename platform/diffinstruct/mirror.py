@@ -17,7 +17,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import fsspec
@@ -58,12 +58,10 @@ class Mirror:
         steps = self.store.steps()
         self._push_others()
         for step in sorted(steps):
-            with reading(place := self.store.folder / f"step-{step:08d}") as manifest:
-                if self._manifest(step) != manifest:
-                    self._clear(step)  # half of one, or of the same step before the run went back
-                    for name in json.loads(manifest):
-                        self.files.put_file(str(place / name), self._at(step, name))
-                    self.files.pipe_file(self._at(step, MANIFEST), manifest)
+            try:
+                self._push_step(step)
+            except CheckpointError as error:  # damaged since, or just cleared away
+                logger.warning("checkpoint %s of %s is not copied: %s", step, self.folder, error)
         for step in self._there() if steps else []:
             if step not in steps:
                 self._clear(step)
@@ -75,12 +73,22 @@ class Mirror:
         newest = max(whole, default=-1)
         if newest <= max(self.store.steps(), default=-1):
             return None
+        # The newest checkpoint comes last: only then nothing is left to bring
+        self._bring_others()
         self.store.folder.mkdir(parents=True, exist_ok=True)
-        for step in sorted(whole.keys() - set(self.store.steps())):  # the newest last: only then nothing is left to bring
+        for step in sorted(whole.keys() - set(self.store.steps())):
             try:
                 self._bring(step, whole[step])
             except CheckpointError as error:
                 logger.warning("checkpoint %s cannot be used (%s)", self._at(step, ""), error)
+        return max(self.store.steps(), default=None)
+
+    def touch(self) -> None:
+        """Raises what a store raises that takes nothing."""
+        what = b"A copy of a run of diffinstruct: its command goes on from here.\n"
+        self.files.pipe_file(f"{self.root}/mirror.txt", what)
+
+    def _bring_others(self) -> None:
         images = self.folder / "images"
         images.mkdir(exist_ok=True)
         for name in filter(IMAGE.fullmatch, self._names("images")):
@@ -91,12 +99,6 @@ class Mirror:
                 Path(passing).replace(self.folder / name)
             else:
                 (self.folder / name).unlink(missing_ok=True)
-        return max(self.store.steps(), default=None)
-
-    def touch(self) -> None:
-        """Raises what a store raises that takes nothing."""
-        what = b"A copy of a run of diffinstruct: its command goes on from here.\n"
-        self.files.pipe_file(f"{self.root}/mirror.txt", what)
 
     def _push_others(self) -> None:
         for path in sorted(self.folder.rglob("*")):
@@ -107,6 +109,23 @@ class Mirror:
             if self._copied.get(name) != as_it_is:
                 self.files.put_file(str(path), f"{self.root}/{name}")
                 self._copied[name] = as_it_is
+
+    def _push_step(self, step: int) -> None:
+        place = self.store.folder / f"step-{step:08d}"
+        with ExitStack() as held:
+            try:
+                manifest = held.enter_context(reading(place))
+            except OSError as error:
+                raise CheckpointError(f"{MANIFEST}: {error.strerror}") from None
+            if self._manifest(step) == manifest:
+                return
+            names = _names_in(manifest)
+            if missing := [name for name in names if not (place / name).is_file()]:
+                raise CheckpointError(f"{missing[0]}: it is not there")
+            self._clear(step)  # half of one, or of the same step before the run went back
+            for name in names:
+                self.files.put_file(str(place / name), self._at(step, name))
+            self.files.pipe_file(self._at(step, MANIFEST), manifest)
 
     def _bring(self, step: int, manifest: bytes) -> None:
         final = self.store.folder / f"step-{step:08d}"
@@ -174,6 +193,7 @@ def mirrored(url: str | None, folder: Path) -> Iterator[None]:
     if url is None:
         yield
         return
+    begun = bool(CheckpointStore(folder / "checkpoints").steps())
     mirror = None
     try:
         mirror = Mirror(url, folder)
@@ -182,7 +202,7 @@ def mirrored(url: str | None, folder: Path) -> Iterator[None]:
         mirror.touch()
     except Exception as error:  # stores and what lies between raise what they like
         what = f"mirror: {url} does not answer as it should: {in_one_line(error)}"
-        if mirror is None or not mirror.store.steps():
+        if mirror is None or not begun:
             raise UserError(what) from None
         logger.warning("%s; the run goes on from its folder", what)
     ended = threading.Event()
