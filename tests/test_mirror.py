@@ -164,6 +164,63 @@ def test_a_damaged_copy_is_named_and_left_out(harm, tmp_path, caplog):
     assert "step-00000002" in caplog.text and "tensors.safetensors" in caplog.text
 
 
+def harmed(folder, step, harm):
+    place = folder / f"checkpoints/step-{step:08d}"
+    if harm == "no manifest":
+        (place / "manifest.json").unlink()
+    elif harm == "empty":
+        shutil.rmtree(place)
+        place.mkdir()
+    else:
+        name, content = ("tensors.safetensors", None) if harm == "flipped" else ("manifest.json", b" ")
+        before = (place / name).read_bytes()
+        (place / name).write_bytes(before[:-1] + (content + before[-1:] if content else bytes([before[-1] ^ 1])))
+
+
+@pytest.mark.parametrize("harm", ["flipped", "manifest", "empty"])
+def test_what_is_damaged_here_comes_from_there(harm, tmp_path):
+    folder = saved(tmp_path / "run", 1, 2)
+    Mirror(URL, folder).push()
+    for step in (1, 2):
+        harmed(folder, step, harm)
+    Mirror(URL, folder).push()  # which takes nothing from there
+    assert Mirror(URL, folder).pull() == 2 and same(read(folder), (2, state(2)))
+    harmed(folder, 2, harm)
+    assert Mirror(URL, folder).pull() == 2 and same(read(folder), (2, state(2)))
+    saved(folder, 3)
+    harmed(folder, 3, harm)  # newer than all there, and no use
+    assert Mirror(URL, folder).pull() is None and same(read(folder), (2, state(2)))
+
+
+def test_a_pull_that_breaks_off_anywhere_is_done_again(tmp_path, monkeypatch):
+    folder = saved(tmp_path / "run", 1, 2)
+    (folder / "images").mkdir()
+    (folder / "images/grid-1.png").write_bytes(b"a picture")
+    Mirror(URL, folder).push()
+    for at in itertools.count():
+        fresh, calls = tmp_path / f"{at}/run", itertools.count()
+        fresh.mkdir(parents=True)
+        sound = MemoryFileSystem.get_file
+
+        def broken(*arguments, at=at, calls=calls, sound=sound, **options):
+            if next(calls) == at:
+                raise ConnectionResetError("gone")
+            return sound(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryFileSystem, "get_file", broken)
+            try:
+                whole = Mirror(URL, fresh).pull() == 2
+            except ConnectionResetError:
+                whole = False
+        if whole:
+            break
+        assert Mirror(URL, fresh).pull() == 2
+        assert same(read(fresh), (2, state(2))) and (fresh / "journal.jsonl").read_text() == "{}\n{}\n"
+        assert (fresh / "images/grid-1.png").exists()
+    assert at == 6  # two checkpoints of two files, a picture, the journal
+
+
 @pytest.mark.parametrize("harm", ["no manifest", "half a manifest", "no tensors"])
 def test_what_is_damaged_here_keeps_nothing_else_from_being_copied(harm, tmp_path, caplog):
     folder = saved(tmp_path / "run", 1, 2)
@@ -268,6 +325,9 @@ def test_a_run_does_not_start_over_because_its_store_is_away(experiment, tmp_pat
         ("simplecache::s3://bucket", "or what else fsspec knows"),
         ("s3://bucket::zip://x", "should name one bucket or folder"),
         ("s3://key:secret@bucket/runs", "should hold no keys"),
+        ("az://bucket/runs?sv=1&sig=secret", "should hold no keys"),
+        ("file://relative/runs", "should be an absolute path"),
+        ("file:///srv/../etc", "should be an absolute path"),
     ],
 )
 def test_what_is_no_store_is_refused(value, said, tmp_path):
@@ -281,6 +341,17 @@ def test_what_is_no_store_is_refused(value, said, tmp_path):
 def test_a_package_that_is_missing_is_told_before_anything_starts():
     with pytest.raises(UserError, match=r"^mirror: wandb://bucket: .*[Ii]nstall wandb"):
         check_inputs(Experiment(mirror="wandb://bucket"))
+
+
+def test_a_store_that_goes_with_the_process_is_none():
+    with pytest.raises(UserError, match="mirror: memory://x: is gone with the process"):
+        check_inputs(Experiment(mirror="memory://x"))
+    assert Experiment(mirror="abfs://container@account.host/runs").mirror
+
+
+def test_a_run_is_not_its_own_copy(tmp_path):
+    with pytest.raises(UserError, match="is where the run itself lies"):
+        Mirror(tmp_path.as_uri(), tmp_path / "run")
 
 
 def test_where_copies_lie_is_no_part_of_the_configuration():

@@ -188,7 +188,8 @@ def test_a_run_goes_on_under_changed_keys_that_are_allowed(experiment, tmp_path,
     asked = ["train", file, "--resume", str(run_folder(base)), "--local", "-s", "steps=6", "-s", "generator.learning_rate=1e-5"]
     assert main([*asked, "--allow", "steps", "--allow", "generator.learning_rate"]) == 0
     shown = capsys.readouterr().out
-    assert "from step 4 on it has what is new" in shown and f"run {run_folder(base)}  from step 4  tracking" in shown
+    assert "from step 4 on it has what is new, and its older checkpoints are gone" in shown
+    assert f"run {run_folder(base)}  from step 4  tracking" in shown
     step, state = CheckpointStore(run_folder(base) / "checkpoints").latest()
     assert step == 6 and state["players"]["generator_optimizer"]["param_groups"][0]["lr"] == 1e-5
     rows, ends = journal(run_folder(base))
@@ -217,8 +218,9 @@ def test_the_best_checkpoint_is_kept_told_of_and_exported(experiment, tmp_path, 
     name = "unet/diffusion_pytorch_model.safetensors"
     best, last, six = ((of / name).read_bytes() for of in (tmp_path / "best", run / "export", tmp_path / "shorter/export"))
     assert best == six != last
-    assert main(["export", str(run), "-o", str(tmp_path / "best")]) == 0  # the last one, over the one before
-    assert (tmp_path / "best" / name).read_bytes() == last
+    assert main(["export", str(run), "-o", str(tmp_path / "last")]) == 0
+    assert (tmp_path / "last" / name).read_bytes() == last
+    assert main(["generate", str(tmp_path / "last"), "a red thing", "-o", str(tmp_path / "picture.png")]) == 0
     capsys.readouterr()
 
     (tmp_path / "mine").mkdir()
@@ -226,13 +228,15 @@ def test_the_best_checkpoint_is_kept_told_of_and_exported(experiment, tmp_path, 
     assert main(["export", str(run), "--step", "9", "-o", str(tmp_path / "new")]) == 2
     assert main(["export", str(tmp_path / "shorter"), "--step", "best", "-o", str(tmp_path / "new")]) == 2
     there, nine, none = capsys.readouterr().err.splitlines()
-    assert "is there and is no pipeline" in there and nine.endswith("there are 15, 12, 6, last, best")
+    assert there == f"-o: {str(tmp_path / 'mine')!r} is there already" and nine.endswith("there are 15, 12, 6, last, best")
     assert none.endswith("there are 6, 3, last, and the watch knows of no best one")
-    flip = run / "checkpoints/step-00000012/tensors.safetensors"
-    flip.write_bytes(flip.read_bytes()[:-1])
+    harmed = run / "checkpoints/step-00000015/state.json"
+    harmed.write_bytes(harmed.read_bytes()[:-1])
     with pytest.raises(SystemExit):
-        main(["export", str(run), "--step", "12", "-o", str(tmp_path / "new")])
-    assert "step-00000012 cannot be used: tensors.safetensors" in capsys.readouterr().err and not (tmp_path / "new").exists()
+        main(["export", str(run), "--step", "15", "-o", str(tmp_path / "new")])
+    assert "step-00000015 cannot be used: state.json" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert main(["export", str(run), "-o", str(tmp_path / "new")]) == 0  # the last that can be read
+    assert capsys.readouterr().out == f"{tmp_path / 'new'}  step 12\n"
 
 
 # -------------------------------------------------------------------------------------------------------- tracker

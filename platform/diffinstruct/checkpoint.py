@@ -39,6 +39,8 @@ from diffinstruct.locks import locked
 
 State = dict[str, Any]
 TREE, MANIFEST = "state.json", "manifest.json"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
+"""What a file raises that is not as it was written."""
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +246,7 @@ class CheckpointStore:
         return None
 
     def _newest_first(self) -> Iterator[tuple[int, Path]]:
-        names = [re.fullmatch(r"step-(\d+)(\.old)?", path.name) for path in self.folder.glob("step-*")]
+        names = [re.fullmatch(r"step-(\d{8,})(\.old)?", path.name) for path in self.folder.glob("step-*")]
         for match in sorted(filter(None, names), key=lambda match: (-int(match[1]), match[0])):
             yield int(match[1]), self.folder / match[0]
 
@@ -362,7 +364,7 @@ def _read(step: int, path: Path, crew: Crew, keys: Sequence[str] = ()) -> Any:
                 for name in (files[0], *own):
                     tensors(name)
             return decode(state, whole, rows)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{type(error).__name__}: {error}") from error
 
 
@@ -375,11 +377,14 @@ def reading(path: Path) -> Iterator[bytes]:
 
 
 def verify(path: Path) -> None:
-    """Raises CheckpointError where a checkpoint's files are not what its manifest says."""
+    """Raises CheckpointError where a checkpoint's files are not what its manifest says, or that is not as it was written."""
     try:
-        for name, written in json.loads((path / MANIFEST).read_bytes()).items():
+        said = (path / MANIFEST).read_bytes()
+        if said != _manifest(manifest := json.loads(said)):
+            raise CheckpointError(f"{MANIFEST}: it is not as it was written")
+        for name, written in manifest.items():
             _verify(path / name, written)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{type(error).__name__}: {error}") from error
 
 

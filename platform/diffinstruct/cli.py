@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", dest="out", type=Path, required=True, metavar="FOLDER", help="the pipeline's folder to write")
 
     sub = command("generate", generate, "make pictures with a trained generator, in one step")
-    sub.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    sub.add_argument("run", type=Path, metavar="RUN_OR_FOLDER", help="a finished run, or an exported pipeline")
     sub.add_argument("prompt")
     sub.add_argument("-o", dest="out", type=Path, required=True, metavar="out.png", help="the picture to write")
     sub.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next one (default 0)")
@@ -164,7 +164,7 @@ def _train(experiment: Experiment, folder: Path, local: bool) -> None:
     else:
         from diffinstruct.cluster.train import run
     from diffinstruct.checkpoint import CheckpointError
-    from diffinstruct.locks import COMMAND, LOCK
+    from diffinstruct.locks import COMMAND, LOCK, Busy, only_writer
     from diffinstruct.orders import EXIT_PAUSED, Paused
     from diffinstruct.rewards import RewardError
     from diffinstruct.step import NonFinite
@@ -180,9 +180,10 @@ def _train(experiment: Experiment, folder: Path, local: bool) -> None:
         status = {KeyboardInterrupt: 130, Paused: EXIT_PAUSED}.get(type(error), 1)
         raise SystemExit(status) from None
     finally:
-        with suppress(OSError):  # if nothing has begun in it
+        with suppress(OSError, Busy):  # if nothing has begun in it
             if {path.name for path in folder.iterdir()} <= {LOCK, COMMAND}:
-                shutil.rmtree(folder)
+                with only_writer(folder):
+                    shutil.rmtree(folder)
 
 
 def sync(arguments: argparse.Namespace) -> None:
@@ -275,38 +276,41 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    from diffinstruct.experiment import UserError, did_you_mean, load
+    from diffinstruct.experiment import UserError, load
 
     folder, out = _existing_run(arguments.run), arguments.out
-    if out.exists() and not (out / "model_index.json").is_file():
-        raise UserError(f"-o: {str(out)!r} is there and is no pipeline that could be replaced")
+    if os.path.lexists(out):
+        raise UserError(f"-o: {str(out)!r} is there already")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"-o: no folder {str(out.parent)!r}")
     experiment = load(folder / "experiment.yaml")
     from diffinstruct.checkpoint import CheckpointError
-    from diffinstruct.run import checkpoints, export_checkpoint
+    from diffinstruct.run import export_checkpoint
 
     try:
-        steps, best = checkpoints(folder)
-        named = {str(step): step for step in steps} | {"last": steps[0]} | ({} if best is None else {"best": best})
-        if arguments.step not in named:
-            there = f"; there are {', '.join(named)}" + ", and the watch knows of no best one" * (best is None)
-            hint = did_you_mean(arguments.step, named) or there
-            raise UserError(f"--step: no checkpoint {arguments.step!r} in {folder}{hint}")
-        step = named[arguments.step]
-        print(f"{export_checkpoint(experiment, folder, step, out)}  step {step}{', the best' * (step == best)}")
+        step, best = export_checkpoint(experiment, folder, arguments.step, out)
     except CheckpointError as error:
         print(error, file=sys.stderr)
         raise SystemExit(1) from None
+    except OSError as error:
+        raise UserError(f"-o: {str(out)!r}: {error.strerror or error}") from None
+    print(f"{out}  step {step}{', the best' * best}")
 
 
 def generate(arguments: argparse.Namespace) -> None:
     from diffinstruct.experiment import UserError
 
-    folder = _existing_run(arguments.run)
-    model = folder / "export"
-    if not model.is_dir():
-        raise UserError(f"{folder}: no exported model in it, the run has not finished")
+    model: Path = arguments.run
+    if not (model / "model_index.json").is_file():
+        model = _existing_run(model) / "export"
+        if not model.is_dir():
+            raise UserError(f"{model.parent}: no exported model in it, the run has not finished")
     if arguments.n < 1:
         raise UserError(f"--n: should be at least 1, got {arguments.n}")
+    if not 0 <= arguments.seed <= 2**63 - arguments.n:
+        raise UserError(f"--seed: should be between 0 and 2**63, got {arguments.seed}")
+    if not arguments.prompt.isprintable():
+        raise UserError(f"prompt: should be text in one line, got {arguments.prompt!r}")
     if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"-o: should be a .png, .jpg or .webp file, got {str(arguments.out)!r}")
 
@@ -323,8 +327,8 @@ def generate(arguments: argparse.Namespace) -> None:
     row = torch.cat(list(images), dim=2).permute(1, 2, 0)
     try:
         Image.fromarray((row * 255).round().byte().numpy()).save(arguments.out)
-    except OSError as error:
-        raise UserError(f"{arguments.out}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # some formats end at some width
+        raise UserError(f"{arguments.out}: {getattr(error, 'strerror', None) or error}") from None
     print(arguments.out)
 
 
@@ -455,7 +459,8 @@ def _same_as_before(experiment: Experiment, folder: Path, allowed: Sequence[str]
         except CheckpointError as error:
             print(error, file=sys.stderr)
             raise SystemExit(1) from None
-        print("\n".join([*told, f"from step {step} on it has what is new"]), flush=True)
+        older = ", and its older checkpoints are gone" * (step > 0)
+        print("\n".join([*told, f"from step {step} on it has what is new{older}"]), flush=True)
 
 
 def _existing_run(folder: Path) -> Path:

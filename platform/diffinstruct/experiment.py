@@ -51,8 +51,8 @@ CHANGEABLE = frozenset(
 networks, another objective, other rewards are another run."""
 IN_ENVIRONMENT = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or all of it in MLFLOW_TRACKING_URI"
 NO_STORES = (
-    *("blockcache", "cached", "data", "dir", "filecache", "generic", "http", "https", "libarchive", "reference"),
-    *("simplecache", "tar", "zip"),
+    *("blockcache", "cached", "data", "dir", "filecache", "generic", "http", "https", "libarchive", "local"),
+    *("reference", "simplecache", "tar", "zip"),
 )
 """What fsspec knows and nothing can be kept in, or only by way of another."""
 RAYS_OWN = {
@@ -88,6 +88,7 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 
 def without_password(text: str) -> str:
     """A URI, or a message about it, without user and password: for eyes and files."""
+    text = re.sub(r"(?i)(?<=[?&])(sig|signature|key|secret)=[^&\s'\"]*", r"\1=...", text)
     text = re.sub(r"(?<=://)([^/@:\s'\"]*:[^\s'\"]*|[^/@\s'\"]+)@", "", text)  # a database's password may hold a / or an @
     return re.sub(r"(?i)(?<=[?&])(password|pwd|token)=[^&\s'\"]*", r"\1=...", text)
 
@@ -502,8 +503,11 @@ class Experiment(Section):
             raise _wrong("should begin with s3://, gs://, az:// or what else fsspec knows", did_you_mean(kind, known))
         if "::" in value or not place.strip("/"):
             raise _wrong("should name one bucket or folder")
-        if without_password(value) != value:
+        account = place.partition("/")[0].rpartition("@")[0]  # container@account is how Azure says it
+        if "?" in value or ":" in account or (account and kind != "abfs"):
             raise _wrong("should hold no keys, since recipes are shown and kept (the environment has them)")
+        if kind == "file" and (not place.startswith("/") or ".." in place.split("/")):
+            raise _wrong("should be an absolute path without '..'")
         return value
 
     @field_validator("compile")
@@ -741,6 +745,8 @@ class _Source:
             return [self._construct(loader, item, (*loc, i), place) for i, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
             try:
+                if ":" in node.value and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+                    return node.value  # YAML 1.1 reads 1:30 as ninety
                 return loader.construct_object(node)
             except ValueError as error:  # it looks like a date and is none
                 raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None

@@ -34,7 +34,7 @@ LONGEST_PAUSE = 30.0
 """Seconds between two attempts while the store takes nothing."""
 ATTEMPTS = 3
 """At the end of a run."""
-BROUGHT = ("journal.jsonl", "journal.ack", "mlflow.json")
+BROUGHT = ("experiment.yaml", "journal.jsonl", "journal.ack", "mlflow.json")
 IMAGE = re.compile(r"[^/\\]+\.png")
 FILE = re.compile(rf"{re.escape(TREE)}|tensors(-\d{{5}}-of-\d{{5}})?\.safetensors")
 OWN = {LOCK, COMMAND, "checkpoints", "ray", *orders.FILES.values()}
@@ -50,38 +50,49 @@ class Mirror:
         self.url, self.folder = f"{url.rstrip('/')}/{folder.name}", folder
         options = {"auto_mkdir": True} if url.startswith("file://") else {}
         self.files, self.root = fsspec.url_to_fs(self.url, **options)
+        if "file" in self.files.protocol and Path(self.root).resolve() == folder.resolve():
+            raise UserError(f"mirror: {url} is where the run itself lies")
         self.store = CheckpointStore(folder / "checkpoints")
         self._copied: dict[str, tuple[int, int]] = {}  # of the folder's other files: when they were written, and their size
 
     def push(self) -> None:
-        """Copy what the store has not, and clear away there what the folder has no more."""
+        """Copy what the store has not, and clear away there what the folder has no more. What is damaged here is left out, and
+        stays there as it is."""
         steps = self.store.steps()
         self._push_others()
         for step in sorted(steps):
             try:
                 self._push_step(step)
-            except CheckpointError as error:  # damaged since, or just cleared away
+            except CheckpointError as error:
                 logger.warning("checkpoint %s of %s is not copied: %s", step, self.folder, error)
         for step in self._there() if steps else []:
             if step not in steps:
                 self._clear(step)
 
     def pull(self) -> int | None:
-        """Bring the checkpoints and the journal here, where the store's newest is newer than the folder's; its step, or None.
-        One that is damaged is named and left out."""
-        whole = {step: manifest for step in self._there() if (manifest := self._manifest(step)) is not None}
-        newest = max(whole, default=-1)
-        if newest <= max(self.store.steps(), default=-1):
+        """Bring checkpoints and journal here, where the store's newest whole checkpoint is newer than the folder's; its step,
+        or None. One that is damaged is named and left out."""
+        here = next((step for step in self.store.steps() if self._is_whole(step)), -1)
+        there = [(step, manifest) for step in self._there() if (manifest := self._manifest(step)) is not None]
+        if max(there, default=(-1, b""))[0] <= here:
             return None
-        # The newest checkpoint comes last: only then nothing is left to bring
-        self._bring_others()
         self.store.folder.mkdir(parents=True, exist_ok=True)
-        for step in sorted(whole.keys() - set(self.store.steps())):
+        brought = []
+        for step, manifest in sorted(there):
+            if self._is_whole(step):
+                continue
             try:
-                self._bring(step, whole[step])
+                brought.append((step, self._fetched(step, manifest)))
             except CheckpointError as error:
                 logger.warning("checkpoint %s cannot be used (%s)", self._at(step, ""), error)
-        return max(self.store.steps(), default=None)
+        if max(brought, default=(-1, Path()))[0] <= here:
+            return None
+        self._bring_others()
+        for step, passing in brought:  # the newest last: only then nothing is left to bring
+            final = self.store.folder / f"step-{step:08d}"
+            shutil.rmtree(final, ignore_errors=True)  # which is damaged
+            passing.rename(final)
+        return brought[-1][0]
 
     def touch(self) -> None:
         """Raises what a store raises that takes nothing."""
@@ -89,11 +100,9 @@ class Mirror:
         self.files.pipe_file(f"{self.root}/mirror.txt", what)
 
     def _bring_others(self) -> None:
-        images = self.folder / "images"
-        images.mkdir(exist_ok=True)
-        for name in filter(IMAGE.fullmatch, self._names("images")):
-            self.files.get_file(f"{self.root}/images/{name}", str(images / name))
-        for name in BROUGHT:
+        (self.folder / "images").mkdir(exist_ok=True)
+        images = [f"images/{name}" for name in self._names("images") if IMAGE.fullmatch(name)]
+        for name in (*images, *BROUGHT):
             if self.files.exists(f"{self.root}/{name}"):
                 self.files.get_file(f"{self.root}/{name}", passing := f"{self.folder / name}.tmp")
                 Path(passing).replace(self.folder / name)
@@ -116,33 +125,37 @@ class Mirror:
             try:
                 manifest = held.enter_context(reading(place))
             except OSError as error:
+                if not place.exists():  # just cleared away
+                    return
                 raise CheckpointError(f"{MANIFEST}: {error.strerror}") from None
             if self._manifest(step) == manifest:
                 return
-            names = _names_in(manifest)
-            if missing := [name for name in names if not (place / name).is_file()]:
-                raise CheckpointError(f"{missing[0]}: it is not there")
+            verify(place)
             self._clear(step)  # half of one, or of the same step before the run went back
-            for name in names:
+            for name in _names_in(manifest):
                 self.files.put_file(str(place / name), self._at(step, name))
             self.files.pipe_file(self._at(step, MANIFEST), manifest)
 
-    def _bring(self, step: int, manifest: bytes) -> None:
-        final = self.store.folder / f"step-{step:08d}"
-        passing = final.with_suffix(".tmp")
+    def _fetched(self, step: int, manifest: bytes) -> Path:
+        """The store's checkpoint beside its place here."""
+        passing = self.store.folder / f"step-{step:08d}.tmp"
         shutil.rmtree(passing, ignore_errors=True)
         passing.mkdir()
+        for name in _names_in(manifest):
+            try:
+                self.files.get_file(self._at(step, name), str(passing / name))
+            except FileNotFoundError:
+                raise CheckpointError(f"{name}: it is not there") from None
+        (passing / MANIFEST).write_bytes(manifest)
+        verify(passing)
+        return passing
+
+    def _is_whole(self, step: int) -> bool:
         try:
-            for name in _names_in(manifest):
-                try:
-                    self.files.get_file(self._at(step, name), str(passing / name))
-                except FileNotFoundError:
-                    raise CheckpointError(f"{name}: it is not there") from None
-            (passing / MANIFEST).write_bytes(manifest)
-            verify(passing)
-            passing.rename(final)
-        finally:
-            shutil.rmtree(passing, ignore_errors=True)
+            verify(self.store.folder / f"step-{step:08d}")
+        except CheckpointError:
+            return False
+        return True
 
     def _clear(self, step: int) -> None:
         if self._manifest(step) is not None:  # the mark first
@@ -175,7 +188,7 @@ def _names_in(manifest: bytes) -> list[str]:
     """Of a checkpoint's files. Raises CheckpointError for what is no manifest of ours."""
     try:
         names = list(json.loads(manifest))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST}: {error}") from None
     for name in names:
         if not isinstance(name, str) or not FILE.fullmatch(name):
@@ -200,6 +213,8 @@ def mirrored(url: str | None, folder: Path) -> Iterator[None]:
         if (step := mirror.pull()) is not None:
             print(f"step {step} comes from {mirror.url}", flush=True)
         mirror.touch()
+    except UserError:
+        raise
     except Exception as error:  # stores and what lies between raise what they like
         what = f"mirror: {url} does not answer as it should: {in_one_line(error)}"
         if mirror is None or not begun:

@@ -6,7 +6,7 @@ import importlib.util
 import os
 from importlib.machinery import PathFinder
 
-from diffinstruct.experiment import Experiment, UserError
+from diffinstruct.experiment import Experiment, UserError, without_password
 from diffinstruct.prompts import read_prompts
 
 
@@ -30,10 +30,12 @@ def check_inputs(experiment: Experiment) -> None:
 def _check_store(url: str) -> None:
     import fsspec
 
+    if url.startswith("memory:"):
+        raise UserError(f"mirror: {url}: is gone with the process")
     try:
         fsspec.get_filesystem_class(url.partition("://")[0])
     except ImportError as error:
-        raise UserError(f"mirror: {url}: {error}") from None
+        raise UserError(f"mirror: {without_password(url)}: {error}") from None
 
 
 def _missing_module(path: str) -> str | None:

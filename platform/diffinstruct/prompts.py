@@ -54,8 +54,10 @@ def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt"
         table = table.drop(columns="prompt", errors="ignore").rename(columns={column: "prompt"})
     if not (texts := table["prompt"].map(lambda prompt: isinstance(prompt, str) or prompt is None or prompt != prompt)).all():
         odd = table["prompt"][~texts]
-        raise UserError(f"{source}: row {odd.index[0] + 1}: {column!r} should be text, got {odd.iloc[0]!r}")
+        raise UserError(f"{source}: row {odd.index[0] + 1}: {column!r} should be text, got {odd.iloc[0]}")
     table = table.assign(prompt=table["prompt"].where(table["prompt"].notna(), ""))
+    if (nul := table["prompt"].str.contains("\0", regex=False)).any():
+        raise UserError(f"{source}: row {table.index[nul][0] + 1}: {column!r} should be text, got a NUL byte")
     if name == "pocket":
         table = table[table["split"] == split]
     filled = table[table["prompt"].str.strip() != ""]
@@ -89,7 +91,7 @@ def _of_jsonl(path: Path, column: str) -> pd.DataFrame:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"line {i}: not JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"line {i}: should be an object, got {row!r}")

@@ -25,7 +25,7 @@ from diffinstruct.checkpoint import CheckpointError, CheckpointStore, Crew, Rows
 from diffinstruct.diffusion import Conditions, Schedule, log_normal_t, uniform_t
 from diffinstruct.distances import distance
 from diffinstruct.embeddings import NULL
-from diffinstruct.experiment import Experiment, UserError
+from diffinstruct.experiment import Experiment, UserError, did_you_mean
 from diffinstruct.guidance import guided
 from diffinstruct.handshake import PICTURES
 from diffinstruct.jury import (
@@ -126,6 +126,8 @@ def _train(
     crew = Crew(worker.rank, worker.world, worker.least) if mesh else Crew()
     store = CheckpointStore(folder / "checkpoints", crew=crew)
     done, state = newest(store, experiment, worker)  # before anything is written: a run of another configuration stays as it is
+    if state is None:
+        jury.call()
     output = Output(experiment, folder, reference, parent, worker.where, done) if worker.rank == 0 else None
     window = Window(experiment)
     skips, stopped = Skips(), False
@@ -394,26 +396,39 @@ def _check_state(folder: Path, experiment: Experiment, written: object, of: str)
         )
 
 
-def checkpoints(folder: Path) -> tuple[list[int], int | None]:
-    """The steps of which a run has checkpoints, newest first, and which of them the watch holds for the best. Raises UserError
-    where there are none, CheckpointError where the newest cannot be read."""
-    store = CheckpointStore(folder / "checkpoints")
-    if not (steps := store.steps()):
-        raise UserError(f"{folder}: no checkpoint in it yet")
-    return steps, store.part(steps[0], "watcher", "watch", "best").get("step")
+def export_checkpoint(experiment: Experiment, folder: Path, which: str, out: Path) -> tuple[int, bool]:
+    """Write the averaged generator of a checkpoint of `folder`, a run of `experiment`, as `export` does: of "last", the newest
+    that can be read, of "best", by the watch, or of a step. Its step, and whether it is the best.
 
-
-def export_checkpoint(experiment: Experiment, folder: Path, step: int, out: Path) -> Path:
-    """Write the averaged generator of a checkpoint of `folder`, a run of `experiment`, as `export` does. Raises CheckpointError
-    where it cannot be read, UserError where it is not of this configuration."""
+    Raises UserError where there is no such checkpoint, or of another configuration; CheckpointError for one that is damaged.
+    """
     from diffinstruct.export import export
 
     store = CheckpointStore(folder / "checkpoints")
-    _check_state(store.folder, experiment, store.part(step, "format"), store.part(step, "experiment"))
+    if not (steps := store.steps()):
+        raise UserError(f"{folder}: no checkpoint in it yet")
+    best = next((said.get("step") for at in steps if (said := _part(store, at, "watcher", "watch", "best")) is not None), None)
+    named = {str(step): [step] for step in steps} | {"last": steps} | ({} if best is None else {"best": [best]})
+    if which not in named:
+        there = f"; there are {', '.join(named)}" + ", and the watch knows of no best one" * (best is None)
+        raise UserError(f"--step: no checkpoint {which!r} in {folder}{did_you_mean(which, named) or there}")
+    *newer, step = named[which]
+    step = next((at for at in newer if _part(store, at, "players", "ema") is not None), step)
     weights = store.part(step, "players", "ema")
+    _check_state(store.folder, experiment, store.part(step, "format"), store.part(step, "experiment"))
     average = make_roles(experiment, open_reference(experiment, torch.device("cpu"))).average
     average.load_state_dict({name: value.own if isinstance(value, Rows) else value for name, value in weights.items()})
-    return export(experiment.reference.model, average, out)
+    export(experiment.reference.model, average, out)
+    return step, step == best
+
+
+def _part(store: CheckpointStore, step: int, *keys: str) -> Any:
+    """None, said in a line, where the checkpoint cannot be read."""
+    try:
+        return store.part(step, *keys)
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
+        return None
 
 
 def take_over(experiment: Experiment, folder: Path, donor: Path) -> int:

@@ -574,7 +574,7 @@ def records(journal: Path, offset: int = 0) -> Iterator[tuple[int, int, dict[str
             begin, offset = offset, offset + len(line)
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = {}
             yield begin, offset, record if _is_record(record) else {}
 
@@ -584,6 +584,8 @@ def _is_record(record: Any) -> bool:
     if not isinstance(record, dict):
         return False
     of_a_step = record.keys() & {"metrics", "examined", "image", "event"}
+    if not isinstance(record.get("start", {}), dict):
+        return False
     return not of_a_step or (isinstance(record.get("step"), int) and isinstance(record.get("metrics", {}), dict))
 
 
