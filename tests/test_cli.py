@@ -427,6 +427,9 @@ def test_generate_makes_the_picture_of_the_stock_pipeline(run, tmp_path, capsys)
         (["{run}", "a", "-o", "x.pgn"], r"-o: should be a .png, .jpg or .webp file, got 'x.pgn'"),
         (["{run}", "a", "-o", "/nowhere/x.png"], "/nowhere/x.png: No such file or directory"),
         (["{run}", "a", "-o", "x.png", "--n", "0"], "--n: should be at least 1, got 0"),
+        (["{run}", "a", "-o", "x.png", "--seed", str(2**63)], rf"--seed: should be between 0 and 2\*\*63, got {2**63}"),
+        (["{run}", "a", "-o", "x.png", "--seed", "-1"], r"--seed: should be between 0 and 2\*\*63, got -1"),
+        (["{run}", "\udcff", "-o", "x.png"], r"prompt: not UTF-8 text: '\\udcff'"),
     ],
 )
 def test_generate_says_what_is_wrong(run, capsys, arguments, expected):

@@ -218,6 +218,7 @@ cluster:
         ("cluster: {reward_resources: 1}", "run.yaml:1: cluster.reward_resources: should be a dictionary, got 1"),
         ("steps: 1.5", "run.yaml:1: steps: should be a whole number, got 1.5"),
         ("steps: '5'", "run.yaml:1: steps: should be a whole number, got '5'"),
+        ("steps: 1:30:00", "run.yaml:1: steps: should be a whole number, got '1:30:00'"),
         ("name: a/b", "run.yaml:1: name: should be letters, digits, '.', '_' and '-' only, got 'a/b'"),
         ("device: gpu", "run.yaml:1: device: should be 'auto', 'cpu' or 'cuda', got 'gpu'"),
     ],
@@ -317,12 +318,16 @@ def test_the_pocket_world_has_every_split(split):
         ("{}/ragged.csv", ".*ragged.csv: .*Expected 1 fields in line 3, saw 2.*"),
         ("{}/empty.csv", ".*empty.csv: No columns to parse from file"),
         ("{}/latin.txt", ".*latin.txt: .*codec can't decode.*"),
+        ("{}/nul.txt", r".*nul.txt: row 2: 'prompt' should be text, got a NUL byte"),
+        ("{}/deep.jsonl", ".*deep.jsonl: line 1: not JSON: .*"),
     ],
 )
 def test_prompts_that_cannot_be_read(tmp_path, source, message):
     (tmp_path / "prompts.csv").write_text("text\nx\n")
     (tmp_path / "ragged.csv").write_text("prompt\nx\ny,z\n")
     (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "nul.txt").write_text("a\nb\0c\n")
+    (tmp_path / "deep.jsonl").write_text("[" * 200_000)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     (tmp_path / "list.jsonl").write_text("[1]\n")

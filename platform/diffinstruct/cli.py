@@ -309,8 +309,10 @@ def generate(arguments: argparse.Namespace) -> None:
         raise UserError(f"--n: should be at least 1, got {arguments.n}")
     if not 0 <= arguments.seed <= 2**63 - arguments.n:
         raise UserError(f"--seed: should be between 0 and 2**63, got {arguments.seed}")
-    if not arguments.prompt.isprintable():
-        raise UserError(f"prompt: should be text in one line, got {arguments.prompt!r}")
+    try:
+        arguments.prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"prompt: not UTF-8 text: {arguments.prompt!r}") from None
     if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"-o: should be a .png, .jpg or .webp file, got {str(arguments.out)!r}")
 
