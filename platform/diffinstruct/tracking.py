@@ -34,7 +34,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -332,6 +332,10 @@ class _Delivery:
         """Finds the journal's run, or makes it, and what of the journal it has. Nothing if that is known."""
         if self._client is not None:
             return
+        with _one_at_a_time(self.journal):  # of a run and a `sync` that have not met it yet each would make one
+            self._connect()
+
+    def _connect(self) -> None:
         starts = [(record["start"], record["time"]) for _, _, record in records(self.journal) if "start" in record]
         if not starts:
             raise FileNotFoundError(f"{self.journal} does not hold a run")
@@ -481,6 +485,16 @@ def _open(uri: str, experiment_name: str | None = None) -> tuple[Any, str | None
                     raise
                 experiment = client.get_experiment_by_name(experiment_name)
         return client, experiment.experiment_id
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Holds a file that is there, where the disk knows locks; waits for whoever else does."""
+    with path.open("r+b") if path.exists() else nullcontext() as file:
+        if file is not None:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager
