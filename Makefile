@@ -13,7 +13,7 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Kills, full disks, damage and whatever else takes too long for `make test`: some four hours (benchmarks/RESULTS.md); needs strace.
+# Kills, full disks, damage and whatever else takes too long for `make test`: hours (benchmarks/RESULTS.md); needs strace.
 chaos: $(READY)
 	$(BIN)/python tests/chaos/store.py
 	$(BIN)/python tests/chaos/run.py

@@ -34,7 +34,7 @@ def empty_store(monkeypatch):
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
     monkeypatch.setattr(mirror, "INTERVAL", 0.05)
-    monkeypatch.setattr(mirror.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(mirror, "ATTEMPTS", 1)
 
 
 @pytest.fixture(scope="module")

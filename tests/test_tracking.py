@@ -12,6 +12,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -284,8 +285,30 @@ os.kill(os.getpid(), signal.SIGKILL)
     deliver(tmp_path / "run", status="KILLED", reason="stopped by the scheduler")
     run = client_of(uri).get_run(json.loads((tmp_path / "run/mlflow.json").read_text())["run_id"])
     assert (run.info.status, run.data.tags["reason"]) == ("KILLED", "stopped by the scheduler")
-    with pytest.raises(FileNotFoundError, match="does not hold a run"):
+    with pytest.raises(FileNotFoundError, match=r"journal\.jsonl"):
         deliver(tmp_path)
+
+
+def test_two_that_meet_mlflow_at_once_make_one_run(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that could not reach it and a `sync`: both see that there is none, unless one waits for the other."""
+    (tmp_path / "run").mkdir()
+    start = {"journal": "a token", "uri": uri, "experiment": "test", "name": "a run", "params": {}, "tags": {}, "parent": None}
+    (tmp_path / "run/journal.jsonl").write_text(json.dumps({"time": 1, "start": start}) + "\n")
+    sound = type(client_of(uri)).search_runs
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        found = sound(*arguments, **options)
+        time.sleep(1)
+        return found
+
+    monkeypatch.setattr(type(client_of(uri)), "search_runs", slow)
+    both = [threading.Thread(target=deliver, args=(tmp_path / "run",)) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    client = client_of(uri)
+    assert len(sound(client, [client.get_experiment_by_name("test").experiment_id])) == 1
 
 
 def test_what_breaks_in_a_run_that_was_ended_by_hand_is_no_failure(tmp_path: Path, uri: str) -> None:

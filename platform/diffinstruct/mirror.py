@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 import shutil
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import fsspec
@@ -33,7 +35,7 @@ INTERVAL = 1.0
 LONGEST_PAUSE = 30.0
 """Seconds between two attempts while the store takes nothing."""
 ATTEMPTS = 3
-"""At the end of a run."""
+"""At the end of a run, a second longer apart each time."""
 BROUGHT = ("experiment.yaml", "journal.jsonl", "journal.ack", "mlflow.json")
 IMAGE = re.compile(r"[^/\\]+\.png")
 FILE = re.compile(rf"{re.escape(TREE)}|tensors(-\d{{5}}-of-\d{{5}})?\.safetensors")
@@ -72,14 +74,15 @@ class Mirror:
     def pull(self) -> int | None:
         """Bring checkpoints and journal here, where the store's newest whole checkpoint is newer than the folder's; its step,
         or None. One that is damaged is named and left out."""
-        here = next((step for step in self.store.steps() if self._is_whole(step)), -1)
+        is_whole = cache(self._is_whole)  # all of it is read for that
+        here = next((step for step in self.store.steps() if is_whole(step)), -1)
         there = [(step, manifest) for step in self._there() if (manifest := self._manifest(step)) is not None]
         if max(there, default=(-1, b""))[0] <= here:
             return None
         self.store.folder.mkdir(parents=True, exist_ok=True)
         brought = []
         for step, manifest in sorted(there):
-            if self._is_whole(step):
+            if is_whole(step):
                 continue
             try:
                 brought.append((step, self._fetched(step, manifest)))
@@ -255,12 +258,13 @@ def _written(mirror: Mirror, step: int) -> int:
 
 
 def _push_at_the_end(mirror: Mirror) -> None:
+    why = ""
     for attempt in range(ATTEMPTS):
+        time.sleep(attempt)
         try:
             mirror.push()
             return
         except Exception as error:
-            if attempt == ATTEMPTS - 1:
-                how = f"later: diffinstruct sync {mirror.folder}"
-                logger.warning("not all of this run is at %s: %s; %s", mirror.url, in_one_line(error), how)
-        time.sleep(2**attempt)
+            why = in_one_line(error)
+    how = f"later: diffinstruct sync {shlex.quote(str(mirror.folder))}"
+    logger.warning("not all of this run is at %s: %s; %s", mirror.url, why, how)

@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -407,14 +408,19 @@ def export_checkpoint(experiment: Experiment, folder: Path, which: str, out: Pat
     store = CheckpointStore(folder / "checkpoints")
     if not (steps := store.steps()):
         raise UserError(f"{folder}: no checkpoint in it yet")
-    best = next((said.get("step") for at in steps if (said := _part(store, at, "watcher", "watch", "best")) is not None), None)
+    best = _best(store)
     named = {str(step): [step] for step in steps} | {"last": steps} | ({} if best is None else {"best": [best]})
     if which not in named:
         there = f"; there are {', '.join(named)}" + ", and the watch knows of no best one" * (best is None)
         raise UserError(f"--step: no checkpoint {which!r} in {folder}{did_you_mean(which, named) or there}")
-    *newer, step = named[which]
-    step = next((at for at in newer if _part(store, at, "players", "ema") is not None), step)
-    weights = store.part(step, "players", "ema")
+    for step in named[which]:
+        try:
+            weights = store.part(step, "players", "ema")
+            break
+        except CheckpointError as error:
+            if step == named[which][-1]:
+                raise
+            print(error, file=sys.stderr)
     _check_state(store.folder, experiment, store.part(step, "format"), store.part(step, "experiment"))
     average = make_roles(experiment, open_reference(experiment, torch.device("cpu"))).average
     average.load_state_dict({name: value.own if isinstance(value, Rows) else value for name, value in weights.items()})
@@ -422,13 +428,13 @@ def export_checkpoint(experiment: Experiment, folder: Path, which: str, out: Pat
     return step, step == best
 
 
-def _part(store: CheckpointStore, step: int, *keys: str) -> Any:
-    """None, said in a line, where the checkpoint cannot be read."""
-    try:
-        return store.part(step, *keys)
-    except CheckpointError as error:
-        print(error, file=sys.stderr)
-        return None
+def _best(store: CheckpointStore) -> int | None:
+    """The step of the best checkpoint, as the newest knows that can be read."""
+    for at in store.steps():
+        with suppress(CheckpointError):
+            found: int | None = store.part(at, "watcher", "watch", "best").get("step")
+            return found
+    return None
 
 
 def take_over(experiment: Experiment, folder: Path, donor: Path) -> int:

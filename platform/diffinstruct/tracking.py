@@ -34,7 +34,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -332,7 +332,9 @@ class _Delivery:
         """Finds the journal's run, or makes it, and what of the journal it has. Nothing if that is known."""
         if self._client is not None:
             return
-        with _one_at_a_time(self.journal):  # of a run and a `sync` that have not met it yet each would make one
+        with self.journal.open("r+b") as file:
+            with suppress(OSError):  # not every disk knows locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # a run and a `sync` that meet MLflow at once would make a run each
             self._connect()
 
     def _connect(self) -> None:
@@ -485,16 +487,6 @@ def _open(uri: str, experiment_name: str | None = None) -> tuple[Any, str | None
                     raise
                 experiment = client.get_experiment_by_name(experiment_name)
         return client, experiment.experiment_id
-
-
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Holds a file that is there, where the disk knows locks; waits for whoever else does."""
-    with path.open("r+b") if path.exists() else nullcontext() as file:
-        if file is not None:
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager
