@@ -34,9 +34,10 @@ from diffinstruct.export import export, load_export
 from diffinstruct.pretrained import POCKET, OneStepGenerator, Reference, load_reference, load_reward
 from diffinstruct.prompts import read_prompts
 from diffinstruct.scoring import save
-from reward_models.weights import read
+from reward_models.weights import at_commit, read
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DMD2 = "tianweiy/DMD2@be22767697a1f3ca656b73c776e15fa335c86c6c"  # of the others no commit is known here
 UNET = "unet/diffusion_pytorch_model.fp16.safetensors"
 
 
@@ -52,7 +53,7 @@ class Protocol:
 
 
 PAPER = Protocol(
-    "stabilityai/stable-diffusion-xl-base-1.0",
+    "stabilityai/stable-diffusion-xl-base-1.0@462165984030d82259a11f4367a4eed129e94a7b",
     399,
     {
         "ImageReward": ("image_reward", 1),
@@ -62,7 +63,7 @@ PAPER = Protocol(
         "HPSv2.1": ("hpsv2.1", 100),
     },
     {
-        "dmd2": ("tianweiy/DMD2", "dmd2_sdxl_1step_unet_fp16.bin", (0.930, 5.51, 0.2249, 32.97, 27.97)),  # the others' start
+        "dmd2": (DMD2, "dmd2_sdxl_1step_unet_fp16.bin", (0.930, 5.51, 0.2249, 32.97, 27.97)),  # the others' start
         "diff_instruct_1step": ("XDG-XHS/diff_instruct_1step", UNET, (1.058, 5.60, 0.2253, 33.02, 29.70)),
         "sim_1step": ("XDG-XHS/sim_1step", UNET, (1.049, 5.66, 0.2273, 32.93, 30.16)),
         "dipp_1step": ("XDG-XHS/dipp_1step", UNET, (1.061, 5.58, 0.2260, 32.94, 29.72)),
@@ -114,7 +115,8 @@ def opened(model: str, protocol: Protocol, folder: Path) -> tuple[Reference, One
     if model not in protocol.published:
         return load_export(exported(model), DEVICE)
     source, file, _ = protocol.published[model]
-    start = Path(source, file) if Path(source).is_dir() else Path(hf_hub_download(source, file))
+    name, commit = at_commit(source)
+    start = Path(source, file) if Path(source).is_dir() else Path(hf_hub_download(name, file, revision=commit))
     if start.suffix == ".bin":  # pickled tensors: read as such and nothing else
         pickled, start = start, folder / f"{start.stem}.safetensors"
         save_file(dict(read(pickled)), start)

@@ -49,11 +49,10 @@ def score_mlp(width: int) -> nn.Sequential:
 def aesthetic_v1(
     weights: Weights = V1,
     model: str | Path = CLIP_L,
-    revision: str | None = None,
 ) -> Aesthetic:
-    """v1. `weights` of the head: keys weight, bias, or a folder with V1_FILE; `model`, `revision`: hub id or folder of CLIP."""
+    """v1. `weights` of the head: keys weight, bias, or a folder with V1_FILE; `model`: hub id or folder of CLIP."""
     head = read(weights, V1_FILE)
-    tower = shared_tower(load_tower, model, revision)
+    tower = shared_tower(load_tower, model)
     net = nn.Linear(tower.clip.config.projection_dim, 1)
     fill(net, head, lambda name: name)
     return Aesthetic(tower, net)
@@ -62,11 +61,10 @@ def aesthetic_v1(
 def aesthetic_v2(
     weights: Weights = V2,
     model: str | Path = CLIP_L,
-    revision: str | None = None,
 ) -> Aesthetic:
-    """v2. `weights` of the head: keys layers.0.weight and on, or a folder with V2_FILE; `model`, `revision`: as of v1."""
+    """v2. `weights` of the head: keys layers.0.weight and on, or a folder with V2_FILE; `model`: as of v1."""
     head = read(weights, V2_FILE)
-    tower = shared_tower(load_tower, model, revision)
+    tower = shared_tower(load_tower, model)
     net = score_mlp(tower.clip.config.projection_dim)
     fill(net, head, lambda name: f"layers.{name}")
     return Aesthetic(tower, net)

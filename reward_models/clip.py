@@ -15,10 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .weights import at_commit
+
 if TYPE_CHECKING:
     from transformers import CLIPModel
 
-CLIP_L = "openai/clip-vit-large-patch14"
+# The published towers, each at the commit that is named for it in other people's public code.
+CLIP_L = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K@1c2b8495b28150b8a4922ee1c8edee224c284c0c"
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 TEXTS_KEPT = 65_536  # of 4 KB each for a ViT-H: 270 MB at most
@@ -121,37 +125,34 @@ class TowerReward(nn.Module):
 
 def load_tower(
     model: str | Path,
-    revision: str | None = None,
     processor: str | Path | None = None,
-    processor_revision: str | None = None,
 ) -> ClipTower:
-    """A tower from a folder or hub id of a `CLIPModel` (safetensors).
+    """A tower from a folder or hub id (`owner/name@commit`) of a `CLIPModel` (safetensors).
 
-    `processor`, by default the same, has its tokenizer and its preprocessor configuration. A revision is a hub
-    repository's commit; none means its newest. Raises ValueError for weights that are not those of the configuration.
+    `processor`, by default the same, has its tokenizer and its preprocessor configuration.
+    Raises ValueError for weights that are not those of the configuration.
     """
     from transformers import CLIPConfig, CLIPModel
     from transformers.utils import logging
 
     if processor is None:
-        processor, processor_revision = model, revision
+        processor = model
     if Path(model).is_dir():
         logging.disable_progress_bar()  # of loading; the one of a download stays
-    revision = revision or "main"
-    kind = CLIPConfig.get_config_dict(model, revision=revision)[0].get("model_type", "clip")
+    name, commit = at_commit(model)
+    kind = CLIPConfig.get_config_dict(name, revision=commit)[0].get("model_type", "clip")
     if kind != "clip":
         raise ValueError(f"{model}: model_type in its config.json is {kind!r}, not 'clip'")
     clip, found = CLIPModel.from_pretrained(
-        model,
-        revision=revision,
+        name,
+        revision=commit,
         use_safetensors=True,
         dtype=torch.float32,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are refused below, by name
     )
     _refuse_what_does_not_fit(model, found)
-    tokenizer = load_tokenizer(processor, processor_revision)
-    return ClipTower(clip, tokenizer, *_mean_and_std(processor, processor_revision or "main"))
+    return ClipTower(clip, load_tokenizer(processor), *_mean_and_std(processor))
 
 
 NAMED = 3  # keys that do not fit, of each kind: of a wrong model it would be hundreds
@@ -169,12 +170,13 @@ def _refuse_what_does_not_fit(model: str | Path, found: dict[str, Any]) -> None:
         raise ValueError(f"{model}: weights do not fit CLIPModel: {', '.join(wrong)}{f', and {more} more' if more else ''}")
 
 
-def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
+def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer of a folder or hub id. Raises ValueError where there is none: transformers would make one up that knows
     no word."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+    name, commit = at_commit(source)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=commit)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         whole = "tokenizer.json"
         parts = " and ".join(file for file in tokenizer.vocab_files_names.values() if file != whole)
@@ -185,13 +187,14 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def _mean_and_std(processor: str | Path, revision: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _mean_and_std(processor: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     from transformers.image_processing_base import ImageProcessingMixin
 
     folder = Path(processor)
     if folder.is_dir() and not any(folder.glob("*processor_config.json")):
         raise ValueError(f"{processor}: no preprocessor_config.json in it, which has the pictures' mean and deviation")
-    settings, _ = ImageProcessingMixin.get_image_processor_dict(processor, revision=revision)
+    name, commit = at_commit(processor)
+    settings, _ = ImageProcessingMixin.get_image_processor_dict(name, revision=commit)
     return tuple(settings.get("image_mean", OPENAI_MEAN)), tuple(settings.get("image_std", OPENAI_STD))
 
 

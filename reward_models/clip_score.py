@@ -21,6 +21,6 @@ class ClipScore(TowerReward):
         return 100 * self.tower.similarity(features, prompts)
 
 
-def clip_score(model: str | Path = CLIP_L, revision: str | None = None) -> ClipScore:
+def clip_score(model: str | Path = CLIP_L) -> ClipScore:
     """CLIP score with a hub id or local folder of a `CLIPModel` and its processor."""
-    return ClipScore(shared_tower(load_tower, model, revision))
+    return ClipScore(shared_tower(load_tower, model))

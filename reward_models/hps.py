@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from .clip import ClipTower, TowerReward, load_tokenizer, shared_tower
+from .clip import CLIP_H, ClipTower, TowerReward, load_tokenizer, shared_tower
 from .weights import Weights, fill, read
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig
 
-HUB = "xswu/HPSv2"
-TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+HUB = "xswu/HPSv2@697403c78157020a1ae59d23f111aa58ced35b0a"
 
 
 class Hps(TowerReward):
@@ -33,14 +32,12 @@ class Hps(TowerReward):
 
 def hpsv2(
     weights: Weights = HUB,
-    tokenizer: str | Path = TOKENIZER,
-    revision: str | None = None,
-    tokenizer_revision: str | None = None,
+    tokenizer: str | Path = CLIP_H,
     config: CLIPConfig | None = None,
     file: str = "HPS_v2_compressed.pt",
 ) -> Hps:
     """HPS v2. `weights`: a state dict, a file, or a folder or hub id with `file`; `config` is ViT-H's."""
-    return Hps(shared_tower(load_open_clip, weights, file, revision, tokenizer, tokenizer_revision, config))
+    return Hps(shared_tower(load_open_clip, weights, file, tokenizer, config))
 
 
 hpsv2_1 = partial(hpsv2, file="HPS_v2.1_compressed.pt")
@@ -50,18 +47,16 @@ hpsv2_1 = partial(hpsv2, file="HPS_v2.1_compressed.pt")
 def load_open_clip(
     weights: Weights,
     file: str,
-    revision: str | None,
     tokenizer: str | Path,
-    tokenizer_revision: str | None,
     config: CLIPConfig | None,
 ) -> ClipTower:
     """A tower from open_clip's state dict of a CLIP, which looks at pictures as HPS does."""
     from transformers import CLIPModel
 
-    state = read(weights, file, revision)  # first: a file that is not there should not be missed a minute later
+    state = read(weights, file)  # first: a file that is not there should not be missed a minute later
     clip = CLIPModel(config or vit_h())
     fill(clip, state, open_clip_name, open_clip_cut)
-    return ClipTower(clip, load_tokenizer(tokenizer, tokenizer_revision), pixels=fit_pixels)
+    return ClipTower(clip, load_tokenizer(tokenizer), pixels=fit_pixels)
 
 
 def vit_h() -> CLIPConfig:

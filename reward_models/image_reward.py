@@ -58,15 +58,13 @@ def _read(tokens: Any, device: torch.device) -> dict[str, Tensor]:
 
 
 def image_reward(
-    weights: Weights = "zai-org/ImageReward",
-    tokenizer: str | Path = "google-bert/bert-base-uncased",
-    revision: str | None = None,
-    tokenizer_revision: str | None = None,
+    weights: Weights = "zai-org/ImageReward@5736be03b2652728fb87788c9797b0570450ab72",
+    tokenizer: str | Path = "google-bert/bert-base-uncased@86b5e0934494bd15c9632b12f734a8a67f723594",
     config: BlipConfig | None = None,
 ) -> ImageReward:
     """ImageReward v1.0. `weights`: a state dict, a file, or a folder or hub id with ImageReward.pt; `config` is BLIP-L's."""
-    state = read(weights, "ImageReward.pt", revision)  # first: a file that is not there should not be missed a minute later
-    reward = ImageReward(config or blip_large(), load_tokenizer(tokenizer, tokenizer_revision))
+    state = read(weights, "ImageReward.pt")  # first: a file that is not there should not be missed a minute later
+    reward = ImageReward(config or blip_large(), load_tokenizer(tokenizer))
     fill(reward, state, blip_name, unused=UNUSED)
     return reward
 

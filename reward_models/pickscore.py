@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .clip import TowerReward, load_tower, shared_tower
+from .clip import CLIP_H, TowerReward, load_tower, shared_tower
 
 
 class PickScore(TowerReward):
@@ -20,10 +20,8 @@ class PickScore(TowerReward):
 
 
 def pickscore(
-    model: str | Path = "yuvalkirstain/PickScore_v1",
-    processor: str | Path = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    revision: str | None = None,
-    processor_revision: str | None = None,
+    model: str | Path = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800",
+    processor: str | Path = CLIP_H,
 ) -> PickScore:
     """PickScore v1, a ViT-H at 224 px, from hub ids or local folders of a `CLIPModel` and of its processor."""
-    return PickScore(shared_tower(load_tower, model, revision, processor, processor_revision))
+    return PickScore(shared_tower(load_tower, model, processor))

@@ -1,4 +1,4 @@
-"""Checkpoints of other people's layouts: read without running what is in them, and fitted key by key."""
+"""Other people's checkpoints: of which commit, read without running what is in them, and fitted key by key."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ import torch
 from torch import Tensor, nn
 
 Weights = str | Path | Mapping[str, Tensor]
-"""A state dict, a local file, a local folder or hub id that holds the file, or the file's https:// address."""
+"""A state dict, a local file, a local folder or a hub id (`owner/name@commit`) that holds it, or its https:// address."""
 
 
-def read(weights: Weights, file: str = "", revision: str | None = None) -> Mapping[str, Tensor]:
+def at_commit(source: str | Path) -> tuple[str, str]:
+    """A hub id and the commit that follows it after an @, by default the newest; a path as it is."""
+    name, _, commit = str(source).partition("@")
+    return (name, commit) if commit and not Path(source).exists() else (str(source), "main")
+
+
+def read(weights: Weights, file: str = "") -> Mapping[str, Tensor]:
     """The state dict, on the CPU. safetensors, or torch's format with no pickled code in it.
 
-    file: which one, in a folder or hub repository. revision: the repository's commit; none means its newest.
+    file: which one, in a folder or hub repository.
     Raises FileNotFoundError for what looks local and is not there, ValueError for a file that holds code or no tensors.
     """
     if isinstance(weights, Mapping):
@@ -26,11 +32,12 @@ def read(weights: Weights, file: str = "", revision: str | None = None) -> Mappi
         return torch.hub.load_state_dict_from_url(str(weights), map_location="cpu", weights_only=True)
     path = Path(weights, file) if Path(weights).is_dir() else Path(weights)
     if not path.exists():
-        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(weights)) or path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
+        name, commit = at_commit(weights)
+        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
             raise FileNotFoundError(f"weights: there is no {path}")
         from huggingface_hub import hf_hub_download
 
-        path = Path(hf_hub_download(str(weights), file, revision=revision))
+        path = Path(hf_hub_download(name, file, revision=commit))
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 

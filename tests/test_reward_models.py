@@ -182,7 +182,7 @@ def test_rewards_of_one_tower_share_it(settings, folder, monkeypatch):
     rewards = [reward_models.load(name, **settings[name]) for name in ("aesthetic_v1", "aesthetic_v2", "clip_score")]
     again = reward_models.load("clip_score", model=folder.name)  # the same folder by another name
     assert all(reward.tower is again.tower for reward in rewards)
-    assert shared_tower(load_tower, folder, "another revision") is not again.tower
+    assert shared_tower(load_tower, folder, folder) is not again.tower
     assert reward_models.load("hpsv2", **settings["hpsv2"]).tower is not again.tower
 
     features = again.tower.features(pictures(3))

@@ -4,6 +4,8 @@ What is compared is the arithmetic on the same float pixels. Where an original r
 test_reward_models compares the resizing; hpsv2 resizes tensors, and its resizing and padding are compared here too.
 """
 
+import importlib
+import inspect
 import re
 
 import pytest
@@ -15,7 +17,7 @@ from transformers import CLIPModel
 import reward_models
 from reward_models.hps import open_clip_name, vit_h
 from reward_models.image_reward import UNUSED, ImageReward, blip_large, blip_name
-from reward_models.weights import fill, read
+from reward_models.weights import at_commit, fill, read
 
 PROMPTS = ORIGINALS["prompts"]
 
@@ -114,7 +116,7 @@ def test_where_weights_are_read_from(tmp_path, monkeypatch):
         assert torch.equal(read(source)["weight"], state["weight"])
     assert torch.equal(read(tmp_path, "w.safetensors")["weight"], state["weight"])
     assert asked == []
-    read("some/repository", "w.pt", "0123abc")
+    read("some/repository@0123abc", "w.pt")
     read("https://example.org/w.pth")
     assert asked == [
         (("some/repository", "w.pt"), {"revision": "0123abc"}),
@@ -143,14 +145,23 @@ def test_names_of_the_hub_are_passed_on_with_their_revisions(settings, monkeypat
     monkeypatch.setattr(CLIPModel, "from_pretrained", lambda s, **k: asked.append((s, k["revision"])) or (model, fits))
     monkeypatch.setattr(CLIPConfig, "get_config_dict", lambda s, **k: asked.append((s, k["revision"])) or ({}, {}))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda s, **k: asked.append((s, k["revision"])) or tokenizer)
-    monkeypatch.setattr("reward_models.clip._mean_and_std", lambda s, r: asked.append((s, r)) or ((0.5,) * 3, (0.5,) * 3))
+    monkeypatch.setattr("reward_models.clip._mean_and_std", lambda s: asked.append(at_commit(s)) or ((0.5,) * 3, (0.5,) * 3))
 
-    reward_models.load("pickscore", revision="a1", processor_revision="b2")
-    processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    assert asked == [("yuvalkirstain/PickScore_v1", "a1")] * 2 + [(processor, "b2"), (processor, "b2")]
+    reward_models.load("pickscore", model="mine/scores@a1", processor="mine/words")
+    assert asked == [("mine/scores", "a1")] * 2 + [("mine/words", "main")] * 2
     asked.clear()
-    reward_models.load("clip_score", revision="c3")
-    assert asked == [("openai/clip-vit-large-patch14", "c3")] * 4
+    reward_models.load("clip_score", model="mine/clip@c3")
+    assert asked == [("mine/clip", "c3")] * 4
+
+
+@pytest.mark.parametrize("name", [name for name in reward_models.NAMES if not name.startswith("pocket")])
+def test_what_a_built_in_reward_reads_from_the_hub_is_pinned(name):
+    module, _, attribute = reward_models.NAMES[name].path.partition(":")
+    defaults = [p.default for p in inspect.signature(getattr(importlib.import_module(module), attribute)).parameters.values()]
+    sources = [str(default) for default in defaults if "/" in str(default)]
+    assert sources
+    for source in sources:
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}|https://github\.com/[\w.-]+/[\w.-]+/raw/[0-9a-f]{40}/\S+", source)
 
 
 @pytest.mark.parametrize(
