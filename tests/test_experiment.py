@@ -316,6 +316,7 @@ def test_the_pocket_world_has_every_split(split):
         ("datasets:x", "datasets:x: should be 'datasets:<hub id or folder>:<split>'"),
         ("{}/prompts.csv", ".*prompts.csv: no column 'prompt', columns are text"),
         ("{}/ragged.csv", ".*ragged.csv: .*Expected 1 fields in line 3, saw 2.*"),
+        ("{}/twice.csv", ".*twice.csv: column 'prompt' is there twice"),
         ("{}/empty.csv", ".*empty.csv: No columns to parse from file"),
         ("{}/latin.txt", ".*latin.txt: .*codec can't decode.*"),
         ("{}/nul.txt", r".*nul.txt: row 2: 'prompt' should be text, got a NUL byte"),
@@ -326,6 +327,7 @@ def test_prompts_that_cannot_be_read(tmp_path, source, message):
     (tmp_path / "prompts.csv").write_text("text\nx\n")
     (tmp_path / "ragged.csv").write_text("prompt\nx\ny,z\n")
     (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "twice.csv").write_bytes(b"\xef\xbb\xbfprompt,a,prompt\nx,y,z\n")
     (tmp_path / "nul.txt").write_text("a\nb\0c\n")
     (tmp_path / "deep.jsonl").write_text("[" * 200_000)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))

@@ -185,7 +185,10 @@ def test_a_run_goes_on_under_changed_keys_that_are_allowed(experiment, tmp_path,
     base = experiment(steps=4, runs=str(tmp_path))
     local.run(base, run_folder(base))
     file = str(run_folder(base) / "experiment.yaml")
-    asked = ["train", file, "--resume", str(run_folder(base)), "--local", "-s", "steps=6", "-s", "generator.learning_rate=1e-5"]
+    asked = ["train", file, "--resume", str(run_folder(base)), "--local"]
+    assert main([*asked, "-s", "steps=3", "--allow", "steps"]) == 2
+    assert capsys.readouterr().err.strip().endswith("steps: should be at least the 4 that are done, got 3")
+    asked += ["-s", "steps=6", "-s", "generator.learning_rate=1e-5"]
     assert main([*asked, "--allow", "steps", "--allow", "generator.learning_rate"]) == 0
     shown = capsys.readouterr().out
     assert "from step 4 on it has what is new, and its older checkpoints are gone" in shown

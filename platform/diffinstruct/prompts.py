@@ -79,7 +79,11 @@ def _of_csv(path: Path, column: str) -> pd.DataFrame:
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the header would lose its end
         # "" and "None" are what they look like
-        return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+        header = pd.read_csv(path, dtype=str, keep_default_na=False, header=None, nrows=1)
+    if (header.iloc[0] == column).sum() > 1:  # pandas would read the first one
+        raise ValueError(f"column {column!r} is there twice")
+    return table
 
 
 def _of_jsonl(path: Path, column: str) -> pd.DataFrame:

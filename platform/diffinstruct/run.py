@@ -452,13 +452,16 @@ def take_over(experiment: Experiment, folder: Path, donor: Path) -> int:
 
 def change(experiment: Experiment, folder: Path, keys: Collection[str]) -> int:
     """Make the newest checkpoint in `folder`, of a run with other values of these keys, one of `experiment`; its step, 0 where
-    there is none. The reward scale stays what the watch has made of it, unless it is among the keys."""
+    there is none. The reward scale stays what the watch has made of it, unless it is among the keys. Raises UserError for fewer
+    steps than are done."""
     store = CheckpointStore(folder / "checkpoints", keep=1)  # older ones stay the other configuration's
     found = store.latest()
     if found is None:
         keep_configuration(experiment, folder)
         return 0
     step, state = found
+    if step > experiment.steps:
+        raise UserError(f"steps: should be at least the {step} that are done, got {experiment.steps}")
     own: dict[str, Any] = {"stopped": False}
     if "objective.reward_scale" in keys:
         own["reward_scale"] = experiment.objective.reward_scale
