@@ -176,7 +176,7 @@ def load_tokenizer(source: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     name, commit = at_commit(source)
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=commit)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, trust_remote_code=False)  # or it asks, and takes a y
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         whole = "tokenizer.json"
         parts = " and ".join(file for file in tokenizer.vocab_files_names.values() if file != whole)

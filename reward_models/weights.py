@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -28,10 +29,10 @@ def read(weights: Weights, file: str = "") -> Mapping[str, Tensor]:
     """
     if isinstance(weights, Mapping):
         return weights
-    if str(weights).startswith("https://"):
-        return torch.hub.load_state_dict_from_url(str(weights), map_location="cpu", weights_only=True)
     path = Path(weights, file) if Path(weights).is_dir() else Path(weights)
-    if not path.exists():
+    if str(weights).startswith("https://"):
+        path = _downloaded(str(weights))
+    elif not path.exists():
         name, commit = at_commit(weights)
         if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
             raise FileNotFoundError(f"weights: there is no {path}")
@@ -50,6 +51,16 @@ def read(weights: Weights, file: str = "") -> Mapping[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"weights: {path} is no state dict")
     return state
+
+
+def _downloaded(address: str) -> Path:
+    """Kept under the whole address: files of one name from two commits are two files."""
+    folder = Path(torch.hub.get_dir(), "checkpoints")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{hashlib.sha256(address.encode()).hexdigest()[:16]}-{address.rpartition('/')[2]}"
+    if not path.exists():
+        torch.hub.download_url_to_file(address, str(path))  # beside it, then renamed
+    return path
 
 
 def _as_it_is(name: str, tensor: Tensor) -> Tensor:

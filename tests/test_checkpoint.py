@@ -232,7 +232,7 @@ def test_death_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, again: bo
 
                 return call
 
-            operations = {checkpoint: ["save_file", "_fingerprint", "_flush"], Path: ["mkdir", "rename", "write_text"]}
+            operations = {checkpoint: ["save_file", "_fingerprint", "flush"], Path: ["mkdir", "rename", "write_text"]}
             for owner, names in {**operations, shutil: ["rmtree"]}.items():
                 for name in names:
                     monkeypatch.setattr(owner, name, deadly(getattr(owner, name)))

@@ -29,6 +29,7 @@ from diffinstruct.export import load_export
 from diffinstruct.pretrained import load_reference
 from diffinstruct.prompts import read_prompts
 from diffinstruct.run import newest
+from reward_models.clip import load_tokenizer
 from reward_models.weights import read
 
 MARK = "mark"
@@ -222,7 +223,7 @@ def test_a_checkpoint_names_no_files_but_its_own(tmp_path) -> None:
     document["state"] = {"x": {"$tensor": "x"}, "experiment": "../../etc"}
     forged(path, "state.json", json.dumps(document).encode())
     experiment = SimpleNamespace(derived_id="own")
-    refused(tmp_path / MARK, lambda: newest(CheckpointStore(tmp_path / "checkpoints"), experiment, worker), UserError)  # type: ignore[arg-type]
+    refused(tmp_path / MARK, lambda: newest(CheckpointStore(tmp_path / "checkpoints"), experiment, worker, ""), UserError)  # type: ignore[arg-type]
 
 
 # -------------------------------------------------------------------------------------------------------- recipes
@@ -274,6 +275,18 @@ def test_code_that_a_pipeline_brings_is_not_run(pipeline, tmp_path) -> None:
     for pipeline_class in ("pipeline.Evil", ["pipeline", "Evil"], "../evil"):
         (pipeline / "model_index.json").write_text(json.dumps(index | {"_class_name": pipeline_class}))
         refused(tmp_path / MARK, lambda: load_reference(str(pipeline)))
+
+
+def test_code_that_a_tokenizer_brings_is_not_run_whatever_is_answered(tmp_path, monkeypatch) -> None:
+    """transformers asks whether to run it, and takes a y from whatever stdin is."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words/evil.py").write_text(f"open({str(tmp_path / MARK)!r}, 'w')\nclass Evil: pass\n")
+    config = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (tmp_path / "words/tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_tokenizer(tmp_path / "words")
+    assert not (tmp_path / MARK).exists()
 
 
 @pytest.mark.parametrize(

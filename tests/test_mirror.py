@@ -20,6 +20,7 @@ from diffinstruct import run as runs
 from diffinstruct.checkpoint import CheckpointStore
 from diffinstruct.cli import main, run_folder
 from diffinstruct.experiment import ConfigErrors, Experiment, UserError, load
+from diffinstruct.locks import only_writer
 from diffinstruct.mirror import Mirror
 from diffinstruct.orders import Paused
 from diffinstruct.preflight import check_inputs
@@ -109,6 +110,30 @@ def test_a_folder_that_is_ahead_stays(tmp_path):
     Mirror(URL, folder).push()
     saved(folder, 2)
     assert Mirror(URL, folder).pull() is None and read(folder)[0] == 2
+
+
+def test_a_folder_that_is_behind_leaves_its_copy_alone(experiment, tmp_path, capsys):
+    """An old disk, and `sync` on it."""
+    run = tmp_path / "run"
+    local.run(experiment(), run)
+    before = dict(MemoryFileSystem.store)
+    shutil.rmtree(run / "checkpoints/step-00000006")
+    with (run / "journal.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(SystemExit):
+        main(["sync", str(run)])
+    assert f": {run} lacks step 6 of {URL}/run: the run's command brings it" in capsys.readouterr().err
+    assert MemoryFileSystem.store == before
+    with only_writer(run):
+        assert main(["sync", str(run)]) == 0  # whoever is at work on it copies it
+    assert "is at work on this run" in capsys.readouterr().err
+
+
+def test_a_run_that_is_to_end_at_once_copies_nothing_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(mirror, "_push_at_the_end", lambda mirror: pytest.fail("it should end"))
+    monkeypatch.setattr(mirror, "INTERVAL", 1000.0)
+    with pytest.raises(KeyboardInterrupt), mirror.mirrored(URL, saved(tmp_path / "run", 1)):
+        raise KeyboardInterrupt
 
 
 def test_an_upload_that_breaks_off_anywhere_leaves_a_whole_one(tmp_path, monkeypatch):
@@ -298,7 +323,7 @@ def test_a_store_that_is_away_stops_nothing_and_sync_delivers(experiment, tmp_pa
         assert told[-1].startswith("not all of this run is at ") and told[-1].endswith(f"; later: diffinstruct sync {run}")
         with pytest.raises(SystemExit):
             main(["sync", str(run)])
-        assert f"{run}: {URL}: ConnectionError: no route to the store" in capsys.readouterr().err
+        assert f"{run}: mirror: ConnectionError: no route to the store" in capsys.readouterr().err
         # Nor does it keep a run from going on that has its folder
         local.run(asked, run)
     assert main(["sync", str(run)]) == 0 and f"{run}: all of it is at {URL}" in capsys.readouterr().out

@@ -7,6 +7,7 @@ test_reward_models compares the resizing; hpsv2 resizes tensors, and its resizin
 import importlib
 import inspect
 import re
+import shutil
 
 import pytest
 import tiny_clip
@@ -109,7 +110,8 @@ def test_where_weights_are_read_from(tmp_path, monkeypatch):
     save_file(state, tmp_path / "w.safetensors")
     asked = []
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: asked.append((a, k)) or tmp_path / "w.pt")
-    monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda *a, **k: asked.append((a, k)) or state)
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda address, to: asked.append(address) or shutil.copy("w.pt", to))
+    monkeypatch.setattr("torch.hub.get_dir", lambda: tmp_path / "kept")
     monkeypatch.chdir(tmp_path)
 
     for source in (state, tmp_path / "w.pt", "w.pt", str(tmp_path / "w.safetensors")):
@@ -117,11 +119,10 @@ def test_where_weights_are_read_from(tmp_path, monkeypatch):
     assert torch.equal(read(tmp_path, "w.safetensors")["weight"], state["weight"])
     assert asked == []
     read("some/repository@0123abc", "w.pt")
-    read("https://example.org/w.pth")
-    assert asked == [
-        (("some/repository", "w.pt"), {"revision": "0123abc"}),
-        (("https://example.org/w.pth",), {"map_location": "cpu", "weights_only": True}),
-    ]
+    first, second = "https://example.org/commit-1/w.pth", "https://example.org/commit-2/w.pth"
+    for address in (first, second, first):  # of one file name, each kept under its whole address
+        assert torch.equal(read(address)["weight"], state["weight"])
+    assert asked == [(("some/repository", "w.pt"), {"revision": "0123abc"}), first, second]
 
 
 @pytest.mark.parametrize("weights", ["/not/there.pt", "not/there.pt", "there.safetensors", "./not/there"])

@@ -5,10 +5,12 @@ Runs of the tiny pipeline in this process.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from tiny_runs import agree, journal
 from diffinstruct import jury as juries
 from diffinstruct import local, tracking
 from diffinstruct import run as runs
-from diffinstruct.checkpoint import CheckpointStore
+from diffinstruct.checkpoint import CheckpointError, CheckpointStore
 from diffinstruct.cli import main, run_folder
 from diffinstruct.experiment import UserError
 from diffinstruct.locks import only_writer
@@ -276,3 +278,109 @@ def test_a_pause_waits_for_the_checkpoint(experiment, tmp_path, monkeypatch):
     with pytest.raises(Paused):
         local.run(experiment(), tmp_path / "run")
     assert CheckpointStore(Path(tmp_path / "run/checkpoints")).latest()[0] == 5
+
+
+# ------------------------------------------------------------------------------------------------- what has changed
+def test_prompts_that_have_changed_under_their_name_are_refused(experiment, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red thing\na blue thing\n")
+    base = experiment(steps=4, runs=str(tmp_path), prompts__train=str(prompts))
+    local.run(base, run_folder(base))
+    prompts.write_text("a red thing\na pale thing\n")
+    asked = ["train", str(run_folder(base) / "experiment.yaml"), "--resume", str(run_folder(base)), "--local"]
+    assert main(asked) == 2
+    assert f"prompts.train: the prompts of {prompts} have changed since step 4 of " in capsys.readouterr().err
+    assert main([*asked, "--allow", "prompts.train"]) == 0
+    assert main(asked) == 0  # they are its own now
+
+
+def test_a_run_whose_checkpoints_cannot_be_read_does_not_begin_anew(experiment, tmp_path):
+    base = experiment(steps=6)
+    local.run(base, tmp_path / "run")
+    files = [*(tmp_path / "run/checkpoints").glob("*/state.json")]
+    for file in files:
+        file.rename(file.with_suffix(".away"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match="checkpoints: no checkpoint in it can be read; without it the run begins anew"):
+        local.run(base, tmp_path / "run")
+    assert sorted(tmp_path.rglob("*")) == before
+    for file in files:
+        file.with_suffix(".away").rename(file)
+    assert local.run(base, tmp_path / "run").metrics
+
+
+def test_an_empty_recipe_in_a_run_is_damage(experiment, tmp_path, capsys):
+    base = experiment(steps=2, runs=str(tmp_path))
+    local.run(base, run_folder(base))
+    own = run_folder(base) / "experiment.yaml"
+    (tmp_path / "recipe.yaml").write_text(own.read_text())
+    own.write_text("")
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--local"]) == 2
+    assert f"{own}: is empty, as a power cut may leave it" in capsys.readouterr().err
+
+
+def test_one_recipe_that_cannot_be_read_holds_up_no_other_run(experiment, tmp_path, monkeypatch, capsys):
+    for name in "ab":
+        local.run(experiment(steps=2), tmp_path / name)
+    (tmp_path / "a/experiment.yaml").write_text("stepps: 3")
+    with pytest.raises(SystemExit):
+        main(["sync", str(tmp_path)])
+    said = capsys.readouterr()
+    assert "stepps" in said.err and f"{tmp_path / 'b'}: all of it is there" in said.out
+
+
+# ------------------------------------------------------------------------------------------------------- full disks
+def full(*arguments, **options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_picture_that_finds_no_room_is_missed_and_no_more(experiment, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    local.run(experiment(steps=2), tmp_path / "run")
+    assert "images/grid-00000000.png is not drawn ([Errno 28] No space left on device); training goes on" in caplog.text
+
+
+def test_an_export_that_finds_no_room_ends_the_run_resumable(experiment, tmp_path, monkeypatch, capsys):
+    base = experiment(steps=2, runs=str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr("diffinstruct.export.export", full)
+        with pytest.raises(CheckpointError, match=r"No space left on device, [\d.]+ MiB are free"):
+            local.run(base, run_folder(base))
+    assert local.run(base, run_folder(base)).metrics
+
+
+def test_a_lock_that_finds_no_room_is_one_line(experiment, tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipe.yaml").write_text(experiment(runs=str(tmp_path / "runs")).to_yaml())
+    monkeypatch.setattr("diffinstruct.locks.locked", full)
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--local"]) == 1
+    assert capsys.readouterr().err.strip().endswith("No space left on device")
+
+
+# ------------------------------------------------------------------------------------------------------- at once
+def test_a_run_that_is_to_end_at_once_waits_for_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "PATIENCE", 10_000.0)
+    tracker = tracking.Tracker("http://127.0.0.1:9", "x", "run", tmp_path, {}, {})
+    ending = threading.Thread(target=lambda: tracker.finish("KILLED", "KeyboardInterrupt: ", hurry=True), daemon=True)
+    ending.start()
+    ending.join(60)
+    assert not ending.is_alive()
+
+
+def test_rows_are_the_same_whenever_a_checkpoint_shares_them(experiment):
+    """Of three workers, whose means of means would not be."""
+
+    def average(row):
+        return {key: (value + 2 * value / 3 + value / 7) / 3 for key, value in row.items()}
+
+    means = []
+    for early in (False, True):
+        window = runs.Window(experiment())
+        for i in range(5):
+            window.add({"a": 0.1 + i / 7, "time/reward": 0.0})
+            if early and i in (1, 2):
+                window.share(average)
+                state, window = window.state_dict(), runs.Window(experiment())
+                window.load_state_dict(state)
+        window.share(average)
+        means.append(window.mean()["a"])
+    assert means[0] == means[1]

@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffinstruct.locks import locked
+from diffinstruct.locks import FULL, locked
 
 State = dict[str, Any]
 TREE, MANIFEST = "state.json", "manifest.json"
@@ -148,7 +148,7 @@ class CheckpointStore:
         def write() -> None:
             save_file(tensors, own)
             own.with_suffix(".json").write_text(json.dumps(_fingerprint(own)))
-            _flush(own)
+            flush(own)
 
         def end() -> None:
             if self.crew.rank == 0:
@@ -182,12 +182,12 @@ class CheckpointStore:
             said.unlink()
         (temporary / MANIFEST).write_bytes(_manifest(manifest))
         for path in (temporary / TREE, temporary / MANIFEST, temporary):
-            _flush(path)
+            flush(path)
         if final.exists():  # no rename onto a folder: for a moment the old one is called .old, which `latest` reads
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
         temporary.rename(final)
-        _flush(self.folder)
+        flush(self.folder)
         kept = [final, *[path for at, path in self._newest_first() if at < step][: self.keep - 1]]
         for at, path in self._newest_first():
             if path not in kept and not (at == best and at < step) and not _being_read(path):
@@ -432,7 +432,19 @@ def _free(path: Path) -> int:
     return shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
 
 
-def _flush(path: Path) -> None:
+@contextmanager
+def a_full_disk_said() -> Iterator[None]:
+    """In the block a disk that is full, or a quota, is a CheckpointError in one line, whichever file it was that found out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        path = Path(error.filename or Path.cwd()).absolute()
+        raise CheckpointError(f"{path}: {error.strerror}, {_free(path) / 2**20:.1f} MiB are free") from None
+
+
+def flush(path: Path) -> None:
     """Waits until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

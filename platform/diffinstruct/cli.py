@@ -30,12 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)  # where a reward of one's own may lie; `python -m diffinstruct` has it there already
     from diffinstruct.experiment import UserError
+    from diffinstruct.locks import FULL
 
     try:
         arguments.command(arguments)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"{error.filename or arguments.command.__name__}: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -188,6 +194,7 @@ def _train(experiment: Experiment, folder: Path, local: bool) -> None:
 
 def sync(arguments: argparse.Namespace) -> None:
     from diffinstruct.experiment import load
+    from diffinstruct.locks import Busy, only_writer
     from diffinstruct.tracking import deliver, in_one_line, undelivered
 
     folders = [path.parent for path in sorted([*arguments.path.glob("journal.jsonl"), *arguments.path.glob("*/journal.jsonl")])]
@@ -203,15 +210,18 @@ def sync(arguments: argparse.Namespace) -> None:
             failed = True
         else:
             print(f"{folder}: {left} bytes of the journal delivered" if left else f"{folder}: all of it is there")
-        if (folder / "experiment.yaml").is_file() and (url := load(folder / "experiment.yaml").mirror):
-            from diffinstruct.mirror import Mirror
+        try:
+            if (folder / "experiment.yaml").is_file() and (url := load(folder / "experiment.yaml").mirror):
+                from diffinstruct.mirror import Mirror
 
-            try:
-                Mirror(url, folder.absolute()).push()
+                with only_writer(folder):
+                    Mirror(url, folder.absolute()).push()
                 print(f"{folder}: all of it is at {url}")
-            except Exception as error:  # whatever the store does
-                print(f"{folder}: {url}: {in_one_line(error)}", file=sys.stderr)
-                failed = True
+        except Busy as error:  # which copies it itself
+            print(error, file=sys.stderr)
+        except Exception as error:  # of another version's recipe, and whatever the store does
+            print(f"{folder}: mirror: {in_one_line(error)}", file=sys.stderr)
+            failed = True
     if failed:
         raise SystemExit(1)
 
@@ -440,7 +450,10 @@ def _same_as_before(experiment: Experiment, folder: Path, allowed: Sequence[str]
     checkpoint becomes one of the new configuration."""
     from diffinstruct.experiment import CHANGEABLE, UserError, did_you_mean, load
 
-    changes = experiment.changes(load(folder / "experiment.yaml"))
+    file = folder / "experiment.yaml"
+    if file.stat().st_size == 0:
+        raise UserError(f"{file}: is empty, as a power cut may leave it; put the run's recipe there")
+    changes = experiment.changes(load(file))
     for key in allowed:
         if key not in (known := experiment.to_params()):
             raise UserError(f"--allow: {key}: unknown key{did_you_mean(key, known)}")
@@ -452,12 +465,12 @@ def _same_as_before(experiment: Experiment, folder: Path, allowed: Sequence[str]
         may = [f"--allow {key}" for key in changes if key in CHANGEABLE and key not in allowed]
         hint = f"; {' '.join(may)} goes on with what is new" if may else ""
         raise UserError("\n".join([*lines, f"--resume: goes on with {folder / 'experiment.yaml'}, unchanged{hint}"]))
-    if changes:
+    if keys := {*changes, *({"prompts.train"} & {*allowed})}:  # the prompts of a file may have changed under its name
         from diffinstruct.checkpoint import CheckpointError
         from diffinstruct.run import change
 
         try:
-            step = change(experiment, folder, changes.keys())
+            step = change(experiment, folder, keys)
         except CheckpointError as error:
             print(error, file=sys.stderr)
             raise SystemExit(1) from None

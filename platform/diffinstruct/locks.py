@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -18,6 +19,9 @@ LOCK = "lock"
 """Of the process that writes checkpoints and journal."""
 COMMAND = "command"
 """Of the command that has started it, maybe on another machine."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What is wrong with a disk, or somebody's quota on it, that takes no more."""
 
 logger = logging.getLogger(__name__)
 

@@ -59,8 +59,11 @@ class Mirror:
 
     def push(self) -> None:
         """Copy what the store has not, and clear away there what the folder has no more. What is damaged here is left out, and
-        stays there as it is."""
+        stays there as it is. Raises CheckpointError for a folder that is behind its copy, such as an old disk's."""
         steps = self.store.steps()
+        behind = [step for step in self._there() if step > max(steps, default=-1) and self._manifest(step) is not None]
+        if behind:
+            raise CheckpointError(f"{self.folder} lacks step {max(behind)} of {self.url}: the run's command brings it")
         self._push_others()
         for step in sorted(steps):
             try:
@@ -226,12 +229,17 @@ def mirrored(url: str | None, folder: Path) -> Iterator[None]:
     ended = threading.Event()
     thread = threading.Thread(target=_follow, args=(mirror, ended), name="mirror", daemon=True)
     thread.start()
+    hurry = False
     try:
         yield
+    except KeyboardInterrupt:  # it is to end at once
+        hurry = True
+        raise
     finally:
         ended.set()
-        thread.join()
-        _push_at_the_end(mirror)
+        if not hurry:
+            thread.join()
+            _push_at_the_end(mirror)
 
 
 def _follow(mirror: Mirror, ended: threading.Event) -> None:

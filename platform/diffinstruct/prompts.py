@@ -18,7 +18,7 @@ POCKET_CSV = Path(__file__).parent / "pocket" / "prompts.csv"
 
 def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt") -> pd.DataFrame:
     """The prompts of "pocket:<split>", of a .csv, .jsonl or .parquet file, of a .txt with one prompt a line, or of
-    "datasets:<hub id or folder>:<split>".
+    "datasets:<hub id, maybe @commit, or folder>:<split>".
 
     column: which one holds the prompts; it is called `prompt` in what is returned, the others stay as they are ("datasets:"
         gives no others).
@@ -121,13 +121,16 @@ def _of_datasets(source: str, column: str) -> pd.DataFrame:
     _, _, rest = source.partition(":")
     name, _, split = rest.rpartition(":")
     if not name or not split:
-        raise UserError(f"{source}: should be 'datasets:<hub id or folder>:<split>'")
+        raise UserError(f"{source}: should be 'datasets:<hub id, maybe @commit, or folder>:<split>'")
+    commit = None
+    if not Path(name).exists():
+        name, _, commit = name.partition("@")
     try:
         from datasets import load_dataset
     except ImportError:
         raise UserError(f"{source}: takes the package datasets (pip install 'diffinstruct[datasets]')") from None
     try:
-        found = load_dataset(name, split=split)
+        found = load_dataset(name, split=split, revision=commit or None)
     except Exception as error:  # hub, disk, script or split: all that can be wrong with somebody's data
         raise UserError(f"{source}: {' '.join(str(error).split())}") from None
     kept = [column] if column in found.column_names else found.column_names  # pictures beside the captions stay where they are

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import sys
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from diffinstruct import orders
-from diffinstruct.checkpoint import CheckpointError, CheckpointStore, Crew, Rows
+from diffinstruct.checkpoint import CheckpointError, CheckpointStore, Crew, Rows, a_full_disk_said, flush
 from diffinstruct.diffusion import Conditions, Schedule, log_normal_t, uniform_t
 from diffinstruct.distances import distance
 from diffinstruct.embeddings import NULL
@@ -54,7 +55,7 @@ from diffinstruct.watch import BLIND, Alarm, Watch
 GRID_NOISES = 3
 GO_ON, LOWER_SCALE, STOP = 2, 1, 0
 """What a look leads to, for all workers: the least of them counts."""
-STATE = 2
+STATE = 3
 """Of what a checkpoint of a run holds: goes up with each change that makes older ones unreadable."""
 PATIENCE = 60.0
 """Seconds that a run waits for a process that holds its folder: a worker that was lost may take a while to be gone."""
@@ -101,14 +102,15 @@ def train(
     A step with something in it that is not finite is left out and counted. After SKIPS of them in a row the run goes back to
     its last checkpoint and on from there with other prompts and noise, once; if that comes to the same it raises NonFinite.
 
-    Raises NonFinite or RewardError with the run resumable: weights on disk are from the last checkpoint; UserError where
-    another process is at work on the folder.
+    Raises NonFinite, RewardError or, where the disk is full, CheckpointError with the run resumable: weights on disk are from
+    the last checkpoint; UserError where another process is at work on the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if worker.rank:
-        return _train(experiment, folder, actors, worker, parent)
-    with only_writer(folder, PATIENCE), mirrored(experiment.mirror, folder):
-        return _train(experiment, folder, actors, worker, parent)
+    with a_full_disk_said():
+        if worker.rank:
+            return _train(experiment, folder, actors, worker, parent)
+        with only_writer(folder, PATIENCE), mirrored(experiment.mirror, folder):
+            return _train(experiment, folder, actors, worker, parent)
 
 
 def _train(
@@ -120,13 +122,15 @@ def _train(
     roles = make_roles(experiment, reference, partial(sharded, mesh=mesh, precision=experiment.precision) if mesh else whole)
     players = make_players(experiment, roles, reference.null_conditions(), worker.wrap)
     settings = make_settings(experiment, reference.schedule)
-    prompts = read_prompts(experiment.prompts.train, column=experiment.prompts.column)["prompt"].tolist()
+    prompts = training_prompts(experiment)
+    of_prompts = digest(prompts)
     jury = Jury(experiment, actors, lambda: InProcess(make_rewards(experiment.rewards.names, reference.decode, device)))
     watcher = Watcher(experiment, reference, prompts, jury)
     grid = Grid(experiment, reference, players.ema)
     crew = Crew(worker.rank, worker.world, worker.least) if mesh else Crew()
     store = CheckpointStore(folder / "checkpoints", crew=crew)
-    done, state = newest(store, experiment, worker)  # before anything is written: a run of another configuration stays as it is
+    # before anything is written: a run of another configuration stays as it is
+    done, state = newest(store, experiment, worker, of_prompts)
     if state is None:
         jury.call()
     output = Output(experiment, folder, reference, parent, worker.where, done) if worker.rank == 0 else None
@@ -147,7 +151,7 @@ def _train(
         jury.micro_batch = worker.least(jury.micro_batch)
         window.share(worker.average)
         if output or mesh:
-            own = {"format": STATE, "experiment": experiment.derived_id, "stopped": stopped}
+            own = {"format": STATE, "experiment": experiment.derived_id, "prompts": of_prompts, "stopped": stopped}
             own |= {"reward_scale": settings.reward_scale, "metrics": output.last if output else {}}
             state = own | rows({name: part.state_dict() for name, part in kept.items()})
             store.start(at, state, watcher.watch.best.get("step"))
@@ -179,7 +183,7 @@ def _train(
                 if output:
                     output.said(at, "skipped", f"left out, {skips.in_a_row} in a row: {why}")
                 if skips.in_a_row == min(SKIPS, experiment.steps):
-                    found = (0, None) if skips.returned else newest(store, experiment, worker)
+                    found = (0, None) if skips.returned else newest(store, experiment, worker, of_prompts)
                     if found[1] is None:
                         raise skips.given_up(at, error.player, why) from None
                     lost, at, count = at, found[0], skips.all
@@ -212,7 +216,8 @@ def _train(
                 if output:
                     output.looked(at, watcher.look(at, latents, kept=True), watcher.watch)
             if at % experiment.logging.every == 0 or last:
-                metrics = worker.average(window.mean() | {"steps/skipped": skips.all})
+                window.share(worker.average)
+                metrics = window.mean() | {"steps/skipped": skips.all}
                 if output:
                     output.metrics(at, metrics)
             if at % experiment.logging.grid_every == 0 or last:
@@ -228,7 +233,7 @@ def _train(
             if paused and not last:
                 raise orders.Paused(f"paused at step {at}, all of it saved in {store.folder}")
     except BaseException as error:
-        if not mesh:
+        if not mesh and not isinstance(error, KeyboardInterrupt):  # which is to end at once
             try:
                 store.settle(wait=True)
             except CheckpointError as lost:  # the run ends for another reason, which is raised
@@ -368,9 +373,26 @@ def make_settings(experiment: Experiment, schedule: Schedule) -> Settings:
     )
 
 
-def newest(store: CheckpointStore, experiment: Experiment, worker: Worker) -> tuple[int, dict[str, Any] | None]:
+def training_prompts(experiment: Experiment) -> list[str]:
+    found: list[str] = read_prompts(experiment.prompts.train, column=experiment.prompts.column)["prompt"].tolist()
+    return found
+
+
+def digest(prompts: Sequence[str]) -> str:
+    """Of prompts in their order. The configuration has the file's name alone."""
+    found = hashlib.sha256()
+    for prompt in prompts:
+        found.update(prompt.encode(errors="surrogatepass") + b"\0")  # which is in none
+    return found.hexdigest()
+
+
+def newest(
+    store: CheckpointStore, experiment: Experiment, worker: Worker, of_prompts: str
+) -> tuple[int, dict[str, Any] | None]:
     """The rounds already done and the run's state, of the newest good checkpoint; (0, None) where there is none. Raises
-    CheckpointError where workers see different ones: their weights would differ from then on."""
+    CheckpointError where workers see different ones, since their weights would differ from then on, and where there are some
+    and none can be read: a disk that does not answer for a moment is no reason to begin anew over them; UserError for one of
+    another configuration or other prompts."""
     store.settle(wait=True)
     worker.least(0)  # now what the first one was writing is there for all
     found = store.latest()
@@ -378,11 +400,15 @@ def newest(store: CheckpointStore, experiment: Experiment, worker: Worker) -> tu
     if (first := worker.least(at)) != -worker.least(-at):
         raise CheckpointError(f"{store.folder}: worker {worker.rank} sees the checkpoint of step {at}, another {first}")
     if found is None:
-        if any(store.folder.glob("step-*")):
-            print(f"no checkpoint in {store.folder} can be used", flush=True)
+        if store.steps():
+            raise CheckpointError(f"{store.folder}: no checkpoint in it can be read; without it the run begins anew")
         return 0, None
     step, state = found
     _check_state(store.folder, experiment, state.get("format"), state["experiment"])
+    if state["prompts"] != of_prompts:
+        source = experiment.prompts.train
+        how = "with those that it was begun with the run goes on, with these under --resume RUN --allow prompts.train"
+        raise UserError(f"prompts.train: the prompts of {source} have changed since step {step} of {store.folder}; {how}")
     return step, state
 
 
@@ -478,6 +504,7 @@ def keep_configuration(experiment: Experiment, folder: Path) -> None:
     """Write the run's experiment.yaml, whole or not at all."""
     passing = folder / "experiment.yaml.tmp"
     passing.write_text(experiment.public().to_yaml())
+    flush(passing)  # or a power cut leaves an empty one
     passing.replace(folder / "experiment.yaml")
 
 
@@ -487,7 +514,7 @@ def _made_one_of(experiment: Experiment, state: dict[str, Any]) -> dict[str, Any
     for optimizer, of in (("generator_optimizer", experiment.generator), ("score_optimizer", experiment.score_network)):
         for group in state["players"][optimizer]["param_groups"]:
             group |= {"lr": of.learning_rate, "betas": of.betas, "weight_decay": of.weight_decay}
-    return state | {"experiment": experiment.derived_id}
+    return state | {"experiment": experiment.derived_id, "prompts": digest(training_prompts(experiment))}
 
 
 # ----------------------------------------------------------------------------------------------------- output
@@ -534,6 +561,7 @@ class Window:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.rows: list[Metrics] = []
+        self.shared = 0  # of them
         self.usual: Metrics = {}  # gradient norms, means of the window before
         self.since = time.perf_counter()
 
@@ -550,7 +578,7 @@ class Window:
     def mean(self) -> Metrics:
         """The mean of each metric and images per second over the window, which starts anew."""
         now, rows = time.perf_counter(), self.rows
-        self.rows, began, self.since = [], self.since, now
+        self.rows, self.shared, began, self.since = [], 0, self.since, now
         if not rows:  # all of its steps were left out
             return {}
         mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
@@ -563,14 +591,17 @@ class Window:
         return mean
 
     def share(self, average: Callable[[Metrics], Metrics]) -> None:
-        """Make the rows those of all workers, so that whoever goes on with them, as whichever worker, has the same means."""
-        self.rows = [average(row) for row in self.rows]
+        """Make the rows those of all workers, so that whoever goes on with them, as whichever worker, has the same means. Each
+        row once: a mean of means has other last bits, and a save between two rows of the journal would show."""
+        self.rows[self.shared :] = [average(row) for row in self.rows[self.shared :]]
+        self.shared = len(self.rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "usual": self.usual}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows, self.usual = list(state["rows"]), dict(state["usual"])
+        self.shared = len(self.rows)
 
 
 class Grid:
@@ -696,7 +727,7 @@ class Output:
 
     def failed(self, error: BaseException) -> None:
         status = "KILLED" if isinstance(error, KeyboardInterrupt | orders.Paused) else "FAILED"
-        self.tracker.finish(status, f"{type(error).__name__}: {error}")
+        self.tracker.finish(status, f"{type(error).__name__}: {error}", hurry=isinstance(error, KeyboardInterrupt))
 
 
 def tile(columns: Sequence[Tensor]) -> Any:

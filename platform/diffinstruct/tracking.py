@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 INTERVAL = 2.0  # seconds between deliveries; on sqlite a batch of 20 values costs 12 ms of CPU, one of 200 30 ms
 LONGEST_PAUSE = 30.0  # seconds between two attempts while MLflow does not answer
 POSTPONED_AGAIN = 60.0  # seconds until pictures and files that could not be stored are tried again
+HURRY = 1.0
 PATIENCE = 20.0  # seconds `finish` waits for a server; six times that for a file, which is there however slow
 LIMITS = {"Metric": 1000, "Param": 100, "RunTag": 100}  # entities MLflow takes in a batch
 LONGEST_PARAM, LONGEST_TAG = 6000, 5000  # characters; what is longer is cut
@@ -140,8 +141,12 @@ class Tracker:
 
         if f"image:{key}" not in self._seen.get(step, ()):
             path = f"images/{_name(key).replace('/', '~')}-{step:08d}.png"
-            Image.fromarray(pixels).save(self.folder / path, compress_level=1)  # the quickest
-            self._append({"step": int(step), "key": key, "image": path})
+            try:
+                Image.fromarray(pixels).save(self.folder / path, compress_level=1)  # the quickest
+            except OSError as error:
+                logger.warning("%s is not drawn (%s); training goes on", self.folder / path, error)
+            else:
+                self._append({"step": int(step), "key": key, "image": path})
 
     def event(self, step: int, kind: str, text: str) -> None:
         """Journals that something has happened, at most once of a kind and step."""
@@ -161,8 +166,9 @@ class Tracker:
         path = Path(path).absolute()
         self._append({"artifact": str(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path)})
 
-    def finish(self, status: str = "FINISHED", reason: str | None = None) -> bool:
+    def finish(self, status: str = "FINISHED", reason: str | None = None, hurry: bool = False) -> bool:
         """Ends the run as FINISHED, FAILED or KILLED and waits a while (PATIENCE) for the delivery; whether all of it arrived.
+        In a `hurry`, since somebody has asked twice, for HURRY seconds.
 
         What did not arrive is kept; one warning says how to deliver it.
         """
@@ -170,7 +176,7 @@ class Tracker:
             if not _after_the_end(self.folder, status):
                 self._append({"finish": status, "reason": reason})
             self._finishing.set()
-            self._thread.join(PATIENCE if self.uri.startswith("http") else 6 * PATIENCE)
+            self._thread.join(HURRY if hurry else PATIENCE if self.uri.startswith("http") else 6 * PATIENCE)
             if not self._complete:
                 how = f"diffinstruct sync {shlex.quote(str(self.folder))}"
                 logger.warning("not all of this run has reached MLflow; later: %s", how)
@@ -194,9 +200,11 @@ class Tracker:
         line = self._separator + json.dumps({"time": int(time.time() * 1000), **record}).encode() + b"\n"
         try:
             written = os.write(self._file, line)  # one write: lines of two processes do not mix, a kill loses at most one
+            why = "it took a part of it"
         except OSError as error:
-            written = 0
-            logger.warning("the journal of %s does not take a line (%s); training goes on", self.folder, error)
+            written, why = 0, str(error)
+        if written < len(line):
+            logger.warning("the journal of %s does not take a line (%s); training goes on", self.folder, why)
         self._separator = b"" if written == len(line) else b"\n"
 
     def _deliver(self) -> None:
