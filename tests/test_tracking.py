@@ -420,7 +420,7 @@ def test_without_a_server_training_goes_on_and_all_is_kept(
     tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "PATIENCE", 1.0)
-    nowhere = f"http://user:secret@127.0.0.1:{free_port()}"
+    nowhere = f"http://user:secret@127.0.0.1:{free_port()}/?access_token=secret"
     tracker = tracker_of(tmp_path, nowhere)
     began = time.monotonic()
     for step in range(100):
