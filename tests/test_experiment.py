@@ -1,6 +1,7 @@
 """The configuration: one value that survives every form it takes, and mistakes that say where and what."""
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -396,9 +397,17 @@ def test_passwords_stay_in_the_environment(tmp_path):
     assert experiment.public().tracking.uri is None and experiment.tracked_at(None).public() == Experiment()
     assert "hunter2" not in experiment.public().to_yaml() + str(experiment.public().to_params())
     uris = ("postgresql://me:hunt/er2@host/db", "https://me:hunt@er2@host", "postgresql://host/db?user=me&password=hunter2&x=1")
-    for uri in (*uris, "https://token@host"):
-        assert "er2" not in without_password(f"{uri} and {uri!r}") and "token@" not in without_password(uri)
-        assert "uri: should hold no user and password" in errors(tmp_path, f"tracking: {{uri: '{uri}'}}")[0]
-    for uri in ("https://host:5000/x", "sqlite:////a/b.db", "postgresql://host/db"):
+    queries = ("passwd=hunter2", "sslpassword=hunt@er2", "access_token=hunter2", "api_key=hunt'er2", "hunter2")
+    odbc = ("mssql://?odbc_connect=UID%3Dme%3BPWD%3Dhunter2", "mssql+pyodbc://host:1433/?odbc_connect=PWD%3Dhunt@er2")
+    quoted = ("mysql://me:hunt'er2@host/db", "mysql://me:hunt?er2@host/db", "mysql://host:3306/db?user=me@x&passwd=hunt@er2")
+    for uri in (*uris, *(f"mysql://host/db?{query}" for query in queries), *odbc, *quoted, "https://token@host"):
+        for text in (uri, f"{uri} and {uri!r}", f"(https://host/{uri!r})", f"at {uri}: {uri}, {uri}/api"):
+            assert not re.search("hunt|er2|token@", without_password(text))
+        if "+" not in uri:
+            (said,) = errors(tmp_path, f"tracking: {{uri: {json.dumps(uri)}}}")
+            assert "uri: should hold no user and password, nor a query" in said and "er2" not in said
+    assert without_password(f"no answer from {quoted[0]}, 'https://host/x?y=z'") == "no answer from mysql://host/db, 'https://host/x'"
+    assert "er2" not in without_password("HTTPConnectionPool(host='host', port=1): with url: /?auth=hunter2/api/2.0")
+    for uri in ("https://host:5000/x", "sqlite:////a/b.db", "postgresql://host/db", "sqlite:////a/me:x@lab/b c.db"):
         assert without_password(uri) == uri
     assert Experiment().tracked_at("https://host/x").public().tracking.uri == "https://host/x"

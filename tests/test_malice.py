@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ import tiny
 import torch
 import yaml
 
+from diffinstruct import tracking
 from diffinstruct.checkpoint import MANIFEST, CheckpointStore
 from diffinstruct.cli import main
 from diffinstruct.experiment import UserError, load
@@ -344,3 +346,77 @@ def test_what_comes_with_a_run_is_not_run_by_its_readers(tmp_path, capsys) -> No
         assert main(command) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / MARK).exists()
+
+
+# ------------------------------------------------------------------------------------------------------- journals
+START = {"journal": "a token", "experiment": "test", "name": "a run", "params": {}, "tags": {}, "parent": None}
+
+
+def journaled(run: Path, uri: str, *records: dict[str, Any]) -> None:
+    run.mkdir(exist_ok=True)
+    lines = [{"time": 1, **record} for record in ({"start": {**START, "uri": uri}}, *records)]
+    (run / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_delivery_reads_nothing_outside_of_the_run(tmp_path, monkeypatch, caplog) -> None:
+    from PIL import Image
+
+    run, key = tmp_path / "run", tmp_path / "key.png"
+    Image.new("RGB", (8, 8)).save(key)
+    (run / "export").mkdir(parents=True)
+    for link in (run / "link", run / "export/link"):
+        link.symlink_to(key)
+    (run / "linked").symlink_to(tmp_path)
+    (run / "own.csv").write_text("a,b")
+    names = (str(key), "../key.png", "link", "export", "linked", "linked/key.png", "..")
+    files = [{"artifact": name} for name in (*names, "own.csv")]
+    pictures = [{"image": name, "key": "grid", "step": 1} for name in names]
+    journaled(run, "sqlite:///x.db", *files, *pictures, {"metrics": {"x": 1.0}, "step": 1})
+    client = MagicMock()
+    client.search_runs.return_value[0].info.run_id = client.search_runs.return_value[0].info.experiment_id = "1"
+    monkeypatch.setattr(tracking, "_open", lambda *_: (client, "1"))
+    assert main(["sync", str(run)]) == 0
+    client.log_artifact.assert_called_once_with("1", str(run / "own.csv"))
+    assert not client.log_artifacts.called and not client.log_image.called
+    assert client.log_batch.call_args.args[1][0].key == "x"  # the rest is not held up
+    said = [record.message for record in caplog.records]
+    assert len(said) == 2 * len(names) and all("outside of the run's folder" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("named", "environment", "recipe", "met"),
+    [
+        ("https://evil.example", None, None, None),
+        ("https://evil.example", "https://me:word@mine.example", "https://ours.example", None),
+        ("mysql://evil.example/db", "sqlite:///mine.db", None, None),
+        ("https://mine.example/x", "https://me:word@mine.example/x?token=word", None, "https://me:word@mine.example/x?token=word"),
+        ("mysql://h/db?passwd=...", "mysql://h/db?passwd=word", None, "mysql://h/db?passwd=word"),  # as journals once had it
+        ("https://ours.example", "https://me:word@mine.example", "https://ours.example", "https://ours.example"),
+        ("sqlite:////runs/mlflow.db", "https://me:word@mine.example", None, "sqlite:////runs/mlflow.db"),
+    ],
+)
+def test_no_server_is_met_that_the_journal_alone_names(named, environment, recipe, met, tmp_path, monkeypatch, capsys) -> None:
+    asked: list[str] = []
+
+    def opened(uri: str, _: str) -> None:
+        asked.append(uri)
+        raise ConnectionError("away")
+
+    monkeypatch.setattr(tracking, "_open", opened)
+    if environment:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", environment)
+    run = tmp_path / "run"
+    journaled(run, named)
+    if recipe:
+        (run / "experiment.yaml").write_text(f"tracking: {{uri: '{recipe}'}}\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["sync", str(run)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (ended.value.code, asked) == ((1, [met]) if met else (2, [])) and "word" not in line
+    if not met:
+        there = recipe or (environment or "mlflow.db").rpartition("/")[2]
+        assert line.startswith(f"{run}/journal.jsonl: uri: {named!r} is not where the run would be tracked, ")
+        assert line.endswith(f"{there}': --uri decides")
+        with pytest.raises(SystemExit):
+            main(["sync", str(run), "--uri", named])
+        assert asked == [named]

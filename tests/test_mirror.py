@@ -350,6 +350,8 @@ def test_a_run_does_not_start_over_because_its_store_is_away(experiment, tmp_pat
         ("simplecache::s3://bucket", "or what else fsspec knows"),
         ("s3://bucket::zip://x", "should name one bucket or folder"),
         ("s3://key:secret@bucket/runs", "should hold no keys"),
+        ("s3://key:sec/secret@bucket/runs", "should hold no keys"),
+        ("abfs://container@key:secret@account/runs", "should hold no keys"),
         ("az://bucket/runs?sv=1&sig=secret", "should hold no keys"),
         ("file://relative/runs", "should be an absolute path"),
         ("file:///srv/../etc", "should be an absolute path"),

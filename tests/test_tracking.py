@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from diffinstruct import tracking
-from diffinstruct.tracking import Tracker, attach, deliver, publish, tracking_uri
+from diffinstruct.tracking import Tracker, attach, deliver, publish, read_journal, tracking_uri
 
 PARAMS = {"seed": 0, "generator.learning_rate": 1e-4}
 GRID = np.arange(8 * 16 * 3, dtype=np.uint8).reshape(8, 16, 3)
@@ -101,8 +101,8 @@ def test_import_is_cheap() -> None:
 
 def test_everything_arrives_once(tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "table.csv").write_text("a,b")
-    (tmp_path / "export/unet").mkdir(parents=True)
-    (tmp_path / "export/unet/config.json").write_text("{}")
+    (tmp_path / "run/export/unet").mkdir(parents=True)
+    (tmp_path / "run/export/unet/config.json").write_text("{}")
     params = {**PARAMS, "prompts": "x" * 7000, "empty": "", "none": None, **{f"p{n}": n for n in range(250)}}
     tracker = tracker_of(tmp_path, uri, params)
     for step in range(60):
@@ -112,7 +112,7 @@ def test_everything_arrives_once(tmp_path: Path, uri: str, caplog: pytest.LogCap
     for step in (0, 50):
         tracker.image("samples/grid", step, GRID)
     tracker.artifact(tmp_path / "table.csv")
-    tracker.artifact(tmp_path / "export")
+    tracker.artifact(tmp_path / "run/export")
     assert tracker.finish("FINISHED")
     assert warnings(caplog) == []
     client, run_id = client_of(uri), tracker.run_id
@@ -361,7 +361,7 @@ def test_a_file_store_that_refuses_does_not_hold_up_the_metrics(
         patch.setattr(MlflowClient, "log_artifact", refused)
         tracker = tracker_of(tmp_path, uri)
         tracker.artifact(tmp_path / "table.csv")
-        tracker.artifact(tmp_path / "never_was.csv")
+        tracker.artifact(tmp_path / "run/never_was.csv")
         tracker.metrics(1, {"loss": 1.0})
         while len(warnings(caplog)) < 2:
             time.sleep(0.05)
@@ -420,7 +420,7 @@ def test_without_a_server_training_goes_on_and_all_is_kept(
     tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "PATIENCE", 1.0)
-    nowhere = f"http://user:secret@127.0.0.1:{free_port()}"
+    nowhere = f"http://user:secret@127.0.0.1:{free_port()}/?access_token=secret"
     tracker = tracker_of(tmp_path, nowhere)
     began = time.monotonic()
     for step in range(100):
@@ -556,6 +556,7 @@ def test_a_run_that_has_ended_takes_more_files_and_stays_ended(
     assert tracker.finish()
     (tmp_path / "table.md").write_text("a table\n")
     attach(tmp_path / "run", tmp_path / "table.md")
+    assert read_journal(tmp_path / "run")[-1]["artifact"] == "files/table.md"  # a copy: a delivery never leaves the folder
     client = client_of(uri)
     assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["table.md"]
     assert client.get_run(tracker.run_id).info.status == "FINISHED" and not caplog.records

@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("sync", sync, "send MLflow, and its mirror, what a run or the runs of a sweep could not")
     sub.add_argument("path", type=Path, metavar="RUN_OR_SWEEP", help="a run's folder, or a sweep's")
-    sub.add_argument("--uri", help="of the tracking server, where it is not the one that the run began with")
+    sub.add_argument("--uri", help="of the tracking server, where it is not the one of the run, or its journal alone names it")
 
     sub = command("check", check, "say what a run takes, and whether it fits this machine, without starting it")
     takes_experiment(sub)
@@ -193,21 +193,25 @@ def _train(experiment: Experiment, folder: Path, local: bool) -> None:
 
 
 def sync(arguments: argparse.Namespace) -> None:
-    from diffinstruct.experiment import load
+    from diffinstruct.experiment import UserError, load
     from diffinstruct.locks import Busy, only_writer
     from diffinstruct.tracking import deliver, in_one_line, undelivered
 
     folders = [path.parent for path in sorted([*arguments.path.glob("journal.jsonl"), *arguments.path.glob("*/journal.jsonl")])]
     if not folders:
         _existing_run(arguments.path)
-    failed = False
+    failed = 0
     for folder in folders:
         left = undelivered(folder)
         try:
             deliver(folder, arguments.uri)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            failed = 2
+            continue  # nor does its mirror get what may be somebody else's
         except Exception as error:  # whatever MLflow and what lies between raise
             print(f"{folder}: {in_one_line(error)}", file=sys.stderr)
-            failed = True
+            failed = failed or 1
         else:
             print(f"{folder}: {left} bytes of the journal delivered" if left else f"{folder}: all of it is there")
         try:
@@ -221,9 +225,9 @@ def sync(arguments: argparse.Namespace) -> None:
             print(error, file=sys.stderr)
         except Exception as error:  # of another version's recipe, and whatever the store does
             print(f"{folder}: mirror: {in_one_line(error)}", file=sys.stderr)
-            failed = True
+            failed = failed or 1
     if failed:
-        raise SystemExit(1)
+        raise SystemExit(failed)
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -87,10 +87,12 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 
 
 def without_password(text: str) -> str:
-    """A URI, or a message about it, without user and password: for eyes and files."""
-    text = re.sub(r"(?i)(?<=[?&])(sig|signature|key|secret)=[^&\s'\"]*", r"\1=...", text)
-    text = re.sub(r"(?<=://)([^/@:\s'\"]*:[^\s'\"]*|[^/@\s'\"]+)@", "", text)  # a database's password may hold a / or an @
-    return re.sub(r"(?i)(?<=[?&])(password|pwd|token)=[^&\s'\"]*", r"\1=...", text)
+    """A URI, or a message about it, with scheme, host, port and path alone: for eyes and files."""
+    # A password may hold a /, an @ or a quote, and so may a query: where both may be meant, nothing is left of either.
+    text = re.sub(r"(?<=://)(?![^\s/:?]*/)[^\s?]*\?\S*@\S*", "", text)
+    text = re.sub(r"(?<=://)([^\s/:]*:\S*|[^\s/]+)@", "", text)
+    text = re.sub(r"(://[^\s?]*)\?\S*?(?=['\"]?(\s|$))", r"\1", text)
+    return re.sub(r"\?[^\s?=]+=\S*", "", text)  # of the part of a URI that a client of HTTP names
 
 
 def nearest_file(path: Path, pattern: str) -> str:
@@ -443,7 +445,7 @@ class Tracking(Section):
         if value is not None and value.partition("://")[0] not in TRACKING_SCHEMES:
             raise _wrong(f"should begin with one of {', '.join(f'{scheme}://' for scheme in TRACKING_SCHEMES)}")
         if value is not None and without_password(value) != value:
-            raise _wrong(f"should hold no user and password, since recipes are shown and kept ({IN_ENVIRONMENT})")
+            raise _wrong(f"should hold no user and password, nor a query, since recipes are shown and kept ({IN_ENVIRONMENT})")
         return value
 
 
@@ -503,8 +505,8 @@ class Experiment(Section):
             raise _wrong("should begin with s3://, gs://, az:// or what else fsspec knows", did_you_mean(kind, known))
         if "::" in value or not place.strip("/"):
             raise _wrong("should name one bucket or folder")
-        account = place.partition("/")[0].rpartition("@")[0]  # container@account is how Azure says it
-        if "?" in value or ":" in account or (account and kind != "abfs"):
+        shown = re.sub(r"^abfs://[^/@:]+@", "abfs://", value)  # container@account is how Azure says it
+        if "?" in value or without_password(shown) != shown:
             raise _wrong("should hold no keys, since recipes are shown and kept (the environment has them)")
         if kind == "file" and (not place.startswith("/") or ".." in place.split("/")):
             raise _wrong("should be an absolute path without '..'")
@@ -597,7 +599,7 @@ class Experiment(Section):
         return {k: (then[k], now[k]) for k in now if then[k] != now[k]}
 
     def public(self) -> Experiment:
-        """The same without a tracking server's address that holds a password, which came from the environment."""
+        """The same without a tracking server's address that holds a password or a query, which came from the environment."""
         uri = self.tracking.uri
         return self if uri is None or without_password(uri) == uri else self.tracked_at(None)
 

@@ -6,7 +6,7 @@
                           "image": "images/....png", "key": ..., "step": n
                           "event": kind, "step": n, "text": ...     (MLflow has the last of a kind in the tag event.<kind>)
                                 "back_to": n      steps after this one are measured once more, and count as then measured
-                          "artifact": path                          (relative to the run's folder where it lies in it)
+                          "artifact": path                          (relative to the run's folder, in which it lies)
                           "finish": status, "reason": ...
     <run>/journal.ack     how far MLflow has confirmed it: {"offset": bytes, "postponed": [offsets of pictures and files]}
     <run>/mlflow.json     the MLflow run: uri, experiment_id, run_id
@@ -29,6 +29,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import threading
 import time
@@ -40,7 +41,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffinstruct.experiment import without_password
+from diffinstruct.experiment import UserError, load, without_password
 
 logger = logging.getLogger(__name__)
 
@@ -162,9 +163,8 @@ class Tracker:
         self._seen = {of: keys for of, keys in self._seen.items() if of <= step}
 
     def artifact(self, path: Path | str) -> None:
-        """Journals a file or folder, to be stored under its own name. It is read when it is delivered: leave it there."""
-        path = Path(path).absolute()
-        self._append({"artifact": str(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path)})
+        """Journals a file, or a folder in the run's own, to be stored under its own name. It is read when it is delivered."""
+        self._append({"artifact": _kept(self.folder, Path(path))})
 
     def finish(self, status: str = "FINISHED", reason: str | None = None, hurry: bool = False) -> bool:
         """Ends the run as FINISHED, FAILED or KILLED and waits a while (PATIENCE) for the delivery; whether all of it arrived.
@@ -237,8 +237,8 @@ class Tracker:
 def deliver(run_folder: Path | str, uri: str | None = None, status: str | None = None, reason: str | None = None) -> None:
     """Sends what a run's journal still holds; nothing if there is nothing. Raises whatever keeps it from arriving.
 
-    `uri` where it is not the one the run began with (a password in a URI is not stored). `status` ends a run that could
-    not do so itself, such as a trial that a scheduler stopped.
+    `uri` where it is not the one the run began with (a password in a URI is not stored), or nobody but the journal names
+    it. `status` ends a run that could not do so itself, such as a trial that a scheduler stopped.
     """
     folder = Path(run_folder).absolute()
     if status and not _after_the_end(folder, status):
@@ -259,7 +259,7 @@ def attach(run_folder: Path | str, *paths: Path) -> None:
     """Adds files to a run that has ended: journaled, then delivered; a warning where MLflow does not take them now."""
     folder = Path(run_folder).absolute()
     for path in paths:
-        _add(folder, {"artifact": str(path.absolute())})
+        _add(folder, {"artifact": _kept(folder, path)})
     _deliver_now(folder)
 
 
@@ -307,6 +307,14 @@ def _after_the_end(folder: Path, status: str) -> bool:
     return status == "FAILED" and bool(marks) and marks[-1].get("finish") == "KILLED"
 
 
+def _kept(folder: Path, path: Path) -> str:
+    """How a run's journal names a file; one from elsewhere is copied first: a delivery reads nothing outside of the folder."""
+    if not path.absolute().is_relative_to(folder):
+        (folder / "files").mkdir(exist_ok=True)
+        path = Path(shutil.copy(path, folder / "files"))
+    return str(path.absolute().relative_to(folder))
+
+
 def _add(folder: Path, record: dict[str, Any]) -> None:
     """A line in the journal of a run whose own process is gone; the line before it may be torn."""
     with (folder / "journal.jsonl").open("ab") as file:
@@ -350,8 +358,7 @@ class _Delivery:
         if not starts:
             raise FileNotFoundError(f"{self.journal} does not hold a run")
         (_, began), (start, _) = starts[0], starts[-1]
-        own = os.environ.get("MLFLOW_TRACKING_URI", "")  # of which the journal may have all but the password
-        self.uri = self.uri or (own if without_password(own) == start["uri"] else start["uri"])
+        self.uri = self.uri or self._server(without_password(start["uri"]))
         client, experiment_id = _open(self.uri, start["experiment"])
         known = _read_json(self.folder / "mlflow.json").get("run_id")
         run = _active_run(client, known)
@@ -371,6 +378,20 @@ class _Delivery:
         _replace(self.folder / "mlflow.json", where)
         self._nonfinite = {tag for tag in run.data.tags if tag.startswith("nonfinite.")}
         self._client = client
+
+    def _server(self, named: str) -> str:
+        """What the journal names, with its password. Journals come from others, too: a server gets files and MLflow's
+        password only where the environment or the recipe names it as well. An sqlite file is no server."""
+        own, recipe = os.environ.get("MLFLOW_TRACKING_URI", ""), self.folder / "experiment.yaml"
+        if named == without_password(own):
+            return own
+        if named.startswith("sqlite:///"):
+            return named
+        asked = load(recipe).tracking.uri if recipe.is_file() else None
+        if named != asked:
+            there = without_password(tracking_uri(asked, self.folder.parent))
+            raise UserError(f"{self.journal}: uri: {named!r} is not where the run would be tracked, {there!r}: --uri decides")
+        return named
 
     def pump(self, everything: bool) -> bool:
         """Delivers all complete lines that are not confirmed; whether no picture or file had to be postponed.
@@ -442,6 +463,8 @@ class _Delivery:
         try:
             if not path.exists():
                 logger.warning("%s is gone and does not reach MLflow", path)
+            elif not all(file.resolve().is_relative_to(self.folder.resolve()) for file in (path, *path.rglob("*"))):
+                logger.warning("%r is, or leads, outside of the run's folder and does not reach MLflow", str(path))
             elif "image" in record:
                 self._image(path, record)
             elif path.is_dir():

@@ -126,7 +126,7 @@ def one(folder: Path, line: Line, direct: str, number: int) -> list[str]:
     until = time.monotonic() + 120
     while not tracker._complete:
         try:
-            deliver(folder / name)
+            deliver(folder / name, line.uri)
             break
         except Exception:
             if time.monotonic() > until:
