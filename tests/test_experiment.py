@@ -181,7 +181,11 @@ cluster:
     ("text", "expected"),
     [
         ("steps: [1\nseed: 2", "run.yaml:2: not YAML: expected ',' or ']', but got ':'"),
-        ("steps: 1\nname: 2024-99-99", "run.yaml:2: not YAML: month must be in 1..12"),
+        ("steps: 1\nname: 2024-99-99", "run.yaml:2: not YAML: '2024-99-99' is no timestamp"),
+        ("steps: !!bool maybe", "run.yaml:1: not YAML: 'maybe' is no bool"),
+        ("steps: !!timestamp x", "run.yaml:1: not YAML: 'x' is no timestamp"),
+        ("steps: !!int ''", "run.yaml:1: not YAML: '' is no int"),
+        (f"seed: 0x{'f' * 5000}", f"run.yaml:1: not YAML: '0x{'f' * 74}... is no int"),
         ("- 1", "run.yaml:1: should hold `key: value` lines, got [1]"),
         ("steps: !x 1", "run.yaml:1: not YAML: could not determine a constructor for the tag '!x'"),
         (
@@ -219,6 +223,8 @@ cluster:
         ("steps: 1.5", "run.yaml:1: steps: should be a whole number, got 1.5"),
         ("steps: '5'", "run.yaml:1: steps: should be a whole number, got '5'"),
         ("steps: 1:30:00", "run.yaml:1: steps: should be a whole number, got '1:30:00'"),
+        ("steps: 010", "run.yaml:1: steps: should be a whole number, got '010'"),
+        ("steps: -0_7", "run.yaml:1: steps: should be a whole number, got '-0_7'"),
         ("name: a/b", "run.yaml:1: name: should be letters, digits, '.', '_' and '-' only, got 'a/b'"),
         ("device: gpu", "run.yaml:1: device: should be 'auto', 'cpu' or 'cuda', got 'gpu'"),
     ],

@@ -663,6 +663,9 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
+_OLD_NUMBER = re.compile(r"[-+]?0[\d_]+$|.*:", re.DOTALL)
+"""What YAML 1.1 reads in base 8 or 60: 010 as eight, 1:30 as ninety."""
+
 
 class _Source:
     """Values as they were written, and where: what a mistake in them is reported with."""
@@ -745,11 +748,14 @@ class _Source:
             return [self._construct(loader, item, (*loc, i), place) for i, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
             try:
-                if ":" in node.value and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
-                    return node.value  # YAML 1.1 reads 1:30 as ninety
-                return loader.construct_object(node)
-            except ValueError as error:  # it looks like a date and is none
-                raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
+                if _OLD_NUMBER.match(node.value) and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+                    return node.value
+                value = loader.construct_object(node)
+                repr(value)  # more digits than Python prints are a ValueError here, if they are hexadecimal ones
+                return value
+            except (ValueError, LookupError, AttributeError):  # it looks like a date and is none, or says that it is one
+                what = f"{_short(node.value)} is no {node.tag.rpartition(':')[2]}"
+                raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark) from None
         values = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
