@@ -283,6 +283,8 @@ def test_prompts_of_tables_and_datasets(tmp_path):
     table = read_prompts(f"datasets:{tmp_path}/hub:train", column="caption")
     assert table.to_dict("list") == {"prompt": ["a cat", "a dog\u2028, red"]}
     assert len(read_prompts(f"datasets:{tmp_path}/hub:train")) == 3
+    frame.astype({"caption": "category"}).to_parquet(tmp_path / "a.parquet")
+    assert read_prompts(tmp_path / "a.parquet", column="caption")["prompt"].tolist() == ["a cat", "a dog\u2028, red"]
 
 
 def test_prompts_of_other_editors(tmp_path):
@@ -327,6 +329,7 @@ def test_the_pocket_world_has_every_split(split):
         ("{}/list.jsonl", r".*list.jsonl: line 1: should be an object, got \[1\]"),
         ("{}/number.jsonl", r".*number.jsonl: row 2: 'prompt' should be text, got 3"),
         ("{}/not.parquet", ".*not.parquet: .*"),
+        ("{}/lists.parquet", r".*lists.parquet: row 1: 'prompt' should be text, got .*a cat.*"),
         ("datasets:{}/none:train", ".*none:train: .*"),
         ("datasets:x", "datasets:x: should be 'datasets:<hub id or folder>:<split>'"),
         ("{}/prompts.csv", ".*prompts.csv: no column 'prompt', columns are text"),
@@ -350,6 +353,7 @@ def test_prompts_that_cannot_be_read(tmp_path, source, message):
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "number.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": 3}\n')
     (tmp_path / "not.parquet").write_text("prompt\na\n")
+    pd.DataFrame({"prompt": [["a cat", "a dog"] * 9]}).to_parquet(tmp_path / "lists.parquet")
     with pytest.raises(UserError, match=f"^{message}$") as caught:
         read_prompts(source.format(tmp_path))
     assert "\n" not in str(caught.value)
