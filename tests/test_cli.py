@@ -204,6 +204,8 @@ def test_a_folder_that_cannot_be_made_is_said(file, tmp_path, runners, capsys):
     (tmp_path / "taken").write_text("a file")
     said = complaint(capsys, "train", file, "-s", f"runs={tmp_path}/taken")
     assert re.fullmatch(rf"runs: cannot make {tmp_path}/taken/tiny-\S+: Not a directory", said)
+    said = complaint(capsys, "train", file, "-s", "runs=~nobody-of-this-name/runs")
+    assert said == "runs: nobody here has the home of '~nobody-of-this-name/runs'"
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(file, tmp_path):

@@ -182,7 +182,11 @@ cluster:
     ("text", "expected"),
     [
         ("steps: [1\nseed: 2", "run.yaml:2: not YAML: expected ',' or ']', but got ':'"),
-        ("steps: 1\nname: 2024-99-99", "run.yaml:2: not YAML: month must be in 1..12"),
+        ("steps: 1\nname: 2024-99-99", "run.yaml:2: not YAML: '2024-99-99' is no timestamp"),
+        ("steps: !!bool maybe", "run.yaml:1: not YAML: 'maybe' is no bool"),
+        ("steps: !!timestamp x", "run.yaml:1: not YAML: 'x' is no timestamp"),
+        ("steps: !!int ''", "run.yaml:1: not YAML: '' is no int"),
+        (f"seed: 0x{'f' * 5000}", f"run.yaml:1: not YAML: '0x{'f' * 74}... is no int"),
         ("- 1", "run.yaml:1: should hold `key: value` lines, got [1]"),
         ("steps: !x 1", "run.yaml:1: not YAML: could not determine a constructor for the tag '!x'"),
         (
@@ -220,7 +224,18 @@ cluster:
         ("steps: 1.5", "run.yaml:1: steps: should be a whole number, got 1.5"),
         ("steps: '5'", "run.yaml:1: steps: should be a whole number, got '5'"),
         ("steps: 1:30:00", "run.yaml:1: steps: should be a whole number, got '1:30:00'"),
+        ("steps: 010", "run.yaml:1: steps: should be a whole number, got '010'"),
+        ("steps: -0_7", "run.yaml:1: steps: should be a whole number, got '-0_7'"),
         ("name: a/b", "run.yaml:1: name: should be letters, digits, '.', '_' and '-' only, got 'a/b'"),
+        ("runs: \"a\\0b\"", "run.yaml:1: runs: should hold no NUL byte: no file system takes it, got 'a\\x00b'"),
+        (
+            "generator:\n  learning_rate: 1e39",
+            "run.yaml:2: generator.learning_rate: should be less than or equal to 1, got 1e+39",
+        ),
+        (
+            "score_network: {weight_decay: 1e39}",
+            "run.yaml:1: score_network.weight_decay: should be less than or equal to 1000, got 1e+39",
+        ),
         ("device: gpu", "run.yaml:1: device: should be 'auto', 'cpu' or 'cuda', got 'gpu'"),
     ],
 )
@@ -269,6 +284,8 @@ def test_prompts_of_tables_and_datasets(tmp_path):
     table = read_prompts(f"datasets:{tmp_path}/hub:train", column="caption")
     assert table.to_dict("list") == {"prompt": ["a cat", "a dog\u2028, red"]}
     assert len(read_prompts(f"datasets:{tmp_path}/hub:train")) == 3
+    frame.astype({"caption": "category"}).to_parquet(tmp_path / "a.parquet")
+    assert read_prompts(tmp_path / "a.parquet", column="caption")["prompt"].tolist() == ["a cat", "a dog\u2028, red"]
 
 
 def test_prompts_of_other_editors(tmp_path):
@@ -313,6 +330,7 @@ def test_the_pocket_world_has_every_split(split):
         ("{}/list.jsonl", r".*list.jsonl: line 1: should be an object, got \[1\]"),
         ("{}/number.jsonl", r".*number.jsonl: row 2: 'prompt' should be text, got 3"),
         ("{}/not.parquet", ".*not.parquet: .*"),
+        ("{}/lists.parquet", r".*lists.parquet: row 1: 'prompt' should be text, got .*a cat.*"),
         ("datasets:{}/none:train", ".*none:train: .*"),
         ("datasets:x", "datasets:x: should be 'datasets:<hub id or folder>:<split>'"),
         ("{}/prompts.csv", ".*prompts.csv: no column 'prompt', columns are text"),
@@ -336,6 +354,7 @@ def test_prompts_that_cannot_be_read(tmp_path, source, message):
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "number.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": 3}\n')
     (tmp_path / "not.parquet").write_text("prompt\na\n")
+    pd.DataFrame({"prompt": [["a cat", "a dog"] * 9]}).to_parquet(tmp_path / "lists.parquet")
     with pytest.raises(UserError, match=f"^{message}$") as caught:
         read_prompts(source.format(tmp_path))
     assert "\n" not in str(caught.value)

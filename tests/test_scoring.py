@@ -1,5 +1,6 @@
 """`diffinstruct rewards`: what there is, whether it can be trusted, and what it says of a folder of pictures."""
 
+import json
 import re
 import shutil
 import struct
@@ -196,10 +197,14 @@ def test_a_camera_note_that_means_nothing_is_ignored(tmp_path, kind, note):
             r"\S*promts.txt: no such file, did you mean '\S*prompts.txt'\?",
         ),
         (["{empty}", "{prompts}", "--reward", RED], r"\S*/empty: no pictures in it \(.png, .jpg, .jpeg, .webp\)"),
+        (["{folder}", "{empty}/number.jsonl", "--reward", RED], r"\S*/number.jsonl: no picture 1 in \S*/pictures"),
+        (["{folder}", "{empty}/long.jsonl", "--reward", RED], r"\S*/long.jsonl: no picture 'a{300}' in \S*/pictures"),
     ],
 )
 def test_score_says_in_a_line_what_is_wrong(folder, prompts, tmp_path, capsys, arguments, expected):
     (tmp_path / "empty").mkdir()
+    for name, image in (("number", 1), ("long", "a" * 300)):
+        (tmp_path / "empty" / f"{name}.jsonl").write_text(json.dumps({"prompt": "x", "image": image}) + "\n")
     places = {"folder": folder, "prompts": prompts, "empty": tmp_path / "empty"}
     said = complaint(capsys, "rewards", "score", *(a.format(**places) for a in arguments))
     assert re.fullmatch(expected, said)
@@ -238,6 +243,8 @@ def test_a_column_of_pictures_by_another_name_is_not_paired_by_order(folder, tmp
     assert said == f"{pairs}: column {column!r} names pictures of {folder}; call it 'image', each name as in the folder"
     pairs.write_text("prompt,model,mouth\n" + "x,y,\n" * 5)  # any other column is none of our business
     run("rewards", "score", folder, pairs, "--reward", RED)
+    pairs.with_suffix(".jsonl").write_text('{"prompt": "x", "n": 1}\n' * 5)  # whatever it holds
+    run("rewards", "score", folder, pairs.with_suffix(".jsonl"), "--reward", RED)
 
 
 def test_pictures_with_an_empty_prompt_are_told_from_those_that_are_not_named(folder, tmp_path, capsys):

@@ -271,9 +271,13 @@ def test_the_average_follows_its_formula(step, decay):
         ({"distance": "nowhere:pair"}, r"objective.distance: 'nowhere:pair' is no pair \(d, d'\): No module named 'nowhere'"),
         ({"distance": "tiny_rewards:pear"}, r"objective.distance: 'tiny_rewards:pear' is no pair .* has no attribute 'pear'"),
         ({"distance": "tiny_rewards:Red"}, r"objective.distance: 'tiny_rewards:Red' is no pair .*"),
+        ({"distance": ":pair"}, r"objective.distance: ':pair' is no pair \(d, d'\): Empty module name"),
+        ({"distance": "broken:pair"}, r"objective.distance: 'broken:pair' is no pair \(d, d'\): not now"),
     ],
 )
-def test_settings_refuse_what_only_the_schedule_and_the_import_can_tell(objective, said):
+def test_settings_refuse_what_only_the_schedule_and_the_import_can_tell(objective, said, tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text("raise RuntimeError('not\\nnow')\n")
+    monkeypatch.syspath_prepend(tmp_path)
     content = Experiment().model_dump()
     content["objective"] |= objective
     with pytest.raises(UserError, match=f"^{said}$"):

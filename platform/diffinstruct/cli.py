@@ -407,7 +407,13 @@ def score_pictures(arguments: argparse.Namespace) -> None:
 
 def run_folder(experiment: Experiment) -> Path:
     """The absolute path of a configuration's run, <runs>/<name>-<derived id>: the same command finds it again."""
-    return Path(experiment.runs).expanduser().absolute() / f"{experiment.name}-{experiment.derived_id}"
+    from diffinstruct.experiment import UserError
+
+    try:
+        runs = Path(experiment.runs).expanduser()
+    except RuntimeError:  # of a run's own experiment.yaml that came from elsewhere nobody asks this
+        raise UserError(f"runs: nobody here has the home of {experiment.runs!r}") from None
+    return runs.absolute() / f"{experiment.name}-{experiment.derived_id}"
 
 
 def _experiment(arguments: argparse.Namespace) -> Experiment:

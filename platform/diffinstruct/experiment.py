@@ -132,11 +132,20 @@ def _known_distance(name: str) -> str:
     return name
 
 
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise _wrong("should hold no NUL byte: no file system takes it")
+    return text
+
+
 # ---------------------------------------------------------------------------------------------------- the fields
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+# What an optimizer makes of these has to be a 32-bit number. Adam's steps have about the rate's size: more is nonsense.
+LearningRate = Annotated[float, Field(gt=0, le=1)]
+WeightDecay = Annotated[float, Field(ge=0, le=1000)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 RewardName = Annotated[str, AfterValidator(_known_reward)]
 DistanceName = Annotated[str, AfterValidator(_known_distance)]
@@ -165,9 +174,9 @@ class Reference(Section):
 class Player(Section):
     """How one of the two trained networks is optimised (Adam)."""
 
-    learning_rate: Positive = Field(description="of Adam, per step")
+    learning_rate: LearningRate = Field(description="of Adam, per step")
     betas: tuple[Beta, Beta] = Field((0.0, 0.99), strict=False, description="of Adam (neighbours' choice; ours)")
-    weight_decay: NotNegative = Field(0.0, description="of AdamW, per step and learning rate (ours)")
+    weight_decay: WeightDecay = Field(0.0, description="of AdamW, per step and learning rate (ours)")
     max_grad_norm: Positive = Field(10.0, description="the gradient's L2 norm is clipped to this (ours)")
     lora_rank: int = Field(
         0,
@@ -194,7 +203,7 @@ class Generator(Player):
     input_scale: Literal["unit", "sigma"] = Field(
         "unit", description="what it is fed: z ~ N(0, I) as it is (DMD2's way), or sigma_T z (SiD's)"
     )
-    learning_rate: Positive = Field(
+    learning_rate: LearningRate = Field(
         1e-4, description="of Adam, per step (left open; ours, kept by open_choices: neither half nor twice is better)"
     )
     ema_decay: float = Field(
@@ -205,7 +214,7 @@ class Generator(Player):
 class ScoreNetwork(Player):
     """The network that follows the generator's own distribution (the paper's TA)."""
 
-    learning_rate: Positive = Field(
+    learning_rate: LearningRate = Field(
         2e-4, description="of Adam, per update (left open; ours, kept by open_choices: neither half nor twice is better)"
     )
     updates_per_step: Count = Field(
@@ -665,6 +674,9 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
+_OLD_NUMBER = re.compile(r"[-+]?0[\d_]+$|.*:", re.DOTALL)
+"""What YAML 1.1 reads in base 8 or 60: 010 as eight, 1:30 as ninety."""
+
 
 class _Source:
     """Values as they were written, and where: what a mistake in them is reported with."""
@@ -747,11 +759,14 @@ class _Source:
             return [self._construct(loader, item, (*loc, i), place) for i, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
             try:
-                if ":" in node.value and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
-                    return node.value  # YAML 1.1 reads 1:30 as ninety
-                return loader.construct_object(node)
-            except ValueError as error:  # it looks like a date and is none
-                raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
+                if _OLD_NUMBER.match(node.value) and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+                    return node.value
+                value = loader.construct_object(node)
+                repr(value)  # more digits than Python prints are a ValueError here, if they are hexadecimal ones
+                return value
+            except (ValueError, LookupError, AttributeError):  # it looks like a date and is none, or says that it is one
+                what = f"{_short(node.value)} is no {node.tag.rpartition(':')[2]}"
+                raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark) from None
         values = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -52,10 +53,13 @@ def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt"
         raise UserError(f"{source}: no column {column!r}, columns are {', '.join(map(str, table.columns))}{hint}")
     if column != "prompt":
         table = table.drop(columns="prompt", errors="ignore").rename(columns={column: "prompt"})
-    if not (texts := table["prompt"].map(lambda prompt: isinstance(prompt, str) or prompt is None or prompt != prompt)).all():
-        odd = table["prompt"][~texts]
-        raise UserError(f"{source}: row {odd.index[0] + 1}: {column!r} should be text, got {odd.iloc[0]}")
-    table = table.assign(prompt=table["prompt"].where(table["prompt"].notna(), ""))
+    texts = table["prompt"].astype(object)  # a categorical column would not take the empty string
+    missing = texts.isna()
+    if not (fit := missing | texts.map(lambda prompt: isinstance(prompt, str))).all():
+        odd = texts[~fit]
+        got = " ".join(reprlib.repr(odd.iloc[0]).split())
+        raise UserError(f"{source}: row {odd.index[0] + 1}: {column!r} should be text, got {got}")
+    table = table.assign(prompt=texts.where(~missing, ""))
     if (nul := table["prompt"].str.contains("\0", regex=False)).any():
         raise UserError(f"{source}: row {table.index[nul][0] + 1}: {column!r} should be text, got a NUL byte")
     if name == "pocket":

@@ -350,7 +350,7 @@ def make_settings(experiment: Experiment, schedule: Schedule) -> Settings:
         raise UserError(f"objective.t_max: got {e.t_max}, the reference's schedule has {len(schedule.alphas)} steps")
     try:
         chosen = distance(e.distance, e.huber_c)
-    except (ImportError, AttributeError, TypeError) as error:
+    except (Exception, SystemExit) as error:  # whatever somebody's module raises
         raise UserError(f"objective.distance: {e.distance!r} is no pair (d, d'): {' '.join(str(error).split())}") from None
     law_of_t = (
         uniform_t(e.t_min, e.t_max)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -41,16 +42,17 @@ def pictures_with_prompts(folder: Path, prompts: str | Path) -> pd.DataFrame:
     names, table, everything = _names(folder), read_prompts(prompts), read_prompts(prompts, empty=True)
     if "image" in table:
         for name in table["image"]:
-            if not (folder / name).is_file():
+            if not (isinstance(name, str) and os.path.isfile(folder / name)):  # which has no error for a name that is too long
                 raise UserError(f"{prompts}: no picture {name!r} in {folder}{did_you_mean(name, names)}")
         left = set(names) - set(table["image"])
-        empty = left & set(everything["image"])
+        empty = left & {name for name in everything["image"] if isinstance(name, str)}
         for some, why in ((empty, "have an empty prompt"), (left - empty, "are not named")):
             if some:
                 print(f"{len(some)} of {len(names)} pictures in {folder} {why} in {prompts} and are not scored", flush=True)
         return table[["image", *table.columns.drop("image")]]
     for column in table.columns.drop("prompt"):
-        if column.strip().lower() == "image" or {Path(cell.strip()).name for cell in table[column]} & set(names):
+        cells = (cell for cell in table[column] if isinstance(cell, str))
+        if str(column).strip().lower() == "image" or {Path(cell.strip()).name for cell in cells} & set(names):
             raise UserError(
                 f"{prompts}: column {column!r} names pictures of {folder}; call it 'image', each name as in the folder"
             )
