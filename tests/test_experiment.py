@@ -332,7 +332,7 @@ def test_the_pocket_world_has_every_split(split):
         ("{}/not.parquet", ".*not.parquet: .*"),
         ("{}/lists.parquet", r".*lists.parquet: row 1: 'prompt' should be text, got .*a cat.*"),
         ("datasets:{}/none:train", ".*none:train: .*"),
-        ("datasets:x", "datasets:x: should be 'datasets:<hub id or folder>:<split>'"),
+        ("datasets:x", "datasets:x: should be 'datasets:<hub id, maybe @commit, or folder>:<split>'"),
         ("{}/prompts.csv", ".*prompts.csv: no column 'prompt', columns are text"),
         ("{}/ragged.csv", ".*ragged.csv: .*Expected 1 fields in line 3, saw 2.*"),
         ("{}/twice.csv", ".*twice.csv: column 'prompt' is there twice"),
