@@ -382,11 +382,11 @@ def newest(store: CheckpointStore, experiment: Experiment, worker: Worker) -> tu
             print(f"no checkpoint in {store.folder} can be used", flush=True)
         return 0, None
     step, state = found
-    _check_state(store.folder, experiment, state.get("format"), state["experiment"])
+    _check_state(store.folder, experiment, state.get("format"), state.get("experiment"))
     return step, state
 
 
-def _check_state(folder: Path, experiment: Experiment, written: object, of: str) -> None:
+def _check_state(folder: Path, experiment: Experiment, written: object, of: object) -> None:
     """Raises UserError for a checkpoint that another configuration has written, or another version of this."""
     if written != STATE:
         raise UserError(f"{folder}: written by another version of diffinstruct (state {written}, this one has {STATE})")
