@@ -10,6 +10,7 @@ import io
 import json
 import pickle
 import shutil
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ from diffinstruct.experiment import UserError, load
 from diffinstruct.export import load_export
 from diffinstruct.pretrained import load_reference
 from diffinstruct.prompts import read_prompts
-from diffinstruct.run import newest
+from diffinstruct.run import STATE, newest
 from reward_models.clip import load_tokenizer
 from reward_models.weights import read
 
@@ -222,10 +223,37 @@ def test_a_checkpoint_names_no_files_but_its_own(tmp_path) -> None:
     forged(path, "state.json", json.dumps(document).encode())
     assert CheckpointStore(tmp_path / "checkpoints").latest() is None
     worker = SimpleNamespace(rank=0, least=lambda value: value)
-    document["state"] = {"x": {"$tensor": "x"}, "experiment": "../../etc"}
-    forged(path, "state.json", json.dumps(document).encode())
     experiment = SimpleNamespace(derived_id="own")
-    refused(tmp_path / MARK, lambda: newest(CheckpointStore(tmp_path / "checkpoints"), experiment, worker, ""), UserError)  # type: ignore[arg-type]
+    store = CheckpointStore(tmp_path / "checkpoints")
+    for said in ({"experiment": "../../etc"}, {"experiment": "../../etc", "format": STATE}, {"format": STATE}):
+        document["state"] = {"x": {"$tensor": "x"}} | said
+        forged(path, "state.json", json.dumps(document).encode())
+        refused(tmp_path / MARK, lambda: newest(store, experiment, worker, ""), UserError)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"state": {"x": {"$rows": "x", "shape": []}}},
+        {"state": {"x": {"$rows": "x", "shape": [10**30]}}},
+        {"state": [{"$tensor": "x"}]},
+        {"state": {"$tensor": "x"}},
+        *({"files": files} for files in (0, -1, 2, 10**8)),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_no_run_wrote_is_named_and_passed_over(odd, tmp_path, caplog) -> None:
+    """Its digests are right; and what it says of itself takes no memory."""
+    checkpoint(tmp_path)
+    path = CheckpointStore(tmp_path).save(2, {"x": torch.zeros(3)})
+    forged(path, "state.json", json.dumps(json.loads((path / "state.json").read_text()) | odd).encode())
+    tracemalloc.start()
+    found = CheckpointStore(tmp_path).latest()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found and found[0] == 1 and most < 10e6
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert str(path) in said and "\n" not in said
 
 
 # -------------------------------------------------------------------------------------------------------- recipes

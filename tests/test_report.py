@@ -12,6 +12,7 @@ from PIL import Image
 from diffinstruct import figures, report
 from diffinstruct.cli import main
 from diffinstruct.results import load_sweep, measures, points, swept
+from diffinstruct.tracking import read_journal
 
 EVIL = "<script>alert(1)</script>"
 
@@ -262,3 +263,27 @@ def test_files_that_are_not_the_runs_own_spoil_no_report(tmp_path, caplog, capsy
     (run / "metrics.json").write_text("[1, 2]")
     assert main(["report", str(folder), "-o", str(tmp_path / "out.html")]) == 2
     assert capsys.readouterr().err == f"{run}/metrics.json: should be figures by name, got [1, 2]\n"
+
+
+def test_records_that_lack_what_is_asked_of_them_are_left_out(tmp_path, caplog):
+    of_a_run = {"time": 1, "step": 1}
+    odd = [
+        {"step": 1, "metrics": {"divergence": 1.0}},
+        {"time": "now", "step": 1, "metrics": {"divergence": 1.0}},
+        {"time": 10**18, "step": 1, "metrics": {"divergence": 1.0}},
+        of_a_run | {"metrics": {"divergence": "far"}},
+        of_a_run | {"event": "hacking"},
+        of_a_run | {"event": "hacking", "text": 5},
+        of_a_run | {"event": "back_to", "text": "back", "back_to": "x"},
+        of_a_run | {"image": "images/a.png"},
+        {"time": 1, "finish": "FAILED"},
+        {"time": 1, "start": {"tags": {"a": 5}}},
+        {"a": 1},
+    ]
+    folder = tiny_sweep.run(tmp_path / "one")
+    with (folder / "journal.jsonl").open("a") as journal:
+        journal.writelines(json.dumps(record) + "\n" for record in odd)
+    page(folder, tmp_path)
+    caplog.clear()
+    assert all(record not in odd for record in read_journal(folder))
+    assert len(caplog.records) == len(odd) and all("cannot be read" in record.getMessage() for record in caplog.records)

@@ -39,7 +39,7 @@ from diffinstruct.locks import FULL, locked
 
 State = dict[str, Any]
 TREE, MANIFEST = "state.json", "manifest.json"
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
+UNREADABLE = (OSError, ValueError, LookupError, OverflowError, TypeError, AttributeError, RecursionError, SafetensorError)
 """What a file raises that is not as it was written."""
 
 logger = logging.getLogger(__name__)
@@ -333,6 +333,8 @@ def _read(step: int, path: Path, crew: Crew, keys: Sequence[str] = ()) -> Any:
             document = json.loads((path / TREE).read_bytes())
             if document["step"] != step:
                 raise CheckpointError(f"{TREE}: it is of step {document['step']}")
+            if not 1 <= document["files"] == len(manifest) - 1:  # before as many names are made up
+                raise CheckpointError(f"{TREE}: it is of {document['files']} files, {MANIFEST} of {len(manifest) - 1}")
             writers = Crew(world=document["files"])
             files = writers.files()
             own = files[crew.rank : crew.rank + 1] if writers.world == crew.world else files  # another one reads the others
@@ -363,7 +365,10 @@ def _read(step: int, path: Path, crew: Crew, keys: Sequence[str] = ()) -> Any:
             if not keys:  # also a file that this process takes nothing from says whether the checkpoint is whole
                 for name in (files[0], *own):
                     tensors(name)
-            return decode(state, whole, rows)
+            found = decode(state, whole, rows)
+            if not keys and not isinstance(found, dict):
+                raise CheckpointError(f"{TREE}: its state is a {type(found).__name__}")
+            return found
     except UNREADABLE as error:
         raise CheckpointError(f"{type(error).__name__}: {error}") from error
 

@@ -404,15 +404,15 @@ def newest(
             raise CheckpointError(f"{store.folder}: no checkpoint in it can be read; without it the run begins anew")
         return 0, None
     step, state = found
-    _check_state(store.folder, experiment, state.get("format"), state["experiment"])
-    if state["prompts"] != of_prompts:
+    _check_state(store.folder, experiment, state.get("format"), state.get("experiment"))
+    if state.get("prompts") != of_prompts:
         source = experiment.prompts.train
         how = "with those that it was begun with the run goes on, with these under --resume RUN --allow prompts.train"
         raise UserError(f"prompts.train: the prompts of {source} have changed since step {step} of {store.folder}; {how}")
     return step, state
 
 
-def _check_state(folder: Path, experiment: Experiment, written: object, of: str) -> None:
+def _check_state(folder: Path, experiment: Experiment, written: object, of: object) -> None:
     """Raises UserError for a checkpoint that another configuration has written, or another version of this."""
     if written != STATE:
         raise UserError(f"{folder}: written by another version of diffinstruct (state {written}, this one has {STATE})")

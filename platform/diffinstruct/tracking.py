@@ -37,6 +37,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -295,7 +296,7 @@ def commit_of_code() -> dict[str, str]:
 def read_journal(run_folder: Path | str) -> list[dict[str, Any]]:
     """The records of a run's journal, in order. A line that cannot be read is left out, with a warning if it is a whole one."""
     journal = Path(run_folder) / "journal.jsonl"
-    found = [*records(journal)]
+    found = [(begin, end, record if "time" in record else {}) for begin, end, record in records(journal)]
     for begin in (begin for begin, end, record in found if not record and end > begin + 1):
         logger.warning("%s: the line at byte %d cannot be read and is left out", journal, begin)
     return [record for _, _, record in found if record]
@@ -616,14 +617,36 @@ def records(journal: Path, offset: int = 0) -> Iterator[tuple[int, int, dict[str
             yield begin, offset, record if _is_record(record) else {}
 
 
+TYPES: Mapping[str, type | UnionType] = {
+    **dict.fromkeys(("time", "step", "back_to"), int),
+    **dict.fromkeys(("start", "metrics", "examined"), dict),
+    **dict.fromkeys(("image", "key", "event", "text", "artifact", "finish"), str),
+    "reason": str | None,
+}
+ASKED = {
+    **dict.fromkeys(("start", "artifact"), ("time",)),
+    **dict.fromkeys(("metrics", "examined"), ("time", "step")),
+    "image": ("time", "step", "key"),
+    "event": ("time", "step", "text"),
+    "finish": ("time", "reason"),
+}
+"""What a journal's readers ask of a kind of record without looking."""
+LAST_DAY = 253_402_300_800_000
+"""The first millisecond that no date has."""
+
+
 def _is_record(record: Any) -> bool:
-    """Whether it has what its readers ask for without looking."""
-    if not isinstance(record, dict):
+    """Whether it has what its readers ask for without looking; of other files' lines they ask nothing."""
+    if not isinstance(record, dict) or not all(isinstance(record[key], TYPES[key]) for key in record.keys() & TYPES.keys()):
         return False
-    of_a_step = record.keys() & {"metrics", "examined", "image", "event"}
-    if not isinstance(record.get("start", {}), dict):
-        return False
-    return not of_a_step or (isinstance(record.get("step"), int) and isinstance(record.get("metrics", {}), dict))
+    tags = record.get("start", {}).get("tags", {})
+    return (
+        all(key in record for kind in record.keys() & ASKED.keys() for key in ASKED[kind])
+        and 0 <= record.get("time", 0) < LAST_DAY
+        and all(isinstance(x, int | float) for kind in ("metrics", "examined") for x in record.get(kind, {}).values())
+        and isinstance(tags, dict)
+        and all(isinstance(tag, str) for tag in tags.values())
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
