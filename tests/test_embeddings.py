@@ -52,7 +52,7 @@ def test_a_run_reads_what_was_made_once(family: str, tmp_path: Path, monkeypatch
         raise AssertionError("a text encoder was loaded beside the training")
 
     monkeypatch.setattr(Reference, "texts", property(no_encoder))
-    monkeypatch.setattr("diffinstruct.export.export", lambda *arguments: tmp_path / "model")  # it packs one, too
+    monkeypatch.setattr("diffinstruct.export.export", lambda model, average, folder: folder)  # it packs one, too
     local.run(load(tmp_path / "recipe.yaml", [f"prompts.embeddings={tmp_path}/embeddings", "seed=7"]), tmp_path / "again")
     assert len(made) == 4
 
