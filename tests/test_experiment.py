@@ -311,6 +311,19 @@ def test_the_pocket_splits(tmp_path, monkeypatch):
         read_prompts("pocket:open")
 
 
+def test_a_dataset_of_the_hub_may_name_the_commit(monkeypatch, tmp_path):
+    import datasets  # takes seconds
+
+    asked: list[Any] = []
+    rows = datasets.Dataset.from_dict({"prompt": ["a cat"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append((name, options)) or rows)
+    (tmp_path / "a@b").mkdir()  # a folder may be called anything
+    for name in ("owner/name@0123abc", "owner/name", f"{tmp_path}/a@b"):
+        assert read_prompts(f"datasets:{name}:train")["prompt"].tolist() == ["a cat"]
+    commits = [("owner/name", "0123abc"), ("owner/name", None), (f"{tmp_path}/a@b", None)]
+    assert asked == [(name, {"split": "train", "revision": commit}) for name, commit in commits]
+
+
 @pytest.mark.parametrize("split", POCKET_SPLITS)
 def test_the_pocket_world_has_every_split(split):
     table = read_prompts(f"pocket:{split}")

@@ -60,9 +60,8 @@ class Mirror:
     def push(self) -> None:
         """Copy what the store has not, and clear away there what the folder has no more. What is damaged here is left out, and
         stays there as it is. Raises CheckpointError for a folder that is behind its copy, such as an old disk's."""
-        steps = self.store.steps()
-        behind = [step for step in self._there() if step > max(steps, default=-1) and self._manifest(step) is not None]
-        if behind:
+        steps, there = self.store.steps(), self._there()
+        if behind := [step for step in there if step > max(steps, default=-1) and self._manifest(step) is not None]:
             raise CheckpointError(f"{self.folder} lacks step {max(behind)} of {self.url}: the run's command brings it")
         self._push_others()
         for step in sorted(steps):
@@ -70,7 +69,7 @@ class Mirror:
                 self._push_step(step)
             except CheckpointError as error:
                 logger.warning("checkpoint %s of %s is not copied: %s", step, self.folder, error)
-        for step in self._there() if steps else []:
+        for step in there if steps else []:
             if step not in steps:
                 self._clear(step)
 

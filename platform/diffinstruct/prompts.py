@@ -126,9 +126,7 @@ def _of_datasets(source: str, column: str) -> pd.DataFrame:
     name, _, split = rest.rpartition(":")
     if not name or not split:
         raise UserError(f"{source}: should be 'datasets:<hub id, maybe @commit, or folder>:<split>'")
-    commit = None
-    if not Path(name).exists():
-        name, _, commit = name.partition("@")
+    name, commit = (name, "") if Path(name).exists() else name.partition("@")[::2]
     try:
         from datasets import load_dataset
     except ImportError:
