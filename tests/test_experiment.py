@@ -236,6 +236,14 @@ cluster:
             "score_network: {weight_decay: 1e39}",
             "run.yaml:1: score_network.weight_decay: should be less than or equal to 1000, got 1e+39",
         ),
+        (
+            "objective: {huber_c: 1e39, reward_scale: 0}",
+            "run.yaml:1: objective.huber_c: should be less than or equal to 1000000, got 1e+39",
+        ),
+        (
+            "objective: {t_log_std: 1e-300, reward_scale: 0}",
+            "run.yaml:1: objective.t_log_std: should be greater than or equal to 0.001, got 1e-300",
+        ),
         ("device: gpu", "run.yaml:1: device: should be 'auto', 'cpu' or 'cuda', got 'gpu'"),
     ],
 )

@@ -294,6 +294,21 @@ def test_prompts_that_have_changed_under_their_name_are_refused(experiment, tmp_
     assert main(asked) == 0  # they are its own now
 
 
+def test_a_checkpoint_that_says_it_is_the_runs_and_is_not(experiment, tmp_path, capsys):
+    """Its digests are right."""
+    base = experiment(steps=2, runs=str(tmp_path))
+    local.run(base, run_folder(base))
+    store = CheckpointStore(run_folder(base) / "checkpoints")
+    step, state = store.latest()
+    for odd in ({"players": {}}, {"players": state["players"] | {"ema": {}}}, {"jury": []}):
+        store.save(step, state | odd)
+        with pytest.raises(SystemExit) as failed:
+            main(["train", str(run_folder(base) / "experiment.yaml"), "--local"])
+        *_, said, how = capsys.readouterr().err.splitlines()
+        assert failed.value.code == 1 and how.startswith("from its last checkpoint the run goes on")
+        assert f"{store.folder}: its newest checkpoint was not written by this run (" in said
+
+
 def test_a_run_whose_checkpoints_cannot_be_read_does_not_begin_anew(experiment, tmp_path):
     base = experiment(steps=6)
     local.run(base, tmp_path / "run")

@@ -245,6 +245,7 @@ class Objective(Section):
     )
     huber_c: Positive = Field(
         0.1,
+        le=1e6,
         description="pseudo-Huber's c per square root of a dimension, in the units of `space` (left open; ours, kept by "
         "open_choices: neither 0.03 nor 0.3 is better)",
     )
@@ -268,8 +269,10 @@ class Objective(Section):
         description="of t, for both players: uniform on [t_min, t_max) (left open; neighbours' choice, kept by open_choices: "
         "the other costs diversity), or ln(sigma_t / alpha_t) normal and cut to it (Karras et al. 2022)",
     )
-    t_log_mean: float = Field(-0.5, description="mean of the log-normal law (Karras et al. 2022, for data of unit variance)")
-    t_log_std: Positive = Field(1.2, description="standard deviation of the log-normal law (Karras et al. 2022)")
+    t_log_mean: float = Field(
+        -0.5, ge=-20, le=20, description="mean of the log-normal law (Karras et al. 2022, for data of unit variance)"
+    )
+    t_log_std: float = Field(1.2, ge=1e-3, le=1e3, description="standard deviation of the log-normal law (Karras et al. 2022)")
     t_min: int = Field(20, ge=0, description="lowest t drawn, index into the schedule (neighbours' choice; ours)")
     t_max: int = Field(980, description="t is drawn below this (neighbours' choice; ours)")
 

@@ -141,11 +141,15 @@ def _train(
     def take(state: dict[str, Any]) -> None:
         nonlocal settings, stopped
         state = spread(state, mesh) if mesh else state
-        for name, part in kept.items():
-            part.load_state_dict(state[name])
-        settings, stopped = replace(settings, reward_scale=state["reward_scale"]), state["stopped"]
-        if output:
-            output.last = state["metrics"]
+        try:
+            for name, part in kept.items():
+                part.load_state_dict(state[name])
+            settings, stopped = replace(settings, reward_scale=state["reward_scale"]), state["stopped"]
+            if output:
+                output.last = state["metrics"]
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())  # torch says it in many lines
+            raise CheckpointError(f"{store.folder}: its newest checkpoint was not written by this run ({why})") from error
 
     def save(at: int) -> None:
         jury.micro_batch = worker.least(jury.micro_batch)
