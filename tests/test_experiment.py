@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pydantic
 import pytest
 import yaml
@@ -244,6 +246,11 @@ cluster:
             "objective: {t_log_std: 1e-300, reward_scale: 0}",
             "run.yaml:1: objective.t_log_std: should be greater than or equal to 0.001, got 1e-300",
         ),
+        ("tracking: {uri: 'sqlite://'}", "run.yaml:1: tracking.uri: should name a file: sqlite:///PATH, got 'sqlite://'"),
+        (
+            f"global_batch_size: {10**20}",
+            f"run.yaml:1: global_batch_size: should be less than or equal to 1000000, got {10**20}",
+        ),
         ("device: gpu", "run.yaml:1: device: should be 'auto', 'cpu' or 'cuda', got 'gpu'"),
     ],
 )
@@ -351,6 +358,7 @@ def test_the_pocket_world_has_every_split(split):
         ("{}/list.jsonl", r".*list.jsonl: line 1: should be an object, got \[1\]"),
         ("{}/number.jsonl", r".*number.jsonl: row 2: 'prompt' should be text, got 3"),
         ("{}/not.parquet", ".*not.parquet: .*"),
+        ("{}/harmed.parquet", r".*harmed.parquet: KeyError: .*"),
         ("{}/lists.parquet", r".*lists.parquet: row 1: 'prompt' should be text, got .*a cat.*"),
         ("datasets:{}/none:train", ".*none:train: .*"),
         ("datasets:x", "datasets:x: should be 'datasets:<hub id, maybe @commit, or folder>:<split>'"),
@@ -375,6 +383,8 @@ def test_prompts_that_cannot_be_read(tmp_path, source, message):
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "number.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": 3}\n')
     (tmp_path / "not.parquet").write_text("prompt\na\n")
+    harmed = pa.table({"prompt": ["a cat"]}).replace_schema_metadata({"pandas": '{"columns": [{}], "index_columns": []}'})
+    pq.write_table(harmed, tmp_path / "harmed.parquet")
     pd.DataFrame({"prompt": [["a cat", "a dog"] * 9]}).to_parquet(tmp_path / "lists.parquet")
     with pytest.raises(UserError, match=f"^{message}$") as caught:
         read_prompts(source.format(tmp_path))
@@ -438,6 +448,7 @@ def test_passwords_stay_in_the_environment(tmp_path):
     assert "hunter2" not in experiment.public().to_yaml() + str(experiment.public().to_params())
     uris = ("postgresql://me:hunt/er2@host/db", "https://me:hunt@er2@host", "postgresql://host/db?user=me&password=hunter2&x=1")
     queries = ("passwd=hunter2", "sslpassword=hunt@er2", "access_token=hunter2", "api_key=hunt'er2", "hunter2")
+    blanks = ("https://me:my hunt er2@host", "postgresql://u:hunt\ter2@host/db", "mysql://u:hunt\u00a0er2@host/db")
     odbc = ("mssql://?odbc_connect=UID%3Dme%3BPWD%3Dhunter2", "mssql+pyodbc://host:1433/?odbc_connect=PWD%3Dhunt@er2")
     quoted = ("mysql://me:hunt'er2@host/db", "mysql://me:hunt?er2@host/db", "mysql://host:3306/db?user=me@x&passwd=hunt@er2")
     for uri in (*uris, *(f"mysql://host/db?{query}" for query in queries), *odbc, *quoted, "https://token@host"):
@@ -446,6 +457,11 @@ def test_passwords_stay_in_the_environment(tmp_path):
         if "+" not in uri:
             (said,) = errors(tmp_path, f"tracking: {{uri: {json.dumps(uri)}}}")
             assert "uri: should hold no user and password, nor a query" in said and "er2" not in said
+    for uri in blanks:
+        (said,) = errors(tmp_path, f"tracking: {{uri: {json.dumps(uri)}}}")
+        assert "uri: should hold no user and password" in said and "er2" not in said
+        (said,) = errors(tmp_path, f"mirror: {json.dumps('s3' + uri[uri.index(':') :])}")
+        assert "mirror: should hold no keys" in said and "er2" not in said
     assert without_password(f"no answer from {quoted[0]}, 'https://host/x?y=z'") == "no answer from mysql://host/db, 'https://host/x'"
     assert "er2" not in without_password("HTTPConnectionPool(host='host', port=1): with url: /?auth=hunter2/api/2.0")
     for uri in ("https://host:5000/x", "sqlite:////a/b.db", "postgresql://host/db", "sqlite:////a/me:x@lab/b c.db"):

@@ -377,8 +377,42 @@ def test_a_store_that_goes_with_the_process_is_none():
 
 
 def test_a_run_is_not_its_own_copy(tmp_path):
-    with pytest.raises(UserError, match="is where the run itself lies"):
-        Mirror(tmp_path.as_uri(), tmp_path / "run")
+    for where in (tmp_path, tmp_path / "run" / "copy"):
+        with pytest.raises(UserError, match="is where the run itself lies"):
+            Mirror(where.as_uri(), tmp_path / "run")
+
+
+def test_what_lies_elsewhere_by_a_link_is_not_copied(tmp_path, caplog):
+    """As sync of somebody's folder might be led to another run's checkpoints."""
+    mine = saved(tmp_path / "mine", 2)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/checkpoints").symlink_to(mine / "checkpoints")
+    Mirror(URL, tmp_path / "theirs").push()
+    saved(tmp_path / "third", 1)
+    (tmp_path / "third/checkpoints/step-00000002").symlink_to(mine / "checkpoints/step-00000002")
+    Mirror(URL, tmp_path / "third").push()
+    harmed = saved(tmp_path / "fourth", 2) / "checkpoints/step-00000002/manifest.json"
+    harmed.unlink()
+    harmed.symlink_to(mine / "checkpoints/step-00000002/manifest.json")
+    Mirror(URL, tmp_path / "fourth").push()
+    copies = [path for path in MemoryFileSystem.store if "manifest" in path]
+    assert copies == ["/bucket/runs/third/checkpoints/step-00000001/manifest.json"]
+    assert caplog.text.count("is not copied: it lies, by a link, outside of the run's folder") == 2
+    assert "is not copied: manifest.json: it is a link" in caplog.text
+
+
+def test_a_run_does_not_start_over_because_its_copy_is_damaged(tmp_path, caplog):
+    run = saved(tmp_path / "run", 2, 4)
+    Mirror(URL, run).push()
+    shutil.rmtree(run)
+    run.mkdir()
+    for path in [*MemoryFileSystem.store]:
+        if path.endswith("tensors.safetensors"):
+            MemoryFileSystem().pipe_file(path, b"half")
+    said = f"^mirror: {URL}/run: no checkpoint in it can be read; without it the run begins anew"
+    with pytest.raises(UserError, match=said), mirror.mirrored(URL, run):
+        pass
+    assert caplog.text.count("cannot be used") == 2
 
 
 def test_where_copies_lie_is_no_part_of_the_configuration():

@@ -72,6 +72,17 @@ def test_a_stopped_run_is_a_finished_one(world, tmp_path, monkeypatch):
     assert local.run(world[1](steps=10), tmp_path).metrics == result.metrics  # there is nothing left to do
 
 
+def test_a_sigterm_is_heard_also_where_nobody_reads(monkeypatch):
+    def broken(*arguments, **options):
+        raise BrokenPipeError
+
+    heard = []
+    monkeypatch.setattr("builtins.print", broken)
+    with orders.on_sigterm(lambda: heard.append(True)):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert heard == [True]
+
+
 def test_sigterm_saves_and_says_how_to_go_on(world, tmp_path):
     file = tmp_path / "experiment.yaml"
     file.write_text(world[1](steps=100_000, logging__checkpoint_every=100_000, runs=str(tmp_path / "runs")).to_yaml())

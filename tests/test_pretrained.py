@@ -241,6 +241,10 @@ def test_a_hub_id_may_name_the_commit(monkeypatch, tmp_path) -> None:
     assert asked == [("owner/name", {"revision": "0123abc"}), ("owner/name", {})]
     (tmp_path / "a@b").mkdir()
     assert pretrained.pinned(str(tmp_path / "a@b")) == (str(tmp_path / "a@b"), {})  # a folder may be called anything
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner/name").mkdir(parents=True)  # whose commit nobody knows
+    with pytest.raises(UserError, match=r"^reference\.model: owner/name@0123abc names a commit .*, but owner/name lies here"):
+        load_reference("owner/name@0123abc")
     recipes = (Path(__file__).parents[1] / "experiments" / "recipes").glob("*.yaml")
     models = {load(recipe).reference.model for recipe in recipes} - {"pocket"}
     assert len(models) == 3 and all(re.fullmatch(r"[^@]+/[^@]+@[0-9a-f]{40}", model) for model in models)

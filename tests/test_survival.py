@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,10 +24,10 @@ from tiny_runs import agree, journal
 from diffinstruct import jury as juries
 from diffinstruct import local, tracking
 from diffinstruct import run as runs
-from diffinstruct.checkpoint import CheckpointError, CheckpointStore
+from diffinstruct.checkpoint import CheckpointError, CheckpointStore, a_full_disk_said
 from diffinstruct.cli import main, run_folder
 from diffinstruct.experiment import UserError
-from diffinstruct.locks import only_writer
+from diffinstruct.locks import LOCK, Busy, locked, only_writer
 from diffinstruct.orders import Paused
 from diffinstruct.rewards import NotFinite
 from diffinstruct.step import NonFinite, alternating_round
@@ -292,6 +293,11 @@ def test_prompts_that_have_changed_under_their_name_are_refused(experiment, tmp_
     assert f"prompts.train: the prompts of {prompts} have changed since step 4 of " in capsys.readouterr().err
     assert main([*asked, "--allow", "prompts.train"]) == 0
     assert main(asked) == 0  # they are its own now
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in run_folder(base).glob("checkpoints/*/*")}
+    assert main([*asked, "--allow", "prompts.train"]) == 0  # as a script that restarts it may go on to say
+    assert "has what is new" not in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in run_folder(base).glob("checkpoints/*/*")}
 
 
 def test_a_checkpoint_that_says_it_is_the_runs_and_is_not(experiment, tmp_path, capsys):
@@ -319,6 +325,8 @@ def test_a_run_whose_checkpoints_cannot_be_read_does_not_begin_anew(experiment, 
     with pytest.raises(CheckpointError, match="checkpoints: no checkpoint in it can be read; without it the run begins anew"):
         local.run(base, tmp_path / "run")
     assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(CheckpointError, match="checkpoints: no checkpoint in it can be read; nothing is changed"):
+        runs.change(base, tmp_path / "run", {"generator.learning_rate"})
     for file in files:
         file.with_suffix(".away").rename(file)
     assert local.run(base, tmp_path / "run").metrics
@@ -338,6 +346,7 @@ def test_one_recipe_that_cannot_be_read_holds_up_no_other_run(experiment, tmp_pa
     for name in "ab":
         local.run(experiment(steps=2), tmp_path / name)
     (tmp_path / "a/experiment.yaml").write_text("stepps: 3")
+    (tmp_path / "a/journal.ack").write_text("[]")
     with pytest.raises(SystemExit):
         main(["sync", str(tmp_path)])
     said = capsys.readouterr()
@@ -369,6 +378,42 @@ def test_a_lock_that_finds_no_room_is_one_line(experiment, tmp_path, monkeypatch
     monkeypatch.setattr("diffinstruct.locks.locked", full)
     assert main(["train", str(tmp_path / "recipe.yaml"), "--local"]) == 1
     assert capsys.readouterr().err.strip().endswith("No space left on device")
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "write", full)  # into a file that is open, which does not tell its name
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/lock'"), only_writer(tmp_path):
+        pass
+
+
+def test_a_full_disk_is_said_in_one_line_whoever_finds_out(tmp_path):
+    from safetensors import SafetensorError
+
+    told = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    for error in (told, OSError(errno.ENOSPC, "No space left on device")):
+        line = rf"^{tmp_path}: No space left on device, [\d.]+ MiB are free$"
+        with pytest.raises(CheckpointError, match=line), a_full_disk_said(tmp_path):
+            raise error
+    with pytest.raises(SafetensorError, match="header"), a_full_disk_said(tmp_path):
+        raise SafetensorError("header too large")
+
+
+def test_a_folder_that_is_taken_away_while_one_waits_for_it(tmp_path):
+    """By a command that had begun nothing in it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with only_writer(folder):
+        waiting = threading.Timer(1.0, shutil.rmtree, [folder])
+        waiting.start()
+        with pytest.raises(Busy), only_writer(folder, 0.1):
+            pass
+        waiting.join()
+    folder.mkdir()
+    held = (folder / LOCK).open("a")
+    assert locked(held)
+    ending = threading.Timer(1.0, lambda: (shutil.rmtree(folder), held.close()))
+    ending.start()
+    with pytest.raises(Busy, match="has ended; the same command again begins it"), only_writer(folder, 30):
+        pass
+    ending.join()
 
 
 # ------------------------------------------------------------------------------------------------------- at once

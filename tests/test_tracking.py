@@ -289,6 +289,16 @@ os.kill(os.getpid(), signal.SIGKILL)
         deliver(tmp_path)
 
 
+def test_lines_that_no_run_wrote_hold_nothing_up(tmp_path: Path, uri: str) -> None:
+    (tmp_path / "run").mkdir()
+    lines = [{"start": {}}, {"start": {"params": {"a": 5}}}, {"step": 1, "metrics": {"loss": 10**400}}]
+    (tmp_path / "run/journal.jsonl").write_text("".join(json.dumps({"time": 1, **line}) + "\n" for line in lines))
+    tracker = tracker_of(tmp_path, uri)
+    tracker.metrics(2, {"loss": 2.0})
+    assert tracker.finish()
+    assert [value.step for value in client_of(uri).get_metric_history(str(tracker.run_id), "loss")] == [2]
+
+
 def test_two_that_meet_mlflow_at_once_make_one_run(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that could not reach it and a `sync`: both see that there is none, unless one waits for the other."""
     (tmp_path / "run").mkdir()
@@ -420,7 +430,7 @@ def test_without_a_server_training_goes_on_and_all_is_kept(
     tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "PATIENCE", 1.0)
-    nowhere = f"http://user:secret@127.0.0.1:{free_port()}/?access_token=secret"
+    nowhere = f"http://user:a secret@127.0.0.1:{free_port()}/?access_token=secret"
     tracker = tracker_of(tmp_path, nowhere)
     began = time.monotonic()
     for step in range(100):

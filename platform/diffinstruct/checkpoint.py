@@ -384,6 +384,7 @@ def reading(path: Path) -> Iterator[bytes]:
 def verify(path: Path) -> None:
     """Raises CheckpointError where a checkpoint's files are not what its manifest says, or that is not as it was written."""
     try:
+        _own(path / MANIFEST)
         said = (path / MANIFEST).read_bytes()
         if said != _manifest(manifest := json.loads(said)):
             raise CheckpointError(f"{MANIFEST}: it is not as it was written")
@@ -438,15 +439,18 @@ def _free(path: Path) -> int:
 
 
 @contextmanager
-def a_full_disk_said() -> Iterator[None]:
-    """In the block a disk that is full, or a quota, is a CheckpointError in one line, whichever file it was that found out."""
+def a_full_disk_said(folder: Path) -> Iterator[None]:
+    """In the block, which writes to `folder`, a disk that is full, or a quota, is a CheckpointError in one line, whichever file
+    it was that found out."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL:
+    except (OSError, SafetensorError) as error:
+        numbers = re.findall(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else [error.errno]
+        full = [int(number) for number in numbers if number and int(number) in FULL]
+        if not full:
             raise
-        path = Path(error.filename or Path.cwd()).absolute()
-        raise CheckpointError(f"{path}: {error.strerror}, {_free(path) / 2**20:.1f} MiB are free") from None
+        path = Path(getattr(error, "filename", None) or folder).absolute()  # a file that is open does not tell its name
+        raise CheckpointError(f"{path}: {os.strerror(full[0])}, {_free(path) / 2**20:.1f} MiB are free") from None
 
 
 def flush(path: Path) -> None:

@@ -6,6 +6,7 @@ Heavy packages are imported inside the commands: `--help` and a mistake in the c
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import shutil
@@ -38,10 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in FULL:
+        theirs = error.errno in (errno.ENAMETOOLONG, errno.EACCES) and error.filename
+        if error.errno not in FULL and not theirs:
             raise
         print(f"{error.filename or arguments.command.__name__}: {error.strerror}", file=sys.stderr)
-        return 1
+        return 2 if theirs else 1
     return 0
 
 
@@ -202,8 +204,8 @@ def sync(arguments: argparse.Namespace) -> None:
         _existing_run(arguments.path)
     failed = 0
     for folder in folders:
-        left = undelivered(folder)
         try:
+            left = undelivered(folder)
             deliver(folder, arguments.uri)
         except UserError as error:
             print(error, file=sys.stderr)
@@ -298,11 +300,12 @@ def export(arguments: argparse.Namespace) -> None:
     if not out.absolute().parent.is_dir():
         raise UserError(f"-o: no folder {str(out.parent)!r}")
     experiment = load(folder / "experiment.yaml")
-    from diffinstruct.checkpoint import CheckpointError
+    from diffinstruct.checkpoint import CheckpointError, a_full_disk_said
     from diffinstruct.run import export_checkpoint
 
     try:
-        step, best = export_checkpoint(experiment, folder, arguments.step, out)
+        with a_full_disk_said(out.absolute().parent):
+            step, best = export_checkpoint(experiment, folder, arguments.step, out)
     except CheckpointError as error:
         print(error, file=sys.stderr)
         raise SystemExit(1) from None
@@ -484,8 +487,9 @@ def _same_as_before(experiment: Experiment, folder: Path, allowed: Sequence[str]
         except CheckpointError as error:
             print(error, file=sys.stderr)
             raise SystemExit(1) from None
-        older = ", and its older checkpoints are gone" * (step > 0)
-        print("\n".join([*told, f"from step {step} on it has what is new{older}"]), flush=True)
+        if step is not None:
+            older = ", and its older checkpoints are gone" * (step > 0)
+            print("\n".join([*told, f"from step {step} on it has what is new{older}"]), flush=True)
 
 
 def _existing_run(folder: Path) -> Path:

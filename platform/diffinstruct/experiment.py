@@ -95,6 +95,16 @@ def without_password(text: str) -> str:
     return re.sub(r"\?[^\s?=]+=\S*", "", text)  # of the part of a URI that a client of HTTP names
 
 
+def spelled(uri: str) -> str:
+    """A URI with its blanks as %20: those of a password would be taken for its end. An sqlite file's path is no such thing."""
+    return uri if uri.startswith("sqlite:") else re.sub(r"\s", "%20", uri)
+
+
+def keeps_nothing(uri: str) -> bool:
+    """Whether it is an sqlite database in memory."""
+    return re.fullmatch(r"sqlite:/*(:memory:)?", uri) is not None
+
+
 def nearest_file(path: Path, pattern: str) -> str:
     """Ends a message on a file that is not there: the one beside it with the nearest name, if there is one."""
     names = {sibling.stem: str(sibling) for sibling in path.parent.glob(pattern)}
@@ -140,7 +150,9 @@ def _no_nul(text: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------- the fields
 Text = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Samples = Annotated[int, Field(ge=1, le=10**6)]
+Rank = Annotated[int, Field(ge=0, le=10**6)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 # What an optimizer makes of these has to be a 32-bit number. Adam's steps have about the rate's size: more is nonsense.
@@ -178,9 +190,8 @@ class Player(Section):
     betas: tuple[Beta, Beta] = Field((0.0, 0.99), strict=False, description="of Adam (neighbours' choice; ours)")
     weight_decay: WeightDecay = Field(0.0, description="of AdamW, per step and learning rate (ours)")
     max_grad_norm: Positive = Field(10.0, description="the gradient's L2 norm is clipped to this (ours)")
-    lora_rank: int = Field(
+    lora_rank: Rank = Field(
         0,
-        ge=0,
         description="0: all weights are trained; else an adapter of this rank over a frozen network that roles share (ours)",
     )
 
@@ -193,9 +204,8 @@ class Generator(Player):
         description="initial weights: 'pocket-distilled', 'reference', a diffusers folder, hub id or hub id@commit, or a "
         ".safetensors file (ours)",
     )
-    start_rank: int = Field(
+    start_rank: Rank = Field(
         0,
-        ge=0,
         description="with lora_rank, of a start that is not the reference: 0 keeps it as a second frozen network, else its "
         "difference from the reference is kept at this rank, and what that loses is said (ours)",
     )
@@ -316,7 +326,7 @@ class Rewards(Section):
         description="std: each trained reward is divided by its standard deviation over 64 pictures of the starting generator "
         "(ours)",
     )
-    micro_batch: Count = Field(
+    micro_batch: Samples = Field(
         16, description="samples that go through decoder and rewards at once; halved where memory does not hold them (ours)"
     )
 
@@ -456,7 +466,9 @@ class Tracking(Section):
     def _known_scheme(cls, value: str | None) -> str | None:
         if value is not None and value.partition("://")[0] not in TRACKING_SCHEMES:
             raise _wrong(f"should begin with one of {', '.join(f'{scheme}://' for scheme in TRACKING_SCHEMES)}")
-        if value is not None and without_password(value) != value:
+        if value is not None and keeps_nothing(value):
+            raise _wrong("should name a file: sqlite:///PATH")
+        if value is not None and without_password(spelled(value)) != spelled(value):
             raise _wrong(f"should hold no user and password, nor a query, since recipes are shown and kept ({IN_ENVIRONMENT})")
         return value
 
@@ -469,8 +481,8 @@ class Experiment(Section):
     )
     seed: int = Field(0, ge=0, le=10**9, description="z, t, eps and prompts are functions of (seed, step, sample index) (ours)")
     steps: Count = Field(100, description="alternating rounds (ours)")
-    global_batch_size: Count = Field(32, description="samples per round over all workers (ours)")
-    micro_batch_size: Count | None = Field(
+    global_batch_size: Samples = Field(32, description="samples per round over all workers (ours)")
+    micro_batch_size: Samples | None = Field(
         None,
         description="samples of one training process that go through the networks at once; the gradients of a round's "
         "micro-batches add up, and the generator goes forward twice; none: all of them at once (ours)",
@@ -517,7 +529,7 @@ class Experiment(Section):
             raise _wrong("should begin with s3://, gs://, az:// or what else fsspec knows", did_you_mean(kind, known))
         if "::" in value or not place.strip("/"):
             raise _wrong("should name one bucket or folder")
-        shown = re.sub(r"^abfs://[^/@:]+@", "abfs://", value)  # container@account is how Azure says it
+        shown = re.sub(r"^abfs://[^/@:]+@", "abfs://", spelled(value))  # container@account is how Azure says it
         if "?" in value or without_password(shown) != shown:
             raise _wrong("should hold no keys, since recipes are shown and kept (the environment has them)")
         if kind == "file" and (not place.startswith("/") or ".." in place.split("/")):
@@ -798,7 +810,7 @@ def _printable(part: object) -> str:
 
 
 def _short(value: object) -> str:
-    text = without_password(repr(value))
+    text = without_password(repr(spelled(value) if isinstance(value, str) and "://" in value else value))
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -52,7 +52,7 @@ class Mirror:
         self.url, self.folder = f"{url.rstrip('/')}/{folder.name}", folder
         options = {"auto_mkdir": True} if url.startswith("file://") else {}
         self.files, self.root = fsspec.url_to_fs(self.url, **options)
-        if "file" in self.files.protocol and Path(self.root).resolve() == folder.resolve():
+        if "file" in self.files.protocol and Path(self.root).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"mirror: {url} is where the run itself lies")
         self.store = CheckpointStore(folder / "checkpoints")
         self._copied: dict[str, tuple[int, int]] = {}  # of the folder's other files: when they were written, and their size
@@ -75,7 +75,7 @@ class Mirror:
 
     def pull(self) -> int | None:
         """Bring checkpoints and journal here, where the store's newest whole checkpoint is newer than the folder's; its step,
-        or None. One that is damaged is named and left out."""
+        or None. One that is damaged is named and left out; UserError where that leaves none at all, there and here."""
         is_whole = cache(self._is_whole)  # all of it is read for that
         here = next((step for step in self.store.steps() if is_whole(step)), -1)
         there = [(step, manifest) for step in self._there() if (manifest := self._manifest(step)) is not None]
@@ -90,6 +90,8 @@ class Mirror:
                 brought.append((step, self._fetched(step, manifest)))
             except CheckpointError as error:
                 logger.warning("checkpoint %s cannot be used (%s)", self._at(step, ""), error)
+        if not brought and not self.store.steps():
+            raise UserError(f"mirror: {self.url}: no checkpoint in it can be read; without it the run begins anew")
         if max(brought, default=(-1, Path()))[0] <= here:
             return None
         self._bring_others()
@@ -126,6 +128,8 @@ class Mirror:
 
     def _push_step(self, step: int) -> None:
         place = self.store.folder / f"step-{step:08d}"
+        if not place.resolve().is_relative_to(self.folder.resolve()):
+            raise CheckpointError("it lies, by a link, outside of the run's folder")
         with ExitStack() as held:
             try:
                 manifest = held.enter_context(reading(place))

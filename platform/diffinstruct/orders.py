@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,9 @@ def on_sigterm(pause: Callable[[], None]) -> Iterator[None]:
 
     def heard(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        print("SIGTERM: saving after this step; once more ends it at once", flush=True)
         pause()
+        with suppress(OSError):  # whoever read it may be gone
+            print("SIGTERM: saving after this step; once more ends it at once", flush=True)
 
     if threading.current_thread() is not threading.main_thread():
         yield

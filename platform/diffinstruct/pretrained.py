@@ -553,8 +553,10 @@ def _there(key: str, source: str) -> None:
     """Refuse what can only be a file or a folder, not a hub id, and is not there."""
     from diffinstruct.experiment import nearest_file
 
-    name, _ = pinned(source)
+    name, commit = pinned(source)
     path = Path(name)
+    if commit and path.exists():
+        raise _refusal(f"{key}: {source} names a commit of the hub, but {name} lies here; './{name}' is what lies here")
     local = path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth") or name.startswith((".", "~", "/"))
     if not path.exists() and (local or name.count("/") > 1 or ("/" in name and path.parent.is_dir())):
         raise _refusal(f"{key}: no such file or folder: {name}{nearest_file(path, '*')}")

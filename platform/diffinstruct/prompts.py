@@ -110,7 +110,12 @@ def _of_jsonl(path: Path, column: str) -> pd.DataFrame:
 def _of_parquet(path: Path, column: str) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.read_parquet(path)
+    try:
+        return pd.read_parquet(path)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged one raises whatever it leads to
+        raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 READERS: dict[str, Callable[[Path, str], pd.DataFrame]] = {

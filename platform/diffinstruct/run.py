@@ -106,7 +106,7 @@ def train(
     the last checkpoint; UserError where another process is at work on the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with a_full_disk_said():
+    with a_full_disk_said(folder):
         if worker.rank:
             return _train(experiment, folder, actors, worker, parent)
         with only_writer(folder, PATIENCE), mirrored(experiment.mirror, folder):
@@ -480,18 +480,24 @@ def take_over(experiment: Experiment, folder: Path, donor: Path) -> int:
     return step
 
 
-def change(experiment: Experiment, folder: Path, keys: Collection[str]) -> int:
+def change(experiment: Experiment, folder: Path, keys: Collection[str]) -> int | None:
     """Make the newest checkpoint in `folder`, of a run with other values of these keys, one of `experiment`; its step, 0 where
-    there is none. The reward scale stays what the watch has made of it, unless it is among the keys. Raises UserError for fewer
-    steps than are done."""
+    there is none, and None where it is one already. The reward scale stays what the watch has made of it, unless it is among
+    the keys. Raises UserError for fewer steps than are done, CheckpointError where there are checkpoints and none can be read.
+    """
     store = CheckpointStore(folder / "checkpoints", keep=1)  # older ones stay the other configuration's
     found = store.latest()
     if found is None:
+        if store.steps():
+            raise CheckpointError(f"{store.folder}: no checkpoint in it can be read; nothing is changed")
         keep_configuration(experiment, folder)
         return 0
     step, state = found
     if step > experiment.steps:
         raise UserError(f"steps: should be at least the {step} that are done, got {experiment.steps}")
+    if state.get("experiment") == experiment.derived_id and state.get("prompts") == digest(training_prompts(experiment)):
+        keep_configuration(experiment, folder)
+        return None
     own: dict[str, Any] = {"stopped": False}
     if "objective.reward_scale" in keys:
         own["reward_scale"] = experiment.objective.reward_scale

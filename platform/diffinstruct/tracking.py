@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffinstruct.experiment import UserError, load, without_password
+from diffinstruct.experiment import UserError, keeps_nothing, load, spelled, without_password
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,9 @@ def tracking_uri(uri: str | None, runs: Path | str) -> str:
 
     Ask in the process the user started: Ray's workers have other folders and another environment.
     """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(runs).absolute() / 'mlflow.db'}"
+    uri = spelled(uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(runs).absolute() / 'mlflow.db'}")
+    if keeps_nothing(uri):
+        raise UserError(f"tracking.uri: {uri} is in memory and keeps nothing; a file is sqlite:///PATH")
     return f"sqlite:///{Path(path).absolute()}" if (path := uri.removeprefix("sqlite:///")) != uri else uri
 
 
@@ -111,7 +113,7 @@ class Tracker:
         }
         journal = self.folder / "journal.jsonl"
         before = [record for _, _, record in records(journal)]
-        starts = [record["start"] for record in before if "start" in record]
+        starts = [record["start"] for record in before if _begins(record)]
         self._seen: dict[int, set[str]] = {}  # keys the journal has, by step
         if starts:
             start["journal"] = starts[-1]["journal"]
@@ -335,7 +337,7 @@ class _Delivery:
 
     def __init__(self, folder: Path, uri: str | None) -> None:
         self.folder, self.journal = folder, folder / "journal.jsonl"
-        self.uri = uri
+        self.uri = uri and spelled(uri)
         self.run_id: str | None = None
         self.experiment_id: str | None = None
         self.offset = 0
@@ -355,7 +357,7 @@ class _Delivery:
             self._connect()
 
     def _connect(self) -> None:
-        starts = [(record["start"], record["time"]) for _, _, record in records(self.journal) if "start" in record]
+        starts = [(record["start"], record["time"]) for _, _, record in records(self.journal) if _begins(record)]
         if not starts:
             raise FileNotFoundError(f"{self.journal} does not hold a run")
         (_, began), (start, _) = starts[0], starts[-1]
@@ -383,7 +385,7 @@ class _Delivery:
     def _server(self, named: str) -> str:
         """What the journal names, with its password. Journals come from others, too: a server gets files and MLflow's
         password only where the environment or the recipe names it as well. An sqlite file is no server."""
-        own, recipe = os.environ.get("MLFLOW_TRACKING_URI", ""), self.folder / "experiment.yaml"
+        own, recipe = spelled(os.environ.get("MLFLOW_TRACKING_URI", "")), self.folder / "experiment.yaml"
         if named == without_password(own):
             return own
         if named.startswith("sqlite:///"):
@@ -416,7 +418,7 @@ class _Delivery:
                     self._send(self._measured({**record, "metrics": figures}))
                 elif "event" in record:
                     self._send(_entities(tags={f"event.{record['event']}": f"step {record['step']}: {record['text']}"}))
-                elif "start" in record:
+                elif _begins(record):
                     self._start(record["start"])
                 elif "finish" in record:
                     _finish(self._client, self.run_id, record["finish"], record["reason"], record["time"])
@@ -631,6 +633,11 @@ ASKED = {
     "finish": ("time", "reason"),
 }
 """What a journal's readers ask of a kind of record without looking."""
+OF_A_START: Mapping[str, type | UnionType] = {
+    **dict.fromkeys(("journal", "uri", "experiment", "name"), str),
+    **dict.fromkeys(("params", "tags"), dict),
+    "parent": str | None,
+}
 LAST_DAY = 253_402_300_800_000
 """The first millisecond that no date has."""
 
@@ -639,22 +646,29 @@ def _is_record(record: Any) -> bool:
     """Whether it has what its readers ask for without looking; of other files' lines they ask nothing."""
     if not isinstance(record, dict) or not all(isinstance(record[key], TYPES[key]) for key in record.keys() & TYPES.keys()):
         return False
-    tags = record.get("start", {}).get("tags", {})
+    start = record.get("start", {})
+    numbers = [x for kind in ("metrics", "examined") for x in record.get(kind, {}).values()]
     return (
         all(key in record for kind in record.keys() & ASKED.keys() for key in ASKED[kind])
         and 0 <= record.get("time", 0) < LAST_DAY
-        and all(isinstance(x, int | float) for kind in ("metrics", "examined") for x in record.get(kind, {}).values())
-        and isinstance(tags, dict)
-        and all(isinstance(tag, str) for tag in tags.values())
+        and all(isinstance(x, float) or (isinstance(x, int) and abs(x) < 2**1023) for x in numbers)  # a float holds it
+        and all(isinstance(start[key], OF_A_START[key]) for key in start.keys() & OF_A_START.keys())
+        and all(isinstance(x, str) for key in ("params", "tags") for x in start.get(key, {}).values())
     )
+
+
+def _begins(record: dict[str, Any]) -> bool:
+    """Whether it says all that a run in MLflow is made of."""
+    return record.get("start", {}).keys() >= OF_A_START.keys()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """{} if it is not there or not whole: what these files hold can be found again."""
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _replace(path: Path, content: dict[str, Any]) -> None:
