@@ -362,6 +362,13 @@ def test_check_says_what_nodes_have_to_declare(file, capsys, monkeypatch):
     assert "  1 x 0.5 = 0.5 reward, which nodes have to declare\n" in out
 
 
+def test_names_that_no_file_can_have_are_one_line(file, capsys):
+    for key in ("generator.start", "reference.model"):
+        assert main(["check", str(file), "-s", f"{key}={'a' * 300}"]) == 2
+        said = capsys.readouterr().err
+        assert said.endswith(f"{'a' * 300}: File name too long\n") and said.count("\n") == 1
+
+
 @pytest.mark.usefixtures("no_rounds")
 def test_check_says_in_one_line_what_does_not_fit(file, capsys, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 4)

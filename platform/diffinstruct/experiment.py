@@ -152,7 +152,7 @@ def _no_nul(text: str) -> str:
 Text = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Samples = Annotated[int, Field(ge=1, le=10**6)]
-Rank = Annotated[int, Field(ge=0, le=10**6)]
+Rank = Annotated[int, Field(ge=0, le=2**14)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 # What an optimizer makes of these has to be a 32-bit number. Adam's steps have about the rate's size: more is nonsense.
