@@ -13,8 +13,8 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Kills, full disks, damage and whatever else takes too long for `make test`; needs strace. Its parts take four and a half hours
-# one after the other (benchmarks/RESULTS.md) and know nothing of each other: `make -k -j2 chaos` runs two at a time.
+# Kills, full disks, damage and whatever else takes too long for `make test`; needs strace. Its parts take four hours one after the
+# other and know nothing of each other: `make -k -j2 chaos` runs two at a time, in two hours (benchmarks/RESULTS.md).
 CHAOS := endurance nonfinite long sweep run cluster tracker rewards sharded mirror configurations store
 chaos: $(CHAOS:%=chaos-%)
 
