@@ -312,7 +312,7 @@ def test_a_checkpoint_that_says_it_is_the_runs_and_is_not(experiment, tmp_path, 
             main(["train", str(run_folder(base) / "experiment.yaml"), "--local"])
         *_, said, how = capsys.readouterr().err.splitlines()
         assert failed.value.code == 1 and how.startswith("from its last checkpoint the run goes on")
-        assert f"{store.folder}: its newest checkpoint was not written by this run (" in said
+        assert f"{store.folder}: the run cannot go on from its newest checkpoint (" in said
 
 
 def test_a_run_whose_checkpoints_cannot_be_read_does_not_begin_anew(experiment, tmp_path):

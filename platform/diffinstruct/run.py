@@ -149,7 +149,7 @@ def _train(
                 output.last = state["metrics"]
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())  # torch says it in many lines
-            raise CheckpointError(f"{store.folder}: its newest checkpoint was not written by this run ({why})") from error
+            raise CheckpointError(f"{store.folder}: the run cannot go on from its newest checkpoint ({why})") from error
 
     def save(at: int) -> None:
         jury.micro_batch = worker.least(jury.micro_batch)
