@@ -7,6 +7,7 @@ computes its features once: `reward.tower.features(images)`, then each `reward.h
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -28,6 +29,22 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 TEXTS_KEPT = 65_536  # of 4 KB each for a ViT-H: 270 MB at most
 
 
+def bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, C, H, W] -> [B, C, *size], antialiased, differentiable. On a GPU the gradient of torch's own adds up in any order;
+    where deterministic kernels are asked for it is done as what it is, a matrix on either side."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return F.interpolate(images, size, mode="bicubic", antialias=True)
+    down, across = (_bicubic_rows(old, new).to(images) for old, new in zip(images.shape[-2:], size, strict=True))
+    with torch.autocast(images.device.type, enabled=False):
+        return down @ images @ across.T
+
+
+@cache
+def _bicubic_rows(old: int, new: int) -> Tensor:
+    """[new, old]: what each of the new rows takes from the old ones."""
+    return F.interpolate(torch.eye(old)[None, None], (new, old), mode="bicubic", antialias=True)[0, 0]
+
+
 def clip_pixels(images: Tensor, size: int) -> Tensor:
     """[B, 3, H, W] in [0, 1] -> [B, 3, size, size] in [0, 1]: short side to `size`, centre crop, differentiable.
 
@@ -40,7 +57,7 @@ def clip_pixels(images: Tensor, size: int) -> Tensor:
     if short != size:
         new_height, new_width = size * height // short, size * width // short
         for target in ((height, new_width), (new_height, new_width)):
-            images = F.interpolate(images, target, mode="bicubic", antialias=True).clamp(0, 1)
+            images = bicubic(images, target).clamp(0, 1)
     top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
     return images[..., top : top + size, left : left + size]
 

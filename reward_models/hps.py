@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from .clip import CLIP_H, ClipTower, TowerReward, load_tokenizer, shared_tower
+from .clip import CLIP_H, ClipTower, TowerReward, bicubic, load_tokenizer, shared_tower
 from .weights import Weights, fill, read
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def fit_pixels(images: Tensor, size: int) -> Tensor:
     scale = size / max(height, width)
     if scale != 1:
         height, width = round(height * scale), round(width * scale)
-        images = F.interpolate(images, (height, width), mode="bicubic", antialias=True)
+        images = bicubic(images, (height, width))
     top, left = (size - height) // 2, (size - width) // 2
     return F.pad(images, (left, size - width - left, top, size - height - top))
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_clip import pictures
 
 import reward_models
-from reward_models.clip import OPENAI_MEAN, clip_pixels, load_tower, shared_tower
+from reward_models.clip import OPENAI_MEAN, bicubic, clip_pixels, load_tower, shared_tower
 from reward_models.hps import fit_pixels
 from reward_models.pickscore import PickScore, pickscore
 
@@ -37,6 +37,26 @@ def settings(tmp_path_factory):
 def folder(settings):
     """A random CLIP that sees 32 px, with a letter tokenizer, saved as a hub repository is."""
     return settings["clip_score"]["model"]
+
+
+@pytest.mark.parametrize("size", [(9, 14), (40, 32), (24, 50)])
+def test_deterministic_kernels_resize_alike(size):
+    """Also where a network's arithmetic around it is bf16."""
+    seen = []
+    for deterministic in (False, True):
+        images = pictures(2, 24, 32).requires_grad_()
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=deterministic):
+                resized = bicubic(images, size)
+            assert ("Upsample" in resized.grad_fn.name()) != deterministic
+            (resized**2).sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        seen.append((resized.detach(), images.grad))
+    assert seen[0][0].shape == (2, 3, *size)
+    for plain, ordered in zip(*seen, strict=True):
+        torch.testing.assert_close(ordered, plain, atol=1e-5, rtol=1e-5)
 
 
 def fresh(name, settings):

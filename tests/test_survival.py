@@ -26,6 +26,7 @@ from diffinstruct import local, tracking
 from diffinstruct import run as runs
 from diffinstruct.checkpoint import CheckpointError, CheckpointStore, a_full_disk_said
 from diffinstruct.cli import main, run_folder
+from diffinstruct.cluster.rewards import RewardActor
 from diffinstruct.experiment import UserError
 from diffinstruct.locks import LOCK, Busy, locked, only_writer
 from diffinstruct.orders import Paused
@@ -351,6 +352,24 @@ def test_one_recipe_that_cannot_be_read_holds_up_no_other_run(experiment, tmp_pa
         main(["sync", str(tmp_path)])
     said = capsys.readouterr()
     assert "stepps" in said.err and f"{tmp_path / 'b'}: all of it is there" in said.out
+
+
+# ------------------------------------------------------------------------------------------------------ same bits
+@pytest.mark.parametrize("asked", [False, True])
+def test_deterministic_kernels_are_there_where_asked_for(asked, experiment, tmp_path, monkeypatch):
+    """In the training process and in a reward actor; what they are good for only a GPU can show."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    base = experiment(steps=2, deterministic=asked)
+    found = []
+    for begin in (lambda: local.run(base, tmp_path / "run"), lambda: RewardActor(base, (), str(tmp_path))):
+        try:
+            begin()
+            found.append((torch.are_deterministic_algorithms_enabled(), "CUBLAS_WORKSPACE_CONFIG" in os.environ))
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.backends.cudnn.deterministic = False
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    assert found == [(asked, asked)] * 2
 
 
 # ------------------------------------------------------------------------------------------------------- full disks

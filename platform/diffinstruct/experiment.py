@@ -36,7 +36,8 @@ WHEREABOUTS: Mapping[str, set[str] | bool] = {
 """Sections and keys that say where a run is kept and on which machines it is placed: no part of what it computes."""
 CHANGEABLE = frozenset(
     {
-        *("steps", "global_batch_size", "micro_batch_size", "precision", "activation_checkpointing", "compile", "device"),
+        *("steps", "global_batch_size", "micro_batch_size", "precision", "activation_checkpointing", "compile"),
+        *("deterministic", "device"),
         *(f"generator.{key}" for key in ("learning_rate", "betas", "weight_decay", "max_grad_norm", "ema_decay")),
         *(f"score_network.{key}" for key in ("learning_rate", "betas", "weight_decay", "max_grad_norm", "updates_per_step")),
         *(f"objective.{key}" for key in ("regularization_weight", "reward_scale")),
@@ -497,6 +498,11 @@ class Experiment(Section):
     )
     compile: bool = Field(
         False, description="torch.compile of generator, score network and reference: minutes at the start, faster rounds (ours)"
+    )
+    deterministic: bool = Field(
+        False,
+        description="of a GPU those kernels alone that give the same bits each time, as a CPU's do: slower; what has no such "
+        "kernel ends the run by its name (ours)",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one (ours)")
     reference: Reference = Reference()

@@ -48,7 +48,7 @@ from diffinstruct.prompts import read_prompts
 from diffinstruct.rewards import NotFinite
 from diffinstruct.roles import Roles, make_roles, whole
 from diffinstruct.sharding import gathered, rows, sharded, spread
-from diffinstruct.step import Draws, Metrics, NonFinite, Players, Settings, alternating_round
+from diffinstruct.step import Draws, Metrics, NonFinite, Players, Settings, alternating_round, use_deterministic_kernels
 from diffinstruct.tracking import Parent, Tracker
 from diffinstruct.watch import BLIND, Alarm, Watch
 
@@ -116,6 +116,8 @@ def train(
 def _train(
     experiment: Experiment, folder: Path, actors: RewardService | None, worker: Worker, parent: Parent | None
 ) -> Result | None:
+    if experiment.deterministic:
+        use_deterministic_kernels()
     device = resolve_device(experiment.device)
     reference = open_reference(experiment, device)
     mesh = worker.mesh

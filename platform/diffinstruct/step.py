@@ -17,6 +17,7 @@ one, and the generator goes forward once more for each micro-batch's backward pa
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -102,6 +103,14 @@ class Players:
             "generator_optimizer": self.generator_optimizer,
             "score_optimizer": self.score_optimizer,
         }
+
+
+def use_deterministic_kernels() -> None:
+    """From here on this process computes the same bits from the same numbers on a GPU, too, and an operation that cannot raises
+    RuntimeError. Before its first matrix product: cuBLAS asks for its workspace then."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -46,6 +46,7 @@ from torch import Tensor
 from diffinstruct.experiment import Experiment, UserError, did_you_mean, nearest_file
 from diffinstruct.handshake import Report
 from diffinstruct.rewards import Collect, LatentRewards, RewardError, Scores, Terms
+from diffinstruct.step import use_deterministic_kernels
 
 ATTEMPTS = 5
 """So often a question is asked before its caller gives up."""
@@ -85,6 +86,8 @@ class RewardActor:
         stand_in(folder)
         torch.set_num_threads(max(1, int(experiment.cluster.reward_cpus)))
         torch.backends.cudnn.deterministic = True  # asked again, it answers with the same bits
+        if experiment.deterministic:
+            use_deterministic_kernels()
         self.experiment, self.names = experiment, names
         self.device = torch.device("cuda" if experiment.cluster.reward_gpus else "cpu")
         self.task: tuple[str, float] | None = None  # request, since when
