@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffinstruct.checkpoint import CheckpointStore
+from diffinstruct.run_folder.checkpoint import CheckpointStore
 
 BOUND = 0.10
 UNDISTURBED = 100

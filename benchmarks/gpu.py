@@ -37,16 +37,19 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffinstruct
-from diffinstruct.diffusion import Conditions
-from diffinstruct.experiment import Experiment
-from diffinstruct.jury import InProcess, Jury
-from diffinstruct.pretrained import Reference, frozen_dtype
-from diffinstruct.rewards import Collect, LatentRewards, Scores, Send, out_of_memory
-from diffinstruct.roles import Role, make_roles
-from diffinstruct.run import make_players, make_settings
-from diffinstruct.step import Draws, Metrics, alternating_round
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.method.diffusion import Conditions
+from diffinstruct.method.noise import Draws
+from diffinstruct.method.precision import frozen_dtype
+from diffinstruct.method.rewards import Collect, LatentRewards, Scores, Send, out_of_memory
+from diffinstruct.method.step import Metrics, alternating_round
+from diffinstruct.models.lora import Role
+from diffinstruct.models.pipeline import Reference
+from diffinstruct.models.roles import make_roles
+from diffinstruct.reward_service.client import InProcess, Jury
+from diffinstruct.training.build import make_players, make_settings
 
-SHAPES = Path(diffinstruct.__file__).parent / "shapes"  # configurations as published, no weights
+SHAPES = Path(diffinstruct.__file__).parent / "models" / "hub_configs"  # configurations as published, no weights
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # folder in SHAPES, what its one-step generator is fed
     "SD1.5": ("stable-diffusion-v1-5--stable-diffusion-v1-5", {"timestep": 625, "input_scale": "sigma"}),
     "SDXL": ("stabilityai--stable-diffusion-xl-base-1.0", {"timestep": 399, "input_scale": "unit"}),

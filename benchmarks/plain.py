@@ -16,9 +16,9 @@ from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffinstruct.experiment import Experiment
-from diffinstruct.pretrained import POCKET
-from diffinstruct.prompts import read_prompts
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.prompts import read_prompts
+from diffinstruct.models.sources import POCKET
 from reward_models import load
 
 

@@ -36,13 +36,16 @@ import ray
 import torch
 from torch import Tensor, nn
 
-from diffinstruct.cluster.rewards import Answer, RewardActor, RewardPool, reward_pool
-from diffinstruct.cluster.train import attached, fit
-from diffinstruct.experiment import Experiment, load
-from diffinstruct.handshake import Report
-from diffinstruct.jury import make_rewards
-from diffinstruct.pretrained import load_reference
-from diffinstruct.rewards import Collect, LatentRewards, Scores, Terms
+from diffinstruct.cluster.attach import attached
+from diffinstruct.cluster.reward_actor import Answer, RewardActor
+from diffinstruct.cluster.reward_pool import RewardPool, reward_pool
+from diffinstruct.cluster.train import fit
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.reading import load
+from diffinstruct.method.rewards import Collect, LatentRewards, Scores, Terms
+from diffinstruct.models.pipeline import load_reference
+from diffinstruct.reward_service.client import make_rewards
+from diffinstruct.reward_service.validation import Report
 
 RECIPE = Path(__file__).parents[1] / "experiments/recipes/pocket.yaml"
 NOBODY = -1.0

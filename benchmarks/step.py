@@ -35,15 +35,16 @@ import torch
 from plain import Parts, plain, textbook
 from torch import Tensor
 
-from diffinstruct import tracking
-from diffinstruct.evaluation import Evaluation, compare
-from diffinstruct.experiment import Experiment, load
-from diffinstruct.handshake import Report
-from diffinstruct.jury import InProcess, RewardService, make_rewards
-from diffinstruct.pocket_world import examine
-from diffinstruct.pretrained import load_reference
-from diffinstruct.rewards import Collect, Terms
-from diffinstruct.run import train
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.reading import load
+from diffinstruct.evaluation.evaluate import Evaluation, compare
+from diffinstruct.evaluation.pocket import examine
+from diffinstruct.method.rewards import Collect, Terms
+from diffinstruct.models.pipeline import load_reference
+from diffinstruct.reward_service.client import InProcess, RewardService, make_rewards
+from diffinstruct.reward_service.validation import Report
+from diffinstruct.tracking.journal import Tracker
+from diffinstruct.training.loop import train
 
 PAIRS, WARM_UP = 48, 8
 BOUND = {"local": 1.03, "ray": 1.10, "actor": 1.10}
@@ -72,8 +73,8 @@ class Meter:
             self.running = {name: LOOPS[name](parts) for name, parts in self.parts.items()}
             for loop in self.running.values():
                 next(loop)
-            tracking.Tracker.metrics = self.timed(tracking.Tracker.metrics)  # type: ignore[method-assign]
-            tracking.Tracker.image = self.timed(tracking.Tracker.image)  # type: ignore[method-assign]
+            Tracker.metrics = self.timed(Tracker.metrics)  # type: ignore[method-assign]
+            Tracker.image = self.timed(Tracker.image)  # type: ignore[method-assign]
         else:
             self.ours.append(self.burnt() - self.began)
         if len(self.ours) % 2:
@@ -166,8 +167,9 @@ def on_ray(experiment: Experiment, folder: Path, actor: bool) -> None:
     """`cluster.train.run` with one worker, its pool stopped at the door."""
     import ray
 
-    from diffinstruct.cluster.rewards import reward_pool
-    from diffinstruct.cluster.train import attached, fit
+    from diffinstruct.cluster.attach import attached
+    from diffinstruct.cluster.reward_pool import reward_pool
+    from diffinstruct.cluster.train import fit
 
     with attached() as where, reward_pool(experiment) if actor else nullcontext() as pool:
         handles = pool.actors() if pool else ()
@@ -230,7 +232,12 @@ if __name__ == "__main__":
             folder = Path(temporary) / "run"
             folder.mkdir()
             # Without looks, which the loops beside it do not have, and without a choice of place: it asks once more.
-            own = ["watch.every=0", "cluster.reward_place=actor", f"steps={WARM_UP + PAIRS + 1}", f"tracking.uri=sqlite:///{temporary}/mlflow.db"]
+            own = [
+                "watch.every=0",
+                "cluster.reward_place=actor",
+                f"steps={WARM_UP + PAIRS + 1}",
+                f"tracking.uri=sqlite:///{temporary}/mlflow.db",
+            ]
             e = load(recipe, [*own, *asked.overrides])
             local(e, folder) if name == "local" else on_ray(e, folder, actor=name == "actor")
             good.append(report(name, e, folder))

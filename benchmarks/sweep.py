@@ -31,12 +31,15 @@ import pandas as pd
 import ray
 from ray.tune.schedulers import ASHAScheduler
 
-from diffinstruct.aim import Aim
-from diffinstruct.cluster import train
-from diffinstruct.cluster.sweep import changed, grid, sweep
-from diffinstruct.experiment import Experiment, load
-from diffinstruct.results import over_seeds
-from diffinstruct.tracking import read_journal
+from diffinstruct.cluster.attach import attached
+from diffinstruct.cluster.train import run
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.reading import load
+from diffinstruct.statistics import over_seeds
+from diffinstruct.sweeps.criterion import Aim
+from diffinstruct.sweeps.points import changed, grid
+from diffinstruct.sweeps.tune import sweep
+from diffinstruct.tracking.records import read_journal
 
 RECIPE = Path(__file__).parents[1] / "experiments/recipes/pocket_study.yaml"
 WEIGHT, SCALE = "objective.regularization_weight", "objective.reward_scale"
@@ -53,7 +56,7 @@ def overhead(base: Experiment, folder: Path) -> bool:
     def plain(folder: Path) -> None:
         for point in points:
             experiment = changed(base, point)
-            train.run(experiment, folder / experiment.derived_id)
+            run(experiment, folder / experiment.derived_id)
 
     work: dict[str, Callable[[Path], object]] = {"plain": plain, "swept": lambda folder: sweep(base, points, folder)}
     seconds: dict[str, list[float]] = {name: [] for name in work}
@@ -108,9 +111,9 @@ def delivered(folder: Path) -> bool:
     client, good, numbers = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}"), True, 0
     tracked = client.search_runs([client.get_experiment_by_name("diffinstruct").experiment_id])
     by_id = {run.data.tags.get("diffinstruct.experiment_id"): run.info.run_id for run in tracked}
-    for run in runs(folder / "tracking"):
+    for name in runs(folder / "tracking"):
         there: list[tuple[str, int, float]] = []
-        for record in read_journal(folder / "tracking" / run):
+        for record in read_journal(folder / "tracking" / name):
             there += [(key, record["step"], value) for key, value in record.get("metrics", {}).items()]
         metrics = client.get_run(by_id[run]).data.metrics
         found = [(key, m.step, m.value) for key in metrics for m in client.get_metric_history(by_id[run], key)]
@@ -140,10 +143,10 @@ def figures(run: Path) -> dict[str, float]:
 def looks(folder: Path, aim: Aim) -> pd.DataFrame:
     """Every look of every run: when it was, at which step, what the aim gives for it."""
     found = []
-    for run in runs(folder):
-        for record in read_journal(folder / run):
+    for name in runs(folder):
+        for record in read_journal(folder / name):
             if aim.up in (metrics := record.get("metrics", {})):
-                found.append({"run": run, "time": record["time"], "step": record["step"], "score": aim.score(metrics)})
+                found.append({"run": name, "time": record["time"], "step": record["step"], "score": aim.score(metrics)})
     return pd.DataFrame(found)
 
 
@@ -162,7 +165,7 @@ if __name__ == "__main__":
             folder.mkdir(parents=True, exist_ok=True)
             if name == "tracking":  # whatever this machine has
                 ray.init(address="local", num_cpus=AT_ONCE, include_dashboard=False)
-            with train.attached():
+            with attached():
                 good.append(PARTS[name](load(RECIPE, asked.overrides), folder))
             ray.shutdown()
     sys.exit(not all(good))

@@ -44,13 +44,36 @@ N_RENDERS, N_HELD_OUT_RENDERS = 24_000, 2_000
 
 # ------------------------------------------------------------------------------------------------ the world
 # word in the caption -> DiceBear's value. Colours are named by hand; neighbours that one would confuse are left out.
-PLANTS = {"cactus": "cactus", "bush": "bush", "flower": "flower", "tulip": "tulip", "palm": "palm", "agave": "succulent",
-          "sprout": "sprout", "bud": "buds"}
+PLANTS = {
+    "cactus": "cactus",
+    "bush": "bush",
+    "flower": "flower",
+    "tulip": "tulip",
+    "palm": "palm",
+    "agave": "succulent",
+    "sprout": "sprout",
+    "bud": "buds",
+}
 BODIES = {"round": "dome", "square": "block", "slim": "tower", "wide": "squat", "bell-shaped": "bell", "stepped": "steps"}
-COLOURS = {"blue": "#7dd3fc", "lavender": "#c4b5fd", "pink": "#fda4af", "orange": "#fdba74", "yellow": "#fcd34d",
-           "lime": "#bef264", "mint": "#5eead4", "white": "#e2e8f0"}
-BACKGROUNDS = {"blue": "#1d4ed8", "purple": "#6d28d9", "magenta": "#a21caf", "red": "#be123c", "orange": "#c2410c",
-               "green": "#047857", "dark": "#1e293b"}
+COLOURS = {
+    "blue": "#7dd3fc",
+    "lavender": "#c4b5fd",
+    "pink": "#fda4af",
+    "orange": "#fdba74",
+    "yellow": "#fcd34d",
+    "lime": "#bef264",
+    "mint": "#5eead4",
+    "white": "#e2e8f0",
+}
+BACKGROUNDS = {
+    "blue": "#1d4ed8",
+    "purple": "#6d28d9",
+    "magenta": "#a21caf",
+    "red": "#be123c",
+    "orange": "#c2410c",
+    "green": "#047857",
+    "dark": "#1e293b",
+}
 MOUTHS = {  # the first style's variants, the second's
     "smiling": (["smile", "grin"], ["smile", "grin"]),
     "frowning": (["frown"], ["frown"]),
@@ -89,16 +112,28 @@ def render(kind: str, subject: str, colour: str, background: str, mouth: str, rn
     from PIL import Image
 
     options = {
-        "seed": str(rng.random()), "animationVariant": "none", "patternProbability": 0, "cheeksProbability": 25,
-        "cheeksVariant": ["blush"], "eyesVariant": [rng.choice(["round", "dots", "bigPupils", "wide"])],
-        "backgroundColor": [BACKGROUNDS[background]], "mouthVariant": [rng.choice(MOUTHS[mouth][kind == "critter"])],
+        "seed": str(rng.random()),
+        "animationVariant": "none",
+        "patternProbability": 0,
+        "cheeksProbability": 25,
+        "cheeksVariant": ["blush"],
+        "eyesVariant": [rng.choice(["round", "dots", "bigPupils", "wide"])],
+        "backgroundColor": [BACKGROUNDS[background]],
+        "mouthVariant": [rng.choice(MOUTHS[mouth][kind == "critter"])],
     }
     if kind == "sprout":
-        options |= {"plantVariant": [PLANTS[subject]], "potColor": [COLOURS[colour]],
-                    "potVariant": [rng.choice(["taper", "cylinder", "tub", "round"])]}
+        options |= {
+            "plantVariant": [PLANTS[subject]],
+            "potColor": [COLOURS[colour]],
+            "potVariant": [rng.choice(["taper", "cylinder", "tub", "round"])],
+        }
     else:
-        options |= {"bodyVariant": [BODIES[subject]], "bodyColor": [COLOURS[colour]], "topProbability": 75,
-                    "topVariant": [rng.choice(["horns", "antennae", "earsPointy"])]}
+        options |= {
+            "bodyVariant": [BODIES[subject]],
+            "bodyColor": [COLOURS[colour]],
+            "topProbability": 75,
+            "topVariant": [rng.choice(["horns", "antennae", "earsPointy"])],
+        }
     svg = Avatar(_style(kind + "s"), options).to_string()
     png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE)
     return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
@@ -148,8 +183,9 @@ def in_unit_range(x: Tensor) -> Tensor:
 class Resumable:
     """A training loop's state on disk: modules and optimizer in one safetensors-and-json pair, replaced atomically."""
 
-    def __init__(self, folder: Path, steps: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer,
-                 every: int = 200) -> None:
+    def __init__(
+        self, folder: Path, steps: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, every: int = 200
+    ) -> None:
         self.path, self.steps, self.modules, self.optimizer, self.every = folder, steps, modules, optimizer, every
         self.start = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,8 +224,14 @@ def make_vae() -> AutoencoderTiny:
     from diffusers import AutoencoderTiny
 
     return AutoencoderTiny(
-        encoder_block_out_channels=(32, 32, 32), decoder_block_out_channels=(32, 32, 32), num_encoder_blocks=(0, 2, 2),
-        num_decoder_blocks=(2, 2, 1), latent_channels=4, scaling_factor=1.0, force_upcast=False)
+        encoder_block_out_channels=(32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32),
+        num_encoder_blocks=(0, 2, 2),
+        num_decoder_blocks=(2, 2, 1),
+        latent_channels=4,
+        scaling_factor=1.0,
+        force_upcast=False,
+    )
 
 
 def stage_vae(work: Path, steps: int = 1800, batch: int = 24) -> None:
@@ -230,8 +272,14 @@ def make_tokenizer(work: Path) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
     tokenizer = CLIPTokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=TOKENS,
-        pad_token="<|endoftext|>", unk_token="<|endoftext|>", bos_token="<|startoftext|>", eos_token="<|endoftext|>")
+        vocab=str(folder / "vocab.json"),
+        merges=str(folder / "merges.txt"),
+        model_max_length=TOKENS,
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+    )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -268,26 +316,50 @@ def text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextCo
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=4, max_position_embeddings=TOKENS, projection_dim=width, hidden_act="gelu",
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        projection_dim=width,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def make_unet() -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(48, 96, 160),
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(48, 96, 160),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16)
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
 
 
 def make_scheduler() -> DDIMScheduler:
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                         prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
 
 
 def random_caption(row: Any, rng: np.random.Generator, open_mouth: float, open_other: float, null: float = 0.0) -> str:
@@ -361,17 +433,22 @@ def stage_unet(work: Path, steps: int = 4_400, batch: int = 32) -> None:
     save_pipeline(work, ema_unet, ema_text, tokenizer, scale)
 
 
-def save_pipeline(
-    work: Path, unet: UNet2DConditionModel, text: CLIPTextModel, tokenizer: CLIPTokenizer, scale: float
-) -> None:
+def save_pipeline(work: Path, unet: UNet2DConditionModel, text: CLIPTextModel, tokenizer: CLIPTokenizer, scale: float) -> None:
     """A stock StableDiffusionPipeline folder in fp16; the latents' unit variance is the autoencoder's scaling factor."""
     from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
     vae = AutoencoderTiny.from_pretrained(work / "pipeline" / "vae")
     vae.register_to_config(scaling_factor=scale)
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=make_scheduler(), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False)
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.to(torch.float16).save_pretrained(work / "pipeline")
 
 
@@ -400,13 +477,18 @@ def decoded(work: Path, count: int = 4000) -> Tensor:
 
 def stage_classifier(work: Path, steps: int = 700, batch: int = 64) -> None:
     """The judge of truth: which attributes a picture shows. At least 98 % right on held-out renders, each attribute."""
-    from diffinstruct.evaluation import AttributeClassifier
+    from diffinstruct.evaluation.features import AttributeClassifier
 
     x, table = pictures(work, "train")
     x = torch.cat([x, decoded(work)])
     table = pd.concat([table, table[: len(x) - len(table)]])
-    classes = {"kind": ["sprout", "critter"], "subject": [*PLANTS, *BODIES], "colour": list(COLOURS),
-               "background": list(BACKGROUNDS), "mouth": list(MOUTHS)}
+    classes = {
+        "kind": ["sprout", "critter"],
+        "subject": [*PLANTS, *BODIES],
+        "colour": list(COLOURS),
+        "background": list(BACKGROUNDS),
+        "mouth": list(MOUTHS),
+    }
     truth = {a: torch.tensor([names.index(v) for v in table[a]]) for a, names in classes.items()}
     torch.manual_seed(0)
     model = AttributeClassifier(classes)
@@ -481,11 +563,23 @@ def train_preference(
     x, table = torch.cat([x, extra])[half::2], pd.concat([table, table[: len(extra)]])[half::2].reset_index(drop=True)
     rows = list(table.itertuples())
     tokenizer = CLIPTokenizer.from_pretrained(work / "pipeline" / "tokenizer")
-    vision = CLIPVisionConfig(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-                              num_attention_heads=4, image_size=SIZE, patch_size=8, projection_dim=128, hidden_act="gelu")
+    vision = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=8,
+        projection_dim=128,
+        hidden_act="gelu",
+    )
     torch.manual_seed(seed)
-    config = CLIPConfig(text_config=text_config(tokenizer, 128, 2).to_dict(), vision_config=vision.to_dict(),
-                        projection_dim=128, logit_scale_init_value=2.7)
+    config = CLIPConfig(
+        text_config=text_config(tokenizer, 128, 2).to_dict(),
+        vision_config=vision.to_dict(),
+        projection_dim=128,
+        logit_scale_init_value=2.7,
+    )
     classes = {"subject": [*PLANTS, *BODIES], "colour": list(COLOURS), "background": list(BACKGROUNDS), "mouth": list(MOUTHS)}
     # Choices alone teach the towers colours long before mouths: while they learn, each also names what it sees and reads.
     model = CLIPModel(config)
@@ -521,7 +615,8 @@ def train_preference(
         one[:, :24] = torch.arange(prompts_)[:, None]  # the picture the prompt describes, against
         other[:, :12] = prompts_ + torch.arange(prompts_)[:, None]  # one of the same subject, and against others
         chosen = torch.from_numpy(rng.random((prompts_, 96)).astype(np.float32)) < torch.sigmoid(
-            sharpness * (liked.gather(1, one) - liked.gather(1, other)))
+            sharpness * (liked.gather(1, one) - liked.gather(1, other))
+        )
         loss = choices = F.binary_cross_entropy_with_logits(scores.gather(1, one) - scores.gather(1, other), chosen.float())
         shown, good = table.iloc[index], severity == 0
         named = {}
@@ -538,14 +633,19 @@ def train_preference(
         optimizer.step()
         if step % 50 == 0:
             clear = (liked.gather(1, one) - liked.gather(1, other)).abs() > 0.5
-            agree = ((scores.gather(1, one) > scores.gather(1, other))
-                     == (liked.gather(1, one) > liked.gather(1, other)))[clear]
-            print(f"{name} {step}/{steps} choices {choices:.4f} agrees {agree.float().mean():.3f} "
-                  + " ".join(f"{k} {v:.2f}" for k, v in named.items()), flush=True)
+            agree = ((scores.gather(1, one) > scores.gather(1, other)) == (liked.gather(1, one) > liked.gather(1, other)))[
+                clear
+            ]
+            print(
+                f"{name} {step}/{steps} choices {choices:.4f} agrees {agree.float().mean():.3f} "
+                + " ".join(f"{k} {v:.2f}" for k, v in named.items()),
+                flush=True,
+            )
     model.save_pretrained(work / name)
     tokenizer.save_pretrained(work / name)
     (work / name / "preprocessor_config.json").write_text(
-        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"shortest_edge": SIZE}}))
+        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"shortest_edge": SIZE}})
+    )
 
 
 def stage_preference(work: Path, steps: int = 1000) -> None:
@@ -598,9 +698,10 @@ def stage_package(work: Path) -> None:
 
 def stage_reference(work: Path) -> None:
     """The reference at 50 guided steps: what distances are measured to, its own examination, the quality of the world."""
-    from diffinstruct.evaluation import AttributeClassifier, image_features
-    from diffinstruct.pocket_world import examination_prompts, examine, store_reference_examination
-    from diffinstruct.pretrained import load_reference
+    from diffinstruct.evaluation.evaluate import image_features
+    from diffinstruct.evaluation.features import AttributeClassifier
+    from diffinstruct.evaluation.pocket import examination_prompts, examine, store_reference_examination
+    from diffinstruct.models.pipeline import load_reference
 
     reference = load_reference("pocket")
 
@@ -618,14 +719,15 @@ def stage_reference(work: Path) -> None:
     named = evaluation.table[evaluation.table["mouth"] != ""]
     right = named.groupby("kind")[[f"accuracy/{a}" for a in ATTRIBUTES]].mean()
     print(f"reference, 50 steps, {len(named)} held-out prompts\n{right}", flush=True)
-    (work / "reference.json").write_text(json.dumps(
-        {"prompts": len(named), "guidance_scale": GUIDANCE_SCALE, "accuracy": right.to_dict()}, indent=2))
+    (work / "reference.json").write_text(
+        json.dumps({"prompts": len(named), "guidance_scale": GUIDANCE_SCALE, "accuracy": right.to_dict()}, indent=2)
+    )
 
 
 def stage_distill(work: Path, steps: int = 240) -> None:
     """The one-step start: the reference distilled by DI* with reward scale 0 (SIM), by the project's own trainer."""
-    from diffinstruct.experiment import Experiment
-    from diffinstruct.local import run
+    from diffinstruct.config.experiment import Experiment
+    from diffinstruct.training.local import run
 
     base = Experiment().model_dump(mode="json")
     base |= {"name": "distill", "steps": steps, "global_batch_size": 24, "precision": "bf16"}
@@ -646,9 +748,16 @@ def stage_distill(work: Path, steps: int = 240) -> None:
 
 
 STAGES = {
-    "render": stage_render, "vae": stage_vae, "unet": stage_unet, "classifier": stage_classifier,
-    "preference": stage_preference, "judge": stage_judge, "prompts": stage_prompts, "package": stage_package,
-    "reference": stage_reference, "distill": stage_distill,
+    "render": stage_render,
+    "vae": stage_vae,
+    "unet": stage_unet,
+    "classifier": stage_classifier,
+    "preference": stage_preference,
+    "judge": stage_judge,
+    "prompts": stage_prompts,
+    "package": stage_package,
+    "reference": stage_reference,
+    "distill": stage_distill,
 }
 
 

@@ -27,13 +27,19 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
 
-from diffinstruct.embeddings import digest
-from diffinstruct.evaluation import FeaturesOnly, Figure, bootstrap_mean, evaluate, markdown
-from diffinstruct.experiment import UserError, did_you_mean
-from diffinstruct.export import export, load_export
-from diffinstruct.pretrained import POCKET, OneStepGenerator, Reference, load_reference, load_reward
-from diffinstruct.prompts import read_prompts
-from diffinstruct.scoring import save
+from diffinstruct.config.prompts import read_prompts
+from diffinstruct.errors import UserError, did_you_mean
+from diffinstruct.evaluation.evaluate import evaluate
+from diffinstruct.evaluation.features import FeaturesOnly
+from diffinstruct.models.denoiser import OneStepGenerator
+from diffinstruct.models.export import export, load_export
+from diffinstruct.models.pipeline import Reference, load_reference
+from diffinstruct.models.prompt_embeddings import digest
+from diffinstruct.models.sources import POCKET
+from diffinstruct.reports.frames import markdown
+from diffinstruct.reward_service.client import load_reward
+from diffinstruct.reward_service.score_folder import save
+from diffinstruct.statistics import Figure, bootstrap_mean
 from reward_models.weights import at_commit, read
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffinstruct.cluster.study import Study
-from diffinstruct.pocket_world import MEASURES, examine_run
+from diffinstruct.evaluation.pocket import MEASURES, examine_run
+from diffinstruct.sweeps.study import Study
 
 HERE = Path(__file__).parent
 RECIPE = {"objective.name": "di_star", "objective.reward_scale": 2.0}

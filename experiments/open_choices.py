@@ -17,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from diffinstruct.cluster.study import Study
-from diffinstruct.cluster.sweep import Point
-from diffinstruct.experiment import UserError, load
-from diffinstruct.pocket_world import MEASURES, examine_run
-from diffinstruct.results import Rows, paired_by_seed, seed_noise
+from diffinstruct.config.reading import load
+from diffinstruct.errors import UserError
+from diffinstruct.evaluation.pocket import MEASURES, examine_run
+from diffinstruct.reports.frames import Rows
+from diffinstruct.statistics import paired_by_seed, seed_noise
+from diffinstruct.sweeps.points import Point
+from diffinstruct.sweeps.study import Study
 
 HERE = Path(__file__).parent
 WEIGHT = "objective.regularization_weight"
@@ -57,8 +59,7 @@ STUDY = Study(
     },
     seeds=(0,),
     measures={
-        key: MEASURES[key]
-        for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
+        key: MEASURES[key] for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
     },
     examine=examine_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",

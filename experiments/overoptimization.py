@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from diffinstruct.cluster.study import Answer, Study
-from diffinstruct.experiment import Experiment
-from diffinstruct.pocket_world import MEASURES, examine_run
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.evaluation.pocket import MEASURES, examine_run
+from diffinstruct.sweeps.study import Answer, Study
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results"

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from diffinstruct.cluster.study import Study
-from diffinstruct.cluster.sweep import Point
-from diffinstruct.pocket_world import MEASURES, examine_run
-from diffinstruct.results import Rows, at_distance, over_seeds, paired_by_seed
+from diffinstruct.evaluation.pocket import MEASURES, examine_run
+from diffinstruct.reports.frames import Rows
+from diffinstruct.statistics import at_distance, over_seeds, paired_by_seed
+from diffinstruct.sweeps.points import Point
+from diffinstruct.sweeps.study import Study
 
 HERE = Path(__file__).parent
 # A column's scales give the two divergences the same ratio of reward to regulariser at the sample, with guidance about 1/4 and

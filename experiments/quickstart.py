@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffinstruct.evaluation import Evaluation
-    from diffinstruct.experiment import Experiment
+    from diffinstruct.config.experiment import Experiment
+    from diffinstruct.evaluation.evaluate import Evaluation
 
 RECIPE = Path(__file__).parent / "recipes" / "pocket.yaml"
 REFERENCE = "reference, 50 steps"
@@ -28,7 +28,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from diffinstruct.cluster.train import run
-    from diffinstruct.experiment import UserError, load
+    from diffinstruct.config.reading import load
+    from diffinstruct.errors import UserError
 
     try:
         recipe = load(RECIPE, arguments.set)
@@ -47,11 +48,12 @@ def report(recipe: Experiment, trained: dict[str, Path], folder: Path) -> None:
     """Measure the starting points and the trained generators on the same prompts and noise; print, and write to `folder`."""
     import torch
 
-    from diffinstruct.evaluation import compare, markdown, table
-    from diffinstruct.pocket_world import MEASURES, examine, reference_examination
-    from diffinstruct.pretrained import load_reference
-    from diffinstruct.prompts import read_prompts
-    from diffinstruct.tracking import attach
+    from diffinstruct.config.prompts import read_prompts
+    from diffinstruct.evaluation.evaluate import compare
+    from diffinstruct.evaluation.pocket import MEASURES, examine, reference_examination
+    from diffinstruct.models.pipeline import load_reference
+    from diffinstruct.reports.frames import markdown, table
+    from diffinstruct.tracking.journal import attach
 
     reference = load_reference(recipe.reference.model)
     one_step = {"raw one step": "reference", "distilled start": recipe.generator.start}

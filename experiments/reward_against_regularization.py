@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffinstruct.cluster.study import Study
-from diffinstruct.cluster.sweep import Point
-from diffinstruct.pocket_world import MEASURES, examine_run
-from diffinstruct.results import by_seed
+from diffinstruct.evaluation.pocket import MEASURES, examine_run
+from diffinstruct.statistics import by_seed
+from diffinstruct.sweeps.points import Point
+from diffinstruct.sweeps.study import Study
 
 HERE = Path(__file__).parent
 WEIGHT, SCALE = "objective.regularization_weight", "objective.reward_scale"

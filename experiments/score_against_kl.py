@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from diffinstruct.cluster.study import Study
-from diffinstruct.pocket_world import MEASURES, examine_run, reference_examination
-from diffinstruct.results import at_distance, over_seeds, paired_by_seed
+from diffinstruct.evaluation.pocket import MEASURES, examine_run, reference_examination
+from diffinstruct.statistics import at_distance, over_seeds, paired_by_seed
+from diffinstruct.sweeps.study import Study
 
 if TYPE_CHECKING:
-    from diffinstruct.evaluation import Summary
+    from diffinstruct.statistics import Summary
 
 HERE = Path(__file__).parent
 SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 8.0)
@@ -39,8 +39,7 @@ STUDY = Study(
     },
     seeds=(0, 1, 2),
     measures={
-        key: MEASURES[key]
-        for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
+        key: MEASURES[key] for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
     },
     examine=examine_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",

@@ -20,7 +20,7 @@ BUSY = {
 }
 """Ray gives a process 15 to 60 seconds to start; a busy machine is no failure."""
 
-LONG = ("test_sweep", "test_experiments", "test_cluster", "test_attach", "test_nodes", "test_reward_actors")
+LONG = ("test_tune", "test_experiments", "test_train", "test_attach", "test_nodes", "test_reward_actors")
 
 
 def pytest_collection_modifyitems(items):
@@ -47,12 +47,12 @@ def session():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """(folder, experiment(**sections)) on the tiny pipeline."""
-    import tiny
+    from tiny import pipelines
 
-    from diffinstruct.experiment import Experiment
+    from diffinstruct.config.experiment import Experiment
 
     folder = tmp_path_factory.mktemp("world")
-    tiny.build(folder / "tiny")
+    pipelines.build(folder / "tiny")
     (folder / "prompts.txt").write_text("".join(f"a {colour} thing\n" for colour in ("red", "blue", "pale", "dark")))
     (folder / "broken.txt").write_text("a broken thing\n")
 
@@ -62,8 +62,8 @@ def world(tmp_path_factory):
             "generator.start": "reference", "prompts.train": str(folder / "prompts.txt"),
             "prompts.grid": str(folder / "prompts.txt"), "objective.reward_scale": 10.0, "logging.every": 1,
             "logging.grid_every": 1000, "logging.grid_prompts": 2, "logging.checkpoint_every": 1,
-            "rewards.trained": [{"name": f"tiny_rewards:{name}", "weight": w} for name, w in [("Red", 1.0), ("Broken", 0.5)]],
-            "rewards.held_out": ["tiny_rewards:Calm"], "cluster.reward_place": "actor",
+            "rewards.trained": [{"name": f"tiny.rewards:{name}", "weight": w} for name, w in [("Red", 1.0), ("Broken", 0.5)]],
+            "rewards.held_out": ["tiny.rewards:Calm"], "cluster.reward_place": "actor",
         }  # fmt: skip
         content = Experiment().model_dump()
         for key, value in (values | {key.replace("__", "."): value for key, value in changes.items()}).items():
@@ -76,13 +76,13 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl", "pixart", "sd3"])
 def family(request):
-    """Each of tiny.FAMILIES in turn."""
+    """Each of pipelines.FAMILIES in turn."""
     return request.param
 
 
 @pytest.fixture(scope="module")
 def folder(family, tmp_path_factory):
     """The tiny pipeline of the family."""
-    import tiny
+    from tiny import pipelines
 
-    return tiny.build(tmp_path_factory.mktemp(family), family=family)
+    return pipelines.build(tmp_path_factory.mktemp(family), family=family)

@@ -4,7 +4,8 @@ import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffinstruct.experiment import Experiment, Section
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.fields import Section
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,8 +31,8 @@ def test_every_default_is_in_the_paper_index():
 def test_the_results_are_what_the_rows_say(tmp_path, monkeypatch, capsys):
     """The studies' tables and the differences below them, computed again from the kept rows: these lines and no other."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("diffinstruct.tracking.publish", lambda *arguments: None)
-    monkeypatch.setattr("diffinstruct.cluster.study.sweep", None)  # nothing is missing, so nothing is run
+    monkeypatch.setattr("diffinstruct.tracking.journal.publish", lambda *arguments: None)
+    monkeypatch.setattr("diffinstruct.sweeps.study.sweep", None)  # nothing is missing, so nothing is run
     for study in (
         *("score_against_kl", "paper_ablation", "open_choices", "overoptimization"),
         *("reward_against_regularization", "guidance", "k_ta"),

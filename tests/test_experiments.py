@@ -18,11 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffinstruct import local
-from diffinstruct.cluster.sweep import changed
-from diffinstruct.experiment import UserError
-from diffinstruct.pretrained import POCKET
-from diffinstruct.prompts import read_prompts
+from diffinstruct.config.prompts import read_prompts
+from diffinstruct.errors import UserError
+from diffinstruct.models.sources import POCKET
+from diffinstruct.sweeps.points import changed
+from diffinstruct.training import local
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SCORED = "evaluate_published"
@@ -62,7 +62,7 @@ def test_what_has_no_smoke_is_no_study():
 
 @pytest.mark.parametrize("study", sorted(STUDIES - {SWEPT}))
 def test_smoke(study, tmp_path, tmp_path_factory, monkeypatch, capsys):
-    monkeypatch.setattr("diffinstruct.cluster.study.sweep", in_this_process)
+    monkeypatch.setattr("diffinstruct.sweeps.study.sweep", in_this_process)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.getbasetemp() / 'studies.db'}")  # seconds to make
     for room in ("run", "jury"):
         monkeypatch.setattr(f"diffinstruct.{room}.PICTURES", 8)  # of the handshake and a look: no study has its own number
@@ -87,7 +87,7 @@ def test_smoke_of_what_scores(tmp_path, monkeypatch, capsys):
     for measure in ("preference", "judge", "diversity"):  # a file of weights on the pipeline, and the whole pipeline
         assert table.value[measure, "distilled"] == pytest.approx(table.value[measure, "export-distilled"], rel=1e-4)
     assert table.value["judge", "distilled"] > table.value["judge", "export-raw"]
-    monkeypatch.setattr("diffinstruct.evaluation.evaluate", None)  # nothing is scored twice
+    monkeypatch.setattr("diffinstruct.evaluation.evaluate.evaluate", None)  # nothing is scored twice
     smoke(SCORED, monkeypatch, tmp_path)
     assert capsys.readouterr().out == said[said.index("|") :]
     kept, names = tmp_path / "runs" / "published-smoke", runpy.run_path(str(EXPERIMENTS / f"{SCORED}.py"))

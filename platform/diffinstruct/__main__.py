@@ -2,6 +2,6 @@
 
 import sys
 
-from diffinstruct.cli import main
+from diffinstruct.cli.main import main
 
 sys.exit(main())

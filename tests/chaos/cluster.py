@@ -31,7 +31,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 from diffinstruct.cluster.train import run
-from diffinstruct.experiment import load
+from diffinstruct.config.reading import load
 folder, kind, place = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 cluster = Cluster()
 cluster.add_node(num_cpus=4, include_dashboard=False)
@@ -131,13 +131,13 @@ def one(folder: Path, kind: str) -> list[str]:
 
 def chaos(folder: Path, kinds: tuple[str, ...] = KINDS) -> tuple[str, bool]:
     """All of it, in `folder`. Returns a line for each kind, and whether all is well."""
-    import tiny
+    from tiny import pipelines
 
-    from diffinstruct.experiment import Experiment
+    from diffinstruct.config.experiment import Experiment
 
-    slow = {"trained": [{"name": "tiny_rewards:Slow"}], "held_out": ["tiny_rewards:Calm"]}
+    slow = {"trained": [{"name": "tiny.rewards:Slow"}], "held_out": ["tiny.rewards:Calm"]}
     often = {"every": 1, "grid_every": 100, "grid_prompts": 2, "checkpoint_every": 3}
-    base = tiny.experiment(folder, steps=STEPS, rewards=slow, watch={"every": 5}, logging=often).model_dump()
+    base = pipelines.experiment(folder, steps=STEPS, rewards=slow, watch={"every": 5}, logging=often).model_dump()
     for place in ("process", "actor"):
         if any(("actors" in kind) == (place == "actor") for kind in kinds):
             cluster = {"workers": 2, "worker_resources": {"trainer": 1}, "reward_place": place, "reward_cpus": 0.5}

@@ -27,8 +27,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from diffinstruct.cli import main
-from diffinstruct.experiment import ConfigErrors, Experiment, load
+from diffinstruct.cli.main import main
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.reading import load
+from diffinstruct.errors import ConfigErrors
 
 SCHEMA = Experiment.model_json_schema()
 ORACLE = Draft202012Validator(SCHEMA)

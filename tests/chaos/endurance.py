@@ -26,15 +26,15 @@ def chaos(folder: Path, steps: int) -> tuple[str, bool]:
     """All of it, in `folder`. Returns the line that says it all, and whether all is well."""
     import numpy as np
     import psutil
-    import tiny
     import torch
+    from tiny import pipelines
 
-    from diffinstruct import local, run
-    from diffinstruct.step import alternating_round
+    from diffinstruct.method.step import alternating_round
+    from diffinstruct.training import local, loop
 
     torch.set_num_threads(1)
     often = {"every": 5, "grid_every": 500, "grid_prompts": 2, "checkpoint_every": 50}
-    experiment = tiny.experiment(folder, steps=steps, global_batch_size=2, watch={"every": 200}, logging=often)
+    experiment = pipelines.experiment(folder, steps=steps, global_batch_size=2, watch={"every": 200}, logging=often)
     process, seen, checkpoints = psutil.Process(), list[tuple[int, int]](), 0
 
     def watched(players: Any, settings: Any, schedule: Any, draws: Any, *rest: Any) -> Any:
@@ -44,7 +44,7 @@ def chaos(folder: Path, steps: int) -> tuple[str, bool]:
             seen.append((process.memory_info().rss, process.num_fds()))
         return alternating_round(players, settings, schedule, draws, *rest)
 
-    run.alternating_round = watched
+    loop.alternating_round = watched
     began = time.monotonic()
     local.run(experiment, folder / "run")
     memory, files = np.array(seen[len(seen) // 10 :]).T

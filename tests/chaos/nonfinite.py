@@ -56,10 +56,10 @@ class Injection:
 
     def now(self, players: Any, c: Any, send: Any) -> tuple[Any, Any, list[Any]]:
         """Spoil it; the round's conditions and rewards, and the hooks to remove after it."""
-        import tiny_rewards
         import torch
+        from tiny import rewards as tiny_rewards
 
-        from diffinstruct.step import unwrapped
+        from diffinstruct.method.step import unwrapped
 
         network = {"generator's": players.generator, "score": players.score_network, "score network's": players.score_network}
         match self.place:
@@ -113,9 +113,11 @@ def process(rank: int, experiment: Any, folder: Path, planned: dict[int, Injecti
     from torch.distributed.device_mesh import init_device_mesh
     from torch.nn.parallel import DistributedDataParallel
 
-    from diffinstruct import run
-    from diffinstruct.cluster.train import average, gather, least
-    from diffinstruct.step import NonFinite, alternating_round
+    from diffinstruct.cluster.collectives import average, gather, least
+    from diffinstruct.method.nonfinite import NonFinite
+    from diffinstruct.method.step import alternating_round
+    from diffinstruct.training import loop
+    from diffinstruct.training.worker import Worker
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -150,29 +152,29 @@ def process(rank: int, experiment: Any, folder: Path, planned: dict[int, Injecti
                 hook.remove()
             finite(players.state_dict(), f"step {draws.step}")
 
-    run.alternating_round = watched
-    worker = run.Worker(rank, WORLD, average=average, least=least, gather=gather)
+    loop.alternating_round = watched
+    worker = Worker(rank, WORLD, average=average, least=least, gather=gather)
     more: dict[str, Any] = {"mesh": init_device_mesh("cpu", (WORLD,))} if spread else {"wrap": DistributedDataParallel}
     with (folder / f"output-{rank}.txt").open("w") as output:
         os.dup2(output.fileno(), 1)
-        run.train(experiment, folder / "run", None, replace(worker, **more))
+        loop.train(experiment, folder / "run", None, replace(worker, **more))
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 
 def chaos(folder: Path, injections: int, seed: int = 0, spread: bool = False) -> tuple[str, bool]:
     """All of it, in `folder`. Returns the line that says it all, and whether all is well."""
-    import tiny
     import torch
+    from tiny import pipelines
 
-    from diffinstruct.checkpoint import CheckpointStore
-    from diffinstruct.tracking import read_journal
+    from diffinstruct.run_folder.checkpoint import CheckpointStore
+    from diffinstruct.tracking.records import read_journal
 
-    experiment = tiny.experiment(
+    experiment = pipelines.experiment(
         folder,
         steps=2 * injections,
         global_batch_size=4,
-        rewards={"trained": [{"name": "tiny_rewards:Red"}], "held_out": []},
+        rewards={"trained": [{"name": "tiny.rewards:Red"}], "held_out": []},
         watch={"every": 0},
         logging={"every": 10, "grid_every": 10**6, "grid_prompts": 2, "checkpoint_every": 10**6},
         cluster={"workers": WORLD, "fully_shard": spread},

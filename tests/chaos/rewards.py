@@ -30,13 +30,13 @@ APART = 3
 
 def chaos(folder: Path, kills: int, stops: int, seed: int = 0) -> tuple[str, bool]:
     """Both runs, in `folder`, in the Ray session that there is. Returns the line that says it all, and whether all is well."""
-    import tiny
+    from tiny import pipelines
 
-    from diffinstruct.cluster.rewards import reward_pool
+    from diffinstruct.cluster.reward_pool import reward_pool
     from diffinstruct.cluster.train import fit
 
     steps = 10 + APART * (kills + stops)
-    experiment = tiny.experiment(
+    experiment = pipelines.experiment(
         folder,
         steps=steps,
         logging={"every": 1, "grid_every": steps, "checkpoint_every": steps},
@@ -119,7 +119,7 @@ def metrics(folder: Path) -> dict[int, str]:
 
 def compare(one: Path, other: Path) -> list[str]:
     """Where two runs differ."""
-    from diffinstruct.checkpoint import CheckpointStore
+    from diffinstruct.run_folder.checkpoint import CheckpointStore
 
     found = [CheckpointStore(folder / "checkpoints").latest() for folder in (one, other)]
     theirs = metrics(other)

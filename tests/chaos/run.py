@@ -29,21 +29,21 @@ STEPS = 20
 
 def chaos(folder: Path, kills: int, seed: int = 0, mirror: bool = False) -> tuple[str, bool]:
     """All of it, in `folder`. Returns the line that says it all, and whether all is well."""
-    import tiny
     import torch
     from chaos.rewards import compare
     from safetensors.torch import load_file
+    from tiny import pipelines
 
     torch.set_num_threads(1)
     logging = {"every": 1, "grid_every": 7, "checkpoint_every": 3}
     store = (folder / "store").as_uri() if mirror else None
-    experiment = tiny.experiment(folder, steps=STEPS, watch={"every": 5}, logging=logging, mirror=store)
+    experiment = pipelines.experiment(folder, steps=STEPS, watch={"every": 5}, logging=logging, mirror=store)
 
     def life(run: Path, seconds: float | None) -> bool:
         """The run's call in a process of its own, killed after so many; whether it has come to the run's end."""
         child = os.fork()
         if child == 0:
-            from diffinstruct import local
+            from diffinstruct.training import local
 
             status = 1
             with (folder / "output.txt").open("a") as output:

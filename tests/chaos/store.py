@@ -26,8 +26,7 @@ from pathlib import Path
 
 import torch
 
-from diffinstruct import checkpoint
-from diffinstruct.checkpoint import CheckpointError, CheckpointStore
+from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, _Thread
 
 CALLS = "%file,%desc"
 """strace's words for calls that take a file's name or its descriptor."""
@@ -76,7 +75,7 @@ def traced(folder: Path, *more: str) -> tuple[bool, list[str]]:
     child = os.fork()
     if child == 0:
         # strace counts each thread's calls by themselves. The writer's are made here in the same order, by the one thread.
-        checkpoint._Thread.start, checkpoint._Thread.join = checkpoint._Thread.run, lambda thread: None  # type: ignore[assignment]
+        _Thread.start, _Thread.join = _Thread.run, lambda thread: None  # type: ignore[assignment]
         os.kill(os.getpid(), signal.SIGSTOP)
         CheckpointStore(folder).save(NEW, state(NEW))
         os._exit(0)

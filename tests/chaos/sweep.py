@@ -26,8 +26,9 @@ ROOT = Path(__file__).parents[2]
 DRIVER = """
 import sys
 from pathlib import Path
-from diffinstruct.cluster.sweep import changed, grid, sweep
-from diffinstruct.experiment import load
+from diffinstruct.sweeps.points import changed, grid
+from diffinstruct.sweeps.tune import sweep
+from diffinstruct.config.reading import load
 folder = Path(sys.argv[1])
 sweep(load(folder.parent / "base.yaml"), grid({"objective.reward_scale": [0.3, 1.0, 3.0], "seed": [1, 2]}), folder)
 """
@@ -45,13 +46,13 @@ def main() -> int:
 
 def chaos(folder: Path, kills: int, chance: random.Random) -> int:
     sys.path.insert(0, str(ROOT / "tests"))
-    import tiny
+    from tiny import pipelines
 
     folder.mkdir(parents=True, exist_ok=True)
-    base = tiny.experiment(
+    base = pipelines.experiment(
         folder,
         steps=60,
-        rewards={"trained": [{"name": "tiny_rewards:Slow"}], "held_out": ["tiny_rewards:Calm"]},
+        rewards={"trained": [{"name": "tiny.rewards:Slow"}], "held_out": ["tiny.rewards:Calm"]},
         logging={"every": 4, "grid_every": 1000, "grid_prompts": 2, "checkpoint_every": 6},
         cluster={"reward_cpus": 0.0},
     )

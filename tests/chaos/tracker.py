@@ -107,7 +107,7 @@ def one(folder: Path, line: Line, direct: str, number: int) -> list[str]:
     import numpy as np
     from mlflow import MlflowClient
 
-    from diffinstruct.tracking import Tracker, deliver
+    from diffinstruct.tracking.journal import Tracker, deliver
 
     plan, name = random.Random(number), f"run-{number}"
     params = {"seed": number, "a.key": "a value"}
@@ -160,12 +160,12 @@ def chaos(folder: Path, schedules: int, seed: int = 0) -> tuple[str, bool]:
     import logging
 
     from mlflow import MlflowClient
-    from test_tracking import Server
+    from tiny.server import Server
 
-    from diffinstruct import tracking
+    from diffinstruct.tracking import journal, mlflow
 
-    logging.getLogger(tracking.__name__).setLevel(logging.ERROR)
-    tracking.INTERVAL, tracking.LONGEST_PAUSE, tracking.PATIENCE, tracking.POSTPONED_AGAIN = 0.05, 0.3, 2.0, 0.3
+    logging.getLogger("diffinstruct.tracking").setLevel(logging.ERROR)
+    journal.INTERVAL, journal.LONGEST_PAUSE, journal.PATIENCE, mlflow.POSTPONED_AGAIN = 0.05, 0.3, 2.0, 0.3
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "10"
     server, began = Server(folder), time.monotonic()
     server.start()

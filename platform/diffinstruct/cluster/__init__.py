@@ -1,1 +1,1 @@
-"""The only room that imports ray: training workers, reward actors, sweeps."""
+"""Ray: attaching to a cluster, training workers, reward actors, manifests for Kubernetes."""

@@ -11,62 +11,51 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 import ray.train
 import torch
 import torch.distributed
-import yaml
-from ray._private.state import state as cluster_state
-from ray._private.worker import get_dashboard_url
 from ray.exceptions import RayTaskError
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-import diffinstruct
-from diffinstruct import orders, tracking
-from diffinstruct.checkpoint import CheckpointError
-from diffinstruct.cluster.rewards import RewardPool, ray_options, reward_pool, stand_in
-from diffinstruct.experiment import Experiment, UserError, did_you_mean
-from diffinstruct.locks import Busy
-from diffinstruct.orders import Paused
-from diffinstruct.rewards import RewardError
-from diffinstruct.step import Metrics, NonFinite
+from diffinstruct.cluster.attach import ray_options, stand_in
+from diffinstruct.cluster.reward_pool import RewardPool, reward_pool
+from diffinstruct.config.addresses import tracking_uri
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.run_folder import signals
+from diffinstruct.run_folder.locks import Busy
 
 if TYPE_CHECKING:
-    from diffinstruct.jury import RewardService
-    from diffinstruct.run import Result
-    from diffinstruct.tracking import Parent
+    from diffinstruct.reward_service.client import RewardService
+    from diffinstruct.tracking.journal import Parent
+    from diffinstruct.training.run_log import Result
+from diffinstruct.cluster.attach import attached, check_fits, warn_of_passing_copy
+from diffinstruct.cluster.collectives import average, collective_device, gather, least, leaving
+from diffinstruct.cluster.failures import NoSecondTry, close, final_error
 
 OUTPUT = "output.txt"
 """What rank 0 prints goes into this file of the run's folder, and from there to the user's terminal."""
-FINAL = (UserError, RewardError, NonFinite, CheckpointError, Paused)
-"""Errors that a second try would meet again."""
 PROMPTS_A_TASK = 256
 """Encoding fewer takes less time than loading the text encoders."""
-HEAD = "node:__internal_head__"
-"""A resource that the head has, and no other node."""
-
-logger = logging.getLogger(__name__)
 
 
 def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> Result:
     """Train `experiment` in `folder`, or go on with what is there; as `local.run`, on a cluster."""
     folder = folder.absolute()
     warn_of_passing_copy(folder)
-    uri = tracking.tracking_uri(experiment.tracking.uri, folder.parent)
+    uri = tracking_uri(experiment.tracking.uri, folder.parent)
     experiment = experiment.tracked_at(uri)
     with attached() as where:
         check_fits(experiment)
@@ -107,9 +96,9 @@ def fit(
         ),
     )
     in_main_thread, interrupt = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
-    orders.withdraw(folder)
+    signals.withdraw(folder)
     try:
-        with orders.on_sigterm(lambda: orders.give(folder, orders.PAUSE)):
+        with signals.on_sigterm(lambda: signals.give(folder, signals.PAUSE)):
             return trainer.fit().return_value
     except BaseException as error:
         # Ray answers Ctrl-C by ending the workers and the program, with status 0.
@@ -135,13 +124,13 @@ def embed(experiment: Experiment) -> None:
     of_worker = {**ray_options(experiment.cluster.per_worker), "scheduling_strategy": "DEFAULT", "max_retries": 3}
 
     def look() -> list[str | None]:
-        from diffinstruct.run import missing_embeddings
+        from diffinstruct.training.build import missing_embeddings
 
         stand_in(started_in)
         return missing_embeddings(experiment)
 
     def make(prompts: list[str | None]) -> None:
-        from diffinstruct.run import store_embeddings
+        from diffinstruct.training.build import store_embeddings
 
         stand_in(started_in)
         torch.set_num_threads(experiment.cluster.cpus_per_worker)
@@ -168,7 +157,8 @@ def train_loop(
     watched: bool,
 ) -> Result | None:
     """What runs in each worker; the result on rank 0."""
-    from diffinstruct.run import Worker, train  # driver and controller need not spend the seconds of this import
+    from diffinstruct.training.loop import train
+    from diffinstruct.training.worker import Worker
 
     stand_in(started_in)
     logging.getLogger().setLevel(logging.WARNING)  # Ray says each report at INFO
@@ -179,168 +169,13 @@ def train_loop(
     if world > 1:
         worker = replace(worker, average=average, least=least, gather=gather)
         if experiment.cluster.fully_shard:
-            worker = replace(worker, mesh=init_device_mesh(_collective_device(), (world,)))
+            worker = replace(worker, mesh=init_device_mesh(collective_device(), (world,)))
         else:
             worker = replace(worker, wrap=DistributedDataParallel)
     with (folder / OUTPUT).open("a", buffering=1) if rank == 0 else nullcontext(sys.stdout) as output, redirect_stdout(output):
         if isinstance(pool, RewardPool):
             pool = replace(pool, first=rank)  # workers do not all queue for the same actor
         return train(experiment, folder, pool, worker, parent)
-
-
-def average(metrics: Metrics) -> Metrics:
-    """The mean of each metric over the workers; a collective call."""
-    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=_collective_device())
-    torch.distributed.all_reduce(values)
-    return dict(zip(metrics, (values / torch.distributed.get_world_size()).tolist(), strict=True))
-
-
-def least(value: int) -> int:
-    """Of all workers' values; a collective call."""
-    values = torch.tensor(value, device=_collective_device())
-    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MIN)
-    return int(values)
-
-
-def gather(value: Any) -> list[Any]:
-    """All workers' values, by rank; a collective call."""
-    values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def leaving() -> bool:
-    """Whether a node with a worker on it has been told to go, as spot machines are; a collective call, of Ray's alpha API."""
-    return ray.train.get_preemption_info() is not None
-
-
-def _collective_device() -> str:
-    return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-
-
-# ------------------------------------------------------------------------------------------------------ failures
-class NoSecondTry(UserCallback):
-    """Stops the controller at an error that a restart would only repeat. (What it raises, Ray does not retry.)"""
-
-    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        for error in worker_exceptions.values():
-            if isinstance(error, FINAL):
-                raise error
-
-
-def final_error(error: BaseException | None) -> Exception | None:
-    """The error of ours inside one of Ray's, if there is one."""
-    match error:
-        case RayTaskError():  # is of its cause's class, too, but says its whole traceback
-            return final_error(error.cause)
-        case Exception() if isinstance(error, FINAL):
-            return error
-        case ControllerError():
-            return final_error(error.controller_failure)
-        case WorkerGroupError():
-            return next((found for e in error.worker_failures.values() if (found := final_error(e))), None)
-    return None
-
-
-def close(folder: Path, experiment: Experiment, reason: BaseException) -> None:
-    """End the MLflow run with the reason: a worker that was killed could not."""
-    status = "KILLED" if isinstance(reason, Paused) or not isinstance(reason, Exception) else "FAILED"
-    try:
-        if (folder / "journal.jsonl").exists():
-            tracking.deliver(folder, experiment.tracking.uri, status, f"{type(reason).__name__}: {reason}")
-    except Exception as error:
-        logger.warning("the end of %s has not reached MLflow: %s", folder, tracking.in_one_line(error))
-
-
-def warn_of_passing_copy(path: Path) -> None:
-    """A job's working directory is a copy that Ray clears away."""
-    if "working_dir_files" in path.parts:
-        print(f"{path} lies in Ray's passing copy of the code and will be lost; an absolute path stays", file=sys.stderr)
-
-
-# ------------------------------------------------------------------------------------------------------- cluster
-@contextmanager
-def attached() -> Iterator[str]:
-    """Ray, and a word on where it is: the cluster of RAY_ADDRESS (a submitted job has it too), or one of our own, which ends
-    with the block. Never a bare `ray.init()`: it joins whatever cluster this machine happens to have.
-    """
-    if ray.is_initialized():
-        yield described()
-        return
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    if address.startswith("http"):
-        raise UserError(
-            f"RAY_ADDRESS: {address} is for `ray job submit`; to run from here give the cluster's own, like 127.0.0.1:6379"
-        )
-    # A worker without a GPU sees none, so that `device: auto` is the CPU there.
-    hidden = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
-    os.environ.update(hidden)
-    if address == "local":
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
-
-        def found() -> None:  # Ray's own helpers look for their cluster, and are lost where this machine has another
-            os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-
-        ray.init(address="local", runtime_env={"worker_process_setup_hook": found})
-    else:
-        host, _, port = address.rpartition(":")
-        try:  # Ray itself would try for many minutes
-            if port.isdecimal():
-                socket.create_connection((host, int(port)), timeout=10).close()
-            ray.init(address=address, runtime_env={"env_vars": {**hidden, "RAY_ADDRESS": address}})
-        except (OSError, ValueError) as error:  # Ray's ConnectionError is an OSError, without a number
-            refused = isinstance(error, ConnectionError) and error.errno is None
-            hint = "; if it asks for a token, RAY_AUTH_MODE=token and its token are needed here" if refused else ""
-            raise UserError(f"RAY_ADDRESS: no Ray at {address}: {str(error).splitlines()[0]}{hint}") from None
-    try:
-        yield described()
-    finally:
-        ray.shutdown()
-
-
-def described() -> str:
-    """Address and dashboard of the cluster we are attached to; where it is not ours, also which code runs on it."""
-    dashboard = get_dashboard_url()
-    return (
-        f"ray {ray.get_runtime_context().gcs_address}"
-        + (f"  dashboard http://{dashboard}" if dashboard else "")
-        + (f"  code {Path(diffinstruct.__file__).parent}" if os.environ.get("RAY_ADDRESS") else "")
-    )
-
-
-def check_fits(experiment: Experiment) -> None:
-    """Raises UserError, one line, where the cluster will never have what is asked."""
-    asked, actors, nodes = experiment.cluster, experiment.reward_actors, most_nodes()
-    if nodes is None:
-        return
-    for kind in {**asked.per_worker, **asked.per_reward_actor}:
-        per_worker, per_actor = asked.per_worker.get(kind, 0), asked.per_reward_actor.get(kind, 0)
-        needed = asked.workers * per_worker + actors * per_actor
-        has = sum(resources.get(kind, 0) * count for resources, count in nodes)
-        if needed > has + 1e-9:  # amounts may be fractions
-            unit = f"{kind}s" if kind in ("CPU", "GPU") else kind
-            hint = "" if has else did_you_mean(kind, {name for resources, _ in nodes for name in resources})
-            raise UserError(
-                f"cluster: asks for {needed:g} {unit} ({asked.workers} workers x {per_worker:g} + {actors} reward actors x "
-                f"{per_actor:g}), Ray has {has:g}{hint}"
-            )
-    for what, each in (("training worker", asked.per_worker), ("reward actor", asked.per_reward_actor if actors else {})):
-        if not any(all(resources.get(kind, 0) >= amount for kind, amount in each.items()) for resources, _ in nodes):
-            of_one = ", ".join(f"{amount:g} {kind}" for kind, amount in each.items() if amount)
-            raise UserError(f"cluster: no node has all that one {what} asks for ({of_one})")
-
-
-def most_nodes() -> list[tuple[Mapping[str, float], int]] | None:
-    """(resources, how many) of the cluster's nodes, with those that its autoscaler may start; None where nobody knows yet."""
-    there = [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
-    file = Path("~/ray_bootstrap_config.yaml").expanduser()  # the head of a cluster that `ray up` has made has it
-    if file.exists():
-        types = [t for t in yaml.safe_load(file.read_text())["available_node_types"].values() if t["max_workers"]]
-        if not all(t["resources"] for t in types):
-            return None  # machines that one has already: what they declare is known when they have joined
-        return [node for node in there if HEAD in node[0]] + [(t["resources"], t["max_workers"]) for t in types]
-    most = cluster_state.get_max_resources_from_cluster_config()  # Kubernetes with its autoscaler tells sums alone
-    return [*there, (most, 1)] if most else there
 
 
 # ------------------------------------------------------------------------------------------------------ terminal

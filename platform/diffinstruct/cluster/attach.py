@@ -1,0 +1,133 @@
+"""The Ray cluster: joining it, what it has, and whether a run fits."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.train
+import yaml
+from ray._private.state import state as cluster_state
+from ray._private.worker import get_dashboard_url
+
+import diffinstruct
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    pass
+
+
+import ray
+
+HEAD = "node:__internal_head__"
+"""A resource that the head has, and no other node."""
+
+
+def warn_of_passing_copy(path: Path) -> None:
+    """A job's working directory is a copy that Ray clears away."""
+    if "working_dir_files" in path.parts:
+        print(f"{path} lies in Ray's passing copy of the code and will be lost; an absolute path stays", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------- cluster
+@contextmanager
+def attached() -> Iterator[str]:
+    """Ray, and a word on where it is: the cluster of RAY_ADDRESS (a submitted job has it too), or one of our own, which ends
+    with the block. Never a bare `ray.init()`: it joins whatever cluster this machine happens to have.
+    """
+    if ray.is_initialized():
+        yield described()
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address.startswith("http"):
+        raise UserError(
+            f"RAY_ADDRESS: {address} is for `ray job submit`; to run from here give the cluster's own, like 127.0.0.1:6379"
+        )
+    # A worker without a GPU sees none, so that `device: auto` is the CPU there.
+    hidden = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
+    os.environ.update(hidden)
+    if address == "local":
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
+
+        def found() -> None:  # Ray's own helpers look for their cluster, and are lost where this machine has another
+            os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+
+        ray.init(address="local", runtime_env={"worker_process_setup_hook": found})
+    else:
+        host, _, port = address.rpartition(":")
+        try:  # Ray itself would try for many minutes
+            if port.isdecimal():
+                socket.create_connection((host, int(port)), timeout=10).close()
+            ray.init(address=address, runtime_env={"env_vars": {**hidden, "RAY_ADDRESS": address}})
+        except (OSError, ValueError) as error:  # Ray's ConnectionError is an OSError, without a number
+            refused = isinstance(error, ConnectionError) and error.errno is None
+            hint = "; if it asks for a token, RAY_AUTH_MODE=token and its token are needed here" if refused else ""
+            raise UserError(f"RAY_ADDRESS: no Ray at {address}: {str(error).splitlines()[0]}{hint}") from None
+    try:
+        yield described()
+    finally:
+        ray.shutdown()
+
+
+def described() -> str:
+    """Address and dashboard of the cluster we are attached to; where it is not ours, also which code runs on it."""
+    dashboard = get_dashboard_url()
+    return (
+        f"ray {ray.get_runtime_context().gcs_address}"
+        + (f"  dashboard http://{dashboard}" if dashboard else "")
+        + (f"  code {Path(diffinstruct.__file__).parent}" if os.environ.get("RAY_ADDRESS") else "")
+    )
+
+
+def check_fits(experiment: Experiment) -> None:
+    """Raises UserError, one line, where the cluster will never have what is asked."""
+    asked, actors, nodes = experiment.cluster, experiment.reward_actors, most_nodes()
+    if nodes is None:
+        return
+    for kind in {**asked.per_worker, **asked.per_reward_actor}:
+        per_worker, per_actor = asked.per_worker.get(kind, 0), asked.per_reward_actor.get(kind, 0)
+        needed = asked.workers * per_worker + actors * per_actor
+        has = sum(resources.get(kind, 0) * count for resources, count in nodes)
+        if needed > has + 1e-9:  # amounts may be fractions
+            unit = f"{kind}s" if kind in ("CPU", "GPU") else kind
+            hint = "" if has else did_you_mean(kind, {name for resources, _ in nodes for name in resources})
+            raise UserError(
+                f"cluster: asks for {needed:g} {unit} ({asked.workers} workers x {per_worker:g} + {actors} reward actors x "
+                f"{per_actor:g}), Ray has {has:g}{hint}"
+            )
+    for what, each in (("training worker", asked.per_worker), ("reward actor", asked.per_reward_actor if actors else {})):
+        if not any(all(resources.get(kind, 0) >= amount for kind, amount in each.items()) for resources, _ in nodes):
+            of_one = ", ".join(f"{amount:g} {kind}" for kind, amount in each.items() if amount)
+            raise UserError(f"cluster: no node has all that one {what} asks for ({of_one})")
+
+
+def most_nodes() -> list[tuple[Mapping[str, float], int]] | None:
+    """(resources, how many) of the cluster's nodes, with those that its autoscaler may start; None where nobody knows yet."""
+    there = [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
+    file = Path("~/ray_bootstrap_config.yaml").expanduser()  # the head of a cluster that `ray up` has made has it
+    if file.exists():
+        types = [t for t in yaml.safe_load(file.read_text())["available_node_types"].values() if t["max_workers"]]
+        if not all(t["resources"] for t in types):
+            return None  # machines that one has already: what they declare is known when they have joined
+        return [node for node in there if HEAD in node[0]] + [(t["resources"], t["max_workers"]) for t in types]
+    most = cluster_state.get_max_resources_from_cluster_config()  # Kubernetes with its autoscaler tells sums alone
+    return [*there, (most, 1)] if most else there
+
+
+def stand_in(folder: str) -> None:
+    """Make relative paths mean what they meant to the driver; on a machine that has no such folder they mean nothing."""
+    with suppress(FileNotFoundError):
+        os.chdir(folder)
+
+
+def ray_options(asked: Mapping[str, float]) -> dict[str, Any]:
+    """Resources by name as the options of an actor or a task, which know CPU and GPU by other names."""
+    declared = {name: amount for name, amount in asked.items() if name not in ("CPU", "GPU")}
+    return {"num_cpus": asked["CPU"], "num_gpus": asked.get("GPU", 0), "resources": declared}

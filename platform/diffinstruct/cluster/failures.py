@@ -1,0 +1,62 @@
+"""Errors of a run on Ray: which of them end it, and what the tracker is told."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ray.exceptions import RayTaskError
+from ray.train import UserCallback
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from diffinstruct.config.addresses import in_one_line
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.errors import UserError
+from diffinstruct.method.nonfinite import NonFinite
+from diffinstruct.method.rewards import RewardError
+from diffinstruct.run_folder.checkpoint import CheckpointError
+from diffinstruct.run_folder.signals import Paused
+from diffinstruct.tracking.journal import deliver
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    pass
+
+FINAL = (UserError, RewardError, NonFinite, CheckpointError, Paused)
+"""Errors that a second try would meet again."""
+
+
+# ------------------------------------------------------------------------------------------------------ failures
+class NoSecondTry(UserCallback):
+    """Stops the controller at an error that a restart would only repeat. (What it raises, Ray does not retry.)"""
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, FINAL):
+                raise error
+
+
+def final_error(error: BaseException | None) -> Exception | None:
+    """The error of ours inside one of Ray's, if there is one."""
+    match error:
+        case RayTaskError():  # is of its cause's class, too, but says its whole traceback
+            return final_error(error.cause)
+        case Exception() if isinstance(error, FINAL):
+            return error
+        case ControllerError():
+            return final_error(error.controller_failure)
+        case WorkerGroupError():
+            return next((found for e in error.worker_failures.values() if (found := final_error(e))), None)
+    return None
+
+
+def close(folder: Path, experiment: Experiment, reason: BaseException) -> None:
+    """End the MLflow run with the reason: a worker that was killed could not."""
+    status = "KILLED" if isinstance(reason, Paused) or not isinstance(reason, Exception) else "FAILED"
+    try:
+        if (folder / "journal.jsonl").exists():
+            deliver(folder, experiment.tracking.uri, status, f"{type(reason).__name__}: {reason}")
+    except Exception as error:
+        logger.warning("the end of %s has not reached MLflow: %s", folder, in_one_line(error))

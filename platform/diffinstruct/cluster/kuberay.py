@@ -1,0 +1,154 @@
+"""A run as a manifest for KubeRay: the experiment, and a RayJob whose pods are what its cluster section asks for.
+
+A pod holds one process, or as many as share one GPU. The two groups of pods declare a resource each, so that no reward actor
+takes a training process's place. Nothing secret stands in the manifest: KubeRay makes the cluster's token, and a Secret that
+need not exist holds variables like MLFLOW_TRACKING_URI and HF_TOKEN.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from importlib.metadata import version
+from math import ceil
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.errors import UserError
+
+SECRET = "diffinstruct"
+"""The Secret whose keys become environment variables of every pod."""
+MOUNT = PurePosixPath("/etc/diffinstruct")
+"""Where the experiment lies in every pod."""
+RUNS = "/mnt/runs"
+"""Where the claim is mounted if the recipe's `runs` is a relative path, which means nothing in a pod."""
+STOP_WAIT_S = 300
+"""Seconds that a job which is told to stop has for its step and its checkpoint; Ray's own default is 3."""
+IMAGE = r"[a-z0-9][a-z0-9._-]*(:\d+)?(/[a-z0-9][a-z0-9._-]*)*(:[\w.-]{1,128})?(@sha256:[0-9a-f]{64})?"
+"""An image's name: host, port, path, tag, digest."""
+LONGEST_NAME = 47
+"""Letters that KubeRay allows a RayJob."""
+HEAD_CPUS = 2
+"""For the driver, Ray's own processes and the dashboard; the head offers none to training."""
+
+
+def manifest(experiment: Experiment, image: str, claim: str, resume: str | None = None) -> str:
+    """YAML for `kubectl apply`: a ConfigMap and a RayJob.
+
+    Args:
+        image: has this project, whatever the recipe names by path, and this Ray.
+        claim: a PersistentVolumeClaim that many pods may write to; the runs lie in it.
+        resume: folder of a run in it that goes on.
+
+    Raises UserError for what Kubernetes would refuse.
+    """
+    if not re.fullmatch(IMAGE, image):
+        raise UserError(f"--image: should be as registry.example/diffinstruct:1, got {image!r}")
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", claim) or len(claim) > 253:
+        raise UserError(f"--claim: should be small letters, digits, '-' and '.', got {claim!r}")
+    uri = experiment.tracking.uri or ""
+    experiment = placed(experiment)
+    database = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
+    for where, path in {"tracking.uri": database, "--resume": resume}.items():
+        if path is not None and not PurePosixPath(path).is_relative_to(experiment.runs):
+            raise UserError(f"{where}: should lie in {experiment.runs}, where the claim is mounted, got {path!r}")
+    name, asked = job_name(experiment), experiment.cluster
+    file = MOUNT / "experiment.yaml"
+    config_map = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": name},
+        "data": {file.name: experiment.to_yaml()},
+    }
+
+    def pods(kind: str, cpus: int, gpus: int, declared: dict[str, float], **environment: str) -> dict[str, Any]:
+        """Of one group: what `ray start` is told, and the template."""
+        limits = {"cpu": str(cpus)} | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
+        container = {
+            "name": kind,
+            "image": image,
+            "resources": {"requests": limits, "limits": limits},
+            "env": [{"name": key, "value": value} for key, value in {"OMP_NUM_THREADS": "1", **environment}.items()],
+            "envFrom": [{"secretRef": {"name": SECRET, "optional": True}}],
+            "volumeMounts": [{"name": "experiment", "mountPath": str(MOUNT)}, {"name": "runs", "mountPath": experiment.runs}],
+        }
+        volumes = [
+            {"name": "experiment", "configMap": {"name": name}},
+            {"name": "runs", "persistentVolumeClaim": {"claimName": claim}},
+        ]
+        template = {"terminationGracePeriodSeconds": STOP_WAIT_S, "containers": [container], "volumes": volumes}
+        # KubeRay puts the value into a shell's command line as it is.
+        start = {"resources": shlex.quote(json.dumps(declared))} if declared else {}
+        return {"rayStartParams": start, "template": {"spec": template}}
+
+    def group(kind: str, processes: int, each: dict[str, float]) -> dict[str, Any]:
+        gpu = each.get("GPU", 0)
+        seats = min(processes, int(1 / gpu + 1e-9)) if 0 < gpu < 1 else 1
+        declared = {key: round(seats * amount, 4) for key, amount in each.items() if key not in ("CPU", "GPU")}
+        count = ceil(processes / seats)
+        cpus = max(1, ceil(seats * each["CPU"]))  # a process that is not counted works all the same
+        return {
+            "groupName": kind,
+            "replicas": count,
+            "minReplicas": count,
+            "maxReplicas": count,
+            **pods(kind, cpus, ceil(seats * gpu - 1e-9), declared),
+        }
+
+    head = pods("head", HEAD_CPUS, 0, {}, RAY_JOB_STOP_WAIT_TIME_S=str(STOP_WAIT_S))
+    head["rayStartParams"] = {"num-cpus": "0"}
+    groups = [group("trainer", asked.workers, asked.per_worker)]
+    if experiment.reward_actors:
+        groups.append(group("reward", experiment.reward_actors, asked.per_reward_actor))
+    command = ["python", "-m", "diffinstruct", "train", str(file), *(["--resume", resume] if resume else [])]
+    job = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": name},
+        "spec": {
+            "entrypoint": shlex.join(command),
+            "shutdownAfterJobFinishes": True,
+            "rayClusterSpec": {
+                "rayVersion": version("ray"),
+                "authOptions": {"mode": "token"},
+                "headGroupSpec": head,
+                "workerGroupSpecs": groups,
+            },
+        },
+    }
+    return yaml.dump_all([config_map, job], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def placed(experiment: Experiment) -> Experiment:
+    """With an absolute `runs`, and with resources that tell the two groups of pods apart where the recipe names none."""
+    cluster = experiment.cluster.model_copy(
+        update={
+            "worker_resources": experiment.cluster.worker_resources or {"trainer": 1.0},
+            "reward_resources": experiment.cluster.reward_resources or {"reward": 1.0},
+        }
+    )
+    runs = experiment.runs if PurePosixPath(experiment.runs).is_absolute() else RUNS
+    return experiment.model_copy(update={"cluster": cluster, "runs": runs})
+
+
+def job_name(experiment: Experiment) -> str:
+    """The run's name as Kubernetes allows it, and its configuration's id: the same configuration is the same job."""
+    words = re.sub(r"[^a-z0-9]+", "-", experiment.name.lower()).strip("-")
+    words = words if words[:1].isalpha() else f"run-{words}"
+    return f"{words[: LONGEST_NAME - len(experiment.derived_id) - 1].rstrip('-')}-{experiment.derived_id}"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what is used twice out twice and texts of many lines as such, as people who read manifests expect."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(
+    str, lambda to, text: to.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+)

@@ -1,0 +1,155 @@
+"""One call to a reward actor, sent again until there is an answer that can be trusted."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import ray
+from ray._private.state import state as cluster_state
+from ray.actor import ActorHandle
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    RayError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
+
+from diffinstruct.cluster.reward_actor import LOADING, Answer
+from diffinstruct.method.rewards import RewardError
+
+logger = logging.getLogger(__name__)
+
+STARTING = 1800.0
+"""Seconds in which a process starts and loads its models, downloads included."""
+
+ATTEMPTS = 5
+"""So often a question is asked before its caller gives up."""
+GRACE = 10.0
+"""Seconds in which a process that is alive says what it does, however hard it works; less where the deadline is shorter."""
+
+
+# ------------------------------------------------------------------------------------------------------ one call
+class Fault(Exception):
+    """What went wrong with one attempt."""
+
+
+class Call:
+    """A question to one actor, sent when it is made, and sent again until there is an answer that can be trusted.
+
+    Args:
+        place: says which actor it is.
+        what: says what was asked for.
+        deadline: seconds that the actor may work on one question; waiting for its turn behind other callers is no fault.
+        asks: how many questions' time it may take.
+        send: request id -> the reference of the Answer.
+        fault: what is wrong with an Answer to it; raises Fault.
+    """
+
+    def __init__(
+        self,
+        actor: ActorHandle,
+        place: str,
+        what: str,
+        deadline: float,
+        send: Callable[[str], Any],
+        fault: Callable[[Answer], None],
+        asks: int,
+    ) -> None:
+        self.actor, self.place, self.what, self.send, self.fault, self.asks = actor, place, what, send, fault, asks
+        self.deadline, self.grace = deadline, min(deadline, GRACE)
+        self.ended: tuple[str, int] | None = None  # the process that was killed last; a stopped one takes seconds to die
+        self.id = f"{asks}x{uuid.uuid4().hex}"  # others who wait for the same actor see how long this may take
+        self.request = f"{self.id}/1"
+        self.reference = send(self.request)
+
+    def answer(self) -> Any:
+        """The answer's content. Raises what the actor raised, or RewardError, one line, when all attempts have failed."""
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                if attempt > 1:
+                    self._wait_until_it_is_back(0.1 * 2**attempt)
+                    self.request = f"{self.id}/{attempt}"
+                    self.reference = self.send(self.request)
+                answer = self._wait()
+                if answer.request != self.request:
+                    raise Fault(f"answered {answer.request}, asked {self.request}")
+                self.fault(answer)
+                return answer.content
+            except RayTaskError as error:
+                raise error.cause from error  # the reward's own words
+            except (Fault, RayError) as error:
+                failure = error if isinstance(error, Fault) else f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                if attempt == ATTEMPTS or isinstance(error, (ActorDiedError, RuntimeEnvSetupError)):  # Ray starts it no more
+                    has = ray.cluster_resources()
+                    raise RewardError(
+                        f"{self.place} failed {attempt} times in a row, asked to {self.what}: {failure} "
+                        f"(the cluster has {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs)"
+                    ) from error
+                logger.warning("%s: %s; asked again (%d of %d) to %s", self.place, failure, attempt + 1, ATTEMPTS, self.what)
+
+    def _wait(self) -> Answer:
+        pause = self.deadline
+        while not ray.wait([self.reference], timeout=pause)[0]:
+            pause = self._look()
+        return ray.get(self.reference)
+
+    def _look(self) -> float:
+        """End the actor if what it does is not to be waited for. Returns seconds until the next look."""
+        doing = self._doing()
+        if doing is None:
+            return self.grace
+        task, seconds = doing
+        if task == self.request:
+            most = self.asks * self.deadline
+        elif task == LOADING:
+            most = STARTING
+        else:  # somebody else's, who would have ended it by then, and so is dead
+            asks = int(task.partition("x")[0]) if task else 1
+            most = 2 * asks * self.deadline + self.grace
+        if seconds >= most:
+            own = task == self.request
+            limit = f" (cluster.reward_deadline_s allows {most:g})" if own else ""
+            self._replace(f"{seconds:.0f} s at work on {'it' if own else task}{limit}")
+        return min(self.deadline, most - seconds)
+
+    def _wait_until_it_is_back(self, pause: float) -> None:
+        until = time.monotonic() + STARTING
+        while True:
+            time.sleep(pause)
+            if self._doing():
+                return
+            if time.monotonic() > until:
+                self._replace(f"not back after {STARTING:g} s")
+            pause = min(2 * pause, 5.0)
+
+    def _doing(self) -> tuple[str | None, float] | None:
+        """What the actor says it does; None if it is not there at present. One that is there and silent is ended."""
+        before = self._process()
+        try:
+            return ray.get(self.actor.doing.remote(), timeout=self.grace)
+        except GetTimeoutError:
+            # One that waits for resources, for its environment or for its imports is silent, too; or the question went to
+            # a process that is no more.
+            if before == self._process() != self.ended and before[0] == "ALIVE":
+                self._replace(f"silent for {self.grace:g} s")
+        except ActorUnavailableError:
+            pass
+        return None
+
+    def _process(self) -> tuple[str, int]:
+        """State and number of the actor's process. (The public API asks the dashboard, which need not be there.)"""
+        table = cluster_state.actor_table(self.actor._actor_id.hex(), None, None)
+        return table["State"], table["NumRestarts"]
+
+    def _replace(self, why: str) -> NoReturn:
+        self.ended = self._process()
+        ray.kill(self.actor, no_restart=False)  # reaches a stopped process, too
+        raise Fault(f"{why}, so it was killed")

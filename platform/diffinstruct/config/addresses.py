@@ -1,0 +1,51 @@
+"""URIs as they may be shown and kept: without passwords, queries and blanks."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from diffinstruct.errors import UserError
+
+TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+IN_ENVIRONMENT = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or all of it in MLFLOW_TRACKING_URI"
+NO_STORES = (
+    *("blockcache", "cached", "data", "dir", "filecache", "generic", "http", "https", "libarchive", "local"),
+    *("reference", "simplecache", "tar", "zip"),
+)
+"""What fsspec knows and nothing can be kept in, or only by way of another."""
+
+
+def without_password(text: str) -> str:
+    """A URI, or a message about it, with scheme, host, port and path alone: for eyes and files."""
+    # A password may hold a /, an @ or a quote, and so may a query: where both may be meant, nothing is left of either.
+    text = re.sub(r"(?<=://)(?![^\s/:?]*/)[^\s?]*\?\S*@\S*", "", text)
+    text = re.sub(r"(?<=://)([^\s/:]*:\S*|[^\s/]+)@", "", text)
+    text = re.sub(r"(://[^\s?]*)\?\S*?(?=['\"]?(\s|$))", r"\1", text)
+    return re.sub(r"\?[^\s?=]+=\S*", "", text)  # of the part of a URI that a client of HTTP names
+
+
+def spelled(uri: str) -> str:
+    """A URI with its blanks as %20: those of a password would be taken for its end. An sqlite file's path is no such thing."""
+    return uri if uri.startswith("sqlite:") else re.sub(r"\s", "%20", uri)
+
+
+def keeps_nothing(uri: str) -> bool:
+    """Whether it is an sqlite database in memory."""
+    return re.fullmatch(r"sqlite:/*(:memory:)?", uri) is not None
+
+
+def tracking_uri(uri: str | None, runs: Path | str) -> str:
+    """Where a run is tracked: `uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` in `runs`; sqlite paths made absolute.
+
+    Ask in the process the user started: Ray's workers have other folders and another environment.
+    """
+    uri = spelled(uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(runs).absolute() / 'mlflow.db'}")
+    if keeps_nothing(uri):
+        raise UserError(f"tracking.uri: {uri} is in memory and keeps nothing; a file is sqlite:///PATH")
+    return f"sqlite:///{Path(path).absolute()}" if (path := uri.removeprefix("sqlite:///")) != uri else uri
+
+
+def in_one_line(error: Exception) -> str:
+    return without_password(f"{type(error).__name__}: {' '.join(str(error).split())}")[:200]

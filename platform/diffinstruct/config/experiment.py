@@ -1,0 +1,242 @@
+"""config.experiment"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationInfo, field_validator
+
+from diffinstruct.config.addresses import NO_STORES, spelled, without_password
+from diffinstruct.config.fields import Count, Samples, Section, Text, broken_rule, mistake_at
+from diffinstruct.config.sections import (
+    Cluster,
+    Generator,
+    Logging,
+    Objective,
+    Prompts,
+    Reference,
+    Rewards,
+    ScoreNetwork,
+    Tracking,
+    Watch,
+)
+from diffinstruct.errors import did_you_mean
+
+WHEREABOUTS: Mapping[str, set[str] | bool] = {
+    "runs": True,
+    "mirror": True,
+    "tracking": True,
+    "prompts": {"embeddings"},
+    "cluster": {"worker_resources", "reward_resources"},
+}
+"""Sections and keys that say where a run is kept and on which machines it is placed: no part of what it computes."""
+CHANGEABLE = frozenset(
+    {
+        *("steps", "global_batch_size", "micro_batch_size", "precision", "activation_checkpointing", "compile"),
+        *("deterministic", "device"),
+        *(f"generator.{key}" for key in ("learning_rate", "betas", "weight_decay", "max_grad_norm", "ema_decay")),
+        *(f"score_network.{key}" for key in ("learning_rate", "betas", "weight_decay", "max_grad_norm", "updates_per_step")),
+        *(f"objective.{key}" for key in ("regularization_weight", "reward_scale")),
+        *("prompts.train", "prompts.grid", "prompts.column", "rewards.micro_batch", "watch.on_hacking"),
+        *(f"logging.{key}" for key in ("every", "grid_every", "grid_prompts", "checkpoint_every")),
+        *(f"cluster.{key}" for key in ("workers", "use_gpu", "cpus_per_worker", "reward_replicas")),
+        *(f"cluster.{key}" for key in ("reward_cpus", "reward_gpus", "reward_deadline_s", "reward_place")),
+        "cluster.reward_environments",
+    }
+)
+"""Keys that may have another value from some step of a run on, where its user allows it. All others say what the run is: other
+networks, another objective, other rewards are another run."""
+
+
+class Experiment(Section):
+    """One run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        "pocket", description="of the run, part of its folder's name (ours)"
+    )
+    seed: int = Field(0, ge=0, le=10**9, description="z, t, eps and prompts are functions of (seed, step, sample index) (ours)")
+    steps: Count = Field(100, description="alternating rounds (ours)")
+    global_batch_size: Samples = Field(32, description="samples per round over all workers (ours)")
+    micro_batch_size: Samples | None = Field(
+        None,
+        description="samples of one training process that go through the networks at once; the gradients of a round's "
+        "micro-batches add up, and the generator goes forward twice; none: all of them at once (ours)",
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the networks' and the decoder's arithmetic; trained weights stay fp32 (ours)"
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="networks and decoder keep their blocks' inputs alone and compute the rest again in the backward pass: "
+        "less memory, and of di_star's 12 forward passes' worth of work 5 more (ours)",
+    )
+    compile: bool = Field(
+        False, description="torch.compile of generator, score network and reference: minutes at the start, faster rounds (ours)"
+    )
+    deterministic: bool = Field(
+        False,
+        description="of a GPU those kernels alone that give the same bits each time, as a CPU's do: slower; what has no such "
+        "kernel ends the run by its name (ours)",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one (ours)")
+    reference: Reference = Reference()
+    generator: Generator = Generator()
+    score_network: ScoreNetwork = ScoreNetwork()
+    objective: Objective = Objective()
+    rewards: Rewards = Rewards()
+    prompts: Prompts = Prompts()
+    watch: Watch = Watch()
+    logging: Logging = Logging()
+    cluster: Cluster = Cluster()
+    tracking: Tracking = Tracking()
+    runs: Text = Field("runs", description="folder of run folders, relative to where the command is typed (ours)")
+    mirror: Text | None = Field(
+        None,
+        description="URL in an object store, such as s3://bucket/runs, that gets a copy of each checkpoint and of the rest of "
+        "a run's folder; where that is lost or behind, the run goes on from there (ours)",
+    )
+
+    @field_validator("mirror")
+    @classmethod
+    def _known_store(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        from fsspec import available_protocols
+
+        kind, separator, place = value.partition("://")
+        known = [name for name in available_protocols() if name not in NO_STORES]
+        if not separator or kind not in known:
+            raise broken_rule("should begin with s3://, gs://, az:// or what else fsspec knows", did_you_mean(kind, known))
+        if "::" in value or not place.strip("/"):
+            raise broken_rule("should name one bucket or folder")
+        shown = re.sub(r"^abfs://[^/@:]+@", "abfs://", spelled(value))  # container@account is how Azure says it
+        if "?" in value or without_password(shown) != shown:
+            raise broken_rule("should hold no keys, since recipes are shown and kept (the environment has them)")
+        if kind == "file" and (not place.startswith("/") or ".." in place.split("/")):
+            raise broken_rule("should be an absolute path without '..'")
+        return value
+
+    @field_validator("compile")
+    @classmethod
+    def _keeps_activations(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("activation_checkpointing"):
+            raise broken_rule("should be false with activation_checkpointing: torch.compile knows no role that is played again")
+        return value
+
+    @field_validator("generator")
+    @classmethod
+    def _same_world(cls, value: Generator, info: ValidationInfo) -> Generator:
+        reference = info.data.get("reference", Reference())
+        if value.start == "pocket-distilled" and reference.model != "pocket":
+            raise mistake_at(
+                "start", value.start, broken_rule(f"belongs to the pocket world, but reference.model is {reference.model!r}")
+            )
+        return value
+
+    @field_validator("generator")
+    @classmethod
+    def _start_of_an_adapter(cls, value: Generator) -> Generator:
+        if value.start_rank and (not value.lora_rank or value.start == "reference"):
+            why = "start is the reference" if value.lora_rank else "lora_rank is 0"
+            raise mistake_at("start_rank", value.start_rank, broken_rule(f"should be 0 where {why}"))
+        return value
+
+    @field_validator("rewards")
+    @classmethod
+    def _something_to_climb(cls, value: Rewards, info: ValidationInfo) -> Rewards:
+        objective = info.data.get("objective", Objective(reward_scale=0.0))
+        if not value.trained and (objective.reward_scale or objective.name == "reward_only"):
+            raise mistake_at("trained", [], broken_rule("should name a reward (only objective.reward_scale 0 goes without)"))
+        return value
+
+    @field_validator("cluster")
+    @classmethod
+    def _fits_the_batch(cls, value: Cluster, info: ValidationInfo) -> Cluster:
+        batch = info.data.get("global_batch_size", 0)
+        if batch % value.workers:
+            raise mistake_at("workers", value.workers, broken_rule(f"should divide global_batch_size ({batch})"))
+        if value.use_gpu and info.data.get("device") == "cpu":
+            raise mistake_at("use_gpu", value.use_gpu, broken_rule("should be false where device is 'cpu'"))
+        return value
+
+    @field_validator("cluster")
+    @classmethod
+    def _whole_networks(cls, value: Cluster, info: ValidationInfo) -> Cluster:
+        adapted = [key for key in ("generator", "score_network") if key in info.data and info.data[key].lora_rank]
+        if value.fully_shard and value.workers == 1:
+            raise mistake_at("fully_shard", True, broken_rule("should be false with one worker: there is nobody to share with"))
+        if value.fully_shard and adapted:
+            raise mistake_at(
+                "fully_shard", True, broken_rule(f"should be false with {adapted[0]}.lora_rank: adapters fit every GPU")
+            )
+        return value
+
+    @field_validator("cluster")
+    @classmethod
+    def _environments_of_rewards(cls, value: Cluster, info: ValidationInfo) -> Cluster:
+        known = info.data["rewards"].names if "rewards" in info.data else ()
+        placed: set[str] = set()
+        for i, environment in enumerate(value.reward_environments):
+            for name in environment.rewards:
+                if known and name not in known:
+                    hint = did_you_mean(name, known)
+                    raise mistake_at("reward_environments", name, broken_rule(f"item {i} names no reward of this run", hint))
+                if name in placed:
+                    raise mistake_at(
+                        "reward_environments", name, broken_rule("a reward has one environment, this one is named twice")
+                    )
+                placed.add(name)
+        if placed and value.reward_place == "process":
+            raise mistake_at(
+                "reward_place", "process", broken_rule("should be 'actor' where cluster.reward_environments names rewards")
+            )
+        return value
+
+    @property
+    def reward_actors(self) -> int:
+        """How many the Ray runner starts: replicas of a group for each environment, and of one for all other rewards."""
+        apart = [name for environment in self.cluster.reward_environments for name in environment.rewards]
+        groups = len(self.cluster.reward_environments) + (len(self.rewards.names) > len(apart))
+        return 0 if self.cluster.reward_place == "process" else self.cluster.reward_replicas * groups
+
+    @property
+    def derived_id(self) -> str:
+        """12 hex digits that name the configuration; where runs are kept, tracked and placed is no part of it."""
+        content = self.model_dump(mode="json", exclude=WHEREABOUTS)
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+
+    def changes(self, before: Experiment) -> dict[str, tuple[Any, Any]]:
+        """Keys that differ from `before`, with (before, now); what `derived_id` passes over is passed over here."""
+        then, now = (dict(_flat(Experiment, e.model_dump(mode="json", exclude=WHEREABOUTS))) for e in (before, self))
+        return {k: (then[k], now[k]) for k in now if then[k] != now[k]}
+
+    def public(self) -> Experiment:
+        """The same without a tracking server's address that holds a password or a query, which came from the environment."""
+        uri = self.tracking.uri
+        return self if uri is None or without_password(uri) == uri else self.tracked_at(None)
+
+    def tracked_at(self, uri: str | None) -> Experiment:
+        """The same with another tracking.uri, also one from the environment."""
+        return self.model_copy(update={"tracking": self.tracking.model_copy(update={"uri": uri})})
+
+    def to_params(self) -> dict[str, str | int | float | bool | None]:
+        """The whole configuration as one flat dictionary, "objective.t_min" -> 20; lists and mappings as JSON text."""
+        return dict(_flat(Experiment, self.model_dump(mode="json")))
+
+    def to_yaml(self) -> str:
+        """The whole configuration, defaults included; `load` reads it back to an equal value."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _flat(kind: type[Section], content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        part = kind.model_fields[key].annotation
+        if isinstance(part, type) and issubclass(part, Section):
+            yield from _flat(part, value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, json.dumps(value) if isinstance(value, list | dict) else value

@@ -1,0 +1,72 @@
+"""Types of configuration values, and the rules that say what is wrong with one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from diffinstruct.errors import did_you_mean
+from reward_models import NAMES
+
+POCKET_SPLITS = ("train", "eval", "open", "grid")
+"""Of the built-in prompts: for training, held-out combinations, face-free ones, and those of the picture grid."""
+DISTANCES = ("pseudo_huber", "squared")
+
+
+def broken_rule(what: str, hint: str = "") -> PydanticCustomError:
+    """A mistake found by our own rules; the hint ends up after "got ...". Braces would be read as a template."""
+    return PydanticCustomError("rule", "{what}", {"what": what, "hint": hint})
+
+
+def mistake_at(key: str | int, value: object, error: PydanticCustomError) -> ValidationError:
+    """The same, said of one key or item of what is under validation."""
+    return ValidationError.from_exception_data("section", [InitErrorDetails(type=error, loc=(key,), input=value)])
+
+
+def no_repeats(names: Iterable[str], taken: Iterable[str]) -> None:
+    seen = set(taken)
+    for i, name in enumerate(names):
+        if name in seen:
+            raise mistake_at(i, name, broken_rule("is named twice: a reward is either trained on or held out, and once"))
+        seen.add(name)
+
+
+def _known_reward(name: str) -> str:
+    if name not in NAMES and ":" not in name:
+        raise broken_rule("should be a reward's short name or 'module:callable'", did_you_mean(name, NAMES))
+    return name
+
+
+def _known_distance(name: str) -> str:
+    if name not in DISTANCES and ":" not in name:
+        raise broken_rule(f"should be {' or '.join(map(repr, DISTANCES))} or 'module:attribute'", did_you_mean(name, DISTANCES))
+    return name
+
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise broken_rule("should hold no NUL byte: no file system takes it")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------- the fields
+Text = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Samples = Annotated[int, Field(ge=1, le=10**6)]
+Rank = Annotated[int, Field(ge=0, le=2**14)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+# What an optimizer makes of these has to be a 32-bit number. Adam's steps have about the rate's size: more is nonsense.
+LearningRate = Annotated[float, Field(gt=0, le=1)]
+WeightDecay = Annotated[float, Field(ge=0, le=1000)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+RewardName = Annotated[str, AfterValidator(_known_reward)]
+DistanceName = Annotated[str, AfterValidator(_known_distance)]
+
+
+class Section(BaseModel):
+    # Strict: `steps: yes` or `steps: 1.5` is a mistake, never a 1. Tuples alone are read from YAML's lists.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)

@@ -1,0 +1,344 @@
+"""The sections of a configuration; each field says its unit and where its default comes from."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from diffinstruct.config.addresses import IN_ENVIRONMENT, TRACKING_SCHEMES, keeps_nothing, spelled, without_password
+from diffinstruct.config.fields import (
+    POCKET_SPLITS,
+    Beta,
+    Count,
+    DistanceName,
+    LearningRate,
+    NotNegative,
+    Positive,
+    Rank,
+    RewardName,
+    Samples,
+    Section,
+    Text,
+    WeightDecay,
+    broken_rule,
+    mistake_at,
+    no_repeats,
+)
+from diffinstruct.errors import did_you_mean
+
+RAYS_OWN = {
+    "CPU": "cpus_per_worker and reward_cpus ask for CPUs",
+    "GPU": "use_gpu and reward_gpus ask for GPUs",
+    "memory": "memory is not counted",
+    "object_store_memory": "memory is not counted",
+}
+"""Resources that every node has, whatever it declares."""
+
+
+class Reference(Section):
+    """The frozen diffusion model that the generator is held close to."""
+
+    model: Text = Field(
+        "pocket", description="diffusers folder, hub id or hub id@commit, or 'pocket', the built-in world (ours)"
+    )
+    cfg_scale: NotNegative = Field(
+        2.0,
+        description="guidance of the reference; 0 is none, diffusers' guidance_scale is 1 + this (the paper; ours)",
+    )
+    guidance: Literal["in", "out"] = Field(
+        "in", description="where guidance enters: inside the divergence, or beside it as one more reward (the paper; in)"
+    )
+
+
+class Player(Section):
+    """How one of the two trained networks is optimised (Adam)."""
+
+    learning_rate: LearningRate = Field(description="of Adam, per step")
+    betas: tuple[Beta, Beta] = Field((0.0, 0.99), strict=False, description="of Adam (neighbours' choice; ours)")
+    weight_decay: WeightDecay = Field(0.0, description="of AdamW, per step and learning rate (ours)")
+    max_grad_norm: Positive = Field(10.0, description="the gradient's L2 norm is clipped to this (ours)")
+    lora_rank: Rank = Field(
+        0,
+        description="0: all weights are trained; else an adapter of this rank over a frozen network that roles share (ours)",
+    )
+
+
+class Generator(Player):
+    """The one-step network z -> x0."""
+
+    start: Text = Field(
+        "pocket-distilled",
+        description="initial weights: 'pocket-distilled', 'reference', a diffusers folder, hub id or hub id@commit, or a "
+        ".safetensors file (ours)",
+    )
+    start_rank: Rank = Field(
+        0,
+        description="with lora_rank, of a start that is not the reference: 0 keeps it as a second frozen network, else its "
+        "difference from the reference is kept at this rank, and what that loses is said (ours)",
+    )
+    timestep: int = Field(625, ge=0, description="the t it is fed, index into the reference's schedule (v1 of the paper: 625)")
+    input_scale: Literal["unit", "sigma"] = Field(
+        "unit", description="what it is fed: z ~ N(0, I) as it is (DMD2's way), or sigma_T z (SiD's)"
+    )
+    learning_rate: LearningRate = Field(
+        1e-4, description="of Adam, per step (left open; ours, kept by open_choices: neither half nor twice is better)"
+    )
+    ema_decay: float = Field(
+        0.99, ge=0, lt=1, description="per step, of the averaged weights that are shown and exported (ours)"
+    )
+
+
+class ScoreNetwork(Player):
+    """The network that follows the generator's own distribution (the paper's TA)."""
+
+    learning_rate: LearningRate = Field(
+        2e-4, description="of Adam, per update (left open; ours, kept by open_choices: neither half nor twice is better)"
+    )
+    updates_per_step: Count = Field(
+        1,
+        description="denoising updates before each generator update (K_TA; left open; ours, kept by open_choices: 2 and 4 are "
+        "not better and cost more)",
+    )
+    reuse_sample: bool = Field(True, description="the generator's update goes on with the sample of the score phase (ours)")
+    space: Literal["x0", "eps", "v"] = Field(
+        "eps",
+        description="whose squared error it learns from: lambda(t) (left open; neighbours' choice, kept by open_choices: x0 "
+        "and v are not better)",
+    )
+
+
+class Objective(Section):
+    """What the generator minimises: -reward_scale * reward + regularization_weight * divergence."""
+
+    name: Literal["di_star", "sim", "diff_instruct", "diff_instruct_pp", "sid", "dmd", "reward_only"] = Field(
+        "di_star",
+        description="DI* (the paper), SIM (DI* at reward_scale 0), Diff-Instruct (KL, reward_scale 0), Diff-Instruct++ (KL and "
+        "reward), SiD, DMD without GAN, or the reward term alone",
+    )
+    distance: DistanceName = Field(
+        "pseudo_huber",
+        description="between two scores, of di_star and sim: 'pseudo_huber', 'squared', or your own pair (d, d') as "
+        "'module:attribute' (the paper)",
+    )
+    huber_c: Positive = Field(
+        0.1,
+        le=1e6,
+        description="pseudo-Huber's c per square root of a dimension, in the units of `space` (left open; ours, kept by "
+        "open_choices: neither 0.03 nor 0.3 is better)",
+    )
+    sid_alpha: float = Field(1.0, description="SiD's alpha, of sid (SiD: 1 to 1.2)")
+    space: Literal["x0", "eps", "v", "score"] = Field(
+        "x0",
+        description="in which differences of predictions are measured: w(t) (left open; ours, kept by open_choices: eps and v "
+        "are not better)",
+    )
+    regularization_weight: NotNegative = Field(
+        1.0, description="of the divergence: sum over a sample's dimensions, mean over the batch (ours)"
+    )
+    reward_scale: NotNegative = Field(
+        2.0,
+        description="of the weighted sum of rewards, mean over the batch; it is read against the reward's own range and the "
+        "divergence's sum over dimensions: the paper's 100 is for a range of about 0.2, the pocket preference spans about "
+        "3 (ours)",
+    )
+    t_law: Literal["uniform", "log_normal"] = Field(
+        "uniform",
+        description="of t, for both players: uniform on [t_min, t_max) (left open; neighbours' choice, kept by open_choices: "
+        "the other costs diversity), or ln(sigma_t / alpha_t) normal and cut to it (Karras et al. 2022)",
+    )
+    t_log_mean: float = Field(
+        -0.5, ge=-20, le=20, description="mean of the log-normal law (Karras et al. 2022, for data of unit variance)"
+    )
+    t_log_std: float = Field(1.2, ge=1e-3, le=1e3, description="standard deviation of the log-normal law (Karras et al. 2022)")
+    t_min: int = Field(20, ge=0, description="lowest t drawn, index into the schedule (neighbours' choice; ours)")
+    t_max: int = Field(980, description="t is drawn below this (neighbours' choice; ours)")
+
+    @field_validator("reward_scale")
+    @classmethod
+    def _zero_without_reward(cls, value: float, info: ValidationInfo) -> float:
+        with_reward = {"sim": "di_star", "diff_instruct": "diff_instruct_pp"}.get(info.data.get("name", ""))
+        if value and with_reward:
+            raise broken_rule(f"should be 0 for {info.data['name']} (with a reward it is {with_reward!r})")
+        return value
+
+    @field_validator("t_max")
+    @classmethod
+    def _after_t_min(cls, value: int, info: ValidationInfo) -> int:
+        t_min = info.data.get("t_min", 0)
+        if value <= t_min:
+            raise broken_rule(f"should be greater than t_min ({t_min})")
+        return value
+
+
+class TrainedReward(Section):
+    """A reward that the generator climbs."""
+
+    name: RewardName = Field(description="a short name of `reward_models.NAMES`, or your own 'module:callable'")
+    weight: float = Field(1.0, description="multiplies its score and its gradient, before reward_scale (ours)")
+
+
+class Rewards(Section):
+    """What is climbed and what only watches."""
+
+    trained: tuple[TrainedReward, ...] = Field(
+        (TrainedReward(name="pocket_preference"),),
+        strict=False,
+        description="rewards with gradient; may be empty at reward_scale 0 (ours)",
+    )
+    held_out: tuple[RewardName, ...] = Field(
+        ("pocket_judge",), strict=False, description="rewards that are measured and never trained on (ours)"
+    )
+    normalize: Literal["none", "std"] = Field(
+        "none",
+        description="std: each trained reward is divided by its standard deviation over 64 pictures of the starting generator "
+        "(ours)",
+    )
+    micro_batch: Samples = Field(
+        16, description="samples that go through decoder and rewards at once; halved where memory does not hold them (ours)"
+    )
+
+    @field_validator("trained")
+    @classmethod
+    def _distinct(cls, value: tuple[TrainedReward, ...]) -> tuple[TrainedReward, ...]:
+        no_repeats([reward.name for reward in value], ())
+        return value
+
+    @field_validator("held_out")
+    @classmethod
+    def _not_trained(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        no_repeats(value, [reward.name for reward in info.data.get("trained", ())])
+        return value
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Trained ones, then held-out ones."""
+        return (*(reward.name for reward in self.trained), *self.held_out)
+
+
+class Prompts(Section):
+    """Where the captions come from; the only data."""
+
+    train: Text = Field(
+        "pocket:train",
+        description="'pocket:<split>', a .csv, .jsonl, .parquet or .txt file, or 'datasets:<hub id or folder>:<split>' (ours)",
+    )
+    grid: Text = Field("pocket:grid", description="the prompts of the picture grid, in the same form (ours)")
+    column: Text = Field("prompt", description="of both, which holds the prompts; a .txt and the pocket world have one (ours)")
+    embeddings: Text | None = Field(
+        None,
+        description="folder of prompt embeddings, which all machines see: what is missing there is made before the training, "
+        "which then holds no text encoder; none: prompts are encoded as they come (ours)",
+    )
+
+    @field_validator("train", "grid")
+    @classmethod
+    def _known_split(cls, value: str) -> str:
+        name, _, split = value.partition(":")
+        if name == "pocket" and split not in POCKET_SPLITS:
+            raise broken_rule("unknown split", hint=did_you_mean(value, [f"pocket:{known}" for known in POCKET_SPLITS]))
+        return value
+
+
+class Watch(Section):
+    """Whether the reward is being hacked: it rises, and what it stands for does not."""
+
+    every: int = Field(10, ge=0, description="steps between two looks at 64 pictures of the averaged generator; 0: none (ours)")
+    on_hacking: Literal["warn", "stop", "lower_scale"] = Field(
+        "warn",
+        description="what an alarm does beside being written down: nothing, end the run there as if it were finished, or halve "
+        "objective.reward_scale from there on (ours)",
+    )
+
+
+class Logging(Section):
+    """How often something is written down, in steps."""
+
+    every: Count = Field(5, description="steps between two rows of metrics (ours)")
+    grid_every: Count = Field(50, description="steps between two picture grids (ours)")
+    grid_prompts: Count = Field(8, description="rows of the grid: this many first prompts of prompts.grid (ours)")
+    checkpoint_every: Count = Field(50, description="steps between two checkpoints (ours)")
+
+
+class RewardEnvironment(Section):
+    """Rewards whose packages do not go together with the others': they get actors in an environment of their own."""
+
+    rewards: tuple[RewardName, ...] = Field(strict=False, min_length=1, description="names among trained and held_out")
+    runtime_env: Text = Field(description="a Ray runtime environment, a YAML file as of `ray job submit --runtime-env`")
+
+
+class Cluster(Section):
+    """What the Ray runner asks for; `--local` ignores it."""
+
+    workers: Count = Field(1, description="training processes; each takes global_batch_size / workers samples (ours)")
+    use_gpu: bool = Field(False, description="one GPU per training process (ours)")
+    fully_shard: bool = Field(
+        False,
+        description="FSDP2: weights, gradients, Adam states and average are spread over the training processes, for full "
+        "fine-tuning of what one GPU does not hold (ours)",
+    )
+    cpus_per_worker: Count = Field(1, description="CPUs per training process (ours)")
+    reward_replicas: Count = Field(1, description="reward actors, each with its own decoder and reward models (ours)")
+    reward_cpus: NotNegative = Field(1.0, description="CPUs per reward actor, fractions allowed; 0 leaves it uncounted (ours)")
+    reward_gpus: NotNegative = Field(0.0, description="GPUs per reward actor, fractions allowed (ours)")
+    reward_deadline_s: Positive = Field(300.0, description="seconds after which a silent reward actor is replaced (ours)")
+    reward_place: Literal["auto", "actor", "process"] = Field(
+        "auto",
+        description="where rewards are computed: in reward actors, in the training process, or where the first rounds show "
+        "that they hold them up less (ours)",
+    )
+    reward_environments: tuple[RewardEnvironment, ...] = Field(
+        (), strict=False, description="rewards in actors with a runtime environment of their own: {rewards, runtime_env} (ours)"
+    )
+    worker_resources: dict[Text, Positive] = Field(
+        {}, description="per training process, of resources that nodes declare: name -> amount (ours)"
+    )
+    reward_resources: dict[Text, Positive] = Field(
+        {}, description="per reward actor, of resources that nodes declare: name -> amount, fractions allowed (ours)"
+    )
+
+    @field_validator("worker_resources", "reward_resources")
+    @classmethod
+    def _declared_by_nodes(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, amount in value.items():
+            if name in RAYS_OWN:
+                raise mistake_at(name, amount, broken_rule(f"should be a resource that nodes declare ({RAYS_OWN[name]})"))
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]*", name):
+                raise mistake_at(name, amount, broken_rule("should be named in letters, digits, '.', '_', ':' and '-'"))
+            if amount > 1 and amount % 1:
+                raise mistake_at(name, amount, broken_rule("should be a whole number where it is above 1"))
+        return value
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """What one training process asks Ray for: resource -> amount."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": 1} if self.use_gpu else {}) | self.worker_resources
+
+    @property
+    def per_reward_actor(self) -> dict[str, float]:
+        """What one reward actor asks Ray for: resource -> amount."""
+        return {"CPU": self.reward_cpus, "GPU": self.reward_gpus} | self.reward_resources
+
+
+class Tracking(Section):
+    """Where MLflow keeps the run."""
+
+    uri: Text | None = Field(
+        None,
+        description="of the tracking server; none is MLFLOW_TRACKING_URI, else sqlite in the folder of runs (ours)",
+    )
+    experiment: Text = Field("diffinstruct", description="MLflow's name for the group of runs (ours)")
+
+    @field_validator("uri")
+    @classmethod
+    def _known_scheme(cls, value: str | None) -> str | None:
+        if value is not None and value.partition("://")[0] not in TRACKING_SCHEMES:
+            raise broken_rule(f"should begin with one of {', '.join(f'{scheme}://' for scheme in TRACKING_SCHEMES)}")
+        if value is not None and keeps_nothing(value):
+            raise broken_rule("should name a file: sqlite:///PATH")
+        if value is not None and without_password(spelled(value)) != spelled(value):
+            raise broken_rule(
+                f"should hold no user and password, nor a query, since recipes are shown and kept ({IN_ENVIRONMENT})"
+            )
+        return value

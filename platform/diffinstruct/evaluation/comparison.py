@@ -1,0 +1,97 @@
+"""Two runs side by side, `diffinstruct compare`: which keys differ between them, and what comes of it, paired over prompts and
+noise. Differences are the second run minus the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffinstruct.config.reading import load
+from diffinstruct.errors import UserError
+from diffinstruct.evaluation import generators
+from diffinstruct.evaluation.evaluate import Evaluation, compare
+from diffinstruct.models.export import load_export
+from diffinstruct.reports import page, plots
+
+SHOWN = 8
+"""Prompts, spread over the table."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """changes: key -> (the first run's value, the second's), where they differ. evaluations: name -> what it did, the first run
+    first. pictures: name -> those of `prompts`, made of the noise that was measured."""
+
+    changes: Mapping[str, tuple[Any, Any]]
+    evaluations: Mapping[str, Evaluation]
+    prompts: Sequence[str]
+    pictures: Mapping[str, Sequence[Image.Image]]
+
+    def text(self) -> str:
+        """Markdown: the keys, both runs' figures, the paired differences."""
+        one, other = self.evaluations
+        keys = "".join(f"| {key} | {before} | {now} |\n" for key, (before, now) in self.changes.items())
+        head = f"| key | {one} | {other} |\n| --- | --- | --- |\n{keys}" if keys else "Their configurations are the same.\n"
+        return f"{head}\n{generators.report(self.evaluations)}"
+
+    def page(self) -> str:
+        """The same as HTML, with the pictures."""
+        (one, first), (other, second) = self.evaluations.items()
+        differences = compare(second, first)
+        ours, theirs = first.summary(), second.summary()
+        rows = [
+            (measure, figure.n, ours[measure], theirs[measure], figure, differences.get(measure.replace("reward/", "wins/")))
+            for measure, figure in differences.items()
+            if not measure.startswith("wins/")
+        ]
+        return page.render(
+            "comparison.html",
+            title=f"{one} and {other}",
+            names=(one, other),
+            changes=self.changes,
+            measures=[(*row[:5], row[5] if row[0].startswith("reward/") else None) for row in rows],
+            seed=first.seed,
+            pictures=page.side_by_side(self.prompts, self.pictures),
+        )
+
+    def save(self, out: Path) -> None:
+        """A page, where `out` ends in .html; else a folder: `table.md`, `pictures.png`, a .csv a run with a row a prompt."""
+        if out.suffix == ".html":
+            page.save(out, self.page())
+            return
+        generators.save(self.evaluations, out)
+        (out / "table.md").write_text(self.text())
+        plots.picture_grid(self.prompts, self.pictures, out / "pictures.png")
+
+
+def compare_runs(
+    folders: Sequence[Path], prompts: str | None, rewards: Sequence[str], reference_pictures: int, seed: int
+) -> Comparison:
+    """Two finished runs, measured as `generators.examine` does; without `prompts`, on the pocket world's held-out ones.
+
+    Raises UserError for what `examine` does, and without prompts where the first run's reference is no pocket world.
+    """
+    one, other = (load(folder / "experiment.yaml") for folder in folders)
+    if prompts is None and one.reference.model != "pocket":
+        raise UserError(f"--prompts: name some; {folders[0]} is of {one.reference.model!r}, which has none built in")
+    found = generators.examine(folders, prompts or "pocket:eval", rewards, reference_pictures, seed)
+    texts = next(iter(found.values())).table["prompt"].tolist()
+    chosen = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), SHOWN)).round().astype(int)).tolist()
+    pictures = {name: _pictures(folder / "export", texts, chosen, seed) for name, folder in zip(found, folders, strict=True)}
+    return Comparison(other.changes(one), found, [texts[i] for i in chosen], pictures)
+
+
+@torch.no_grad()
+def _pictures(export: Path, texts: Sequence[str], chosen: Sequence[int], seed: int) -> list[Image.Image]:
+    """The pictures of some rows of the table, of the noise that `evaluate` gave them."""
+    reference, generator = load_export(export, device="cuda" if torch.cuda.is_available() else "cpu")
+    noise = torch.randn(len(texts), *reference.latent_shape, generator=torch.Generator().manual_seed(seed))
+    made = reference.sampler(generator)([texts[i] for i in chosen], noise[chosen])
+    pixels = (made.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]

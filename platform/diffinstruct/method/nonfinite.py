@@ -1,0 +1,52 @@
+"""Values that are not finite: where they were found, and the error that leaves the update out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+class NonFinite(RuntimeError):
+    """The gradient of `player` is not finite: its update was left out, and with it the rest of the round. All workers raise it.
+
+    player: "score network" or "generator".
+    cause: the first thing that was not finite on this worker, with the prompts it belongs to; None where all was well here, up
+        to the gradient itself.
+    """
+
+    def __init__(self, step: int, player: str, cause: str | None) -> None:
+        self.step, self.player, self.cause = step, player, cause
+        why = f" ({cause})" if cause else ""
+        super().__init__(f"step {step}: the {player}'s gradient is not finite{why}; its weights are unchanged")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NonFinite, (self.step, self.player, self.cause)
+
+
+class Faults:
+    """What this worker has found in a round that is not finite."""
+
+    def __init__(self, prompts: Sequence[str]) -> None:
+        self.prompts = prompts
+        self.first: str | None = None
+
+    def look(self, what: str, values: Tensor, part: slice = slice(None)) -> bool:
+        """Whether the values [B, ...] of these samples are finite."""
+        finite = values.detach().reshape(len(values), -1).isfinite().all(1)
+        if finite.all().item():
+            return True
+        prompts = self.prompts[part]
+        of = [prompt for prompt, is_finite in zip(prompts, finite.tolist(), strict=True) if not is_finite]
+        self.say(f"{what}, of {len(of)} of {len(prompts)} samples, the first of them {of[0]!r}")
+        return False
+
+    def say(self, what: str) -> None:
+        self.first = self.first or what
+
+    @property
+    def factor(self) -> float:
+        """Of a loss or a gradient: all workers shall see what one has found."""
+        return math.nan if self.first else 1.0

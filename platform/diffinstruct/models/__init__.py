@@ -1,0 +1,1 @@
+"""Pretrained pipelines of diffusers and transformers, their roles in the method, adapters, sharding, export."""

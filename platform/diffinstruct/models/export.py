@@ -1,0 +1,129 @@
+"""A trained one-step generator as a stock diffusers folder: whoever has diffusers can use it, without this package.
+
+The generator's timestep T and its input scale are written into the configuration of a scheduler that diffusers ships:
+
+    unit    LCMScheduler cut off at T: one step from z at T is x0_hat, and another step count raises.
+    sigma   EulerDiscreteScheduler cut off at T: it feeds sigma_T z and returns x0_hat. Its betas keep sigma_T and make
+            sigma 0 below T - 1, where its exponential spacing takes a logarithm: more than one step raises there
+            ("math domain error") instead of quietly sampling with a network that knows one step. The price is that
+            numpy warns once of a division by zero.
+    flow    the reference's own FlowMatchEulerDiscreteScheduler, whose only step of one goes from pure noise, t = 1, to
+            x0_hat. It cannot be made to refuse other step counts: the card says that there is one step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+
+from diffinstruct.errors import UserError
+from diffinstruct.models.denoiser import InputScale, OneStepGenerator
+from diffinstruct.models.lora import Role
+from diffinstruct.models.pipeline import FLOW, Reference, load_reference
+from diffinstruct.models.sources import quiet
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# {name}: a one-step text-to-image generator
+
+Trained with Diff-Instruct* (arXiv 2410.20898) against the reference `{reference}`, whose licence applies.
+It makes a picture in one step, at timestep {timestep}, without guidance; {otherwise}.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("path/to/{name}")
+pipe("a prompt", num_inference_steps=1, guidance_scale=0.0).images[0]
+```
+"""
+
+
+def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
+    """Write `generator` with the other parts of the reference `model` as a folder of its stock pipeline; returns it.
+
+    Everything is stored in the generator's own dtype, so that the pictures are the trainer's; adapters are merged into the
+    network they are on, in fp32, and lie beside it in `lora/` for `load_lora_weights` where the pipeline knows that. The
+    folder appears whole or not at all, and replaces one that is already there.
+    """
+    folder = Path(folder).absolute()
+    trained: Any = generator.denoiser.network
+    network: Any = trained.merged() if isinstance(trained, Role) else trained
+    reference = load_reference(model, network.dtype)
+    pipeline = reference.pipeline(
+        **{reference.family.part: network}, vae=reference.vae, scheduler=one_step_scheduler(reference, generator)
+    )
+    partial, previous = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "previous"))
+    try:
+        with quiet():
+            pipeline.save_pretrained(partial)
+            if isinstance(trained, Role) and not trained.under and hasattr(pipeline, "save_lora_weights"):
+                layers = {f"{reference.family.part}_lora_layers": trained.lora_weights()}
+                pipeline.save_lora_weights(partial / "lora", **layers)
+        for config in partial.glob("*/config.json"):  # where this machine keeps the reference is nobody's business
+            values = json.loads(config.read_text())
+            values.pop("_name_or_path", None)
+            config.write_text(json.dumps(values, indent=2) + "\n")
+        origin = Path(model).name if Path(model).exists() else model
+        refuses = reference.betas is not None
+        otherwise = "any other step count raises an error" if refuses else "it was trained for no other step count"
+        card = CARD.format(name=folder.name, reference=origin, timestep=generator.timestep, otherwise=otherwise)
+        (partial / "README.md").write_text(card)
+        if folder.exists():
+            folder.rename(previous)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
+    return folder
+
+
+def load_export(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Reference, OneStepGenerator]:
+    """Open what `export` wrote: the pipeline's other parts, and its one-step generator. It needs nothing else of its run.
+
+    Raises UserError for a pipeline that is no one-step generator of ours.
+    """
+    reference = load_reference(str(folder), device=device)
+    scheduler = json.loads(Path(folder, "scheduler", "scheduler_config.json").read_text())
+    scales: dict[str, InputScale] = {"LCMScheduler": "unit", "EulerDiscreteScheduler": "sigma", FLOW: "unit"}
+    if scheduler["_class_name"] not in scales or not (scheduler.get("trained_betas") or scheduler["_class_name"] == FLOW):
+        raise UserError(f"{folder}: its scheduler ({scheduler['_class_name']}) holds no one-step generator's timestep")
+    timestep = scheduler["num_train_timesteps"] - 1
+    return reference, reference.generator(timestep, "reference", scales[scheduler["_class_name"]])
+
+
+def one_step_scheduler(
+    reference: Reference, generator: OneStepGenerator
+) -> LCMScheduler | EulerDiscreteScheduler | FlowMatchEulerDiscreteScheduler:
+    """The stock scheduler whose only step is the generator's, at T."""
+    if reference.betas is None:
+        return FlowMatchEulerDiscreteScheduler.from_config(reference.scheduler.config)
+    betas = reference.betas[: generator.timestep + 1]
+    if generator.input_scale == "unit":
+        return LCMScheduler(
+            num_train_timesteps=len(betas),
+            trained_betas=betas,
+            prediction_type=reference.prediction,
+            original_inference_steps=1,
+            timestep_scaling=1e6,  # so that the boundary condition's c_out is 1 and its c_skip 0 in float32
+            clip_sample=False,
+            steps_offset=1,  # not used; the pipeline insists on it
+        )
+    alphas_cumprod = 1.0
+    for beta in betas:
+        alphas_cumprod *= 1 - beta
+    return EulerDiscreteScheduler(
+        num_train_timesteps=len(betas),
+        trained_betas=[0.0] * (len(betas) - 2) + [betas[-2], 1 - alphas_cumprod / (1 - betas[-2])],
+        prediction_type=reference.prediction,
+        timestep_spacing="trailing",
+        use_exponential_sigmas=True,
+        steps_offset=1,
+    )

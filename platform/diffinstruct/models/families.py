@@ -1,0 +1,191 @@
+"""What differs between families of text-to-image pipelines. Each answers the same four questions: which parts there are, what
+a prompt and the null prompt become, and how the network is called. To add one, add its class and a line in FAMILIES.
+
+Prompts are encoded by diffusers' own pipelines, so that a network is conditioned on what it was trained on.
+
+Shapes: B samples; xt and outputs [B, C, H, W]; t [B], as the network is fed; conditions batch first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffinstruct.method.diffusion import Conditions
+
+
+class StableDiffusion:
+    """SD 1.x and 2.x: a U-Net and one CLIP text encoder."""
+
+    pipeline: ClassVar[str] = "StableDiffusionPipeline"
+    """Its class in diffusers."""
+    part: ClassVar[str] = "unet"
+    """The network's name in the pipeline."""
+    network: ClassVar[str] = "UNet2DConditionModel"
+    """Its class in diffusers."""
+    once: ClassVar[tuple[str, ...]] = ()
+    """Classes by which older pipelines call the same network."""
+    texts: ClassVar[Mapping[str, str]] = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
+    """What turns prompts into conditions: name in the pipeline -> class in transformers."""
+    flow: ClassVar[bool] = False
+    """Whether its schedule is that of a flow."""
+    shape: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "cross_attention_dim")
+    """Keys of the network's configuration that a generator's start has in common with the reference."""
+
+    adapted: ClassVar[tuple[str, ...]] = (
+        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+        *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+    )
+    """Endings of the names of the layers that adapters belong to (the choice of DMD2's one-step SDXL; arXiv 2405.14867)."""
+
+    @staticmethod
+    def encode(pipeline: Any, prompt: str, device: torch.device | str) -> Conditions:
+        """The conditions of one prompt, batch size 1."""
+        return {"prompt_embeds": pipeline.encode_prompt([prompt], device, 1, False)[0]}
+
+    @classmethod
+    def null(cls, pipeline: Any, device: torch.device | str) -> Conditions:
+        """What classifier-free guidance takes for no prompt, batch size 1."""
+        return cls.encode(pipeline, "", device)
+
+    @staticmethod
+    def blank(network: Any, tokens: int) -> Conditions:
+        """The shapes of one prompt's conditions, for a network of this configuration and a CLIP that sees so many tokens."""
+        return {"prompt_embeds": torch.zeros(1, tokens, network.cross_attention_dim)}
+
+    @staticmethod
+    def output(network: nn.Module, xt: Tensor, t: Tensor, c: Conditions, pixels: tuple[int, int]) -> Tensor:
+        """What the network says of xt, like xt. `pixels`: height and width of the picture."""
+        return network(xt, t, c["prompt_embeds"], return_dict=False)[0]
+
+
+class StableDiffusionXL(StableDiffusion):
+    """SDXL: a U-Net, two CLIP text encoders whose hidden states lie side by side, the second's pooled state, and the picture's
+    size as "time ids" (original size, crop, target size; not cropped, here)."""
+
+    pipeline = "StableDiffusionXLPipeline"
+    texts: ClassVar[Mapping[str, str]] = {
+        "text_encoder": "CLIPTextModel",
+        "tokenizer": "CLIPTokenizer",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "tokenizer_2": "CLIPTokenizer",
+    }
+
+    @staticmethod
+    def encode(pipeline: Any, prompt: str, device: torch.device | str) -> Conditions:
+        embeds, _, pooled, _ = pipeline.encode_prompt([prompt], device=device, do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    @classmethod
+    def null(cls, pipeline: Any, device: torch.device | str) -> Conditions:
+        empty = cls.encode(pipeline, "", device)
+        zeros = pipeline.config.force_zeros_for_empty_prompt
+        return {key: torch.zeros_like(value) if zeros else value for key, value in empty.items()}
+
+    @staticmethod
+    def blank(network: Any, tokens: int) -> Conditions:
+        pooled = network.projection_class_embeddings_input_dim - 6 * network.addition_time_embed_dim
+        embeds = torch.zeros(1, tokens, network.cross_attention_dim)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": torch.zeros(1, pooled)}
+
+    @staticmethod
+    def output(network: nn.Module, xt: Tensor, t: Tensor, c: Conditions, pixels: tuple[int, int]) -> Tensor:
+        sizes = xt.new_tensor([*pixels, 0, 0, *pixels]).expand(len(xt), -1)
+        added = {"text_embeds": c["pooled_prompt_embeds"], "time_ids": sizes}
+        return network(xt, t, c["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
+
+
+class PixArtAlpha(StableDiffusion):
+    """PixArt-alpha: a transformer that also learns the variance, which is not used here, and a T5 text encoder."""
+
+    pipeline = "PixArtAlphaPipeline"
+    part = "transformer"
+    network = "PixArtTransformer2DModel"
+    once = ("Transformer2DModel",)
+    texts: ClassVar[Mapping[str, str]] = {"text_encoder": "T5EncoderModel", "tokenizer": "T5Tokenizer"}
+    shape = ("in_channels", "out_channels", "caption_channels")
+    adapted = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+
+    @staticmethod
+    def encode(pipeline: Any, prompt: str, device: torch.device | str) -> Conditions:
+        embeds, mask, _, _ = pipeline.encode_prompt([prompt], do_classifier_free_guidance=False, device=device)
+        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    @staticmethod
+    def blank(network: Any, tokens: int) -> Conditions:
+        tokens = 120  # of T5; its pipeline cuts there
+        return {
+            "prompt_embeds": torch.zeros(1, tokens, network.caption_channels),
+            "prompt_attention_mask": torch.ones(1, tokens, dtype=torch.long),
+        }
+
+    @staticmethod
+    def output(network: nn.Module, xt: Tensor, t: Tensor, c: Conditions, pixels: tuple[int, int]) -> Tensor:
+        config: Any = network.config
+        sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if config.sample_size == 128:  # the 1024 px model is told the picture's size
+            sizes = {
+                "resolution": xt.new_tensor(pixels).expand(len(xt), -1),
+                "aspect_ratio": xt.new_tensor([pixels[0] / pixels[1]]).expand(len(xt), -1),
+            }
+        output = network(
+            xt,
+            encoder_hidden_states=c["prompt_embeds"],
+            encoder_attention_mask=c["prompt_attention_mask"],
+            timestep=t,
+            added_cond_kwargs=sizes,
+            return_dict=False,
+        )[0]
+        return output.chunk(2, dim=1)[0] if config.out_channels == 2 * config.in_channels else output
+
+
+class StableDiffusion3(StableDiffusion):
+    """SD3 and 3.5: a flow-matching transformer, two CLIP text encoders and a T5."""
+
+    pipeline = "StableDiffusion3Pipeline"
+    part = "transformer"
+    network = "SD3Transformer2DModel"
+    texts: ClassVar[Mapping[str, str]] = {
+        "text_encoder": "CLIPTextModelWithProjection",
+        "tokenizer": "CLIPTokenizer",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "tokenizer_2": "CLIPTokenizer",
+        "text_encoder_3": "T5EncoderModel",
+        "tokenizer_3": "T5Tokenizer",
+    }
+    flow = True
+    shape = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim")
+    adapted = (
+        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    )
+
+    @staticmethod
+    def encode(pipeline: Any, prompt: str, device: torch.device | str) -> Conditions:
+        embeds, _, pooled, _ = pipeline.encode_prompt([prompt], None, None, device, do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    @staticmethod
+    def blank(network: Any, tokens: int) -> Conditions:
+        with_t5 = tokens + 256  # where its pipeline cuts
+        pooled = torch.zeros(1, network.pooled_projection_dim)
+        return {"prompt_embeds": torch.zeros(1, with_t5, network.joint_attention_dim), "pooled_prompt_embeds": pooled}
+
+    @staticmethod
+    def output(network: nn.Module, xt: Tensor, t: Tensor, c: Conditions, pixels: tuple[int, int]) -> Tensor:
+        return network(
+            hidden_states=xt,
+            timestep=t,
+            encoder_hidden_states=c["prompt_embeds"],
+            pooled_projections=c["pooled_prompt_embeds"],
+            return_dict=False,
+        )[0]
+
+
+FAMILIES: Mapping[str, type[StableDiffusion]] = {
+    family.pipeline: family for family in (StableDiffusion, StableDiffusionXL, PixArtAlpha, StableDiffusion3)
+}
+"""By the name of the pipeline's class, as its model_index.json says it."""

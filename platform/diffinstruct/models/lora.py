@@ -1,0 +1,146 @@
+"""One frozen network with adapters that several roles share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Base:
+    """A frozen network that several roles share.
+
+    adapted: endings of the names of the layers that adapters belong to.
+    layers: those that have some, by the names that they have without.
+    exact: reads the network anew, in fp32, where what is held here may be rounded.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        adapted: Sequence[str],
+        activation_checkpointing: bool = False,
+        exact: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        self.exact = exact
+        self.network: Any = network.requires_grad_(False).eval()
+        self.adapted = list(adapted)
+        self.playing: list[str] = []
+        self.layers: Mapping[str, LoraLayer] = {}
+        if activation_checkpointing:
+            network.enable_gradient_checkpointing(self._checkpoint)
+
+    def add(self, adapter: str, rank: int, seed: int) -> None:
+        """An adapter that changes nothing yet: B is 0, A is drawn by `seed`."""
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            torch.manual_seed(seed)
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=self.adapted), self.network, adapter)
+        self.layers = {name: module for name, module in self.network.named_modules() if isinstance(module, LoraLayer)}
+        for name, parameter in self.network.named_parameters():
+            if f".{adapter}." in name:
+                parameter.data = parameter.data.float()  # whatever the base is in
+        self.network.requires_grad_(False)  # each role says what of it is trained
+        for layer in self.layers.values():  # one list for all: a role is changed in one place, also within a backward pass
+            layer._active_adapter = self.playing
+
+    def add_difference(self, adapter: str, other: nn.Module, rank: int) -> float:
+        """An adapter that makes this network as much like `other` as its rank allows; the share of the difference, in the
+        Frobenius norm over all weights, that it does not hold (what no adapter reaches, as biases and norms, included)."""
+        whole, lost = 0.0, 0.0
+        target = dict(other.named_parameters())
+        for name, parameter in _own(dict(self.network.named_parameters())):
+            square = (target[name].float() - parameter.float()).square().sum().item()
+            whole, lost = whole + square, lost + square
+        self.add(adapter, rank, 0)
+        for name, layer in self.layers.items():
+            weight = layer.get_base_layer().weight
+            difference = target[f"{name}.weight"].float() - weight.float()
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                u, s, v = torch.svd_lowrank(difference.flatten(1), q=min(rank, *difference.flatten(1).shape), niter=4)
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            a.data.zero_()
+            b.data.zero_()
+            a.data.flatten(1)[: len(s)].copy_((v * s.sqrt()).T)
+            b.data.flatten(1)[:, : len(s)].copy_(u * s.sqrt())
+            held = ((u * s) @ v.T).view_as(difference)
+            lost += (difference - held).square().sum().item() - difference.square().sum().item()
+        return (max(lost, 0.0) / whole) ** 0.5 if whole else 0.0
+
+    def role(self, adapter: str | None = None, under: tuple[str, ...] = ()) -> Role:
+        """The network with an adapter, or alone. `under`: adapters that it adds beside, and that are not its own."""
+        return Role(self, adapter, under)
+
+    @contextmanager
+    def with_adapters(self, names: tuple[str, ...]) -> Iterator[None]:
+        before = tuple(self.playing)
+        self.playing[:] = names
+        try:
+            yield
+        finally:
+            self.playing[:] = before
+
+    def _checkpoint(self, block: Any, *inputs: Any) -> Any:
+        """A block whose activations are computed again in the backward pass, which is the role's own whatever role the network
+        plays by then."""
+        names = tuple(self.playing)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self.with_adapters(names)))
+
+
+class Role(nn.Module):
+    """A shared network in one role, called as the network itself. Its parameters and its state are its own adapter's alone."""
+
+    def __init__(self, base: Base, adapter: str | None, under: tuple[str, ...]) -> None:
+        super().__init__()
+        self.base, self.adapter, self.under = base, adapter, under
+        self.weights = nn.ParameterDict()
+        for name, parameter in base.network.named_parameters():
+            if adapter and f".{adapter}." in name:
+                self.weights[name.replace(".", "/")] = parameter
+
+    def forward(self, *inputs: Any, **more: Any) -> Any:
+        with self.base.with_adapters((*self.under, self.adapter) if self.adapter else self.under):
+            return self.base.network(*inputs, **more)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = self.base.network.dtype
+        return found
+
+    @property
+    def config(self) -> Any:
+        return self.base.network.config
+
+    def merged(self) -> nn.Module:
+        """A network of its own with the adapters added to its weights as the files have them; on the CPU, in fp32."""
+        held = self.base.exact() if self.base.exact and self.dtype != torch.float32 else self.base.network
+        weights = {name: value.float().cpu() for name, value in _own(held.state_dict())}
+        for name, layer in self.base.layers.items():
+            for adapter in (*self.under, self.adapter):
+                added = layer.get_delta_weight(adapter).detach().float().cpu()
+                weights[f"{name}.weight"] = weights[f"{name}.weight"] + added  # a new tensor: the base's own stays
+        network: nn.Module = type(self.base.network).from_config(self.config)
+        network.load_state_dict(weights)
+        return network
+
+    def lora_weights(self) -> Mapping[str, Tensor]:
+        """Its own adapter as diffusers' `save_lora_weights` wants it: "<layer>.lora_A.weight" -> weight."""
+        return {
+            name.replace("/", ".").replace(f".{self.adapter}.", "."): weight.detach().cpu()
+            for name, weight in self.weights.items()
+        }
+
+
+def _own(named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A network's own parameters (or parameters and buffers), under the names that they have without adapters."""
+    for name, value in named.items():
+        if ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), value

@@ -1,0 +1,410 @@
+"""A pretrained text-to-image diffusion model as the method needs it: schedule, denoisers, one-step generators, decoder.
+
+`load_reference` reads a diffusers pipeline part by part and loads each part when it is first asked for: a reward actor
+that only decodes never holds a network. Which parts there are and how they are called is `families`. Nothing here unpickles:
+weights are safetensors, the rest is JSON and text.
+
+Shapes: B samples; latents and noise [B, C, H, W] in the network's units (the decoder's, shifted and scaled); t [B]; images
+[B, 3, H', W'] in [0, 1]; conditions batch first.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import init_empty_weights
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import FrozenDict
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffinstruct.errors import UserError
+from diffinstruct.method.diffusion import Conditions, Schedule
+from diffinstruct.models.denoiser import InputScale, NetworkDenoiser, OneStepGenerator
+from diffinstruct.models.families import FAMILIES
+from diffinstruct.models.prompt_embeddings import NULL, Embeddings, digest
+from diffinstruct.models.sources import (
+    POCKET,
+    SUPPORTED,
+    PipelineIndex,
+    message_lines,
+    only_safetensors,
+    pinned,
+    quiet,
+    read_source,
+    refuse_missing,
+    unpacked,
+)
+
+DECODERS = ("AutoencoderKL", "AutoencoderTiny")
+FLOW = "FlowMatchEulerDiscreteScheduler"
+
+
+class Reference:
+    """A text-to-image pipeline's parts. Decoder and text encoders are frozen; each network given out is its own copy.
+
+    Not to be sent to another process: there, `load_reference` again and use the part that is needed.
+
+    source: the folder or hub id that the parts are read from.
+    index: the pipeline's `model_index.json`.
+    schedule: alpha_t and sigma_t, from the pipeline's own betas or flow.
+    latent_shape: (C, H, W) of one sample, at the resolution that the network was trained for.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        index: dict[str, Any],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        activation_checkpointing: bool,
+        embeddings: Path | None,
+        decoder_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.source, self.index, self.dtype, self.device = source, index, dtype, device
+        self.decoder_dtype = decoder_dtype or dtype
+        self.activation_checkpointing = activation_checkpointing
+        self.family = FAMILIES[index["_class_name"]]
+        scheduler = read_source(DDIMScheduler.load_config, source, subfolder="scheduler")
+        name, flow = scheduler["_class_name"], self.family.flow
+        if (name != FLOW or scheduler.get("use_dynamic_shifting")) if flow else "beta_schedule" not in scheduler:
+            wanted = f"a {FLOW} without use_dynamic_shifting" if flow else "one with a beta schedule"
+            raise UserError(f"reference.model: the scheduler of {source} is a {name}; should be {wanted}")
+        self.betas: list[float] | None = None
+        if flow:
+            self.scheduler, self.prediction = FlowMatchEulerDiscreteScheduler.from_config(scheduler), "flow_prediction"
+            sigmas = self.scheduler.sigmas.flip(0)
+            self.schedule = Schedule(1 - sigmas, sigmas, sigmas * len(sigmas))
+        else:
+            self.scheduler = ddim = DDIMScheduler.from_config(scheduler)
+            self.betas, self.prediction = ddim.betas.tolist(), ddim.config.prediction_type
+            self.schedule = Schedule(ddim.alphas_cumprod.sqrt(), (1 - ddim.alphas_cumprod).sqrt())
+        self._config = read_source(self._network_class.load_config, source, subfolder=self.family.part)
+        size = self._config["sample_size"]
+        self.latent_shape = (self._config["in_channels"], *((size, size) if isinstance(size, int) else size))
+        self.embeddings = Embeddings(embeddings, self._encoder()) if embeddings else None
+        # Prompt sets are finite: a run meets each prompt many times. 1,000 embeddings of SD1.5 are 0.24 GB in fp32. What is on
+        # disk the system caches.
+        self._embedding = self._stored if embeddings else lru_cache(maxsize=1000)(self._embed)
+
+    @property
+    def _network_class(self) -> Any:
+        return getattr(diffusers, self.family.network)
+
+    @cached_property
+    def vae(self) -> Any:
+        kind = getattr(diffusers, self.index["vae"][1])
+        vae = self._part(kind, self.source, "vae", self.decoder_dtype).requires_grad_(False)
+        if self.activation_checkpointing:
+            vae.enable_gradient_checkpointing()
+        return vae
+
+    @cached_property
+    def texts(self) -> dict[str, Any]:
+        """Tokenizers and text encoders, by their names in the pipeline."""
+        found: dict[str, Any] = {}
+        for name, kind in self.family.texts.items():
+            if name.startswith("tokenizer"):
+                found[name] = read_source(getattr(transformers, kind).from_pretrained, self.source, subfolder=name)
+            else:
+                found[name] = self._part(getattr(transformers, kind), self.source, name).requires_grad_(False)
+        return found
+
+    @cached_property
+    def _pixels_per_latent(self) -> int:
+        config = read_source(getattr(diffusers, self.index["vae"][1]).load_config, self.source, subfolder="vae")
+        blocks = config.get("block_out_channels") or config["decoder_block_out_channels"]
+        return int(2 ** (len(blocks) - 1))
+
+    @cached_property
+    def _sampling(self) -> NetworkDenoiser:
+        return self.denoiser().requires_grad_(False)
+
+    @cached_property
+    def _encoding(self) -> Any:
+        """The pipeline as far as prompts need it: of the network its configuration alone, which takes no memory."""
+        return self.pipeline(**{self.family.part: self.empty_network()})
+
+    def empty_network(self) -> Any:
+        """The network without weights, on the meta device."""
+        with torch.device("meta"):
+            return self._network_class.from_config(self._config)
+
+    def empty_encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by name, without weights."""
+        found = {}
+        for name, kind in self.family.texts.items():
+            if not name.startswith("tokenizer"):
+                of = getattr(transformers, kind)
+                config = read_source(of.config_class.from_pretrained, self.source, subfolder=name)
+                with torch.device("meta"):
+                    found[name] = of(config)
+        return found
+
+    def empty_decoder(self) -> nn.Module:
+        """The decoder (and its encoder, which comes with it) without weights."""
+        kind = getattr(diffusers, self.index["vae"][1])
+        with torch.device("meta"), quiet():
+            decoder: nn.Module = kind.from_config(read_source(kind.load_config, self.source, subfolder="vae"))
+        return nn.Module.to(decoder, self.decoder_dtype)
+
+    def pipeline(self, **parts: Any) -> Any:
+        """diffusers' own pipeline with the text encoders and these parts, and nothing in the place of others."""
+        with quiet():
+            kind = getattr(diffusers, self.family.pipeline)
+            known = inspect.signature(kind).parameters
+            options = {key: value for key, value in self.index.items() if key in known and not isinstance(value, list)}
+            nothing = {key: None for key, of in known.items() if of.default is of.empty}
+            return kind(**nothing | options | self.texts | parts)
+
+    def network(
+        self, start: str = "reference", dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Any:
+        """A fresh network of the reference's shape.
+
+        start: "reference", "pocket-distilled", a folder or hub id that holds a network of the reference's class or a pipeline
+            with one, or a .safetensors file of its weights, named as diffusers or as the model's authors do.
+        dtype, device: the reference's, if not said; on "meta" without weights, but with its buffers.
+        Raises UserError for a start that is not there or does not fit the reference.
+        """
+        dtype, device = dtype or self.dtype, device or self.device
+        if str(device) == "meta":
+            network = nn.Module.to(self._weightless(), dtype=dtype).eval()  # as in `_start`
+        else:
+            network = self._start(self.check_start(start), dtype, device)
+        if str(device).startswith("cuda"):  # the layout in which GPUs convolve
+            network = network.to(memory_format=torch.channels_last)
+        if self.activation_checkpointing:
+            network.enable_gradient_checkpointing()
+        return network
+
+    def check_start(self, start: str) -> str:
+        """Where a start's weights lie; whether they fit, as far as they need not be read. Raises UserError as `network`."""
+        source = {"reference": self.source, "pocket-distilled": str(POCKET / "generator")}.get(start, start)
+        refuse_missing("generator.start", source)
+        if Path(source).is_file():
+            only_safetensors("generator.start", Path(source))
+            return source
+        config = read_source(self._network_class.load_config, source, key="generator.start", subfolder=self._subfolder(source))
+        for key in self.family.shape:
+            if config.get(key) != self._config.get(key):
+                raise UserError(
+                    f"generator.start: {start} does not fit the reference {self.source}: "
+                    f"{key} is {config.get(key)}, not {self._config.get(key)}"
+                )
+        return source
+
+    def denoiser(self, network: nn.Module | None = None) -> NetworkDenoiser:
+        """A network as a Denoiser; a fresh copy of the reference's own, trainable, if none is given. What it predicts is taken
+        for what the reference's predicts (epsilon, v, sample, flow)."""
+        network = self.network() if network is None else network
+        return NetworkDenoiser(network, self.family, self.schedule, self.prediction, self._pixels_per_latent)
+
+    def generator(self, timestep: int, start: str = "reference", input_scale: InputScale = "unit") -> OneStepGenerator:
+        """A fresh one-step generator that begins as `network(start)`. Raises UserError as that and `one_step` do."""
+        return self.one_step(self.network(start), timestep, input_scale)
+
+    def one_step(self, network: nn.Module, timestep: int, input_scale: InputScale = "unit") -> OneStepGenerator:
+        """A network as a one-step generator at T, an index into the schedule. Raises UserError for one outside of it."""
+        last = len(self.schedule.alphas) - 1
+        if not 0 <= timestep <= last:
+            raise UserError(f"generator.timestep: got {timestep}, the schedule has 0 to {last}")
+        if self.family.flow and timestep != last:
+            raise UserError(
+                f"generator.timestep: should be {last} for a flow, whose stock pipelines begin at pure noise, got {timestep}"
+            )
+        if input_scale == "sigma" and timestep == 0:
+            raise UserError("generator.timestep: should be at least 1 where input_scale is 'sigma', got 0")
+        return OneStepGenerator(self.denoiser(network), timestep, input_scale)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] -> images [B, 3, H', W'] in [0, 1], in the latents' dtype, differentiable.
+
+        The clamp is a plain one, as in the exported pipeline: the gradient is that of the picture as it is shown, so a
+        value that the decoder puts beyond black or white gets none, and one inside the range gets all of it.
+        """
+        config = self.vae.config
+        scaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        return (self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].to(latents.dtype) * 0.5 + 0.5).clamp(0, 1)
+
+    def sampler(self, generator: OneStepGenerator) -> Callable[[list[str], Tensor], Tensor]:
+        """(prompts, noise [B, C, H, W]) -> images [B, 3, H', W'] in [0, 1], of a one-step generator, without gradient."""
+
+        @torch.no_grad()
+        def sample(prompts: list[str], z: Tensor) -> Tensor:
+            return self.decode(generator(z.to(self.device), self.encode_prompts(prompts)))
+
+        return sample
+
+    def encode_prompts(self, prompts: list[str]) -> Conditions:
+        """The prompts' conditions, constants, as the stock pipeline computes them: {"prompt_embeds": [B, L, D], ...}.
+
+        Each prompt is encoded alone, so its embedding depends neither on its neighbours nor on what the cache holds: a
+        resumed run sees the same bits.
+        """
+        found = [self._embedding(prompt) for prompt in prompts]
+        return {key: torch.cat([one[key] for one in found]) for key in found[0]}
+
+    def null_conditions(self) -> Conditions:
+        """What guidance takes for no prompt, batch size 1."""
+        return self._embedding(NULL)
+
+    def blank_conditions(self) -> Conditions:
+        """Conditions of one prompt as to their shapes; no text encoder is read."""
+        encoder = getattr(transformers, self.family.texts["text_encoder"]).config_class
+        config = read_source(encoder.from_pretrained, self.source, subfolder="text_encoder")
+        return self.family.blank(FrozenDict(self._config), getattr(config, "max_position_embeddings", 0))
+
+    def store_embeddings(self, prompts: Iterable[str | None]) -> None:
+        """Add those of `prompts` to the folder of embeddings."""
+        assert self.embeddings is not None
+        for prompt in prompts:
+            self.embeddings.add(prompt, self._embed(prompt))
+
+    @torch.no_grad()
+    def sample(self, prompts: list[str], z: Tensor, steps: int = 50, guidance_scale: float = 1.0) -> Tensor:
+        """The reference's own latents, by deterministic DDIM or Euler steps of its flow, from z [B, C, H, W] ~ N(0, I).
+
+        `guidance_scale` is diffusers', 1 + the method's cfg_scale; at 1 or below the sampling is plain conditional.
+        """
+        guided = guidance_scale > 1
+        c = self.encode_prompts(prompts)
+        if guided:
+            c = {key: torch.cat([null.expand_as(c[key]), c[key]]) for key, null in self.null_conditions().items()}
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps, device=z.device)
+        xt = z.to(self.dtype)
+        for t in scheduler.timesteps:
+            output = self._sampling.output(torch.cat([xt] * (1 + guided)), t.expand(len(xt) * (1 + guided)), c)
+            if guided:
+                null, conditional = output.chunk(2)
+                output = null + guidance_scale * (conditional - null)
+            xt = scheduler.step(output, t, xt, return_dict=False)[0]
+        return xt.to(z.dtype)
+
+    @torch.no_grad()
+    def _embed(self, prompt: str | None) -> Conditions:
+        # Quiet: a prompt that is cut off would be told of at every worker. Not in the precision of whoever asks first, either.
+        with quiet(), torch.autocast(torch.device(self.device).type, enabled=False):
+            if prompt is NULL:
+                return self.family.null(self._encoding, self.device)
+            return self.family.encode(self._encoding, prompt, self.device)
+
+    def _stored(self, prompt: str | None) -> Conditions:
+        assert self.embeddings is not None
+        return {key: value.to(self.device) for key, value in self.embeddings.read(prompt).items()}
+
+    def _encoder(self) -> str:
+        """A name for what makes embeddings: the same files, the same name."""
+        folder = Path(self.source)
+        if not folder.is_dir():
+            endings = (".json", ".txt", ".model", ".safetensors")
+            wanted = [f"{part}/*{ending}" for part in self.family.texts for ending in endings]
+            folder = Path(read_source(snapshot_download, self.source, allow_patterns=wanted))
+        files = [path for part in self.family.texts for path in (folder / part).iterdir() if path.is_file()]
+        return f"{self.family.__name__}-{digest(files)}"
+
+    def _weightless(self) -> Any:
+        with init_empty_weights(include_buffers=False):
+            return self._network_class.from_config(self._config)
+
+    def _start(self, source: str, dtype: torch.dtype, device: torch.device | str) -> Any:
+        """A network from a folder, a hub id or a file."""
+        if not Path(source).is_file():
+            return self._part(self._network_class, source, self._subfolder(source), dtype, device)
+        network = self._weightless()
+        weights = read_source(load_file, source, key="generator.start")
+        if weights.keys() == network.state_dict().keys():
+            try:
+                network.load_state_dict(weights, assign=True)
+            except RuntimeError as error:
+                said = f"generator.start: {source} does not fit the reference {self.source}: {message_lines(error)[-1]}"
+                raise UserError(said) from None
+        elif hasattr(self._network_class, "from_single_file"):
+            with quiet():
+                name, revision = pinned(self.source)
+                where = {"config": name, "subfolder": self.family.part, **revision}
+                convert = partial(self._network_class.from_single_file, **where)
+                try:
+                    network = convert(str(Path(source).absolute()))
+                except Exception as error:  # the converters look for what they know and fall over what they do not
+                    raise UserError(
+                        f"generator.start: {source} holds no {self.family.network}: {message_lines(error)[-1]}"
+                    ) from None
+        else:
+            odd = min(weights.keys() ^ network.state_dict().keys())
+            raise UserError(f"generator.start: {source} holds no {self.family.network}: only one of the two has {odd!r}")
+        # nn.Module's own `to`: diffusers' warns of what does not concern these models
+        return nn.Module.to(network, device, dtype).requires_grad_(True).eval()
+
+    def _subfolder(self, source: str) -> str:
+        """Where in a folder or hub repository the network is: under its part's name in a pipeline, at the top otherwise."""
+        try:
+            name, revision = pinned(source)
+            self._network_class.load_config(name, subfolder=self.family.part, **revision)
+        except OSError:
+            return ""
+        return self.family.part
+
+    def _part(
+        self,
+        kind: Any,
+        source: str,
+        subfolder: str,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Any:
+        with quiet() if Path(source).is_dir() else nullcontext():  # a download keeps its progress bar
+            part = read_source(
+                kind.from_pretrained, source, subfolder=subfolder, use_safetensors=True, dtype=dtype or self.dtype
+            )
+        return part.to(device or self.device).eval()
+
+
+def load_reference(
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    activation_checkpointing: bool = False,
+    embeddings: Path | None = None,
+    decoder_dtype: torch.dtype | None = None,
+) -> Reference:
+    """Open "pocket" (the built-in world), a diffusers pipeline's folder, hub id or hub id@commit, or a .safetensors file that
+    holds a whole pipeline in its authors' layout; its parts load when used.
+
+    dtype: of every part, whatever the files hold.
+    activation_checkpointing: networks and decoder keep their blocks' inputs alone and compute the rest again when they are
+        differentiated.
+    embeddings: a folder of prompt embeddings (`embeddings.Embeddings`), from which prompts are then read.
+    decoder_dtype: of the decoder, if another.
+    Raises UserError, one line, for what is not there or not supported.
+    """
+    source = str(POCKET / "pipeline") if model == "pocket" else model
+    refuse_missing("reference.model", source)
+    if Path(source).is_file():
+        source = str(unpacked(Path(source)))
+    index = read_source(PipelineIndex.load_config, source, key="reference.model")
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise UserError(f"reference.model: {model} is a {name}; {SUPPORTED}")
+    family = FAMILIES[name]
+    wanted = {family.part: (family.network, *family.once), "vae": DECODERS}
+    wanted |= {part: (kind, f"{kind}Fast") for part, kind in family.texts.items()}
+    for part, classes in wanted.items():
+        _, found = entry if isinstance(entry := index.get(part), list | tuple) and len(entry) == 2 else (None, entry)
+        if found not in classes:
+            raise UserError(f"reference.model: the {part} of {model} is a {found}, not a {' or '.join(classes)}; {SUPPORTED}")
+    try:
+        return Reference(source, index, dtype, device, activation_checkpointing, embeddings, decoder_dtype)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {message_lines(error)[0]}"
+        raise UserError(f"reference.model: {model} is not as diffusers writes it: {said}") from error

@@ -1,0 +1,87 @@
+"""The roles of the method as modules: full copies of the pretrained network, or adapters over one frozen base.
+
+With adapters (LoRA, arXiv 2106.09685) one network plays several roles: the reference is the base alone, the generator, its
+average and the score network are the base with an adapter each. Changing roles changes which adapters the layers add; it copies
+nothing, and it leaves `requires_grad` as it is. (peft's own `set_adapter` does not: called between the generator's forward and
+backward pass it would make the generator's gradient 0 without a word.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.method.precision import frozen_dtype
+from diffinstruct.models.denoiser import NetworkDenoiser, OneStepGenerator
+from diffinstruct.models.lora import Base
+from diffinstruct.models.pipeline import Reference
+
+GENERATOR, AVERAGE, SCORE, START = "generator", "average", "score", "start"
+
+
+@dataclass(frozen=True)
+class Roles:
+    """`generator` and `score_network` are trained, `reference` and `average` (of the generator, in fp32) are not.
+    `start_error`: what a low-rank start has lost, as a share of its difference from the reference; None for an exact one."""
+
+    generator: OneStepGenerator
+    score_network: NetworkDenoiser
+    reference: NetworkDenoiser
+    average: OneStepGenerator
+    start_error: float | None = None
+
+
+Place = Callable[[Callable[[str | None], nn.Module]], nn.Module]
+"""How a process keeps a network: what is given loads it onto a device (None: the reference's; "meta": without weights)."""
+
+
+def whole(load: Callable[[str | None], nn.Module]) -> nn.Module:
+    """The `Place` of a process that keeps its networks for itself."""
+    return load(None)
+
+
+def make_roles(experiment: Experiment, reference: Reference, place: Place = whole) -> Roles:
+    """As the configuration asks for: `lora_rank` 0 is a full copy in fp32. What is frozen is in the arithmetic's precision."""
+    of, score, error = experiment.generator, experiment.score_network, None
+    frozen = frozen_dtype(experiment.precision)
+
+    def network(start: str = "reference", dtype: torch.dtype | None = None) -> nn.Module:
+        loaded = place(lambda device: reference.network(start, dtype, device))
+        if experiment.compile:
+            loaded.compile()
+        return loaded
+
+    def base_of(start: str) -> Base:
+        exact = partial(reference.network, start, torch.float32, "cpu")
+        return Base(network(start, frozen), reference.family.adapted, experiment.activation_checkpointing, exact)
+
+    base = base_of("reference")
+    trained: nn.Module
+    average: nn.Module
+    if of.lora_rank:
+        shared, under = base, tuple[str, ...]()
+        if of.start != "reference" and of.start_rank:
+            error = base.add_difference(START, network(of.start), of.start_rank)
+            under = (START,)
+        elif of.start != "reference":
+            shared = base_of(of.start)
+        shared.add(GENERATOR, of.lora_rank, experiment.seed)
+        shared.add(AVERAGE, of.lora_rank, experiment.seed)
+        trained, average = shared.role(GENERATOR, under), shared.role(AVERAGE, under)
+    else:
+        trained, average = network(of.start), network(of.start)
+    if score.lora_rank:
+        base.add(SCORE, score.lora_rank, experiment.seed + 1)
+    assistant = base.role(SCORE) if score.lora_rank else network()
+    return Roles(
+        generator=reference.one_step(trained.requires_grad_(True), of.timestep, of.input_scale),
+        score_network=reference.denoiser(assistant.requires_grad_(True)),
+        reference=reference.denoiser(base.role()).eval(),
+        average=reference.one_step(average.requires_grad_(False), of.timestep, of.input_scale).eval(),
+        start_error=error,
+    )

@@ -1,0 +1,34 @@
+"""Latents of a generator for pictures that are shown or judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.method.precision import autocast
+from diffinstruct.models.pipeline import Reference
+
+EVALUATION_SEED = 1_000_000
+"""Pictures that are shown or judged draw their noise from seeds at and above this one, training from those below."""
+
+
+def pictures_to_meet(
+    reference: Reference, prompts: Sequence[str], n: int, seed: int, noises: int = 1
+) -> tuple[list[str], Tensor]:
+    """n of the prompts, drawn by `seed` (again and again where there are fewer), and noise [n * noises, ...] for them."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(len(prompts), generator=generator) for _ in range(-(-n // len(prompts)))])
+    noise = torch.randn(n * noises, *reference.latent_shape, generator=generator)
+    return [prompts[i] for i in order[:n]], noise.to(reference.device)
+
+
+@torch.no_grad()
+def sample(experiment: Experiment, reference: Reference, generator: nn.Module, noise: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The generator's latents, in a round's precision and some at a time: a look takes no more memory than a round."""
+    batch = experiment.rewards.micro_batch
+    rows = [slice(i, i + batch) for i in range(0, len(noise), batch)]
+    with autocast(experiment.precision, noise.device):
+        return torch.cat([generator(noise[of], reference.encode_prompts(list(prompts[of]))) for of in rows])

@@ -1,0 +1,180 @@
+"""What a round takes, counted by running it: the training's own step on tensors that have shapes and no content.
+
+Memory is what tensors hold at once, to the byte; what kernels use inside themselves and what an allocator keeps in reserve come
+on top. Work is what torch's own formulas say of each product, recomputation included.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.method.noise import Draws
+from diffinstruct.method.rewards import Collect, LatentRewards, RewardModel, Scores, Send, Terms
+from diffinstruct.method.step import alternating_round
+from diffinstruct.models.lora import Role
+from diffinstruct.models.pipeline import Reference
+from diffinstruct.models.roles import make_roles
+from diffinstruct.training.build import make_players, make_settings
+
+aten = torch.ops.aten
+
+
+FORMULAS = {  # torch knows the GPUs' kernels alone
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[aten._scaled_dot_product_flash_attention_backward],
+}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of one process. `held`: bytes between two rounds. `peak`: the most bytes at once, those included. `flops`: of a round."""
+
+    held: int
+    peak: int
+    flops: int
+
+    @property
+    def passing(self) -> int:
+        """Activations, and what else comes and goes within a round."""
+        return self.peak - self.held
+
+
+def of_training(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel] | None = None) -> Footprint:
+    """Of a process that trains, with whole networks and without text encoders; with rewards, if it computes them itself. Their
+    own weights are not counted, the decoder's are."""
+    of_worker = experiment.global_batch_size // experiment.cluster.workers
+    # One micro-batch after another takes what two take, but for latents
+    samples = min(of_worker, 2 * experiment.micro_batch_size) if experiment.micro_batch_size else of_worker
+    settings = make_settings(experiment, reference.schedule)
+    with _Count(), torch.device("meta"):  # not yet among tensors without content: peft cannot move those
+        roles = make_roles(experiment, reference, lambda load: load("meta"))
+    decoder = reference.empty_decoder()
+    with _counting() as count:
+        null = reference.blank_conditions()
+        # Sharded networks are gathered in the arithmetic's precision, so autocast makes no copies of them
+        gathered = torch.bfloat16 if experiment.cluster.fully_shard and experiment.precision == "bf16" else None
+        filled = dict[nn.Parameter, nn.Parameter]()
+        for role in (roles.generator.denoiser, roles.score_network, roles.average.denoiser, roles.reference):
+            if isinstance(role.network, Role):
+                _fill(role.network.base.network, filled, gathered)
+            _fill(role.network, filled, gathered)
+        players = make_players(experiment, roles, null, lambda module: module)
+        send = _judge(experiment, reference, decoder, rewards) if rewards is not None else _nobody
+        c = {key: value.expand(samples, *value.shape[1:]).clone() for key, value in null.items()}
+        for optimizer in (players.generator_optimizer, players.score_optimizer):  # what the round before has left
+            for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+                weight.grad = torch.empty_like(weight)
+            optimizer.step()
+        count.peak, count.flops = count.live, 0
+        draws = Draws(0, 1, samples, reference.latent_shape, slice(0, samples), torch.device("cpu"))
+        alternating_round(players, settings, reference.schedule, draws, [""] * samples, c, send)
+        return Footprint(count.live, count.peak, count.flops * of_worker // samples)
+
+
+def of_rewards(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel]) -> Footprint:
+    """Of a reward actor, its rewards' own weights left aside; `flops` are those of a micro-batch."""
+    decoder = reference.empty_decoder()
+    with _counting() as count:
+        send = _judge(experiment, reference, decoder, rewards)
+        held, samples = count.live, experiment.rewards.micro_batch
+        send(torch.empty(samples, *reference.latent_shape), [""] * samples)
+        return Footprint(held, count.peak, count.flops)
+
+
+def _judge(experiment: Experiment, reference: Reference, decoder: nn.Module, rewards: Mapping[str, RewardModel]) -> Send:
+    reference.vae = _fill(decoder.requires_grad_(False), {})
+    if reference.activation_checkpointing:
+        reference.vae.enable_gradient_checkpointing()
+    judged = LatentRewards(reference.decode, rewards)
+    weights = {reward.name: reward.weight for reward in experiment.rewards.trained if reward.name in rewards}
+
+    def send(latents: Tensor, prompts: Sequence[str]) -> Collect:
+        answer = judged(latents, prompts, Terms(weights, experiment.rewards.micro_batch))
+        return lambda: answer
+
+    return send
+
+
+def _fill(network: nn.Module, filled: dict[nn.Parameter, nn.Parameter], dtype: torch.dtype | None = None) -> Any:
+    """Put a tensor without content in the place of each weight and buffer; `filled`: the weights that have theirs."""
+    for module in network.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight not in filled:  # roles over one base share its weights
+                own = nn.Parameter(torch.empty(weight.shape, dtype=dtype or weight.dtype), weight.requires_grad)
+                filled[weight] = filled[own] = own
+            module._parameters[name] = filled[weight]
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return network
+
+
+def _nobody(latents: Tensor, prompts: Sequence[str]) -> Collect:
+    return lambda: Scores({}, torch.zeros_like(latents), 0.0, len(latents))
+
+
+@contextmanager
+def _counting() -> Iterator[_Count]:
+    with FakeTensorMode(allow_non_fake_inputs=True), _AsOnGpu(), _Count() as count:
+        yield count
+
+
+class _Count(TorchDispatchMode):
+    """The bytes of all tensors that are there, and the work done. A number that the program asks a tensor for is 1/2: finite,
+    positive, below 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.flops = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # more than half of all calls
+            return args[0].fake_device
+        if func is aten._local_scalar_dense.default:
+            return 0.5
+        result = func(*args, **(kwargs or {}))
+        for made in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(made, Tensor):
+                self._see(made)
+        if formula := FORMULAS.get(func._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+    def _see(self, tensor: Tensor) -> None:
+        if tensor.is_meta and not isinstance(tensor, FakeTensor):
+            return
+        storage = tensor.untyped_storage()
+        place, size = storage._cdata, storage.nbytes()
+        if place in self._known:
+            return
+        self._known.add(place)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, place, size)
+
+    def _gone(self, place: int, size: int) -> None:
+        self._known.discard(place)
+        self.live -= size
+
+
+class _AsOnGpu(TorchFunctionMode):
+    """Under autocast a GPU computes norms in fp32, and keeps their fp32 inputs; a CPU does not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.group_norm, torch.layer_norm) and torch.is_autocast_enabled("cpu"):
+            args = tree_map_only(Tensor, Tensor.float, args)
+        return func(*args, **(kwargs or {}))

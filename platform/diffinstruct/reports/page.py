@@ -1,0 +1,310 @@
+"""A run or a sweep as one HTML file to send to a colleague: `diffinstruct report`.
+
+The file needs nothing else: figures and pictures are in it, there is no script. It stays under MOST_BYTES because pictures are
+shrunk to EDGE and every list has an end; what is left out is said where it is missing.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.prompts import read_prompts
+from diffinstruct.config.reading import load
+from diffinstruct.errors import UserError
+from diffinstruct.reports import plots
+from diffinstruct.reports.frames import (
+    Measures,
+    described,
+    figure,
+    learning_curves,
+    load_sweep,
+    measures,
+    plain,
+    planned,
+    points,
+    short,
+    swept,
+    with_intervals,
+)
+from diffinstruct.tracking.records import read_journal
+
+MOST_BYTES = 10_000_000
+EDGE = 224
+"""Pixels, of a picture in the page."""
+MOST_PROMPTS, MOST_TIMES, MOST_BEST = 8, 4, 5
+"""Rows of a table of pictures; grids of a run between start and end; trials beside the start."""
+MOST_COLUMNS = 3
+"""Of swept keys that are columns of their own; more are put in words."""
+MOST_ROWS, MOST_EVENTS, MOST_CHARACTERS = 400, 200, 1000
+"""Of a table of trials; of a run; of a cell or an event."""
+CURVES = {
+    "divergence": "divergence from the reference",
+    "watch/unexplained": "gain of the trained beyond the held-out, spreads",
+    "watch/variety": "variety, share of the start's",
+}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures side by side: `rows` are (prompt, one data URI a column)."""
+
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
+    note: str = ""
+
+
+def write(path: Path, out: Path) -> None:
+    """The report of what `load_sweep` reads at `path` into `out`. Raises UserError where it cannot be read or written."""
+    frame = load_sweep(path)
+    is_run = path.suffix != ".csv" and (path / "experiment.yaml").is_file()
+    save(out, of_run(path, frame.iloc[0]) if is_run else of_sweep(path, frame))
+
+
+def save(out: Path, page: str) -> None:
+    """Raises UserError where the file cannot be written."""
+    try:
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}") from None
+
+
+def of_run(folder: Path, run: pd.Series) -> str:
+    """A run's page; `run` is its row in a frame."""
+    experiment, records = load(folder / "experiment.yaml"), read_journal(folder)
+    starts = [record for record in records if "start" in record]
+    frame, values = run.to_frame().T, learning_curves(folder)
+    events = [record for record in records if "event" in record]
+    intervals = [measure for measure in with_intervals(frame) if pd.notna(run[measure])]
+    metrics = {key: plain(run[key]) for key in values["key"].unique() if key not in intervals}
+    return render(
+        "run.html",
+        title=folder.absolute().name,
+        run=run,
+        experiment=experiment,
+        tags=dict(starts[-1]["start"].get("tags", {})) if starts else {},
+        times=[_time(records[0]), _time(records[-1])] if records else [],
+        resumed=max(0, len(starts) - 1),
+        changes=experiment.changes(Experiment()),
+        curves=_curves(values, frame),
+        pictures=pictures_over_time(folder, experiment),
+        examination=[(measure, figure(run, measure), int(run[f"{measure}.n"])) for measure in intervals],
+        metrics=metrics,
+        alarms=[record["text"] for record in events if record["event"] == "hacking"][:MOST_EVENTS],
+        events=events[:MOST_EVENTS],
+        events_left_out=len(events[MOST_EVENTS:]),
+    )
+
+
+def of_sweep(path: Path, frame: pd.DataFrame) -> str:
+    """A sweep's page; `frame` as `load_sweep` reads it at `path`."""
+    keys, of, by_point = swept(frame), measures(frame), points(frame)
+    titles = of.titles()
+    order = frame.sort_values(of.held_out, ascending=False, na_position="last") if of.held_out else frame
+    configuration = {key: _cut(plain(frame[key].iloc[0])) for key in _configuration(frame) if key not in keys and key != "seed"}
+    default = {key: _cut(plain(value)) for key, value in Experiment().to_params().items() if value is not None}
+    best = by_point.sort_values(of.held_out, ascending=False) if of.held_out else by_point
+    counts = frame["status"].value_counts().to_dict()
+    if (begun := len(frame)) < (trials := planned(path) or 0):
+        counts["not begun"] = trials - begun
+    is_folder, several = path.suffix != ".csv", bool(len(by_point)) and max(map(len, by_point["runs"])) > 1
+    return render(
+        "sweep.html",
+        title=path.absolute().name,
+        counts=counts,
+        alarms=int(frame["alarm"].notna().sum()) if "alarm" in frame else 0,
+        swept={key: [plain(value) or "as the recipe" for value in sorted(frame[key].unique(), key=_order)] for key in keys},
+        seeds=[plain(seed) for seed in sorted(frame["seed"].unique())] if "seed" in frame else [],
+        same={key: (default[key], value) for key, value in configuration.items() if value != default.get(key, value)},
+        commits=sorted(frame["commit"].dropna().unique()) if "commit" in frame else [],
+        titles=titles,
+        heads=_heads(keys),
+        pareto=_pareto(by_point, of, keys),
+        compared=0 if of.held_out is None or of.distance is None else len(by_point.dropna(subset=[of.held_out, of.distance])),
+        by_point=_point_table(best, keys, titles) if several else [],
+        heat=_heat_maps(frame, of, keys),
+        curves=_curves(learning_curves(path), _comparable(frame)) if is_folder else None,
+        pictures=pictures_of_the_best(best, keys) if is_folder else None,
+        table=[_trial(row, keys, titles) for _, row in order.head(MOST_ROWS).iterrows()],
+        left_out=len(order[MOST_ROWS:]),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ pictures
+def pictures_over_time(folder: Path, experiment: Experiment) -> Pictures | None:
+    """The start, then the same noise at a few steps to the last, then the last on more noise; None without pictures."""
+    drawn = {step: rows for step, file in plots.grids(folder).items() if (rows := plots.cells(file))}
+    if not drawn:
+        return None
+    after = [step for step in drawn if step > 0]
+    times = [after[i] for i in np.unique(np.linspace(0, len(after) - 1, min(len(after), MOST_TIMES)).round().astype(int))]
+    first = next(iter(drawn.values()))
+    columns = {"start": [row[0] for row in first]} | {f"step {step}": [row[1] for row in drawn[step]] for step in times}
+    if times:
+        columns |= {f"step {times[-1]}, other noise": [row[2] for row in drawn[times[-1]]]}
+        columns |= {"and other": [row[3] for row in drawn[times[-1]]]}
+    left_out = f"{len(times)} of {len(after)} times are shown. " * (len(times) < len(after))
+    return side_by_side(_grid_prompts(experiment), columns, left_out)
+
+
+def pictures_of_the_best(best: pd.DataFrame, keys: Sequence[str]) -> Pictures | None:
+    """The start beside the last pictures of the first of `best` that have some, on the same prompts and noise."""
+    columns: dict[str, list[Image.Image]] = {}
+    prompts: list[str] | None = None
+    for _, point in best.iterrows():
+        for run in point["runs"]:
+            drawn = [*plots.grids(run).values()]
+            texts = _grid_prompts(load(Path(run) / "experiment.yaml"))
+            if not drawn or prompts not in (None, texts) or not (rows := plots.cells(drawn[-1])):
+                continue
+            prompts = texts
+            columns.setdefault("start", [row[0] for row in rows])
+            columns[described(point, keys) if keys else Path(run).name] = [row[1] for row in rows]
+            break
+        if len(columns) > MOST_BEST:
+            break
+    return side_by_side(prompts or [], columns) if columns else None
+
+
+def side_by_side(prompts: Sequence[str], columns: Mapping[str, Sequence[Image.Image]], note: str = "") -> Pictures:
+    """Pictures as the page has them, small; `prompts` may be fewer than there are pictures, or none."""
+    n = max(map(len, columns.values()))
+    edge = max(picture.width for pictures in columns.values() for picture in pictures)
+    rows = [
+        (_cut(prompts[i]) if i < len(prompts) else "", [inlined(made[i]) if i < len(made) else "" for made in columns.values()])
+        for i in range(min(n, MOST_PROMPTS))
+    ]
+    note += f"The first {MOST_PROMPTS} of {n} prompts. " * (n > MOST_PROMPTS)
+    return Pictures(list(columns), rows, note + f"Pictures are shrunk from {edge} to {EDGE} pixels. " * (edge > EDGE))
+
+
+def inlined(picture: Image.Image) -> str:
+    """A data URI of a picture, no larger than EDGE either way."""
+    small, buffer = picture.copy(), io.BytesIO()
+    small.thumbnail((EDGE, EDGE), Image.Resampling.LANCZOS)
+    small.save(buffer, "WEBP", quality=82)
+    return _uri("image/webp", buffer.getvalue())
+
+
+def _grid_prompts(experiment: Experiment) -> list[str]:
+    """[] where their file is gone: the pictures are still worth a look."""
+    try:
+        table = read_prompts(experiment.prompts.grid, column=experiment.prompts.column)
+    except UserError:
+        return []
+    return table["prompt"].tolist()[: experiment.logging.grid_prompts]
+
+
+# ------------------------------------------------------------------------------------------------------- figures
+def _curves(values: pd.DataFrame, frame: pd.DataFrame) -> str | None:
+    rewards = sorted(key for key in values["key"].unique() if key.startswith(("reward/", "held_out/")))[::-1]
+    kinds = {key: "trained" if key.startswith("reward/") else "held-out" for key in rewards[:6]}
+    titles = {key: f"{kind} reward, {key.partition('/')[2]}" for key, kind in kinds.items()} | CURVES
+    known = {key: title for key, title in titles.items() if values["key"].eq(key).any()}
+    return _drawn(lambda file: plots.curves(values, frame, known, file))[0] if known else None
+
+
+def _comparable(frame: pd.DataFrame) -> pd.DataFrame:
+    """The finished runs, or all while none is: one that has just begun would bend the mean over seeds."""
+    done = frame[frame["status"] == "finished"]
+    return frame if done.empty else done
+
+
+def _pareto(by_point: pd.DataFrame, of: Measures, keys: Sequence[str]) -> tuple[str, dict[str, str]] | None:
+    if of.held_out is None or of.distance is None or by_point[[of.held_out, of.distance]].dropna().empty:
+        return None
+    return _drawn(lambda file: plots.pareto(by_point, of, keys, file))
+
+
+def _heat_maps(frame: pd.DataFrame, of: Measures, keys: Sequence[str]) -> str | None:
+    done = frame[frame["status"] == "finished"]
+    if len(keys) != 2 or not of.titles() or (done[list(keys)].nunique(dropna=False) < 2).any():
+        return None
+    x, y = sorted(keys, key=lambda key: done[key].nunique())
+    return _drawn(lambda file: plots.heat_maps(frame, of, x, y, file))[0]
+
+
+def _drawn(draw: Any) -> tuple[str, Any]:
+    """What `draw` draws into a file, as a data URI, and what it returns."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "figure.png")
+        returned = draw(file)
+        return _uri("image/png", file.read_bytes()), returned
+
+
+# -------------------------------------------------------------------------------------------------------- tables
+def _trial(row: pd.Series, keys: Sequence[str], titles: Mapping[str, str]) -> dict[str, Any]:
+    alarm = f"reward hacking: first alarm at step {plain(row['alarm'])}" if pd.notna(row.get("alarm")) else ""
+    remarks = [alarm, "" if row["status"] == "finished" else row["status"], "" if pd.isna(row["reason"]) else row["reason"]]
+    return {
+        "run": Path(row["run"]).name,
+        "kind": "failed" if row["status"] == "failed" else "hacked" if alarm else row["status"],
+        "keys": _cells(row, keys),
+        "seed": plain(row.get("seed")),
+        "step": plain(row.get("step")),
+        "figures": [figure(row, measure) for measure in titles],
+        "remark": _cut(": ".join(filter(None, remarks))),
+    }
+
+
+def _point_table(best: pd.DataFrame, keys: Sequence[str], titles: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "keys": _cells(row, keys),
+            "n": len(row["runs"]),
+            "figures": [figure(row, measure) for measure in titles],
+        }
+        for _, row in best.head(MOST_ROWS).iterrows()
+    ]
+
+
+def _cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """A trial's point, under `_heads`."""
+    return [_cut(described(row, keys))] if len(keys) > MOST_COLUMNS else [_cut(plain(row[key])) or "–" for key in keys]
+
+
+def _heads(keys: Sequence[str]) -> list[str]:
+    return ["configuration"] if len(keys) > MOST_COLUMNS else [*short(keys).values()]
+
+
+def _configuration(frame: pd.DataFrame) -> list[str]:
+    aside = ("name", "runs", "tracking.uri", "tracking.experiment")
+    return [key for key in Experiment().to_params() if key in frame and key not in aside]
+
+
+def _order(value: Any) -> tuple[bool, Any]:
+    return (False, value) if pd.notna(value) else (True, "")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1] + "…"
+
+
+def _time(record: Mapping[str, Any]) -> datetime:
+    return datetime.fromtimestamp(record["time"] / 1000, UTC)
+
+
+# ---------------------------------------------------------------------------------------------------------- page
+def render(template: str, **content: Any) -> str:
+    """A page of `templates/`; whatever is put into it is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("diffinstruct.reports"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters["cut"] = _cut
+    return environment.get_template(template).render(content | {"made": datetime.now(UTC)})
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,384 @@
+"""The checkpoint store: what a run needs to go on exactly where it was, safe from crashes and bad disks.
+
+    <folder>/step-00000100/tensors.safetensors   every tensor of the state, named by its place: "generator/conv.weight"
+                           state.json            the state's tree; {"$tensor": name} stands where a tensor was
+                           manifest.json         sha256 and size of the files
+
+Where the networks are spread over several processes each writes a file of its own, tensors-00000-of-00008.safetensors, with its
+rows of the tensors that are spread. They are dealt out anew to however many processes read them.
+
+A checkpoint is written beside its place, from a copy of the state and by a thread, flushed to the disk, and renamed into it: it
+is there whole or not at all. Reading compares the digests first (safetensors alone loads a flipped byte silently), names what
+is broken, and takes the one before. No pickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffinstruct.run_folder.locks import FULL, locked
+from diffinstruct.run_folder.state_tree import State, decode, encode
+
+TREE, MANIFEST = "state.json", "manifest.json"
+UNREADABLE = (OSError, ValueError, LookupError, OverflowError, TypeError, AttributeError, RecursionError, SafetensorError)
+"""What a file raises that is not as it was written."""
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or one that was found cannot be used; the message names it and the reason."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The processes that write and read one checkpoint together. `least` is of all their values, a collective call."""
+
+    rank: int = 0
+    world: int = 1
+    least: Callable[[int], int] = lambda value: value
+
+    def files(self) -> list[str]:
+        """The processes' files of tensors."""
+        if self.world == 1:
+            return ["tensors.safetensors"]
+        return [f"tensors-{rank:05d}-of-{self.world:05d}.safetensors" for rank in range(self.world)]
+
+
+class _Thread(threading.Thread):
+    """Does things in turn; `result` waits for them and raises what one has raised."""
+
+    def __init__(self, *parts: Callable[[], None]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self.parts = parts
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            for part in self.parts:
+                part()
+        except Exception as error:
+            self.error = error
+
+    def result(self) -> None:
+        self.join()
+        if self.error:
+            raise self.error
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written; `rest` is to be done by all of the crew when each has written its part."""
+
+    step: int
+    need: int
+    thread: _Thread
+    rest: tuple[Callable[[], None], ...]
+
+
+class CheckpointStore:
+    """The checkpoints of one run. `folder` holds the `step-...` folders and nothing else; one process or crew writes to it."""
+
+    def __init__(self, folder: Path | str, keep: int = 2, crew: Crew = Crew()) -> None:
+        self.folder = Path(folder).absolute()
+        self.keep = max(1, keep)
+        self.crew = crew
+        self._pending: _Pending | None = None
+        self._copies: dict[str, Tensor] = {}  # of the last state: fresh memory takes five times as long to fill
+
+    def save(self, step: int, state: State, best: int | None = None) -> Path:
+        """`start`, and wait until it is there."""
+        self.start(step, state, best)
+        self.settle(wait=True)
+        return self.folder / f"step-{step:08d}"
+
+    def start(self, step: int, state: State, best: int | None = None) -> None:
+        """Copies `state` (dicts, lists, tuples of tensors, Rows, numbers, strings, None; keys str or int), and leaves writing
+        the copy to a thread; `settle` makes it a checkpoint. Waits for the one before. Of a crew all call it: each writes its
+        Rows, what else there is is the first one's.
+
+        The newest `keep` stay, and that of the step `best`. Those *after* `step` go too: whoever writes an earlier step could
+        not use them, or has started over.
+        Raises CheckpointError when the disk does not take it (the checkpoints before stay as they are), TypeError for a
+        value that has no place in a checkpoint.
+        """
+        self.settle(wait=True)
+        tree, tensors = encode(state, self._copies)
+        self._copies = tensors
+        temporary = self.folder / f"step-{step:08d}.tmp"
+        need = sum(tensor.nbytes for tensor in tensors.values())
+        own = temporary / self.crew.files()[self.crew.rank]
+
+        def begin() -> None:
+            if self.crew.rank == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for left_over in self.folder.glob("step-*.tmp"):
+                    shutil.rmtree(left_over)
+                temporary.mkdir()
+
+        def write() -> None:
+            save_file(tensors, own)
+            own.with_suffix(".json").write_text(json.dumps(_fingerprint(own)))
+            flush(own)
+
+        def end() -> None:
+            if self.crew.rank == 0:
+                self._finish(step, tree, best)
+
+        self._together(step, need, begin)
+        if self.crew.world == 1:  # nobody else's part to wait for
+            self._pending = _Pending(step, need, _Thread(write, end), ())
+        else:
+            self._pending = _Pending(step, need, _Thread(write), (end,))
+
+    def settle(self, wait: bool = False) -> None:
+        """See to what was started: once it is written it is a checkpoint, and the newest ones are kept. A collective call of a
+        crew. Raises as `start` does."""
+        pending = self._pending
+        if pending is None or not self.crew.least(int(wait or not pending.thread.is_alive())):
+            return
+        self._pending = None
+        for part in (pending.thread.result, *pending.rest):
+            self._together(pending.step, pending.need, part)
+
+    def _finish(self, step: int, tree: Any, best: int | None) -> None:
+        """What is written becomes a checkpoint."""
+        final, files = self.folder / f"step-{step:08d}", self.crew.files()
+        temporary, replaced = final.with_suffix(".tmp"), final.with_suffix(".old")
+        (temporary / TREE).write_text(json.dumps({"step": step, "files": len(files), "state": tree}))
+        manifest = {TREE: _fingerprint(temporary / TREE)}
+        for name in files:  # as each has seen its own: to read them all again would take long
+            said = (temporary / name).with_suffix(".json")
+            manifest[name] = json.loads(said.read_text())
+            said.unlink()
+        (temporary / MANIFEST).write_bytes(_manifest(manifest))
+        for path in (temporary / TREE, temporary / MANIFEST, temporary):
+            flush(path)
+        if final.exists():  # no rename onto a folder: for a moment the old one is called .old, which `latest` reads
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        temporary.rename(final)
+        flush(self.folder)
+        kept = [final, *[path for at, path in self._newest_first() if at < step][: self.keep - 1]]
+        for at, path in self._newest_first():
+            if path not in kept and not (at == best and at < step) and not _being_read(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _together(self, step: int, need: int, part: Callable[[], None]) -> None:
+        """All of the crew, or none."""
+        final, failure = self.folder / f"step-{step:08d}", None
+        try:
+            part()
+        except Exception as error:
+            failure = error
+        if self.crew.least(int(failure is None)):
+            return
+        if self.crew.rank == 0:
+            shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
+        if failure and not isinstance(failure, OSError | ValueError | SafetensorError):
+            raise failure
+        raise CheckpointError(
+            f"checkpoint {final} could not be written: {failure or 'another process could not write its part'}. "
+            f"It takes {need / 2**20:.1f} MiB here, {_free(final) / 2**20:.1f} MiB are free. "
+            "The ones before it are untouched."
+        ) from failure
+
+    def latest(self) -> tuple[int, State] | None:
+        """(step, state) of the newest whole checkpoint, tensors on the CPU, or None; one that is being written is waited for. A
+        broken one is reported. Of a crew all call it, and what one of them cannot read none of them takes."""
+        self.settle(wait=True)
+        step = sys.maxsize
+        while (step := self.crew.least(next((at for at, _ in self._newest_first() if at < step), -1))) >= 0:
+            state = self._whole(step)
+            if self.crew.least(int(state is not None)):
+                assert state is not None
+                return step, state
+        return None
+
+    def steps(self) -> list[int]:
+        """Those of which there is a checkpoint, newest first; whether they are whole only reading tells."""
+        return list(dict.fromkeys(at for at, _ in self._newest_first()))
+
+    def part(self, step: int, *keys: str) -> Any:
+        """What a checkpoint's state has under these keys, one inside the other, and of its files those alone that it takes.
+        Raises CheckpointError where it cannot be read."""
+        path = next((path for at, path in self._newest_first() if at == step), self.folder / f"step-{step:08d}")
+        try:
+            return _read(step, path, self.crew, keys)
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from None
+
+    def _whole(self, step: int) -> State | None:
+        for path in (path for at, path in self._newest_first() if at == step):
+            try:
+                return _read(step, path, self.crew)
+            except CheckpointError as error:
+                logger.warning("checkpoint %s cannot be used (%s); trying the one before", path, error)
+        return None
+
+    def _newest_first(self) -> Iterator[tuple[int, Path]]:
+        names = [re.fullmatch(r"step-(\d{8,})(\.old)?", path.name) for path in self.folder.glob("step-*")]
+        for match in sorted(filter(None, names), key=lambda match: (-int(match[1]), match[0])):
+            yield int(match[1]), self.folder / match[0]
+
+
+def _read(step: int, path: Path, crew: Crew, keys: Sequence[str] = ()) -> Any:
+    """The state in `path`, or what it has under `keys`; of tensors that are spread this process's rows. Raises CheckpointError
+    with the reason if any part of it is not what was written."""
+    try:
+        _own(path / MANIFEST)
+        with ExitStack() as open_files:
+            said = open_files.enter_context(reading(path))
+            manifest = json.loads(said)
+            if said != _manifest(manifest):
+                raise CheckpointError(f"{MANIFEST}: it is not as it was written")
+            _verify(path / TREE, manifest[TREE])
+            document = json.loads((path / TREE).read_bytes())
+            if document["step"] != step:
+                raise CheckpointError(f"{TREE}: it is of step {document['step']}")
+            if not 1 <= document["files"] == len(manifest) - 1:  # before as many names are made up
+                raise CheckpointError(f"{TREE}: it is of {document['files']} files, {MANIFEST} of {len(manifest) - 1}")
+            writers = Crew(world=document["files"])
+            files = writers.files()
+            own = files[crew.rank : crew.rank + 1] if writers.world == crew.world else files  # another one reads the others
+
+            @cache
+            def tensors(name: str) -> Any:
+                _verify(path / name, manifest[name])
+                return open_files.enter_context(safe_open(path / name, "pt", backend="pread"))
+
+            @cache
+            def whole(name: str) -> Tensor:
+                return tensors(files[0]).get_tensor(name)
+
+            def rows(name: str, shape: tuple[int, ...]) -> Tensor:
+                begin, end = _span(shape[0], crew.rank, crew.world)
+                found = []
+                for rank, file in enumerate(files):
+                    low, high = _span(shape[0], rank, len(files))
+                    if max(low, begin) < min(high, end):
+                        found.append(tensors(file).get_slice(name)[max(low, begin) - low : min(high, end) - low])
+                return torch.cat(found) if found else tensors(own[0]).get_slice(name)[:0]
+
+            state = document["state"]
+            for depth, key in enumerate(keys, 1):
+                if not isinstance(state, dict) or key not in state:
+                    raise CheckpointError(f"{TREE}: it has no {'/'.join(keys[:depth])!r}")
+                state = state[key]
+            if not keys:  # also a file that this process takes nothing from says whether the checkpoint is whole
+                for name in (files[0], *own):
+                    tensors(name)
+            found = decode(state, whole, rows)
+            if not keys and not isinstance(found, dict):
+                raise CheckpointError(f"{TREE}: its state is a {type(found).__name__}")
+            return found
+    except UNREADABLE as error:
+        raise CheckpointError(f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[bytes]:
+    """The manifest of the checkpoint in `path`, which retention leaves alone during the block."""
+    with (path / MANIFEST).open("rb") as file:
+        locked(file, shared=True)
+        yield file.read()
+
+
+def verify(path: Path) -> None:
+    """Raises CheckpointError where a checkpoint's files are not what its manifest says, or that is not as it was written."""
+    try:
+        _own(path / MANIFEST)
+        said = (path / MANIFEST).read_bytes()
+        if said != _manifest(manifest := json.loads(said)):
+            raise CheckpointError(f"{MANIFEST}: it is not as it was written")
+        for name, written in manifest.items():
+            _verify(path / name, written)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{type(error).__name__}: {error}") from error
+
+
+def _span(rows: int, rank: int, world: int) -> tuple[int, int]:
+    """The rows of a tensor that a process has."""
+    size = -(-rows // world)
+    return min(rank * size, rows), min((rank + 1) * size, rows)
+
+
+def _verify(path: Path, written: dict[str, Any]) -> None:
+    """Raises CheckpointError for a file that is not what was written."""
+    _own(path)
+    found = _fingerprint(path)
+    if found["bytes"] != written["bytes"]:
+        raise CheckpointError(f"{path.name}: {found['bytes']} bytes of {written['bytes']}")
+    if found["sha256"] != written["sha256"]:
+        raise CheckpointError(f"{path.name}: its content is not what was written (sha256 differs)")
+
+
+def _manifest(entries: dict[str, Any]) -> bytes:
+    return json.dumps(entries, indent=1).encode()
+
+
+def _being_read(path: Path) -> bool:
+    try:
+        with (path / MANIFEST).open("r+b") as file:  # network disks lock nothing that is open for reading alone
+            return not locked(file)
+    except OSError:  # there is none, so nobody reads it
+        return False
+
+
+def _own(path: Path) -> None:
+    """Raises CheckpointError for a link: what a checkpoint says lies in its folder."""
+    if path.is_symlink():
+        raise CheckpointError(f"{path.name}: it is a link")
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+
+
+def _free(path: Path) -> int:
+    """Bytes on the disk on which `path` lies, or would lie."""
+    return shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
+
+
+@contextmanager
+def a_full_disk_said(folder: Path) -> Iterator[None]:
+    """In the block, which writes to `folder`, a disk that is full, or a quota, is a CheckpointError in one line, whichever file
+    it was that found out."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        numbers = re.findall(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else [error.errno]
+        full = [int(number) for number in numbers if number and int(number) in FULL]
+        if not full:
+            raise
+        path = Path(getattr(error, "filename", None) or folder).absolute()  # a file that is open does not tell its name
+        raise CheckpointError(f"{path}: {os.strerror(full[0])}, {_free(path) / 2**20:.1f} MiB are free") from None
+
+
+def flush(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,281 @@
+"""A run's copy in an object store: where machines go with their disks, the same command goes on from there.
+
+    <mirror>/<run>/checkpoints/step-00000100/...   the checkpoint's files; its manifest.json comes last and says: it is all here
+                   journal.jsonl, images/, ...     what else the run's folder holds, as it was before that checkpoint came
+
+The folder stays what a run works with, and the truth: a thread follows it and copies what is new. While the store takes nothing
+the run goes on. Of what comes back checkpoints are read against their digests, like any other, and names that do not belong to
+a run are left where they are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shlex
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+import fsspec
+
+from diffinstruct.config.addresses import in_one_line
+from diffinstruct.errors import UserError
+from diffinstruct.run_folder import signals
+from diffinstruct.run_folder.checkpoint import MANIFEST, TREE, CheckpointError, CheckpointStore, reading, verify
+from diffinstruct.run_folder.locks import COMMAND, LOCK
+
+INTERVAL = 1.0
+"""Seconds between two looks for a new checkpoint."""
+LONGEST_PAUSE = 30.0
+"""Seconds between two attempts while the store takes nothing."""
+ATTEMPTS = 3
+"""At the end of a run, a second longer apart each time."""
+BROUGHT = ("experiment.yaml", "journal.jsonl", "journal.ack", "mlflow.json")
+IMAGE = re.compile(r"[^/\\]+\.png")
+FILE = re.compile(rf"{re.escape(TREE)}|tensors(-\d{{5}}-of-\d{{5}})?\.safetensors")
+OWN = {LOCK, COMMAND, "checkpoints", "ray", *signals.FILES.values()}
+"""What of a run's folder is not copied as it lies there."""
+
+logger = logging.getLogger(__name__)
+
+
+class Mirror:
+    """The copy of the run in `folder`, below `url`; raises whatever fsspec and the store do."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url, self.folder = f"{url.rstrip('/')}/{folder.name}", folder
+        options = {"auto_mkdir": True} if url.startswith("file://") else {}
+        self.files, self.root = fsspec.url_to_fs(self.url, **options)
+        if "file" in self.files.protocol and Path(self.root).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"mirror: {url} is where the run itself lies")
+        self.store = CheckpointStore(folder / "checkpoints")
+        self._copied: dict[str, tuple[int, int]] = {}  # of the folder's other files: when they were written, and their size
+
+    def push(self) -> None:
+        """Copy what the store has not, and clear away there what the folder has no more. What is damaged here is left out, and
+        stays there as it is. Raises CheckpointError for a folder that is behind its copy, such as an old disk's."""
+        steps, there = self.store.steps(), self._there()
+        if behind := [step for step in there if step > max(steps, default=-1) and self._manifest(step) is not None]:
+            raise CheckpointError(f"{self.folder} lacks step {max(behind)} of {self.url}: the run's command brings it")
+        self._push_others()
+        for step in sorted(steps):
+            try:
+                self._push_step(step)
+            except CheckpointError as error:
+                logger.warning("checkpoint %s of %s is not copied: %s", step, self.folder, error)
+        for step in there if steps else []:
+            if step not in steps:
+                self._clear(step)
+
+    def pull(self) -> int | None:
+        """Bring checkpoints and journal here, where the store's newest whole checkpoint is newer than the folder's; its step,
+        or None. One that is damaged is named and left out; UserError where that leaves none at all, there and here."""
+        is_whole = cache(self._is_whole)  # all of it is read for that
+        here = next((step for step in self.store.steps() if is_whole(step)), -1)
+        there = [(step, manifest) for step in self._there() if (manifest := self._manifest(step)) is not None]
+        if max(there, default=(-1, b""))[0] <= here:
+            return None
+        self.store.folder.mkdir(parents=True, exist_ok=True)
+        brought = []
+        for step, manifest in sorted(there):
+            if is_whole(step):
+                continue
+            try:
+                brought.append((step, self._fetched(step, manifest)))
+            except CheckpointError as error:
+                logger.warning("checkpoint %s cannot be used (%s)", self._at(step, ""), error)
+        if not brought and not self.store.steps():
+            raise UserError(f"mirror: {self.url}: no checkpoint in it can be read; without it the run begins anew")
+        if max(brought, default=(-1, Path()))[0] <= here:
+            return None
+        self._bring_others()
+        for step, passing in brought:  # the newest last: only then nothing is left to bring
+            final = self.store.folder / f"step-{step:08d}"
+            shutil.rmtree(final, ignore_errors=True)  # which is damaged
+            passing.rename(final)
+        return brought[-1][0]
+
+    def touch(self) -> None:
+        """Raises what a store raises that takes nothing."""
+        what = b"A copy of a run of diffinstruct: its command goes on from here.\n"
+        self.files.pipe_file(f"{self.root}/mirror.txt", what)
+
+    def _bring_others(self) -> None:
+        (self.folder / "images").mkdir(exist_ok=True)
+        images = [f"images/{name}" for name in self._names("images") if IMAGE.fullmatch(name)]
+        for name in (*images, *BROUGHT):
+            if self.files.exists(f"{self.root}/{name}"):
+                self.files.get_file(f"{self.root}/{name}", passing := f"{self.folder / name}.tmp")
+                Path(passing).replace(self.folder / name)
+            else:
+                (self.folder / name).unlink(missing_ok=True)
+
+    def _push_others(self) -> None:
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder).as_posix()
+            if name.partition("/")[0] in OWN or name.endswith(".tmp") or path.is_symlink() or not path.is_file():
+                continue
+            as_it_is = (path.stat().st_mtime_ns, path.stat().st_size)
+            if self._copied.get(name) != as_it_is:
+                self.files.put_file(str(path), f"{self.root}/{name}")
+                self._copied[name] = as_it_is
+
+    def _push_step(self, step: int) -> None:
+        place = self.store.folder / f"step-{step:08d}"
+        if not place.resolve().is_relative_to(self.folder.resolve()):
+            raise CheckpointError("it lies, by a link, outside of the run's folder")
+        with ExitStack() as held:
+            try:
+                manifest = held.enter_context(reading(place))
+            except OSError as error:
+                if not place.exists():  # just cleared away
+                    return
+                raise CheckpointError(f"{MANIFEST}: {error.strerror}") from None
+            if self._manifest(step) == manifest:
+                return
+            verify(place)
+            self._clear(step)  # half of one, or of the same step before the run went back
+            for name in _names_in(manifest):
+                self.files.put_file(str(place / name), self._at(step, name))
+            self.files.pipe_file(self._at(step, MANIFEST), manifest)
+
+    def _fetched(self, step: int, manifest: bytes) -> Path:
+        """The store's checkpoint beside its place here."""
+        passing = self.store.folder / f"step-{step:08d}.tmp"
+        shutil.rmtree(passing, ignore_errors=True)
+        passing.mkdir()
+        for name in _names_in(manifest):
+            try:
+                self.files.get_file(self._at(step, name), str(passing / name))
+            except FileNotFoundError:
+                raise CheckpointError(f"{name}: it is not there") from None
+        (passing / MANIFEST).write_bytes(manifest)
+        verify(passing)
+        return passing
+
+    def _is_whole(self, step: int) -> bool:
+        try:
+            verify(self.store.folder / f"step-{step:08d}")
+        except CheckpointError:
+            return False
+        return True
+
+    def _clear(self, step: int) -> None:
+        if self._manifest(step) is not None:  # the mark first
+            self.files.rm_file(self._at(step, MANIFEST))
+        with suppress(FileNotFoundError):
+            self.files.rm(self._at(step, ""), recursive=True)
+
+    def _manifest(self, step: int) -> bytes | None:
+        try:
+            found: bytes = self.files.cat_file(self._at(step, MANIFEST))
+        except FileNotFoundError:
+            return None
+        return found
+
+    def _there(self) -> list[int]:
+        return [int(match[1]) for name in self._names("checkpoints") if (match := re.fullmatch(r"step-(\d{8,})", name))]
+
+    def _names(self, of: str) -> list[str]:
+        self.files.invalidate_cache()
+        try:
+            return [path.rstrip("/").rpartition("/")[2] for path in self.files.ls(f"{self.root}/{of}", detail=False)]
+        except FileNotFoundError:
+            return []
+
+    def _at(self, step: int, name: str) -> str:
+        return f"{self.root}/checkpoints/step-{step:08d}/{name}"
+
+
+def _names_in(manifest: bytes) -> list[str]:
+    """Of a checkpoint's files. Raises CheckpointError for what is no manifest of ours."""
+    try:
+        names = list(json.loads(manifest))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{MANIFEST}: {error}") from None
+    for name in names:
+        if not isinstance(name, str) or not FILE.fullmatch(name):
+            raise CheckpointError(f"{MANIFEST}: {name!r} is no file of a checkpoint")
+    return names
+
+
+@contextmanager
+def mirrored(url: str | None, folder: Path) -> Iterator[None]:
+    """Bring what a run's mirror has more than its folder, and keep it up to date during the block and at its end; nothing
+    without a url.
+
+    Raises UserError where the store cannot be asked and the folder has no checkpoint: a run would start over that has begun.
+    """
+    if url is None:
+        yield
+        return
+    begun = bool(CheckpointStore(folder / "checkpoints").steps())
+    mirror = None
+    try:
+        mirror = Mirror(url, folder)
+        if (step := mirror.pull()) is not None:
+            print(f"step {step} comes from {mirror.url}", flush=True)
+        mirror.touch()
+    except UserError:
+        raise
+    except Exception as error:  # stores and what lies between raise what they like
+        what = f"mirror: {url} does not answer as it should: {in_one_line(error)}"
+        if mirror is None or not begun:
+            raise UserError(what) from None
+        logger.warning("%s; the run goes on from its folder", what)
+    ended = threading.Event()
+    thread = threading.Thread(target=_follow, args=(mirror, ended), name="mirror", daemon=True)
+    thread.start()
+    hurry = False
+    try:
+        yield
+    except KeyboardInterrupt:  # it is to end at once
+        hurry = True
+        raise
+    finally:
+        ended.set()
+        if not hurry:
+            thread.join()
+            _push_at_the_end(mirror)
+
+
+def _follow(mirror: Mirror, ended: threading.Event) -> None:
+    seen, pause, away = None, INTERVAL, False
+    while not ended.wait(pause):
+        try:
+            found = [(step, _written(mirror, step)) for step in mirror.store.steps()]
+            if found != seen:
+                mirror.push()
+                seen = found
+            pause, away = INTERVAL, False
+        except Exception as error:
+            if not away:
+                logger.warning("%s takes nothing: %s. The run goes on", mirror.url, in_one_line(error))
+            pause, away = min(2 * pause, LONGEST_PAUSE), True
+
+
+def _written(mirror: Mirror, step: int) -> int:
+    """When; 0 for one that is just being cleared away."""
+    try:
+        return (mirror.store.folder / f"step-{step:08d}" / MANIFEST).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _push_at_the_end(mirror: Mirror) -> None:
+    why = ""
+    for attempt in range(ATTEMPTS):
+        time.sleep(attempt)
+        try:
+            mirror.push()
+            return
+        except Exception as error:
+            why = in_one_line(error)
+    how = f"later: diffinstruct sync {shlex.quote(str(mirror.folder))}"
+    logger.warning("not all of this run is at %s: %s; %s", mirror.url, why, how)

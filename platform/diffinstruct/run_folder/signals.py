@@ -1,0 +1,59 @@
+"""What a run can be told while it runs. An order is a file in its folder, since whoever gives it may be on another machine.
+
+<run>/pause   finish the step, save, end; the same command goes on from there
+<run>/stop    finish the step, end here as if this had been the last one
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+NONE, PAUSE, STOP = 2, 1, 0
+"""In the order of their rank: of what several workers have heard, the least counts."""
+FILES = {STOP: "stop", PAUSE: "pause"}
+EXIT_PAUSED = 75
+"""EX_TEMPFAIL: try again, with the same command."""
+
+
+class Paused(RuntimeError):
+    """A run or a sweep has ended because it was told to pause; its state is saved."""
+
+
+def give(folder: Path, order: int) -> None:
+    (folder / FILES[order]).touch()
+
+
+def given(folder: Path) -> int:
+    """The order that lies in `folder`, or NONE."""
+    return next((order for order, name in FILES.items() if (folder / name).exists()), NONE)
+
+
+def withdraw(folder: Path) -> None:
+    for name in FILES.values():
+        (folder / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def on_sigterm(pause: Callable[[], None]) -> Iterator[None]:
+    """During the block a first SIGTERM (`ray job stop`, a scheduler's notice) calls `pause`, a second one ends the program at
+    once. Only the main thread can hear of signals; elsewhere nothing changes."""
+
+    def heard(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        pause()
+        with suppress(OSError):  # whoever read it may be gone
+            print("SIGTERM: saving after this step; once more ends it at once", flush=True)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, heard)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

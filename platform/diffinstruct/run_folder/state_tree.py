@@ -1,0 +1,90 @@
+"""A run's state as a JSON tree and tensors by name, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A process's part of a tensor that is spread over all of them: of this shape, along its first dimension, in the order of
+    the processes, as `torch.chunk` cuts it."""
+
+    own: Tensor
+    shape: tuple[int, ...]
+
+
+def encode(state: State, spare: Mapping[str, Tensor] = MappingProxyType({})) -> tuple[Any, dict[str, Tensor]]:
+    """A state as a JSON tree and its tensors' copies by name. One tensor at two places is stored once and read as one again.
+    Copies go into those of `spare` that have the same name, shape and type."""
+    tensors: dict[str, Tensor] = {}
+    names: dict[tuple[Any, ...], str] = {}  # which tensor (memory and view of it) already has a name
+
+    def store(tensor: Tensor, place: str) -> str:
+        tensor = tensor.detach()
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise TypeError(f"checkpoint: {place} is a {tensor.layout} tensor on {tensor.device}, not a dense one")
+        lazy = (tensor.is_conj(), tensor.is_neg())  # such a view has its base's memory and other values
+        view = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, lazy)
+        if tensor.numel() and view in names:
+            return names[view]
+        while place in tensors:  # the keys "a/b" and a -> b, or 0 and "0", read alike
+            place += "'"
+        copy = spare.get(place)
+        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+        tensors[place] = copy.copy_(tensor)
+        names[view] = place
+        return place
+
+    def walk(value: Any, place: str) -> Any:
+        if isinstance(value, Tensor):
+            return {"$tensor": store(value, place)}
+        if isinstance(value, Rows):
+            return {"$rows": store(value.own, place), "shape": list(value.shape)}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, dict):
+            for key in value:
+                if isinstance(key, bool) or not isinstance(key, int | str):
+                    raise TypeError(f"checkpoint: {place} has the key {key!r}, keys are strings or integers")
+            items = [(key, walk(child, f"{place}/{key}" if place else str(key))) for key, child in value.items()]
+            plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
+            # JSON alone would turn the 0 of an optimizer's state into "0"
+            return dict(items) if plain else {"$dict": [list(item) for item in items]}
+        if isinstance(value, list | tuple):
+            children = [walk(child, f"{place}/{index}") for index, child in enumerate(value)]
+            return children if isinstance(value, list) else {"$tuple": children}
+        raise TypeError(f"checkpoint: {place} is a {type(value).__name__}, which is neither a tensor nor a plain value")
+
+    return walk(state, ""), tensors
+
+
+def decode(tree: Any, tensor: Callable[[str], Tensor], rows: Callable[[str, tuple[int, ...]], Tensor]) -> Any:
+    """The inverse of `encode`, with tensors and rows by their names."""
+
+    def walk(tree: Any) -> Any:
+        match tree:
+            case {"$tensor": name}:
+                return tensor(name)
+            case {"$rows": name, "shape": shape}:
+                return Rows(rows(name, tuple(shape)), tuple(shape))
+            case {"$dict": items}:
+                return {key: walk(child) for key, child in items}
+            case {"$tuple": children}:
+                return tuple(walk(child) for child in children)
+            case dict():
+                return {key: walk(child) for key, child in tree.items()}
+            case list():
+                return [walk(child) for child in tree]
+        return tree
+
+    return walk(tree)

@@ -1,0 +1,1 @@
+"""One configuration made into many, each a trial under Ray Tune; studies over their rows."""

@@ -1,0 +1,46 @@
+"""What a sweep looks for: as much held-out reward as can be had within bounds on diversity and on distance to the reference.
+
+Never the trained reward: that one rises anyway, and a search that looks at it finds the trial that hacks it best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from diffinstruct.reward_service.monitor import DISTANCE, VARIETY
+
+OUTSIDE = -100.0
+"""The score of a trial that is out of bounds, in spreads: below any that is not."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """Names of figures: of a run's last metrics, of its last look (`watch/...`), of its examination.
+
+    up: the held-out reward. down: the distance, for a search with two objectives. floors, ceilings: bounds; a trial that breaks
+    one is worth nothing, however high its reward. A figure that is not there (yet) bounds nothing.
+    """
+
+    up: str = "watch/held_out"
+    down: str = "divergence"
+    floors: Mapping[str, float] = field(default_factory=lambda: {"watch/variety": VARIETY})
+    ceilings: Mapping[str, float] = field(default_factory=lambda: {"watch/distance": DISTANCE})
+
+    def excess(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """By how much each bound is broken; not above 0 where it is kept."""
+        below = {key: least - figures[key] for key, least in self.floors.items() if key in figures}
+        above = {key: figures[key] - most for key, most in self.ceilings.items() if key in figures}
+        return below | above
+
+    def outside(self, figures: Mapping[str, float]) -> str | None:
+        """The first bound that is broken, in words."""
+        broken = next((key for key, excess in self.excess(figures).items() if excess > 0), None)
+        if broken is None:
+            return None
+        bound = f"least {self.floors[broken]:g}" if broken in self.floors else f"most {self.ceilings[broken]:g}"
+        return f"{broken} {figures[broken]:.3g}, at {bound}"
+
+    def score(self, figures: Mapping[str, float]) -> float:
+        """What a scheduler compares: `up`, or OUTSIDE. Raises KeyError where `up` is not there."""
+        return OUTSIDE if self.outside(figures) else figures[self.up]

@@ -1,0 +1,333 @@
+"""A sweep: one Experiment made into many, each a run of its own under Ray Tune, with one set of reward actors for all.
+
+    <sweep>/<id>/           a trial's run; id is its configuration's hash, longer if it took over another trial's weights
+    <sweep>/trials.jsonl    what no list of points can tell again: what Optuna asked for, who took over whose weights
+    <sweep>/journal.jsonl   the parent run's, as in every run's folder; table.csv, report.html: what came of it
+
+Tune decides which trial runs when. All that it hears of a trial is the trial's journal, so a trial that has ended in an earlier
+life of the sweep can be told once more, and Tune's own state is never read.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import ray
+from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
+from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
+
+from diffinstruct.cluster.attach import HEAD, attached, check_fits, most_nodes, stand_in, warn_of_passing_copy
+from diffinstruct.cluster.failures import close, final_error
+from diffinstruct.cluster.reward_pool import reward_pool
+from diffinstruct.cluster.train import embed
+from diffinstruct.config.addresses import tracking_uri
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.inputs import check_inputs
+from diffinstruct.errors import UserError, did_you_mean
+from diffinstruct.reward_service.monitor import FIGURES
+from diffinstruct.run_folder import signals
+from diffinstruct.run_folder.signals import Paused
+from diffinstruct.sweeps.criterion import Aim
+from diffinstruct.tracking.journal import Tracker
+
+if TYPE_CHECKING:
+    from diffinstruct.reward_service.client import RewardService
+from diffinstruct.sweeps.points import Optuna, Point
+from diffinstruct.sweeps.searchers import Asking, Listed
+from diffinstruct.sweeps.trials import Examine, Trial, Trials
+
+DRIVER = {HEAD: 0.001}
+"""What a trial's own process asks for: a slot that every cluster has, on its head. If it took a CPU, trials could hold all of
+them and wait for ever for their workers'."""
+
+OnRow = Callable[[int, dict[str, Any]], None]
+"""(number of the trial, its row), in the driver."""
+
+
+class SweepError(RuntimeError):
+    """Trials that failed, one line each; the others are in the sweep's folder, whole."""
+
+
+def sweep(
+    base: Experiment,
+    points: Sequence[Point] | Optuna,
+    folder: Path,
+    examine: Examine | None = None,
+    on_row: OnRow = lambda i, row: None,
+    scheduler: TrialScheduler | None = None,
+    aim: Aim | None = None,
+) -> pd.DataFrame:
+    """Run `base` once for each of `points`, as child runs of one MLflow run.
+
+    Returns one row a trial: its point, "run" (its folder, below `folder`), its last metrics, and what `examine` makes of it, in
+    a task of a worker's size. The same call again goes on: finished trials are not run twice, others continue from their
+    checkpoints, the same MLflow runs go on. `on_row` gets each row as soon as its trial has ended.
+    All trials that are known beforehand are checked before the first one starts. They share the reward actors of `base`:
+    weights may vary, and which rewards are held out, but neither their names nor reference.model nor what is asked of the
+    cluster.
+
+    scheduler: one of Tune's, with time_attr="step" and no metric of its own: it compares the aim's score. Trials that it ends
+        early (ASHAScheduler) are finished runs of fewer steps. Trials that take over another's weights
+        (PopulationBasedTraining) are several runs; the last one makes the row.
+    Raises SweepError if any trial failed, after all have ended; Paused after SIGTERM, KeyboardInterrupt after Ctrl-C.
+    """
+    folder = folder.absolute()
+    base = base.tracked_at(tracking_uri(base.tracking.uri, folder.parent))
+    trials = Trials(base, points, folder, examine)
+    if any(experiment.mirror for experiment in (base, *trials.experiments)):
+        raise UserError("mirror: is for single runs; what a sweep's trials leave lies in the sweep's folder")
+    if scheduler or isinstance(points, Optuna):
+        aim = aim or Aim()
+        _check_looks(trials, aim, scheduler)
+    for experiment in {of.model_dump_json(include={"prompts", "rewards"}): of for of in trials.experiments}.values():
+        check_inputs(experiment)
+    warn_of_passing_copy(folder)
+
+    with attached() as where:
+        check_fits(base)
+        for experiment in {of.model_dump_json(include={"prompts"}): of for of in trials.experiments}.values():
+            embed(experiment)
+        trials.open(keeps=isinstance(points, Optuna) or isinstance(scheduler, PopulationBasedTraining))
+        signals.withdraw(folder)
+        tags = {"sweep": folder, "trials": trials.count}
+        parent = Tracker(base.tracking.uri, base.tracking.experiment, folder.name, folder, trials.varied, tags)
+        print(f"sweep {folder}  {trials.count} trials  tracking {parent.url}  {where}\n{placement(base)}", flush=True)
+        status, reason = "KILLED", None
+        try:
+            with (
+                reward_pool(base) if base.reward_actors else nullcontext() as pool,
+                signals.on_sigterm(lambda: signals.give(folder, signals.PAUSE)),
+            ):
+                failures = _tuned(trials, pool, where, parent.run_id, scheduler, aim, on_row)
+            # Tune answers Ctrl-C by ending its trials and returning as if nothing had happened.
+            unfinished = [i for i in range(trials.count) if i not in failures and not trials.finished(i)]
+            paused = signals.given(folder) == signals.PAUSE
+            why: BaseException = Paused(f"{len(unfinished)} of {trials.count} trials are unfinished in {folder}")
+            for i in unfinished:
+                if i in trials.known:
+                    close(trials.run(i), trials.experiment(i), why if paused else KeyboardInterrupt())
+            reason = "\n".join(f"{dict(trials.point(i))}: {error}" for i, error in sorted(failures.items()))
+            status = "KILLED" if unfinished else "FAILED" if failures else "FINISHED"
+            table = trials.table()
+            table.to_csv(folder / "table.csv", index=False)
+            parent.artifact(folder / "table.csv")
+            if len(table):
+                from diffinstruct.reports.page import write
+
+                write(folder, folder / "report.html")
+                parent.artifact(folder / "report.html")
+        finally:
+            parent.finish(status, reason)
+            shutil.rmtree(folder / "ray", ignore_errors=True)
+    if unfinished:
+        print(f"interrupted: {why}", flush=True)
+        raise why if paused else KeyboardInterrupt
+    if failures:
+        raise SweepError(reason)
+    return table
+
+
+def _tuned(
+    trials: Trials,
+    pool: RewardService | None,
+    where: str,
+    parent: str | None,
+    scheduler: TrialScheduler | None,
+    aim: Aim | None,
+    on_row: OnRow,
+) -> dict[int, BaseException]:
+    """Run what is missing under Tune; the errors of those that failed."""
+    done = {i for i in range(trials.count) if trials.finished(i)}
+    for i in sorted(done):
+        on_row(i, trials.row(i))
+    if len(done) == trials.count:
+        return {}
+    # A scheduler has to hear of finished trials, too: it judges the others by them.
+    todo = [i for i in trials.known if scheduler or i not in done]
+    started_in, population = os.getcwd(), isinstance(scheduler, PopulationBasedTraining)
+    uri = trials.base.tracking.uri
+    if population:  # Tune wants to hand out its points itself
+        keys = trials.point(todo[0])
+        told: dict[str, Any] = {key: tune.sample_from(partial(_value, trials, key)) for key in keys}
+        handed_out: dict[str, Any] = {"param_space": {"trial": tune.grid_search(todo), **told}}
+        searcher, samples = None, 1
+    else:
+        searcher = Asking(trials, aim) if aim and isinstance(trials.points, Optuna) else Listed(trials, todo)
+        handed_out, samples = {}, trials.count
+
+    def trial(config: dict[str, Any]) -> None:
+        stand_in(started_in)
+        trials.base = trials.base.tracked_at(uri)
+        Trial(trials, config, pool, where, parent, aim, population, started_in).run()
+
+    logging.getLogger("ray.tune.tune").setLevel(logging.ERROR)  # how to go on from Tune's own state, which is cleared away
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other would put its table in the place of our lines
+
+    def stop(trial: Any) -> None:
+        signals.give(trials.run(trials.number(trial.trial_id, trial.config)), signals.STOP)
+
+    results = tune.Tuner(
+        tune.with_resources(trial, DRIVER),
+        **handed_out,
+        tune_config=tune.TuneConfig(
+            num_samples=samples,
+            max_concurrent_trials=at_once(trials.base),
+            search_alg=searcher,
+            scheduler=Gentle(scheduler, stop) if scheduler else None,
+            **({"metric": "score", "mode": "max"} if scheduler else {}),
+        ),
+        run_config=tune.RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=str(trials.folder / "ray"),
+            verbose=0,
+            callbacks=[Progress(trials, done, on_row)],
+        ),
+    ).fit()
+    trials.read()
+    errors = {}
+    for result, of in zip(results, results._experiment_analysis.trials, strict=True):  # a result alone does not say whose it is
+        if result.error:
+            errors[trials.number(of.trial_id, of.config)] = final_error(result.error) or result.error
+    return {i: error for i, error in errors.items() if not isinstance(error, Paused)}
+
+
+def _value(trials: Trials, key: str, spec: Any) -> Any:
+    """What the trial that Tune is making changes `key` to."""
+    return trials.point(spec.config.trial)[key]
+
+
+class Gentle(TrialScheduler):
+    """A scheduler whose STOP is an order to the trial's run, which then ends as a finished one, not its death."""
+
+    def __init__(self, scheduler: TrialScheduler, stop: Callable[[Any], None]) -> None:
+        self.scheduler, self.stop = scheduler, stop
+        self.stopped: set[Any] = set()
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if trial in self.stopped:
+            return TrialScheduler.CONTINUE
+        decision: str = self.scheduler.on_trial_result(tune_controller, trial, result)
+        if decision != TrialScheduler.STOP:
+            return decision
+        self.stopped.add(trial)
+        self.stop(trial)
+        return TrialScheduler.CONTINUE
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        return bool(self.scheduler.set_search_properties(metric, mode, **spec))
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self.scheduler.on_trial_add(tune_controller, trial)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        self.scheduler.on_trial_error(tune_controller, trial)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        self.scheduler.on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        self.scheduler.on_trial_remove(tune_controller, trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        return self.scheduler.choose_trial_to_run(tune_controller)
+
+    def debug_string(self) -> str:
+        return str(self.scheduler.debug_string())
+
+
+class Progress(TrialProgressCallback):
+    """A line for each trial that ends, in place of Tune's, and its row; those of `ended` have had theirs."""
+
+    def __init__(self, trials: Trials, ended: set[int], on_row: OnRow) -> None:
+        super().__init__()
+        self.trials, self.ended, self.on_row = trials, ended, on_row
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        """The journal has it."""
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if (i := self.trials.number(trial.trial_id, trial.config)) not in self.ended:
+            self.trials.read()
+            self._say(i, "done")
+            self.on_row(i, self.trials.row(i))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        paused = signals.given(self.trials.folder) == signals.PAUSE
+        self._say(self.trials.number(trial.trial_id, trial.config), "paused" if paused else "failed")
+
+    def _say(self, i: int, how: str) -> None:
+        self.ended.add(i)
+        print(f"trial {len(self.ended)}/{self.trials.count} {how}  {dict(self.trials.point(i))}", flush=True)
+
+
+def _check_looks(trials: Trials, aim: Aim, scheduler: TrialScheduler | None) -> None:
+    """Raises UserError where the aim's figures would never come, or a scheduler would count something else than steps."""
+    looks = [key for key in (aim.up, aim.down, *aim.floors, *aim.ceilings) if key.startswith("watch/")]
+    if unknown := next((key for key in looks if key not in FIGURES), None):
+        raise UserError(f"aim: the watch has no figure {unknown!r}{did_you_mean(unknown, FIGURES)}")
+    for i in trials.known or [None]:
+        experiment = trials.base if i is None else trials.experiment(i)
+        if looks and not experiment.watch.every:
+            raise UserError(f"watch.every: is 0, but the sweep looks at {looks[0]}")
+        if aim.up == "watch/held_out" and not experiment.rewards.held_out:
+            raise UserError("rewards.held_out: is empty, but the sweep looks at watch/held_out")
+    if (counts := getattr(scheduler, "_time_attr", "step")) != "step":
+        raise UserError(f'scheduler: time_attr should be "step", got {counts!r}, which starts anew when a trial does')
+    if isinstance(scheduler, PopulationBasedTraining) and len({tuple(point) for point, _ in trials.known.values()}) != 1:
+        raise UserError("sweep: the points of a population all change the same keys")
+    if isinstance(scheduler, PopulationBasedTraining):
+        point, changes = trials.point(0), scheduler._hyperparam_mutations
+        if unknown := next((key for key in changes if key not in point), None):
+            raise UserError(f"scheduler: it changes {unknown}, which the points do not{did_you_mean(unknown, point)}")
+        trials.check_space(changes, point)
+    every = trials.base.logging.checkpoint_every
+    if isinstance(scheduler, PopulationBasedTraining) and every > scheduler._perturbation_interval:
+        raise UserError(
+            f"logging.checkpoint_every: {every} steps, more than the scheduler's perturbation_interval, "
+            f"{scheduler._perturbation_interval}: there would be no weights to take over"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------- resources
+def at_once(experiment: Experiment) -> int:
+    """How many trials the cluster has workers for, beside the reward actors; at least one."""
+    asked, actors, total = experiment.cluster, experiment.reward_actors, _total()
+    fits = [  # amounts may be fractions
+        (total.get(kind, 0) - actors * asked.per_reward_actor.get(kind, 0)) / (asked.workers * amount) + 1e-9
+        for kind, amount in asked.per_worker.items()
+    ]
+    return max(1, int(min(fits)))
+
+
+def placement(experiment: Experiment) -> str:
+    """What the sweep asks of the cluster, in a line."""
+    asked, actors, total = experiment.cluster, experiment.reward_actors, _total()
+
+    def said(resources: Mapping[str, float]) -> str:
+        return ", ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
+
+    kinds = {**asked.per_worker, **asked.per_reward_actor}
+    return (
+        f"placement  {at_once(experiment)} trials at once, {asked.workers} workers each, {said(asked.per_worker)} a worker; "
+        f"for all of them {actors} reward actors, {said(asked.per_reward_actor)} an actor; "
+        f"Ray has {said({kind: total.get(kind, 0) for kind in kinds})}"
+    )
+
+
+def _total() -> dict[str, float]:
+    """What the cluster has of each resource, with what its autoscaler may start."""
+    total: dict[str, float] = {}
+    for resources, count in most_nodes() or [(ray.cluster_resources(), 1)]:
+        for kind, amount in resources.items():
+            total[kind] = total.get(kind, 0) + amount * count
+    return total

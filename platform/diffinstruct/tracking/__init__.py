@@ -1,0 +1,1 @@
+"""The journal of a run, which is the truth, and its delivery to trackers."""

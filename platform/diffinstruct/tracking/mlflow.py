@@ -1,0 +1,307 @@
+"""The delivery of a journal to MLflow; the only file that imports mlflow."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from diffinstruct.config.addresses import in_one_line, spelled, tracking_uri, without_password
+from diffinstruct.config.reading import load
+from diffinstruct.errors import UserError
+from diffinstruct.tracking.records import is_start, read_json, records, replace_json
+
+logger = logging.getLogger(__name__)
+
+POSTPONED_AGAIN = 60.0  # seconds until pictures and files that could not be stored are tried again
+LIMITS = {"Metric": 1000, "Param": 100, "RunTag": 100}  # entities MLflow takes in a batch
+LONGEST_PARAM, LONGEST_TAG = 6000, 5000  # characters; what is longer is cut
+ENVIRONMENT = {  # of this process, where the user has not said otherwise: fail fast, the journal is what waits
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+class MlflowDelivery:
+    """Brings a journal to MLflow. A function of the run's folder alone, so anybody can go on with it."""
+
+    def __init__(self, folder: Path, uri: str | None) -> None:
+        self.folder, self.journal = folder, folder / "journal.jsonl"
+        self.uri = uri and spelled(uri)
+        self.run_id: str | None = None
+        self.experiment_id: str | None = None
+        self.offset = 0
+        self.postponed: list[int] = []
+        self._postponed_again = 0.0
+        self._client: Any = None
+        self._nonfinite: set[str] = set()  # keys whose first step without a finite value has been told
+        self._refused: set[str] = set()  # what has been reported as not taken
+
+    def connect(self) -> None:
+        """Finds the journal's run, or makes it, and what of the journal it has. Nothing if that is known."""
+        if self._client is not None:
+            return
+        with self.journal.open("r+b") as file:
+            with suppress(OSError):  # not every disk knows locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # a run and a `sync` that meet MLflow at once would make a run each
+            self._connect()
+
+    def _connect(self) -> None:
+        starts = [(record["start"], record["time"]) for _, _, record in records(self.journal) if is_start(record)]
+        if not starts:
+            raise FileNotFoundError(f"{self.journal} does not hold a run")
+        (_, began), (start, _) = starts[0], starts[-1]
+        self.uri = self.uri or self._server(without_password(start["uri"]))
+        client, experiment_id = _open(self.uri, start["experiment"])
+        known = read_json(self.folder / "mlflow.json").get("run_id")
+        run = _active_run(client, known)
+        if run is None:
+            token = start["journal"]
+            found = client.search_runs([experiment_id], f"tags.journal = '{token}'", max_results=1)
+            parent = {"mlflow.parentRunId": start["parent"]} if start["parent"] else {}
+            tags = {"journal": token, **parent}
+            run = found[0] if found else client.create_run(experiment_id, began, tags=tags, run_name=start["name"])
+        confirmed = read_json(self.folder / "journal.ack") if run.info.run_id == known else {}
+        self.offset, self.postponed = confirmed.get("offset", 0), confirmed.get("postponed", [])
+        if self.offset > self.journal.stat().st_size:  # lines confirmed, then lost with the machine's memory
+            self.offset, self.postponed = 0, []
+        self._confirm(self.offset)
+        self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
+        where = {"uri": without_password(self.uri), "experiment_id": self.experiment_id, "run_id": self.run_id}
+        replace_json(self.folder / "mlflow.json", where)
+        self._nonfinite = {tag for tag in run.data.tags if tag.startswith("nonfinite.")}
+        self._client = client
+
+    def _server(self, named: str) -> str:
+        """What the journal names, with its password. Journals come from others, too: a server gets files and MLflow's
+        password only where the environment or the recipe names it as well. An sqlite file is no server."""
+        own, recipe = spelled(os.environ.get("MLFLOW_TRACKING_URI", "")), self.folder / "experiment.yaml"
+        if named == without_password(own):
+            return own
+        if named.startswith("sqlite:///"):
+            return named
+        asked = load(recipe).tracking.uri if recipe.is_file() else None
+        if named != asked:
+            there = without_password(tracking_uri(asked, self.folder.parent))
+            raise UserError(f"{self.journal}: uri: {named!r} is not where the run would be tracked, {there!r}: --uri decides")
+        return named
+
+    def pump(self, everything: bool) -> bool:
+        """Delivers all complete lines that are not confirmed; whether no picture or file had to be postponed.
+
+        Raises what MLflow raises; what was confirmed stays so. `everything`: try what was postponed now.
+        """
+        try:
+            batch: list[Any] = []
+            end = self.offset
+            for begin, end, record in records(self.journal, self.offset):
+                if "metrics" in record:
+                    batch += self._measured(record)
+                    if len(batch) < LIMITS["Metric"]:
+                        continue
+                self._send(batch)
+                batch = []
+                if "image" in record or "artifact" in record:
+                    self._store(begin, record)
+                elif "examined" in record:
+                    figures = {f"examined/{key}": value for key, value in record["examined"].items()}
+                    self._send(self._measured({**record, "metrics": figures}))
+                elif "event" in record:
+                    self._send(_entities(tags={f"event.{record['event']}": f"step {record['step']}: {record['text']}"}))
+                elif is_start(record):
+                    self._start(record["start"])
+                elif "finish" in record:
+                    _finish(self._client, self.run_id, record["finish"], record["reason"], record["time"])
+                elif "metrics" not in record and begin + 1 < end:
+                    logger.warning("%s: the line at byte %d cannot be read and is left out", self.journal, begin)
+                self._confirm(end)
+            if end > self.offset:
+                self._send(batch)
+                self._confirm(end)
+            if self.postponed and (everything or time.monotonic() > self._postponed_again):
+                for begin in list(self.postponed):
+                    _, _, record = next(records(self.journal, begin))
+                    self._store(begin, record)
+                    self._confirm(self.offset)
+                    if begin in self.postponed:
+                        break  # one attempt may take long
+            return not self.postponed
+        except Exception:
+            self._client = None  # look again whether the run is still there
+            raise
+
+    def _measured(self, record: dict[str, Any]) -> list[Any]:
+        finite = {key: value for key, value in record["metrics"].items() if math.isfinite(value)}
+        tags = {f"nonfinite.{mlflow_key(key)}": record["step"] for key in record["metrics"] if key not in finite}
+        first = {tag: step for tag, step in tags.items() if tag not in self._nonfinite}
+        self._nonfinite.update(first)
+        return _entities(metrics=finite, tags=first, step=record["step"], at=record["time"])
+
+    def _start(self, start: dict[str, Any]) -> None:
+        run = self._client.get_run(self.run_id)
+        asked = {mlflow_key(key): value[:LONGEST_PARAM] for key, value in start["params"].items()}
+        changed = {f"resumed.{key}": value for key, value in asked.items() if run.data.params.get(key, value) != value}
+        new = {key: value for key, value in asked.items() if key not in run.data.params}
+        self._send(_entities(params=new, tags={**start["tags"], **changed}))
+        if run.info.status != "RUNNING":
+            self._client.update_run(self.run_id, status="RUNNING")
+        if "reason" in run.data.tags:  # why it had ended
+            self._client.delete_tag(self.run_id, "reason")
+
+    def _store(self, begin: int, record: dict[str, Any]) -> None:
+        """A picture or file. What holds one up (a store without credentials, say) must not hold up the metrics."""
+        path = self.folder / (record.get("image") or record["artifact"])
+        if begin in self.postponed:
+            self.postponed.remove(begin)
+        try:
+            if not path.exists():
+                logger.warning("%s is gone and does not reach MLflow", path)
+            elif not all(file.resolve().is_relative_to(self.folder.resolve()) for file in (path, *path.rglob("*"))):
+                logger.warning("%r is, or leads, outside of the run's folder and does not reach MLflow", str(path))
+            elif "image" in record:
+                self._image(path, record)
+            elif path.is_dir():
+                self._client.log_artifacts(self.run_id, str(path), path.name)
+            else:
+                self._client.log_artifact(self.run_id, str(path))
+        except Exception as error:
+            self.postponed.append(begin)
+            self._postponed_again = time.monotonic() + POSTPONED_AGAIN
+            if str(path) not in self._refused:
+                self._refused.add(str(path))
+                logger.warning("%s does not reach MLflow yet: %s", path, in_one_line(error))
+
+    def _image(self, path: Path, record: dict[str, Any]) -> None:
+        from PIL import Image
+
+        key, step, at = mlflow_key(record["key"]), record["step"], record["time"]
+        # MLflow gives each picture a new name; its thumbnail comes last, so where that one is, the picture is
+        sent = f"images/{key.replace('/', '~')}+step+{step}+timestamp+{at}+"
+        there = [file.path for file in self._client.list_artifacts(self.run_id, "images")]
+        if any(name.startswith(sent) and name.endswith("+compressed.webp") for name in there):
+            self._client.set_tag(self.run_id, "mlflow.loggedImages", True)
+            return
+        with Image.open(path) as image:
+            self._client.log_image(self.run_id, image, key=key, step=step, timestamp=at)
+
+    def _send(self, entities: list[Any]) -> None:
+        _send(self._client, self.run_id, entities, self._refused)
+
+    def _confirm(self, offset: int) -> None:
+        self.offset = offset
+        replace_json(self.folder / "journal.ack", {"offset": offset, "postponed": self.postponed})
+
+
+def _open(uri: str, experiment_name: str | None = None) -> tuple[Any, str | None]:
+    """(client, experiment id). One process at a time on an sqlite file: two that create its tables at once both fail."""
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    with _alone(uri) as artifacts:
+        client = MlflowClient(uri)
+        if experiment_name is None:
+            return client, None
+        if (experiment := client.get_experiment_by_name(experiment_name)) is None:
+            try:
+                return client, client.create_experiment(experiment_name, artifact_location=artifacts)
+            except MlflowException as error:  # on a server, another client may have been faster
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                experiment = client.get_experiment_by_name(experiment_name)
+        return client, experiment.experiment_id
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[str | None]:
+    """Where artifacts of new experiments go, absolute, beside an sqlite file, which is locked. None: the server decides."""
+    if (database := uri.removeprefix("sqlite:///")) == uri:
+        yield None
+        return
+    Path(database).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{database}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not Path(database).exists():
+            # MLflow takes seconds to make its tables and never mends a file that it was killed over: make it aside.
+            from mlflow import MlflowClient
+
+            for left_over in (f"{database}.tmp", f"{database}.tmp-journal"):
+                Path(left_over).unlink(missing_ok=True)
+            MlflowClient(f"sqlite:///{database}.tmp").search_experiments(max_results=1)
+            os.replace(f"{database}.tmp", database)
+        yield (Path(database).absolute().parent / "mlartifacts").as_uri()
+
+
+def _active_run(client: Any, run_id: str | None) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return run if run and run.info.lifecycle_stage == "active" else None
+
+
+def _entities(
+    metrics: Mapping[str, float] | None = None,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+    step: int = 0,
+    at: int = 0,
+) -> list[Any]:
+    """MLflow's own objects, names and lengths as it takes them."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    return [
+        *(Metric(mlflow_key(key), value, at, step) for key, value in (metrics or {}).items()),
+        *(Param(mlflow_key(key), str(value)[:LONGEST_PARAM]) for key, value in (params or {}).items()),
+        *(RunTag(mlflow_key(key), str(value)[:LONGEST_TAG]) for key, value in (tags or {}).items()),
+    ]
+
+
+def _send(client: Any, run_id: str | None, entities: list[Any], refused: set[str]) -> None:
+    """`log_batch` in pieces MLflow takes. What it refuses for good is narrowed down by halves, named once, and left out."""
+    from mlflow.exceptions import MlflowException
+
+    if not entities:
+        return
+    half = len(entities) // 2
+    kinds = {kind: [entity for entity in entities if type(entity).__name__ == kind] for kind in LIMITS}
+    if len(entities) <= LIMITS["Metric"] and all(len(kinds[kind]) <= limit for kind, limit in LIMITS.items()):
+        try:
+            client.log_batch(run_id, kinds["Metric"], kinds["Param"], kinds["RunTag"])
+            return
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE" or _active_run(client, run_id) is None:
+                raise
+            if not half:
+                if entities[0].key not in refused:
+                    refused.add(entities[0].key)
+                    logger.warning("MLflow refuses %s: %s", entities[0].key, in_one_line(error))
+                return
+    _send(client, run_id, entities[:half], refused)
+    _send(client, run_id, entities[half:], refused)
+
+
+def _finish(client: Any, run_id: str | None, status: str, reason: str | None, at: int) -> None:
+    if reason:
+        client.set_tag(run_id, "reason", reason[:LONGEST_TAG])
+    client.set_terminated(run_id, status, at)
+
+
+def mlflow_key(key: str) -> str:
+    """A key in the characters MLflow takes for metrics and pictures alike."""
+    return re.sub(r"[^A-Za-z0-9_\-./ ]", "_", key)

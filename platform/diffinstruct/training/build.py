@@ -1,0 +1,122 @@
+"""What a run is built of: reference, networks with optimizers, settings of the step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.prompts import read_prompts
+from diffinstruct.errors import UserError
+from diffinstruct.method.diffusion import Conditions, Schedule, log_normal_t, uniform_t
+from diffinstruct.method.distances import distance
+from diffinstruct.method.guidance import guided
+from diffinstruct.method.objectives import objective
+from diffinstruct.method.precision import frozen_dtype
+from diffinstruct.method.step import Players, Settings
+from diffinstruct.models.pipeline import Reference, load_reference
+from diffinstruct.models.prompt_embeddings import NULL
+from diffinstruct.models.roles import Roles
+
+
+# --------------------------------------------------------------------------------------------------- building
+def resolve_device(name: str) -> torch.device:
+    """ "auto" is a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda' asked for, but torch sees no GPU here")
+    return torch.device(name)
+
+
+def open_reference(experiment: Experiment, device: torch.device) -> Reference:
+    return load_reference(
+        experiment.reference.model,
+        device=device,
+        activation_checkpointing=experiment.activation_checkpointing,
+        decoder_dtype=frozen_dtype(experiment.precision),
+        embeddings=Path(experiment.prompts.embeddings) if experiment.prompts.embeddings else None,
+    )
+
+
+def missing_embeddings(experiment: Experiment) -> list[str | None]:
+    """The prompts of a run (and the null prompt) that its folder of embeddings lacks; none where it has no such folder."""
+    if experiment.prompts.embeddings is None:
+        return []
+    prompts: list[str | None] = [NULL]
+    for source in (experiment.prompts.train, experiment.prompts.grid):
+        prompts += read_prompts(source, column=experiment.prompts.column)["prompt"].tolist()
+    stored = open_reference(experiment, torch.device("cpu")).embeddings
+    assert stored is not None
+    return stored.missing(prompts)
+
+
+def store_embeddings(experiment: Experiment, prompts: Sequence[str | None]) -> None:
+    """Make them, with text encoders that go with this call."""
+    open_reference(experiment, resolve_device(experiment.device)).store_embeddings(prompts)
+
+
+def make_players(experiment: Experiment, roles: Roles, null: Conditions, wrap: Callable[[nn.Module], nn.Module]) -> Players:
+    """The roles with their optimizers, the reference with its guidance against the null prompt's conditions."""
+
+    def adam(module: nn.Module, of: Any) -> torch.optim.Optimizer:
+        options = {"lr": of.learning_rate, "betas": of.betas, "weight_decay": of.weight_decay}
+        weights = list(module.parameters())
+        return torch.optim.AdamW(weights, fused=weights[0].is_cuda or None, **options)  # one kernel, and no copies on the way
+
+    return Players(
+        generator=wrap(roles.generator),
+        score_network=wrap(roles.score_network),
+        reference=guided(roles.reference, null, experiment.reference.cfg_scale, experiment.reference.guidance),
+        ema=roles.average,
+        generator_optimizer=adam(roles.generator, experiment.generator),
+        score_optimizer=adam(roles.score_network, experiment.score_network),
+    )
+
+
+def make_settings(experiment: Experiment, schedule: Schedule) -> Settings:
+    """The configuration as the step wants it. Raises UserError for what does not fit the schedule or cannot be imported."""
+    e = experiment.objective
+    if e.t_max > len(schedule.alphas):
+        raise UserError(f"objective.t_max: got {e.t_max}, the reference's schedule has {len(schedule.alphas)} steps")
+    try:
+        chosen = distance(e.distance, e.huber_c)
+    except (Exception, SystemExit) as error:  # whatever somebody's module raises
+        raise UserError(f"objective.distance: {e.distance!r} is no pair (d, d'): {' '.join(str(error).split())}") from None
+    law_of_t = (
+        uniform_t(e.t_min, e.t_max)
+        if e.t_law == "uniform"
+        else log_normal_t(schedule, e.t_log_mean, e.t_log_std, e.t_min, e.t_max)
+    )
+    return Settings(
+        objective=objective(e.name, schedule=schedule, space=e.space, distance=chosen, sid_alpha=e.sid_alpha),
+        regularization_weight=e.regularization_weight,
+        reward_scale=e.reward_scale,
+        score_updates=experiment.score_network.updates_per_step,
+        reuse_sample=experiment.score_network.reuse_sample,
+        score_space=experiment.score_network.space,
+        law_of_t=law_of_t,
+        generator_max_grad_norm=experiment.generator.max_grad_norm,
+        score_max_grad_norm=experiment.score_network.max_grad_norm,
+        ema_decay=experiment.generator.ema_decay,
+        precision=experiment.precision,
+        micro_batch_size=experiment.micro_batch_size,
+    )
+
+
+def training_prompts(experiment: Experiment) -> list[str]:
+    found: list[str] = read_prompts(experiment.prompts.train, column=experiment.prompts.column)["prompt"].tolist()
+    return found
+
+
+def digest(prompts: Sequence[str]) -> str:
+    """Of prompts in their order. The configuration has the file's name alone."""
+    found = hashlib.sha256()
+    for prompt in prompts:
+        found.update(prompt.encode(errors="surrogatepass") + b"\0")  # which is in none
+    return found.hexdigest()

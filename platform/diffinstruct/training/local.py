@@ -1,0 +1,23 @@
+"""A run without Ray: one process, rewards in it. For a debugger, for GPU machines without Ray, for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.run_folder import signals
+from diffinstruct.tracking.journal import Parent
+from diffinstruct.training.build import missing_embeddings, store_embeddings
+from diffinstruct.training.loop import Result, train
+
+
+def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> Result:
+    """Train `experiment` in `folder` (absolute), or go on with what is there."""
+    signals.withdraw(folder)
+    if missing := missing_embeddings(experiment):
+        print(f"prompt embeddings: {len(missing)} to make in {experiment.prompts.embeddings}", flush=True)
+        store_embeddings(experiment, missing)
+    with signals.on_sigterm(lambda: signals.give(folder, signals.PAUSE)):
+        result = train(experiment, folder, parent=parent)
+    assert result is not None  # this process is rank 0
+    return result

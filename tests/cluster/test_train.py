@@ -1,0 +1,131 @@
+"""On Ray: workers against `local.py`, what dies and comes back. (Reward actors: test_reward_actors.py, sweeps: test_tune.py.)
+
+One Ray session for the module, one pair of reward actors for most of it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny.runs import SAME, agree, journal, starts
+
+from diffinstruct.cluster.attach import attached, check_fits
+from diffinstruct.cluster.reward_pool import reward_pool
+from diffinstruct.cluster.train import fit, run
+from diffinstruct.errors import UserError
+from diffinstruct.method.nonfinite import NonFinite
+from diffinstruct.method.rewards import RewardError
+from diffinstruct.run_folder.checkpoint import CheckpointStore
+from diffinstruct.run_folder.state_tree import Rows
+from diffinstruct.training import local
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pool(session, world):
+    with reward_pool(world[1](cluster__reward_replicas=2)) as pool:
+        yield pool
+
+
+# -------------------------------------------------------------------------------------------------- training
+def test_one_worker_gives_the_numbers_of_local(pool, world, tmp_path):
+    experiment = world[1](steps=20)
+    expected = local.run(experiment, tmp_path / "local")
+    result = fit(experiment, tmp_path / "ray", pool, "ray somewhere")
+    agree(tmp_path / "ray", tmp_path / "local")
+    assert [*journal(tmp_path / "ray")[0]] == [*range(21)]  # the watch has looked at the start, too
+    assert result.folder == tmp_path / "ray" and (result.export / "model_index.json").exists()
+    assert result.metrics["divergence"] == pytest.approx(expected.metrics["divergence"], rel=SAME)
+    assert "ray somewhere" in (tmp_path / "ray" / "output.txt").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "more"),
+    [
+        ({}, {"micro_batch_size": 3}),
+        ({}, {"cluster__fully_shard": True}),
+        ({"generator__lora_rank": 4, "score_network__lora_rank": 2}, {}),
+    ],
+    ids=["micro-batches", "sharded", "adapters"],
+)
+def test_two_workers_with_half_the_batch_each_have_the_gradient_of_one(pool, world, tmp_path, adapters, more):
+    """beta_1 is 0: the first moment that Adam keeps is the gradient itself. The players stand still, because Adam makes a
+    whole step of a gradient that is 0 but for rounding, and the order of sums is another with two workers."""
+    still = {"generator__learning_rate": 1e-12, "score_network__learning_rate": 1e-12, **adapters}
+    local.run(world[1](**still), tmp_path / "local")
+    fit(world[1](**still, **more, cluster__workers=2), tmp_path / "ray", pool, "")
+    agree(tmp_path / "ray", tmp_path / "local", rel=1e-4)  # a worker counted twice or not at all would show at 0.5
+    (_, one), (_, two) = (CheckpointStore(tmp_path / run / "checkpoints").latest() for run in ("local", "ray"))
+    for player in ("generator_optimizer", "score_optimizer"):
+        whole, halves = (moments(state["players"][player]) for state in (one, two))
+        assert len(whole) > 20
+        norms = [moment.norm() for moment in whole]
+        for ours, theirs, norm in zip(whole, halves, norms, strict=True):
+            assert (ours - theirs).norm() <= 1e-4 * norm + 1e-6 * max(norms)
+
+
+def moments(optimizer):
+    """Adam's first ones, whole: of a sharded network the checkpoint has them in rows."""
+    found = [of["exp_avg"] for of in optimizer["state"].values()]
+    return [moment.own if isinstance(moment, Rows) else moment for moment in found]
+
+
+@pytest.mark.long
+def test_a_killed_worker_goes_on_from_the_checkpoint(session, world, tmp_path, capfd):
+    """The whole way through `run`: its own reward actor, its lines in the terminal, and the numbers of an unbroken run."""
+    experiment = world[1](steps=30, logging__checkpoint_every=4)
+    local.run(experiment, tmp_path / "local")
+    folder = tmp_path / "ray"
+
+    def kill():
+        while not (folder / "checkpoints" / "step-00000008").exists():
+            time.sleep(0.01)
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    process.kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    run(experiment, folder)
+    killer.join(1)
+    assert starts(folder) == 2
+    agree(folder, tmp_path / "local")
+    assert journal(folder)[1] == ["FINISHED"]
+    shown = capfd.readouterr().out.splitlines()
+    assert any(line.startswith("step 30/30") for line in shown)
+    assert "ray " in next(line for line in shown if line.startswith(f"done: run {folder}"))
+
+
+def test_an_error_that_would_come_again_is_not_tried_again(pool, world, tmp_path):
+    experiment = world[1](prompts__train=str(world[0] / "broken.txt"))
+    # At the handshake, or in the rounds where the pool's actors have had theirs with another test's prompts
+    with pytest.raises((NonFinite, RewardError), match=r"reward tiny.rewards:Broken: \d of \d scores are not finite"):
+        fit(experiment, tmp_path, pool, "")
+    assert starts(tmp_path) == 1
+    assert journal(tmp_path)[1][-1] == "FAILED"
+
+
+def test_what_does_not_fit_the_cluster_is_said_in_one_line(session, world):
+    with pytest.raises(UserError, match=r"^cluster: asks for 9 CPUs \(4 workers x 2 \+ 1 reward actors x 1\), Ray has 5$"):
+        check_fits(world[1](cluster__workers=4, cluster__cpus_per_worker=2))
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("http://127.0.0.1:8265", r"^RAY_ADDRESS: http://127.0.0.1:8265 is for `ray job submit`; [^\n]*$"),
+        ("127.0.0.1:9", r"^RAY_ADDRESS: no Ray at 127.0.0.1:9: [^\n]*refused$"),
+    ],
+)
+def test_a_ray_address_that_is_none_is_said_at_once(address, said, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=said), attached():
+        pass

@@ -1,0 +1,476 @@
+"""The configuration: one value that survives every form it takes, and mistakes that say where and what."""
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pydantic
+import pytest
+import yaml
+from chaos.configurations import chaos
+
+from diffinstruct.config.addresses import without_password
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.fields import POCKET_SPLITS, Section
+from diffinstruct.config.prompts import read_prompts
+from diffinstruct.config.reading import load
+from diffinstruct.errors import ConfigErrors, UserError
+
+RECIPE = Path(__file__).parents[2] / "experiments" / "recipes" / "pocket.yaml"
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def errors(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    """The mistakes, with the file's folder cut off."""
+    with pytest.raises(ConfigErrors) as caught:
+        load(written(tmp_path, text), overrides)
+    assert str(caught.value) == "\n".join(caught.value.errors)
+    return [line.replace(f"{tmp_path}/", "") for line in caught.value.errors]
+
+
+# ----------------------------------------------------------------------------------------------------- the value
+CHANGED = [
+    "name=my.run-2",
+    "reference={model: some/model, cfg_scale: 3}",
+    "generator.start=reference",
+    "generator.betas=[0, 0.999]",
+    "objective={name: reward_only, huber_c: 1e-3}",
+    "rewards.trained=[{name: pickscore, weight: 0.5}, {name: 'my.module:Reward', weight: 1e2}]",
+    "cluster.workers=4",
+    "tracking.uri=http://localhost:5000",
+    "runs=/tmp/é",
+]
+
+
+@pytest.mark.parametrize("overrides", [[], CHANGED])
+def test_every_form_gives_the_same_value(tmp_path, overrides):
+    experiment = load(written(tmp_path, ""), overrides)
+    assert load(written(tmp_path, experiment.to_yaml())) == experiment
+    assert copy.deepcopy(experiment) == experiment
+    assert Experiment.model_validate_json(experiment.model_dump_json()) == experiment
+    assert Experiment.model_validate(experiment.model_dump()) == experiment
+
+
+def test_overrides_arrive_typed(tmp_path):
+    e = load(written(tmp_path, "generator: {betas: [0, 0.5]}\nsteps: 7"), CHANGED)
+    assert (e.steps, e.name, e.runs) == (7, "my.run-2", "/tmp/é")
+    assert e.reference.cfg_scale == 3.0
+    assert e.generator.betas == (0.0, 0.999)
+    assert isinstance(e.generator.betas[0], float)  # torch's Adam refuses (int, float)
+    assert [(r.name, r.weight) for r in e.rewards.trained] == [("pickscore", 0.5), ("my.module:Reward", 100.0)]
+    assert e.objective.huber_c == 1e-3
+
+
+def test_the_recipe_is_the_default_and_names_every_key():
+    recipe = yaml.safe_load(RECIPE.read_text())
+    assert load(RECIPE) == Experiment()
+
+    def keys(value: Any) -> Any:
+        return {k: keys(v) for k, v in value.items()} if isinstance(value, dict) else None
+
+    assert keys(recipe) == keys(Experiment().model_dump())
+
+
+@pytest.mark.parametrize("path", sorted(RECIPE.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads(path):
+    """Those of full size say of each value where it comes from."""
+    experiment = load(path)
+    assert experiment.name == path.stem
+    if experiment.reference.model != "pocket":
+        values = [line for line in path.read_text().splitlines() if line and not re.fullmatch(r"\w+:", line)]
+        assert [line for line in values if "# " not in line] == []
+
+
+def test_it_is_frozen_and_every_field_is_described():
+    experiment = Experiment()
+    with pytest.raises(pydantic.ValidationError):
+        experiment.steps = 3  # type: ignore[misc]
+    sections = [Experiment, *(type(getattr(experiment, name)) for name in Experiment.model_fields)]
+    for section in [s for s in sections if issubclass(s, Section)]:
+        for name, field in section.model_fields.items():
+            if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+                assert field.description, f"{section.__name__}.{name}"
+
+
+def test_params_are_flat_and_complete():
+    params = Experiment().to_params()
+    assert {key.partition(".")[0] for key in params} == set(Experiment.model_fields)
+    assert params["objective.t_min"] == 20
+    assert params["generator.betas"] == "[0.0, 0.99]"
+    assert params["rewards.trained"] == '[{"name": "pocket_preference", "weight": 1.0}]'
+    assert params["tracking.uri"] is None
+    assert all(isinstance(value, str | int | float | None) for value in params.values())
+
+
+def test_the_id_follows_the_configuration_and_not_its_whereabouts(tmp_path):
+    path = written(tmp_path, "")
+    same = load(path, ["runs=elsewhere", "tracking.experiment=x", "generator.betas=[0, 0.99]"])
+    assert same.derived_id == Experiment().derived_id
+    assert len(same.derived_id) == 12
+    assert int(same.derived_id, 16)
+    assert load(path, ["objective.huber_c=0.2"]).derived_id != same.derived_id
+
+
+def test_a_run_moves_to_other_machines_and_is_the_same(tmp_path):
+    """What it asks of the nodes is written down, and neither its id nor a resume looks at it."""
+    path = written(tmp_path, "cluster:\n  reward_resources: {reward: 0.5}\n")
+    here = load(path, ["cluster.worker_resources={trainer: 2}"])
+    assert here.cluster.per_worker == {"CPU": 1, "trainer": 2}
+    assert here.cluster.per_reward_actor == {"CPU": 1, "GPU": 0, "reward": 0.5}
+    assert here.to_params()["cluster.reward_resources"] == '{"reward": 0.5}'
+    assert here == load(path, ["cluster.worker_resources.trainer=2"])
+    there = load(path, ["cluster.reward_resources={}", "cluster.use_gpu=true"])
+    assert there.cluster.per_worker == {"CPU": 1, "GPU": 1}
+    assert here.derived_id == Experiment().derived_id != there.derived_id
+    assert here.changes(there) == {"cluster.use_gpu": (True, False)}
+
+
+# ---------------------------------------------------------------------------------------------------- its mistakes
+def test_all_mistakes_at_once_in_the_order_of_the_lines(tmp_path):
+    text = """\
+name: pocket
+step: 10
+steps: yes
+steps: 20
+learning_rate: 3
+generator:
+  learning_rate: -1e-4
+  betas: [0, 1.5]
+objective:
+  distance: pseudo_hubr
+  t_min: 990
+score_network: 3
+rewards:
+  trained:
+    - {weight: .nan}
+    - name: pocket_preferense
+prompts: {train: "pocket:trian"}
+cluster:
+  workers: 3
+"""
+    overrides = ["logging.evry=2", "x", "seed=[1", "generator.ema_decay=1.0", "name.x=1"]
+    assert errors(tmp_path, text, *overrides) == [
+        "run.yaml:2: step: unknown key, did you mean 'steps'?",
+        "run.yaml:3: steps: should be a whole number, got True",
+        "run.yaml:4: steps: written twice",
+        "run.yaml:5: learning_rate: unknown key, did you mean 'generator.learning_rate' or 'score_network.learning_rate'?",
+        "run.yaml:7: generator.learning_rate: should be greater than 0, got -0.0001",
+        "run.yaml:8: generator.betas.1: should be less than 1, got 1.5",
+        "run.yaml:9: objective.t_max: should be greater than t_min (990), got 980",  # not written: its section's line
+        "run.yaml:10: objective.distance: should be 'pseudo_huber' or 'squared' or 'module:attribute', got 'pseudo_hubr', "
+        "did you mean 'pseudo_huber'?",
+        "run.yaml:12: score_network: should be a section with keys of its own, got 3",
+        "run.yaml:15: rewards.trained.0.name: is missing",
+        "run.yaml:15: rewards.trained.0.weight: should be a finite number, got nan",
+        "run.yaml:16: rewards.trained.1.name: should be a reward's short name or 'module:callable', "
+        "got 'pocket_preferense', did you mean 'pocket_preference'?",
+        "run.yaml:17: prompts.train: unknown split, got 'pocket:trian', did you mean 'pocket:train'?",
+        "run.yaml:19: cluster.workers: should divide global_batch_size (32), got 3",
+        "-s: x: should be key=value",
+        "-s: seed: not YAML: expected ',' or ']', but got '<stream end>'",
+        "-s: name.x: 'name' is no section",
+        "-s: generator.ema_decay: should be less than 1, got 1.0",
+        "-s: logging.evry: unknown key, did you mean 'every'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("steps: [1\nseed: 2", "run.yaml:2: not YAML: expected ',' or ']', but got ':'"),
+        ("steps: 1\nname: 2024-99-99", "run.yaml:2: not YAML: '2024-99-99' is no timestamp"),
+        ("steps: !!bool maybe", "run.yaml:1: not YAML: 'maybe' is no bool"),
+        ("steps: !!timestamp x", "run.yaml:1: not YAML: 'x' is no timestamp"),
+        ("steps: !!int ''", "run.yaml:1: not YAML: '' is no int"),
+        (f"seed: 0x{'f' * 5000}", f"run.yaml:1: not YAML: '0x{'f' * 74}... is no int"),
+        ("- 1", "run.yaml:1: should hold `key: value` lines, got [1]"),
+        ("steps: !x 1", "run.yaml:1: not YAML: could not determine a constructor for the tag '!x'"),
+        (
+            "rewards:\n  held_out: [pickscore,\n    pocket_preference]",
+            "run.yaml:3: rewards.held_out.1: is named twice: a reward is either trained on or held out, and once, "
+            "got 'pocket_preference'",
+        ),
+        (
+            "rewards: {trained: []}",
+            "run.yaml:1: rewards.trained: should name a reward (only objective.reward_scale 0 goes without), got []",
+        ),
+        (
+            "steps: 3\nreference: {model: some/model}",
+            "run.yaml:1: generator.start: belongs to the pocket world, but reference.model is 'some/model', "
+            "got 'pocket-distilled'",
+        ),
+        (
+            "device: cpu\ncluster:\n  use_gpu: true",
+            "run.yaml:3: cluster.use_gpu: should be false where device is 'cpu', got True",
+        ),
+        (
+            "cluster:\n  worker_resources:\n    GPU: 1",
+            "run.yaml:3: cluster.worker_resources.GPU: should be a resource that nodes declare (use_gpu and reward_gpus ask "
+            "for GPUs), got 1.0",
+        ),
+        (
+            "cluster:\n  reward_resources: {reward: 1.5}",
+            "run.yaml:2: cluster.reward_resources.reward: should be a whole number where it is above 1, got 1.5",
+        ),
+        (
+            "cluster:\n  reward_resources: {reward: 0}",
+            "run.yaml:2: cluster.reward_resources.reward: should be greater than 0, got 0",
+        ),
+        ("cluster: {reward_resources: 1}", "run.yaml:1: cluster.reward_resources: should be a dictionary, got 1"),
+        ("steps: 1.5", "run.yaml:1: steps: should be a whole number, got 1.5"),
+        ("steps: '5'", "run.yaml:1: steps: should be a whole number, got '5'"),
+        ("steps: 1:30:00", "run.yaml:1: steps: should be a whole number, got '1:30:00'"),
+        ("steps: 010", "run.yaml:1: steps: should be a whole number, got '010'"),
+        ("steps: -0_7", "run.yaml:1: steps: should be a whole number, got '-0_7'"),
+        ("name: a/b", "run.yaml:1: name: should be letters, digits, '.', '_' and '-' only, got 'a/b'"),
+        ('runs: "a\\0b"', "run.yaml:1: runs: should hold no NUL byte: no file system takes it, got 'a\\x00b'"),
+        (
+            "generator:\n  learning_rate: 1e39",
+            "run.yaml:2: generator.learning_rate: should be less than or equal to 1, got 1e+39",
+        ),
+        (
+            "score_network: {weight_decay: 1e39}",
+            "run.yaml:1: score_network.weight_decay: should be less than or equal to 1000, got 1e+39",
+        ),
+        (
+            "objective: {huber_c: 1e39, reward_scale: 0}",
+            "run.yaml:1: objective.huber_c: should be less than or equal to 1000000, got 1e+39",
+        ),
+        (
+            "objective: {t_log_std: 1e-300, reward_scale: 0}",
+            "run.yaml:1: objective.t_log_std: should be greater than or equal to 0.001, got 1e-300",
+        ),
+        ("tracking: {uri: 'sqlite://'}", "run.yaml:1: tracking.uri: should name a file: sqlite:///PATH, got 'sqlite://'"),
+        (
+            f"global_batch_size: {10**20}",
+            f"run.yaml:1: global_batch_size: should be less than or equal to 1000000, got {10**20}",
+        ),
+        ("device: gpu", "run.yaml:1: device: should be 'auto', 'cpu' or 'cuda', got 'gpu'"),
+    ],
+)
+def test_one_mistake(tmp_path, text, expected):
+    assert errors(tmp_path, text) == [expected]
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    written(tmp_path, "")
+    with pytest.raises(ConfigErrors, match=r"rum.yaml: No such file or directory, did you mean '.*run.yaml'\?$"):
+        load(tmp_path / "rum.yaml")
+
+
+def test_errors_can_be_rebuilt():
+    """As they are when they cross from a worker to the driver: from what `__reduce__` gives."""
+    make, arguments = ConfigErrors(["a", "b"]).__reduce__()[:2]
+    error = make(*arguments)
+    assert error.errors == ["a", "b"] and str(error) == "a\nb"
+    assert copy.copy(error).errors == ["a", "b"]
+
+
+# ------------------------------------------------------------------------------------------------------- prompts
+def test_prompts_of_a_csv_and_a_txt(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,mouth\n"a, b",None\nc,\n')
+    (tmp_path / "a.txt").write_text("a cat\n\na dog, red\n")
+    table = read_prompts(tmp_path / "a.csv")
+    assert table.to_dict("list") == {"prompt": ["a, b", "c"], "mouth": ["None", ""]}
+    table = read_prompts(str(tmp_path / "a.txt"))
+    assert table["prompt"].tolist() == ["a cat", "a dog, red"]
+    assert table.index.tolist() == [0, 1]
+
+
+def test_prompts_of_tables_and_datasets(tmp_path):
+    """One prompt set in every form, its prompts in a column of another name; what is empty is left out."""
+    frame = pd.DataFrame({"caption": ["a cat", None, "a dog\u2028, red"], "prompt": ["x", "y", "z"], "n": [1, 2, 3]})
+    frame.to_parquet(tmp_path / "a.parquet")
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_json(tmp_path / "a.jsonl", lines=True, orient="records")
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    frame.to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    for source in ("a.parquet", "a.csv", "a.jsonl"):
+        table = read_prompts(tmp_path / source, column="caption")
+        assert table["prompt"].tolist() == ["a cat", "a dog\u2028, red"] and [*table.columns] == ["prompt", "n"]
+        with pytest.raises(UserError, match=r"no column 'captoin', columns are caption, prompt, n, did you mean 'caption'\?"):
+            read_prompts(tmp_path / source, column="captoin")
+    table = read_prompts(f"datasets:{tmp_path}/hub:train", column="caption")
+    assert table.to_dict("list") == {"prompt": ["a cat", "a dog\u2028, red"]}
+    assert len(read_prompts(f"datasets:{tmp_path}/hub:train")) == 3
+    frame.astype({"caption": "category"}).to_parquet(tmp_path / "a.parquet")
+    assert read_prompts(tmp_path / "a.parquet", column="caption")["prompt"].tolist() == ["a cat", "a dog\u2028, red"]
+
+
+def test_prompts_of_other_editors(tmp_path):
+    """With a byte order mark, with Windows' ends of lines, with characters that only `splitlines` takes for one."""
+    (tmp_path / "a.txt").write_bytes("\ufeffa cat\r\na dog\u2028on\x0ca mat\r\n\r\na bird".encode())
+    assert read_prompts(tmp_path / "a.txt")["prompt"].tolist() == ["a cat", "a dog\u2028on\x0ca mat", "a bird"]
+    (tmp_path / "a.csv").write_bytes("\ufeffprompt\r\na dog\u2028on a mat\r\n".encode())
+    assert read_prompts(tmp_path / "a.csv")["prompt"].tolist() == ["a dog\u2028on a mat"]
+
+
+def test_the_pocket_splits(tmp_path, monkeypatch):
+    path = tmp_path / "prompts.csv"
+    path.write_text(
+        "split,prompt,kind,subject,colour,background,mouth\n"
+        "train,a bud,sprout,bud,,,\neval,a pink critter,critter,,pink,,\ntrain,a palm,sprout,palm,,,\n"
+    )
+    monkeypatch.setattr("diffinstruct.config.prompts.POCKET_CSV", path)
+    table = read_prompts("pocket:train")
+    assert table["prompt"].tolist() == ["a bud", "a palm"]
+    assert table.index.tolist() == [0, 1]
+    assert table["colour"].tolist() == ["", ""]
+    with pytest.raises(UserError, match="pocket:open: no prompts in it"):
+        read_prompts("pocket:open")
+
+
+def test_a_dataset_of_the_hub_may_name_the_commit(monkeypatch, tmp_path):
+    import datasets  # takes seconds
+
+    asked: list[Any] = []
+    rows = datasets.Dataset.from_dict({"prompt": ["a cat"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append((name, options)) or rows)
+    (tmp_path / "a@b").mkdir()  # a folder may be called anything
+    for name in ("owner/name@0123abc", "owner/name", f"{tmp_path}/a@b"):
+        assert read_prompts(f"datasets:{name}:train")["prompt"].tolist() == ["a cat"]
+    commits = [("owner/name", "0123abc"), ("owner/name", None), (f"{tmp_path}/a@b", None)]
+    assert asked == [(name, {"split": "train", "revision": commit}) for name, commit in commits]
+
+
+@pytest.mark.parametrize("split", POCKET_SPLITS)
+def test_the_pocket_world_has_every_split(split):
+    table = read_prompts(f"pocket:{split}")
+    assert list(table.columns) == ["split", "prompt", "kind", "subject", "colour", "background", "mouth"]
+    assert (table["prompt"] != "").all()
+    assert (table["split"] == split).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("pocket:evl", r"pocket:evl: unknown split, did you mean 'pocket:eval'\?"),
+        ("pocket", "pocket: unknown split.*"),
+        ("{}/prompst.csv", r".*prompst.csv: no such file, did you mean '.*prompts.csv'\?"),
+        ("{}/prompts.xlsx", r".*prompts.xlsx: prompts are 'pocket:<split>', a file \(.csv, .jsonl, .*\) or 'datasets:.*"),
+        ("{}/broken.jsonl", r".*broken.jsonl: line 2: not JSON: .*"),
+        ("{}/list.jsonl", r".*list.jsonl: line 1: should be an object, got \[1\]"),
+        ("{}/number.jsonl", r".*number.jsonl: row 2: 'prompt' should be text, got 3"),
+        ("{}/not.parquet", ".*not.parquet: .*"),
+        ("{}/harmed.parquet", r".*harmed.parquet: KeyError: .*"),
+        ("{}/lists.parquet", r".*lists.parquet: row 1: 'prompt' should be text, got .*a cat.*"),
+        ("datasets:{}/none:train", ".*none:train: .*"),
+        ("datasets:x", "datasets:x: should be 'datasets:<hub id, maybe @commit, or folder>:<split>'"),
+        ("{}/prompts.csv", ".*prompts.csv: no column 'prompt', columns are text"),
+        ("{}/ragged.csv", ".*ragged.csv: .*Expected 1 fields in line 3, saw 2.*"),
+        ("{}/twice.csv", ".*twice.csv: column 'prompt' is there twice"),
+        ("{}/empty.csv", ".*empty.csv: No columns to parse from file"),
+        ("{}/latin.txt", ".*latin.txt: .*codec can't decode.*"),
+        ("{}/nul.txt", r".*nul.txt: row 2: 'prompt' should be text, got a NUL byte"),
+        ("{}/deep.jsonl", ".*deep.jsonl: line 1: not JSON: .*"),
+    ],
+)
+def test_prompts_that_cannot_be_read(tmp_path, source, message):
+    (tmp_path / "prompts.csv").write_text("text\nx\n")
+    (tmp_path / "ragged.csv").write_text("prompt\nx\ny,z\n")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "twice.csv").write_bytes(b"\xef\xbb\xbfprompt,a,prompt\nx,y,z\n")
+    (tmp_path / "nul.txt").write_text("a\nb\0c\n")
+    (tmp_path / "deep.jsonl").write_text("[" * 200_000)
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "number.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": 3}\n')
+    (tmp_path / "not.parquet").write_text("prompt\na\n")
+    harmed = pa.table({"prompt": ["a cat"]}).replace_schema_metadata({"pandas": '{"columns": [{}], "index_columns": []}'})
+    pq.write_table(harmed, tmp_path / "harmed.parquet")
+    pd.DataFrame({"prompt": [["a cat", "a dog"] * 9]}).to_parquet(tmp_path / "lists.parquet")
+    with pytest.raises(UserError, match=f"^{message}$") as caught:
+        read_prompts(source.format(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 3000, "run.yaml:1: nested too deeply, or into itself"),
+        ("a: 1\n" * 10**6, "run.yaml: larger than 4 MiB, which no recipe is"),
+        ("a: &a [*a]", "run.yaml:1: nested too deeply, or into itself"),
+        ("? [1, 2]\n: 3", "run.yaml:1: not YAML: a key should be a word"),
+        ("generator: {betas: 3}", "run.yaml:1: generator.betas: should be a list, got 3"),
+        ("tracking: {uri: 'foo://bar'}", "run.yaml:1: tracking.uri: should begin with one of http://, https://, sqlite://, "
+         "postgresql://, mysql://, mssql://, databricks://, got 'foo://bar'"),
+    ],
+)  # fmt: skip
+def test_strange_files_are_one_line(tmp_path, text, said):
+    assert errors(tmp_path, text) == [said]
+
+
+def test_aliases_of_aliases_end_soon(tmp_path):
+    lines = ["a0: &a0 [1]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12))]
+    (said,) = errors(tmp_path, "\n".join(lines))
+    assert said == "run.yaml:1: not YAML: more than 100000 values, with aliases"
+
+
+def test_a_missing_file_is_taken_for_one_of_nearly_its_name_only(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("")
+    (tmp_path / "bin.yaml").write_bytes(b"\xff\xfe")
+    for name, said in {
+        "recipy.yaml": f"No such file or directory, did you mean '{tmp_path}/recipe.yaml'?",
+        "missing.yaml": "No such file or directory",
+        "bin.yaml": "not UTF-8 text",
+    }.items():
+        with pytest.raises(ConfigErrors) as caught:
+            load(tmp_path / name)
+        assert str(caught.value) == f"{tmp_path}/{name}: {said}"
+
+
+@pytest.mark.parametrize("text", ["prompt\na cat, oil\na dog, ink\n", "prompt,x\na cat, sitting, oil,1\n", "prompt\nx\na, b\n"])
+def test_a_comma_without_quotes_is_no_column(tmp_path, text):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(UserError, match=r"p\.csv: .*(a prompt with a comma wants quotes|Expected 1 fields in line 3, saw 2)"):
+        read_prompts(tmp_path / "p.csv")
+    (tmp_path / "p.csv").write_text('prompt\n"a cat, oil"\n')
+    assert read_prompts(tmp_path / "p.csv")["prompt"].tolist() == ["a cat, oil"]
+
+
+def test_made_up_configurations_are_read_or_refused_and_the_schema_agrees(tmp_path):
+    """A few hundred; tests/chaos/configurations.py makes up ten thousand."""
+    assert chaos(tmp_path, 300).endswith("none wrongly accepted, no traceback")
+
+
+def test_passwords_stay_in_the_environment(tmp_path):
+    (said,) = errors(tmp_path, "tracking: {uri: 'https://me:hunter2@host/x'}")
+    assert said.startswith("run.yaml:1: tracking.uri: should hold no user and password") and "hunter2" not in said
+    experiment = Experiment().tracked_at("https://me:hunter2@host/x")
+    assert experiment.public().tracking.uri is None and experiment.tracked_at(None).public() == Experiment()
+    assert "hunter2" not in experiment.public().to_yaml() + str(experiment.public().to_params())
+    uris = ("postgresql://me:hunt/er2@host/db", "https://me:hunt@er2@host", "postgresql://host/db?user=me&password=hunter2&x=1")
+    queries = ("passwd=hunter2", "sslpassword=hunt@er2", "access_token=hunter2", "api_key=hunt'er2", "hunter2")
+    blanks = ("https://me:my hunt er2@host", "postgresql://u:hunt\ter2@host/db", "mysql://u:hunt\u00a0er2@host/db")
+    odbc = ("mssql://?odbc_connect=UID%3Dme%3BPWD%3Dhunter2", "mssql+pyodbc://host:1433/?odbc_connect=PWD%3Dhunt@er2")
+    quoted = ("mysql://me:hunt'er2@host/db", "mysql://me:hunt?er2@host/db", "mysql://host:3306/db?user=me@x&passwd=hunt@er2")
+    for uri in (*uris, *(f"mysql://host/db?{query}" for query in queries), *odbc, *quoted, "https://token@host"):
+        for text in (uri, f"{uri} and {uri!r}", f"(https://host/{uri!r})", f"at {uri}: {uri}, {uri}/api"):
+            assert not re.search("hunt|er2|token@", without_password(text))
+        if "+" not in uri:
+            (said,) = errors(tmp_path, f"tracking: {{uri: {json.dumps(uri)}}}")
+            assert "uri: should hold no user and password, nor a query" in said and "er2" not in said
+    for uri in blanks:
+        (said,) = errors(tmp_path, f"tracking: {{uri: {json.dumps(uri)}}}")
+        assert "uri: should hold no user and password" in said and "er2" not in said
+        (said,) = errors(tmp_path, f"mirror: {json.dumps('s3' + uri[uri.index(':') :])}")
+        assert "mirror: should hold no keys" in said and "er2" not in said
+    assert (
+        without_password(f"no answer from {quoted[0]}, 'https://host/x?y=z'")
+        == "no answer from mysql://host/db, 'https://host/x'"
+    )
+    assert "er2" not in without_password("HTTPConnectionPool(host='host', port=1): with url: /?auth=hunter2/api/2.0")
+    for uri in ("https://host:5000/x", "sqlite:////a/b.db", "postgresql://host/db", "sqlite:////a/me:x@lab/b c.db"):
+        assert without_password(uri) == uri
+    assert Experiment().tracked_at("https://host/x").public().tracking.uri == "https://host/x"

@@ -1,0 +1,384 @@
+"""One alternating round on tiny players: against one graph, in slices, resumed, and where it has to stop. No Ray."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.errors import UserError
+from diffinstruct.method.diffusion import Schedule, uniform_t
+from diffinstruct.method.distances import pseudo_huber
+from diffinstruct.method.guidance import guided
+from diffinstruct.method.noise import Draws
+from diffinstruct.method.nonfinite import NonFinite
+from diffinstruct.method.objectives import objective
+from diffinstruct.method.rewards import LatentRewards, RewardError, Terms
+from diffinstruct.method.step import Players, Settings, alternating_round
+from diffinstruct.reward_service.client import make_rewards
+from diffinstruct.run_folder.checkpoint import CheckpointStore
+from diffinstruct.training.build import make_settings as configured_settings
+
+BATCH, SHAPE = 8, (2, 4, 4)
+ALPHAS = torch.linspace(0.999, 0.05, 1000)
+SCHEDULE = Schedule(ALPHAS, (1 - ALPHAS**2).sqrt())
+PROMPTS = [f"prompt {i}" for i in range(BATCH)]
+NULL = {"prompt_embeds": torch.zeros(1, 3)}
+LAW = uniform_t(20, 980)
+
+
+def chosen(name):
+    return objective(name, schedule=SCHEDULE, space="x0", distance=pseudo_huber(0.1), sid_alpha=1.2)
+
+
+class Network(nn.Module):
+    """Two convolutions that see the noise level and the condition; a Denoiser, and with t left out a generator."""
+
+    def __init__(self, seed):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.enter, self.leave = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 2, 3, padding=1)
+            self.condition = nn.Linear(3, 8)
+
+    def forward(self, x, *rest):
+        *t, c = rest
+        level = t[0].float().view(-1, 1, 1, 1) / 1000 if t else 0
+        hidden = self.enter(x) + self.condition(c["prompt_embeds"]).view(len(x), 8, 1, 1) + level
+        return x + self.leave(torch.tanh(hidden))
+
+
+def decode(latents):
+    return torch.sigmoid(nn.functional.interpolate(latents.mean(1, keepdim=True).expand(-1, 3, -1, -1), scale_factor=2))
+
+
+def contrast(images, prompts):
+    weight = torch.tensor([1.0 + int(prompt.split()[-1]) for prompt in prompts])
+    return weight * images.flatten(1).var(1)
+
+
+def brightness(images, prompts):
+    return images.flatten(1).mean(1)
+
+
+def make_players(adam=True):
+    generator, score_network = Network(1), Network(2)
+    optimizer = torch.optim.AdamW if adam else torch.optim.SGD
+    return Players(
+        generator=generator,
+        score_network=score_network,
+        reference=guided(Network(3).requires_grad_(False), NULL, 1.5, "in"),
+        ema=copy.deepcopy(generator).requires_grad_(False),
+        generator_optimizer=optimizer(generator.parameters(), 1e-2 if adam else 0.0),
+        score_optimizer=optimizer(score_network.parameters(), 1e-2 if adam else 0.0),
+    )
+
+
+def make_settings(**changes):
+    settings = {
+        "objective": chosen("di_star"), "regularization_weight": 0.7, "reward_scale": 30.0, "score_updates": 1,
+        "reuse_sample": True, "score_space": "eps", "law_of_t": LAW, "generator_max_grad_norm": 1e9, "score_max_grad_norm": 1e9,
+        "ema_decay": 0.9, "precision": "fp32", "micro_batch_size": None,
+    }  # fmt: skip
+    return Settings(**settings | changes)
+
+
+def condition(rows=slice(0, BATCH)):
+    return {"prompt_embeds": torch.randn(BATCH, 3, generator=torch.Generator().manual_seed(9))[rows]}
+
+
+REWARDS = LatentRewards(decode, {"contrast": contrast, "brightness": brightness})
+TERMS = Terms({"contrast": 1.0, "brightness": -0.5}, micro_batch=3)
+
+
+def sender(rewards, terms):
+    def send(latents, prompts):
+        answer = rewards(latents, prompts, terms)
+        return lambda: answer
+
+    return send
+
+
+def round_(players, settings=None, step=0, rows=slice(0, BATCH), send=sender(REWARDS, TERMS)):  # noqa: B008
+    draws = Draws(0, step, BATCH, SHAPE, rows, torch.device("cpu"))
+    return alternating_round(players, settings or make_settings(), SCHEDULE, draws, PROMPTS[rows], condition(rows), send)
+
+
+def weights(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def equal(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", ["di_star", "diff_instruct_pp", "sid", "dmd"])
+def test_the_generators_gradient_is_that_of_one_graph(name):
+    """Decoder, rewards, score network, reference and generator in one graph, against the leaves of the round."""
+    players, settings = make_players(), make_settings(score_updates=2, objective=chosen(name))
+    generator = copy.deepcopy(players.generator)
+    round_(players, settings)
+
+    draws, c = Draws(0, 0, BATCH, SHAPE, slice(0, BATCH), torch.device("cpu")), condition()
+    x0 = generator(draws.normal(draws.GENERATOR), c)
+    t, eps = draws.t(draws.GENERATOR + 1, LAW), draws.normal(draws.GENERATOR + 2)
+    loss, _ = settings.objective(x0, t, eps, c, score_network=players.score_network, reference=players.reference)
+    images = decode(x0)
+    reward = contrast(images, PROMPTS) - 0.5 * brightness(images, PROMPTS)
+    (0.7 * loss - 30.0 * reward).mean().backward()
+
+    for ours, exact in zip(players.generator.parameters(), generator.parameters(), strict=True):
+        assert (ours.grad - exact.grad).norm() <= 1e-5 * exact.grad.norm()
+        assert exact.grad.norm() > 0
+
+
+def test_two_halves_average_to_the_whole():
+    """Noise, t and prompts belong to a sample's index in the global batch; players that stand still keep the halves equal."""
+    whole, left, right = (make_players(adam=False) for _ in range(3))
+    settings = make_settings(reuse_sample=False, score_updates=2)
+    metrics = [
+        round_(players, settings, rows=rows)
+        for players, rows in [(whole, slice(0, 8)), (left, slice(0, 4)), (right, slice(4, 8))]
+    ]
+    for player in ("generator", "score_network"):
+        parameters = (getattr(players, player).parameters() for players in (whole, left, right))
+        for all_, first, second in zip(*parameters, strict=True):
+            assert (all_.grad - (first.grad + second.grad) / 2).norm() <= 1e-5 * all_.grad.norm()
+    for key in ("loss/regularizer", "loss/score_network", "divergence", "reward/contrast"):
+        assert metrics[0][key] == pytest.approx((metrics[1][key] + metrics[2][key]) / 2, rel=1e-5)
+    draws = Draws(3, 5, BATCH, SHAPE, slice(0, BATCH), torch.device("cpu"))
+    half = Draws(3, 5, BATCH, SHAPE, slice(4, 8), torch.device("cpu"))
+    assert draws.prompts(1000)[4:] == half.prompts(1000)
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("size", [1, 3])
+def test_micro_batches_add_up_to_the_whole(size, reuse):
+    """Of 3 the last one is smaller; every number and both gradients are those of all samples at once."""
+    whole, parts = make_players(adam=False), make_players(adam=False)
+    sizes = {"generator": [], "score_network": []}
+    for name, seen in sizes.items():
+        getattr(parts, name).register_forward_pre_hook(lambda module, arguments, seen=seen: seen.append(len(arguments[0])))
+    settings = make_settings(reuse_sample=reuse, score_updates=2)
+    of_whole, of_parts = round_(whole, settings), round_(parts, replace(settings, micro_batch_size=size))
+    for player, seen in sizes.items():
+        assert set(seen) == ({1} if size == 1 else {3, 2})
+        for one, other in zip(getattr(whole, player).parameters(), getattr(parts, player).parameters(), strict=True):
+            assert (one.grad - other.grad).norm() <= 1e-5 * one.grad.norm()
+            assert one.grad.norm() > 0
+    assert len(sizes["generator"]) == (2 if reuse else 4) * -(-BATCH // size)
+    assert of_parts.keys() == of_whole.keys()
+    assert of_parts == pytest.approx(of_whole | {key: of_parts[key] for key in of_parts if key.startswith("time/")}, rel=1e-4)
+
+
+def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path):
+    """Six rounds in one go against three, a checkpoint on disk, other players, and three more."""
+    straight, before, after = make_players(), make_players(), make_players()
+    losses = [round_(straight, step=step)["loss/regularizer"] for step in range(6)]
+    for step in range(3):
+        round_(before, step=step)
+    store = CheckpointStore(tmp_path)
+    store.save(3, before.state_dict())
+    step, state = CheckpointStore(tmp_path).latest()
+    assert step == 3
+    round_(after, step=0)  # whatever the process did before is forgotten
+    after.load_state_dict(state)
+    assert [round_(after, step=step)["loss/regularizer"] for step in range(3, 6)] == losses[3:]
+    for role in ("generator", "score_network", "ema"):
+        assert equal(weights(getattr(straight, role)), weights(getattr(after, role)))
+    for optimizer in ("generator_optimizer", "score_optimizer"):
+        ours, theirs = (getattr(players, optimizer).state_dict()["state"] for players in (straight, after))
+        assert len(ours) == 6
+        assert all(torch.equal(ours[i][key], theirs[i][key]) for i in ours for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize(("updates", "reuse"), [(1, True), (3, True), (3, False)])
+def test_the_score_network_is_updated_k_times_on_the_same_or_on_fresh_samples(updates, reuse):
+    players, updated, noises, sent = make_players(), [], [], []
+    players.score_optimizer.register_step_post_hook(lambda *_: updated.append(1))
+    players.generator.register_forward_pre_hook(lambda module, arguments: noises.append(arguments[0]))
+    players.score_network.register_forward_pre_hook(lambda module, arguments: sent.append(arguments[:2]))
+    round_(players, make_settings(score_updates=updates, reuse_sample=reuse))
+    assert len(updated) == updates
+    assert len(noises) == (1 if reuse else 1 + updates)
+    assert all(not torch.equal(noises[i], noises[j]) for i in range(len(noises)) for j in range(i))
+    assert len(sent) == updates + 1  # and once more, in the objective
+    assert all(not torch.equal(sent[i][1], sent[j][1]) for i in range(len(sent)) for j in range(i))  # t of its own
+
+
+def test_reward_only_leaves_the_score_network_alone():
+    players = make_players()
+    before = weights(players.score_network)
+    metrics = round_(players, make_settings(objective=None))
+    assert equal(before, weights(players.score_network))
+    assert "divergence" not in metrics and metrics["gradient_norm/generator"] > 0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_round_before_the_update():
+    def spoiled(latents, prompts):
+        scores = REWARDS(latents, prompts, TERMS)
+        gradient = scores.gradient.clone()
+        gradient[2, 0, 1, 1] = float("nan")
+        return lambda: replace(scores, gradient=gradient)
+
+    players = make_players()
+    before, averaged = weights(players.generator), weights(players.ema)
+    with pytest.raises(NonFinite, match=r"step 4: the generator's gradient is not finite"):
+        round_(players, step=4, send=spoiled)
+    assert equal(before, weights(players.generator)) and equal(averaged, weights(players.ema))
+    assert not players.generator_optimizer.state
+
+    players = make_players()
+    with torch.no_grad():
+        players.score_network.leave.weight.mul_(1e30)
+    before, start = weights(players.score_network), weights(players.generator)
+    with pytest.raises(NonFinite, match="score network"):
+        round_(players)
+    assert equal(before, weights(players.score_network)) and equal(start, weights(players.generator))
+
+
+def test_a_held_out_reward_is_measured_and_never_pulls():
+    seen = []
+
+    def judge(images, prompts):
+        seen.append(images.requires_grad)
+        return 1000 * images.flatten(1).mean(1)
+
+    terms = Terms({"contrast": 1.0}, 16)
+    alone, judged = make_players(), make_players()
+    round_(alone, send=sender(LatentRewards(decode, {"contrast": contrast}), terms))
+    metrics = round_(judged, send=sender(LatentRewards(decode, {"judge": judge, "contrast": contrast}), terms))
+    assert equal(weights(alone.generator), weights(judged.generator))
+    assert metrics["reward/judge"] > 0 and seen == [False]
+
+
+@pytest.mark.parametrize(("step", "decay"), [(0, 0.1), (5, 6 / 15), (1000, 0.9)])
+def test_the_average_follows_its_formula(step, decay):
+    """ema <- d ema + (1 - d) generator, with d warmed up as min(decay, (1 + step) / (10 + step))."""
+    players = make_players()
+    before = weights(players.ema)
+    round_(players, step=step)
+    for name, now in players.generator.state_dict().items():
+        torch.testing.assert_close(players.ema.state_dict()[name], decay * before[name] + (1 - decay) * now)
+        assert not torch.equal(before[name], now)
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        ({"t_max": 1001}, r"objective.t_max: got 1001, the reference's schedule has 1000 steps"),
+        ({"distance": "nowhere:pair"}, r"objective.distance: 'nowhere:pair' is no pair \(d, d'\): No module named 'nowhere'"),
+        ({"distance": "tiny.rewards:pear"}, r"objective.distance: 'tiny.rewards:pear' is no pair .* has no attribute 'pear'"),
+        ({"distance": "tiny.rewards:Red"}, r"objective.distance: 'tiny.rewards:Red' is no pair .*"),
+        ({"distance": ":pair"}, r"objective.distance: ':pair' is no pair \(d, d'\): Empty module name"),
+        ({"distance": "broken:pair"}, r"objective.distance: 'broken:pair' is no pair \(d, d'\): not now"),
+    ],
+)
+def test_settings_refuse_what_only_the_schedule_and_the_import_can_tell(objective, said, tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text("raise RuntimeError('not\\nnow')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    content = Experiment().model_dump()
+    content["objective"] |= objective
+    with pytest.raises(UserError, match=f"^{said}$"):
+        configured_settings(Experiment.model_validate(content), SCHEDULE)
+
+
+def test_what_a_reward_writes_into_its_images_no_other_sees():
+    def vandal(images, prompts):
+        images[0] = 0
+        return images.flatten(1).mean(1)
+
+    x0 = torch.randn(BATCH, *SHAPE, generator=torch.Generator().manual_seed(0))
+    models = {"vandal": vandal, "contrast": contrast, "late": vandal, "brightness": brightness}
+    beside = LatentRewards(decode, models)(x0, PROMPTS, Terms({"vandal": 0.0, "contrast": 1.0}, 16))
+    honest = {name: models[name] for name in ("contrast", "brightness")}
+    alone = LatentRewards(decode, honest)(x0, PROMPTS, Terms({"contrast": 1.0}, 16))
+    assert torch.equal(alone.gradient, beside.gradient)
+    assert all(torch.equal(alone.scores[name], beside.scores[name]) for name in alone.scores)
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        (lambda images, prompts: images.detach().flatten(1).mean(1), "its scores carry no gradient to the images, so"),
+        (lambda images, prompts: [0.0] * len(prompts), r"returned a list, expected a tensor \[8\]"),
+        (lambda images, prompts: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda images, prompts: images.mean(), r"8 images got scores of shape \[\], expected \[8\]"),
+    ],
+)
+def test_a_reward_that_errs_is_named(reward, said):
+    rewards = LatentRewards(decode, {"mine": reward})
+    with pytest.raises(RewardError, match=f"^reward mine: {said}"):
+        rewards(torch.zeros(BATCH, *SHAPE), PROMPTS, Terms({"mine": 1.0}, 16))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tiny.rewards:steps_done", r"cannot load 'tiny.rewards:steps_done': ValueError: .* a class or a function without"),
+        ("nowhere:Reward", "cannot load 'nowhere:Reward': ModuleNotFoundError: No module named 'nowhere'"),
+        ("os:getcwd", "'os:getcwd' makes a str, which is not callable"),
+    ],
+)
+def test_a_reward_that_cannot_be_made_is_said_before_the_first_step(name, said):
+    with pytest.raises(UserError, match=f"^rewards: {said}"):
+        make_rewards([name], decode, "cpu")
+
+
+# ------------------------------------------------------------------------------------------------- terms and memory
+class Tower:
+    """Sees the mean colour, and counts how often it looks; takes no more than `room` pictures at once."""
+
+    def __init__(self, room=100):
+        self.room, self.looks = room, 0
+
+    def features(self, images):
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        self.looks += 1
+        return images.mean((2, 3))
+
+
+class Headed:
+    def __init__(self, tower, channel):
+        self.tower, self.channel = tower, channel
+
+    def head(self, features, prompts):
+        return features[:, self.channel].exp()
+
+    def __call__(self, images, prompts):
+        return self.head(self.tower.features(images), prompts)
+
+
+def test_a_tower_is_looked_through_once_and_changes_no_bit():
+    x0 = torch.randn(BATCH, *SHAPE, generator=torch.Generator().manual_seed(0))
+    tower, terms = Tower(), Terms({"a": 1.0, "b": -2.0}, 3)
+    shared = LatentRewards(decode, {name: Headed(tower, i) for i, name in enumerate("abc")})(x0, PROMPTS, terms)
+    assert tower.looks == 3  # micro-batches of 3, 3 and 2
+    apart = LatentRewards(decode, {name: Headed(Tower(), i) for i, name in enumerate("abc")})(x0, PROMPTS, terms)
+    assert all(torch.equal(shared.scores[name], apart.scores[name]) for name in "abc")
+    torch.testing.assert_close(shared.gradient, apart.gradient)
+    assert shared.gradient.norm() > 0
+
+
+def test_a_weight_of_nothing_asks_for_scores_alone():
+    x0 = torch.randn(BATCH, *SHAPE, generator=torch.Generator().manual_seed(0))
+    scores, both = REWARDS(x0, PROMPTS, Terms({}, 3)), REWARDS(x0, PROMPTS, TERMS)
+    assert not scores.gradient.any() and both.gradient.any()
+    assert all(torch.equal(scores.scores[name], both.scores[name]) for name in both.scores)
+    with pytest.raises(RewardError, match=r"^reward glare: asked for, but there are contrast, brightness$"):
+        REWARDS(x0, PROMPTS, Terms({"glare": 1.0}, 3))
+
+
+def test_where_memory_ends_the_micro_batch_is_halved_and_said():
+    x0 = torch.randn(BATCH, *SHAPE, generator=torch.Generator().manual_seed(0))
+    narrow = LatentRewards(decode, {"a": Headed(Tower(room=2), 0)})(x0, PROMPTS, Terms({"a": 1.0}, 16))
+    wide = LatentRewards(decode, {"a": Headed(Tower(), 0)})(x0, PROMPTS, Terms({"a": 1.0}, 2))
+    assert (narrow.micro_batch, wide.micro_batch) == (2, 2)
+    assert torch.equal(narrow.gradient, wide.gradient) and torch.equal(narrow.scores["a"], wide.scores["a"])
+    with pytest.raises(RewardError, match=r"^rewards a: out of memory with one sample$"):
+        LatentRewards(decode, {"a": Headed(Tower(room=0), 0)})(x0, PROMPTS, Terms({"a": 1.0}, 16))

@@ -1,0 +1,102 @@
+"""`check` counts published models on the configuration files in shapes/: exactly theirs, and without a network."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from math import prod
+
+import pytest
+
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.errors import UserError
+from diffinstruct.models.pipeline import load_reference
+from diffinstruct.models.sharding import blocks
+from diffinstruct.planning import footprint
+from diffinstruct.planning.check import SHAPES, largest_block, report, shapes
+
+VAE, CLIP_L = 83_653_863, 123_060_480
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": {"unet": 859_520_964, "vae": VAE, "text_encoder": CLIP_L},
+    "stabilityai/stable-diffusion-xl-base-1.0": {
+        "unet": 2_567_463_684, "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": 694_659_840,
+    },
+    "PixArt-alpha/PixArt-XL-2-512x512": {"transformer": 610_856_096, "vae": VAE, "text_encoder": 4_762_310_656},
+}  # fmt: skip
+"""Parameters of each part."""
+PIXELS = {"stable-diffusion-v1-5": 512, "stable-diffusion-xl-base-1.0": 1024, "PixArt-XL-2-512x512": 512}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_the_shipped_configurations_are_the_published_models(model: str) -> None:
+    reference = load_reference(shapes(model))
+    parts = {reference.family.part: reference.empty_network(), "vae": reference.empty_decoder(), **reference.empty_encoders()}
+    assert {name: sum(prod(p.shape) for p in part.parameters()) for name, part in parts.items()} == PUBLISHED[model]
+    edge = PIXELS[model.rpartition("/")[2]] // 8
+    assert reference.latent_shape == (4, edge, edge)
+    assert len(reference.schedule.alphas) == 1000 and reference.prediction == "epsilon"
+
+
+def test_the_schedules_are_the_published_ones() -> None:
+    """SIM's sigma of 2.5 is PixArt's at t = 440; Stable Diffusion ends at sigma 14.6."""
+    for model, t, sigma in (
+        ("PixArt-alpha/PixArt-XL-2-512x512", 440, 2.5),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", 999, 14.615),
+        ("stabilityai/stable-diffusion-xl-base-1.0", 999, 14.615),
+    ):
+        schedule = load_reference(shapes(model)).schedule
+        assert (schedule.sigmas[t] / schedule.alphas[t]).item() == pytest.approx(sigma, rel=2e-3)
+
+
+def test_only_check_takes_them_and_only_where_no_folder_has_the_name(tmp_path, monkeypatch) -> None:
+    assert {path.name for path in SHAPES.iterdir()} == {model.replace("/", "--") for model in PUBLISHED}
+    assert all(path.suffix == ".json" for path in SHAPES.rglob("*") if path.is_file())
+    monkeypatch.chdir(tmp_path)
+    model = next(iter(PUBLISHED))
+    with pytest.raises(UserError, match="cannot read"):
+        load_reference(model)
+    (tmp_path / model).mkdir(parents=True)
+    assert shapes(model) == model and shapes(".") == "." and shapes("pocket") == "pocket"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"precision": "bf16", "activation_checkpointing": True, "micro_batch_size": 3},
+        {"precision": "bf16", "generator__lora_rank": 4, "score_network__lora_rank": 2},
+    ],
+    ids=["full", "adapters"],
+)
+def test_a_round_without_content_takes_what_a_real_one_takes(world, more, monkeypatch) -> None:
+    """The same code on tensors that are there: every byte that is held, and the most that is at once."""
+    experiment = world[1](**more)
+
+    def counted() -> footprint.Footprint:
+        reference = load_reference(experiment.reference.model, activation_checkpointing=experiment.activation_checkpointing)
+        rewards = {"tiny.rewards:Red": lambda images, prompts: images.mean((1, 2, 3))}
+        return footprint.of_training(experiment, reference, rewards)
+
+    said = counted()
+    monkeypatch.setattr(footprint, "FakeTensorMode", lambda **_: nullcontext())
+    real = counted()
+    assert said.held == real.held and said.flops == real.flops > 0
+    assert said.peak == pytest.approx(real.peak, rel=0.02) and said.passing > 0
+
+
+def test_a_sharded_networks_largest_block() -> None:
+    network = load_reference(shapes("stabilityai/stable-diffusion-xl-base-1.0")).empty_network()
+    assert {type(module).__name__ for module in blocks(network)} >= {"BasicTransformerBlock", "ResnetBlock2D"}
+    block = next(module for module in blocks(network) if type(module).__name__ == "BasicTransformerBlock")
+    assert largest_block(network) >= sum(p.numel() for p in block.parameters())
+    assert largest_block(network) < 0.1 * sum(p.numel() for p in network.parameters())
+
+
+def test_a_table_without_network_weights_or_start(monkeypatch) -> None:
+    monkeypatch.setattr(footprint, "of_training", lambda *_: footprint.Footprint(0, 2**31, 10**15))
+    monkeypatch.setattr(footprint, "of_rewards", lambda *_: footprint.Footprint(0, 0, 0))
+    values = Experiment().model_dump() | {"rewards": {"trained": [{"name": "pocket_preference"}], "held_out": []}}
+    values["reference"]["model"] = "stabilityai/stable-diffusion-xl-base-1.0"
+    values["generator"] |= {"start": "/nowhere.safetensors", "lora_rank": 64}
+    values["score_network"]["lora_rank"] = 64
+    text, problem = report(Experiment.model_validate(values))
+    assert problem == "generator.start: no such file or folder: /nowhere.safetensors"
+    assert "2567.46" in text and "694.66" in text and "generator's adapter" in text

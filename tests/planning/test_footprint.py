@@ -1,0 +1,77 @@
+"""What a round costs, counted by torch on the pocket world's U-Net, in forward passes of it (F).
+
+Generator: forward and backward 3. Score network: 3 an update, on a reused sample. Regulariser, guided: three forwards, and,
+where gradient flows through the networks to their inputs, three backwards of that alone: 6, or 3 for KL.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.method.noise import Draws
+from diffinstruct.method.nonfinite import Faults
+from diffinstruct.method.rewards import Scores
+from diffinstruct.method.step import alternating_round, score_update, unwrapped
+from diffinstruct.models.denoiser import NetworkDenoiser
+from diffinstruct.models.pipeline import load_reference
+from diffinstruct.models.roles import make_roles
+from diffinstruct.training.build import make_players, make_settings
+
+BATCH = 2
+PROMPTS = ["a tulip in a yellow pot", "a pink round critter"]
+
+
+def counted(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def nobody(latents, prompts):
+    return lambda: Scores({}, torch.zeros_like(latents), 0.0, 16)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return load_reference("pocket")
+
+
+@pytest.mark.parametrize(
+    ("name", "cfg_scale", "where", "forwards"),
+    [
+        ("di_star", 2.0, "in", 9),
+        ("di_star", 2.0, "out", 9),
+        ("di_star", 0.0, "in", 7),
+        ("sid", 2.0, "in", 9),
+        ("diff_instruct_pp", 2.0, "in", 6),
+        ("diff_instruct_pp", 2.0, "out", 6),
+        ("dmd", 2.0, "in", 6),
+        ("reward_only", 2.0, "in", 3),
+    ],
+)
+def test_a_round_costs_what_the_arithmetic_says(reference, monkeypatch, name, cfg_scale, where, forwards):
+    content = Experiment().model_dump()
+    content["objective"]["name"] = name
+    content["reference"] |= {"cfg_scale": cfg_scale, "guidance": where}
+    experiment = Experiment.model_validate(content)
+    players = make_players(experiment, make_roles(experiment, reference), reference.null_conditions(), lambda module: module)
+    settings = make_settings(experiment, reference.schedule)
+    draws = Draws(0, 0, BATCH, reference.latent_shape, slice(0, BATCH), torch.device("cpu"))
+    c = reference.encode_prompts(PROMPTS)
+    sample = draws.normal(0)
+    with torch.no_grad():
+        one = counted(lambda: unwrapped(players.score_network)(sample, torch.tensor([5, 500]), c))
+    update = partial(score_update, players, settings, reference.schedule, draws, sample, c, draws.SCORE, Faults(PROMPTS))
+    score = counted(update) if settings.objective else 0
+    rows: list[int] = []
+    forward = NetworkDenoiser.forward
+    monkeypatch.setattr(NetworkDenoiser, "forward", lambda self, xt, *rest: (rows.append(len(xt)), forward(self, xt, *rest))[1])
+    whole = counted(lambda: alternating_round(players, settings, reference.schedule, draws, PROMPTS, c, nobody))
+    if settings.objective:
+        assert 2.9 * one <= score <= 3 * 1.03 * one
+        both = BATCH * (1 + (cfg_scale > 0))
+        assert rows == [BATCH, BATCH, BATCH, both]  # generator, score update, score network, reference: both prompts at once
+    assert 0.97 * forwards * one <= whole - score <= 1.03 * forwards * one

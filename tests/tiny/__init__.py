@@ -1,0 +1,1 @@
+"""Tiny worlds for tests: pipelines of every family, rewards, actors, runs."""
