@@ -39,15 +39,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffinstruct
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.method.diffusion import Conditions
-from diffinstruct.method.noise import Draws
+from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.method.rewards import Collect, LatentRewards, Scores, Send, out_of_memory
 from diffinstruct.method.step import Metrics, alternating_round
 from diffinstruct.models.lora import Role
 from diffinstruct.models.pipeline import Reference
 from diffinstruct.models.roles import make_roles
-from diffinstruct.reward_service.client import InProcess, Jury
-from diffinstruct.training.build import make_players, make_settings
+from diffinstruct.reward_service.client import LocalRewards, RewardClient
+from diffinstruct.training.build import make_step_config, make_train_state
 
 SHAPES = Path(diffinstruct.__file__).parent / "models" / "hub_configs"  # configurations as published, no weights
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # folder in SHAPES, what its one-step generator is fed
@@ -149,10 +149,12 @@ class World:
         self.reference = RandomWeights(str(folder), index, torch.float32, device, setting.checkpointing, None, of)
         with device:  # else adapters are made on the CPU, and do not follow their layers to "meta"
             self.roles = make_roles(self.experiment, self.reference)
-        self.players = make_players(self.experiment, self.roles, self.reference.null_conditions(), lambda module: module)
-        self.settings = make_settings(self.experiment, self.reference.schedule)
+        self.train_state = make_train_state(
+            self.experiment, self.roles, self.reference.null_conditions(), lambda module: module
+        )
+        self.settings = make_step_config(self.experiment, self.reference.schedule)
         rewards = LatentRewards(self.reference.decode, {REWARD: brightness})
-        self.jury = Jury(self.experiment, None, lambda: InProcess(rewards))
+        self.jury = RewardClient(self.experiment, None, lambda: LocalRewards(rewards))
         if setting.compiled:
             backend = "inductor" if device.type == "cuda" else "eager"  # a CPU's compiler takes minutes
             for network in {id(network): network for network in self.networks}.values():
@@ -161,12 +163,12 @@ class World:
     @property
     def networks(self) -> list[Any]:
         """diffusers' own, of generator, score network and reference: one and the same where they are adapters over it."""
-        players: list[Any] = [self.roles.generator.denoiser, self.roles.score_network, self.roles.reference]
-        networks = (player.network for player in players)
+        train_state: list[Any] = [self.roles.generator.denoiser, self.roles.score_network, self.roles.reference]
+        networks = (player.network for player in train_state)
         return [network.base.network if isinstance(network, Role) else network for network in networks]
 
-    def draws(self, batch: int, step: int) -> tuple[Draws, list[str]]:
-        draws = Draws(0, step, batch, self.reference.latent_shape, slice(0, batch), self.device)
+    def draws(self, batch: int, step: int) -> tuple[NoiseStreams, list[str]]:
+        draws = NoiseStreams(0, step, batch, self.reference.latent_shape, slice(0, batch), self.device)
         return draws, [f"prompt {i}" for i in range(batch)]
 
 
@@ -223,12 +225,12 @@ def ours(world: World, batch: int, step: int, clock: Clock, ask: Send | None = N
 
     clock.begin("forward")
     settings = replace(world.settings, objective=objective)
-    return alternating_round(world.players, settings, world.reference.schedule, draws, prompts, c, send)
+    return alternating_round(world.train_state, settings, world.reference.schedule, draws, prompts, c, send)
 
 
 def plain(world: World, batch: int, step: int, clock: Clock) -> Metrics:
     """The same round as one writes it by hand, on the same networks with the same draws: SD 1.5, trained in full."""
-    e, players, vae = world.experiment, world.players, world.reference.vae
+    e, train_state, vae = world.experiment, world.train_state, world.reference.vae
     generator, score_network, reference = world.networks
     draws, prompts = world.draws(batch, step)
     c = world.reference.encode_prompts(prompts)["prompt_embeds"]
@@ -274,10 +276,10 @@ def plain(world: World, batch: int, step: int, clock: Clock) -> Metrics:
         alpha, sigma = at(t)
         error = (alpha / sigma) * (x0_hat(score_network, xt, t, c) - sample)
         score_loss = error.pow(2).flatten(1).mean(1).mean()
-    players.score_optimizer.zero_grad()
+    train_state.score_optimizer.zero_grad()
     score_loss.backward()
     metrics = {"loss/score_network": score_loss.item()}
-    metrics["gradient_norm/score_network"] = stepped(score_network, players.score_optimizer, e.score_network.max_grad_norm)
+    metrics["gradient_norm/score_network"] = stepped(score_network, train_state.score_optimizer, e.score_network.max_grad_norm)
 
     clock.begin("regulariser")
     leaf = sample.clone().requires_grad_()
@@ -293,12 +295,12 @@ def plain(world: World, batch: int, step: int, clock: Clock) -> Metrics:
     metrics["loss/regularizer"] = loss.mean().item()
 
     clock.begin("backward")
-    players.generator_optimizer.zero_grad()
+    train_state.generator_optimizer.zero_grad()
     x0.backward((pull - push) / batch)
-    metrics["gradient_norm/generator"] = stepped(generator, players.generator_optimizer, e.generator.max_grad_norm)
+    metrics["gradient_norm/generator"] = stepped(generator, train_state.generator_optimizer, e.generator.max_grad_norm)
     decay = min(e.generator.ema_decay, (1 + step) / (10 + step))
     with torch.no_grad():
-        torch._foreach_lerp_([*players.ema.parameters()], [*generator.parameters()], 1 - decay)
+        torch._foreach_lerp_([*train_state.ema.parameters()], [*generator.parameters()], 1 - decay)
     return metrics
 
 

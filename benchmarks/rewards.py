@@ -37,12 +37,12 @@ import torch
 from torch import Tensor, nn
 
 from diffinstruct.cluster.attach import attached
-from diffinstruct.cluster.reward_actor import Answer, RewardActor
+from diffinstruct.cluster.reward_actor import ActorReply, RewardActor
 from diffinstruct.cluster.reward_pool import RewardPool, reward_pool
 from diffinstruct.cluster.train import fit
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import load
-from diffinstruct.method.rewards import Collect, LatentRewards, Scores, Terms
+from diffinstruct.method.rewards import Collect, LatentRewards, RewardRequest, Scores
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.reward_service.client import make_rewards
 from diffinstruct.reward_service.validation import Report
@@ -88,7 +88,7 @@ class SlowActor(RewardActor):
     def answer_in(self, seconds: float) -> None:
         self.latency = seconds
 
-    def score(self, request: str, latents: np.ndarray, prompts: Sequence[str], terms: Terms) -> Answer:
+    def score(self, request: str, latents: np.ndarray, prompts: Sequence[str], terms: RewardRequest) -> ActorReply:
         began = time.perf_counter()
         answer = super().score(request, latents, prompts, terms)
         time.sleep(max(0.0, self.latency - (time.perf_counter() - began)))
@@ -104,7 +104,7 @@ class Turns:
     rows: list[tuple[float, float, float, float, float]] = field(default_factory=list)
     last: Scores | None = None
 
-    def ask(self, latents: Tensor, prompts: Sequence[str], terms: Terms) -> Collect:
+    def ask(self, latents: Tensor, prompts: Sequence[str], terms: RewardRequest) -> Collect:
         turn, place = divmod(max(0, len(self.rows) - WARM_UP), len(SHARES))
         warm = len(self.rows) >= WARM_UP
         share = SHARES[np.random.default_rng(turn).permutation(len(SHARES))[place]] if warm else 0.0
@@ -130,8 +130,8 @@ class Turns:
 
         return measured
 
-    def meet(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
-        return self.pool.meet(latents, prompts, trained)
+    def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
+        return self.pool.validate(latents, prompts, trained)
 
 
 def overlap(overrides: list[str]) -> bool:
@@ -165,8 +165,8 @@ def overlap(overrides: list[str]) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ what it saves
-def terms_of(experiment: Experiment) -> Terms:
-    return Terms({reward.name: reward.weight for reward in experiment.rewards.trained}, experiment.rewards.micro_batch)
+def terms_of(experiment: Experiment) -> RewardRequest:
+    return RewardRequest({reward.name: reward.weight for reward in experiment.rewards.trained}, experiment.rewards.micro_batch)
 
 
 def noise(experiment: Experiment, rows: int, seed: int = 0) -> Tensor:
@@ -249,7 +249,7 @@ def tower(overrides: list[str]) -> bool:
     apart = [LatentRewards(decode, {name: Judged(Tower())}) for name in together.models]
 
     def asked(rewards: LatentRewards) -> None:
-        rewards(latents, [""] * 16, Terms(dict.fromkeys(rewards.models, 1.0), experiment.rewards.micro_batch))
+        rewards(latents, [""] * 16, RewardRequest(dict.fromkeys(rewards.models, 1.0), experiment.rewards.micro_batch))
 
     def two() -> None:
         for rewards in apart:

@@ -39,9 +39,9 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import load
 from diffinstruct.evaluation.evaluate import Evaluation, compare
 from diffinstruct.evaluation.pocket import examine
-from diffinstruct.method.rewards import Collect, Terms
+from diffinstruct.method.rewards import Collect, RewardRequest
 from diffinstruct.models.pipeline import load_reference
-from diffinstruct.reward_service.client import InProcess, RewardService, make_rewards
+from diffinstruct.reward_service.client import LocalRewards, RewardBackend, make_rewards
 from diffinstruct.reward_service.validation import Report
 from diffinstruct.tracking.journal import Tracker
 from diffinstruct.training.loop import train
@@ -124,21 +124,21 @@ class Metered:
     """The rewards, in actors or in the process that asks; each round's question stops at the door first."""
 
     meter: Meter
-    made: RewardService | None = None
+    made: RewardBackend | None = None
 
     @property
-    def service(self) -> RewardService:
+    def service(self) -> RewardBackend:
         if self.made is None:  # where it is used; it cannot travel
             decode = load_reference(self.meter.experiment.reference.model).decode
-            self.made = InProcess(make_rewards(self.meter.experiment.rewards.names, decode, "cpu"))
+            self.made = LocalRewards(make_rewards(self.meter.experiment.rewards.names, decode, "cpu"))
         return self.made
 
-    def ask(self, latents: Tensor, prompts: Sequence[str], terms: Terms) -> Collect:
+    def ask(self, latents: Tensor, prompts: Sequence[str], terms: RewardRequest) -> Collect:
         self.meter()
         return self.service.ask(latents, prompts, terms)
 
-    def meet(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
-        return self.service.meet(latents, prompts, trained)
+    def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
+        return self.service.validate(latents, prompts, trained)
 
 
 def local(experiment: Experiment, folder: Path) -> None:

@@ -36,7 +36,7 @@ from diffinstruct.cluster.train import run
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import load
 from diffinstruct.statistics import over_seeds
-from diffinstruct.sweeps.criterion import Aim
+from diffinstruct.sweeps.criterion import SelectionCriterion
 from diffinstruct.sweeps.points import changed, grid
 from diffinstruct.sweeps.tune import sweep
 from diffinstruct.tracking.records import read_journal
@@ -56,7 +56,7 @@ def overhead(base: Experiment, folder: Path) -> bool:
     def plain(folder: Path) -> None:
         for point in points:
             experiment = changed(base, point)
-            run(experiment, folder / experiment.derived_id)
+            run(experiment, folder / experiment.config_hash)
 
     work: dict[str, Callable[[Path], object]] = {"plain": plain, "swept": lambda folder: sweep(base, points, folder)}
     seconds: dict[str, list[float]] = {name: [] for name in work}
@@ -74,7 +74,7 @@ def overhead(base: Experiment, folder: Path) -> bool:
 
 
 def asha(base: Experiment, folder: Path) -> bool:
-    points, aim = grid({WEIGHT: [0.25, 1, 4], SCALE: [0.5, 2, 8]}), Aim()
+    points, aim = grid({WEIGHT: [0.25, 1, 4], SCALE: [0.5, 2, 8]}), SelectionCriterion()
     started = time.perf_counter()
     sweep(base, points, folder / "grid", aim=aim)
     between = time.perf_counter()
@@ -140,12 +140,12 @@ def figures(run: Path) -> dict[str, float]:
     return {key: value for key, value in found.items() if not key.startswith(("time/", "throughput/"))}
 
 
-def looks(folder: Path, aim: Aim) -> pd.DataFrame:
+def looks(folder: Path, aim: SelectionCriterion) -> pd.DataFrame:
     """Every look of every run: when it was, at which step, what the aim gives for it."""
     found = []
     for name in runs(folder):
         for record in read_journal(folder / name):
-            if aim.up in (metrics := record.get("metrics", {})):
+            if aim.maximize in (metrics := record.get("metrics", {})):
                 found.append({"run": name, "time": record["time"], "step": record["step"], "score": aim.score(metrics)})
     return pd.DataFrame(found)
 

@@ -39,7 +39,7 @@ from diffinstruct.models.sources import POCKET
 from diffinstruct.reports.frames import markdown
 from diffinstruct.reward_service.client import load_reward
 from diffinstruct.reward_service.score_folder import save
-from diffinstruct.statistics import Figure, bootstrap_mean
+from diffinstruct.statistics import Estimate, bootstrap_mean
 from reward_models.weights import at_commit, read
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,7 +86,7 @@ SMOKE = Protocol(  # its "paper" is the README, which has more prompts
 
 
 @dataclass(frozen=True)
-class Beside(Figure):
+class Beside(Estimate):
     """A figure of ours, with the paper's."""
 
     paper: float | None = None
@@ -157,10 +157,10 @@ def scores(
     return found
 
 
-def figures(name: str, table: pd.DataFrame, protocol: Protocol, seed: int) -> dict[str, Figure]:
+def figures(name: str, table: pd.DataFrame, protocol: Protocol, seed: int) -> dict[str, Estimate]:
     ours = {title: bootstrap_mean(table[f"reward/{of}"] * factor, seed) for title, (of, factor) in protocol.rewards.items()}
     theirs = protocol.published[name][2] if name in protocol.published else [None] * len(ours)
-    beside: dict[str, Figure] = {t: Beside(**asdict(ours[t]), paper=paper) for t, paper in zip(ours, theirs, strict=True)}
+    beside: dict[str, Estimate] = {t: Beside(**asdict(ours[t]), paper=paper) for t, paper in zip(ours, theirs, strict=True)}
     return beside | {"diversity": bootstrap_mean(table["diversity"].dropna(), seed)}
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 from diffinstruct.config.reading import load
 from diffinstruct.errors import UserError
 from diffinstruct.evaluation.pocket import MEASURES, examine_run
-from diffinstruct.reports.frames import Rows
+from diffinstruct.reports.frames import TrialRows
 from diffinstruct.statistics import paired_by_seed, seed_noise
 from diffinstruct.sweeps.points import Point
 from diffinstruct.sweeps.study import Study
@@ -90,7 +90,7 @@ def main() -> None:
 def noise_at_these_scales(measures: Sequence[str]) -> dict[str, tuple[float, int]]:
     """How far seeds scatter in the recipe's kept trials with these objectives and scales that have three, in whatever study.
     (With less reward they scatter more; longer ones share their first rounds with the others, so they do not count.)"""
-    trials = Rows(STUDY.rows).read()
+    trials = TrialRows(STUDY.rows).read()
     if trials.empty:
         raise UserError(f"{STUDY.rows}: no trials to know the noise of seeds from; run score_against_kl.py first")
     recipe = load(STUDY.recipe)

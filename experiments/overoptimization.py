@@ -19,7 +19,7 @@ import pandas as pd
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.evaluation.pocket import MEASURES, examine_run
-from diffinstruct.sweeps.study import Answer, Study
+from diffinstruct.sweeps.study import Study, StudyResult
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results"
@@ -77,7 +77,7 @@ def main() -> None:
         publish(whole, rows)
 
 
-def publish(answers: list[Answer], rows: pd.DataFrame) -> None:
+def publish(answers: list[StudyResult], rows: pd.DataFrame) -> None:
     figure = answers[-1].text.with_name("overoptimization.png")
     draw(rows, figure)
     for answer in answers:

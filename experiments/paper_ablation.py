@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from diffinstruct.evaluation.pocket import MEASURES, examine_run
-from diffinstruct.reports.frames import Rows
+from diffinstruct.reports.frames import TrialRows
 from diffinstruct.statistics import at_distance, over_seeds, paired_by_seed
 from diffinstruct.sweeps.points import Point
 from diffinstruct.sweeps.study import Study
@@ -103,7 +103,7 @@ def outside_minus_inside(rows: pd.DataFrame, divergence: str) -> pd.DataFrame:
     """Guidance outside minus inside at the former's KID, a row a seed. Inside is the path of all kept trials that vary nothing
     but the reward scale."""
     (name, _), measures = SCALES[divergence], ("reward/pocket_judge", "diversity")
-    kept, gained = Rows(STUDY.rows).read(), {}
+    kept, gained = TrialRows(STUDY.rows).read(), {}
     for _, outside in rows[rows["arm"] == f"{divergence}, guidance outside, much reward"].iterrows():
         alike = rf"objective.name={name} objective.reward_scale=\S+ seed={outside['seed']}"
         inside = at_distance(kept[kept["trial"].str.fullmatch(alike)], "kid", outside["kid"], measures)

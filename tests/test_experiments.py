@@ -36,7 +36,7 @@ DRAWN = {SWEPT: ["pareto", "heat_maps"], "guidance": ["pareto"], "k_ta": ["paret
 def in_this_process(base, points, folder, examine, on_row):
     for i, point in enumerate(points):
         experiment = changed(base, point)
-        run = folder / experiment.derived_id
+        run = folder / experiment.config_hash
         local.run(experiment, run)
         on_row(i, {**point, "run": str(run), **json.loads((run / "metrics.json").read_text()), **examine(experiment, run)})
 

@@ -27,7 +27,7 @@ Z = 1.959963984540054
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """A measured value and its 95 % interval; `n` prompts (or pairs), `seed` of noise and resamples."""
 
     value: float
@@ -45,16 +45,16 @@ class Figure:
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
-Summary = dict[str, Figure]
+Summary = dict[str, Estimate]
 
 
 # ------------------------------------------------------------------------------------------ figures of arrays
-def wilson(successes: float, n: int, seed: int | None = None) -> Figure:
+def wilson(successes: float, n: int, seed: int | None = None) -> Estimate:
     """A share and its score interval (Wilson 1927), which stays inside [0, 1] and is honest at 0 of n and n of n."""
     share, spread = successes / n, Z * Z / n
     middle = (share + spread / 2) / (1 + spread)
     half = Z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return Figure(share, max(0.0, middle - half), min(1.0, middle + half), n, seed)
+    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half), n, seed)
 
 
 def resamples(n: int, seed: int) -> Array:
@@ -67,38 +67,38 @@ def resamples(n: int, seed: int) -> Array:
     return np.bincount(in_row.ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n).astype(np.float64)
 
 
-def bootstrap_mean(values: ArrayLike, seed: int) -> Figure:
+def bootstrap_mean(values: ArrayLike, seed: int) -> Estimate:
     """The mean of `values` [n], one a prompt, with the percentile bootstrap's interval. Raises on NaN and infinity."""
     values = np.asarray(values, np.float64)
     if not np.isfinite(values).all():
         raise ValueError(f"{np.count_nonzero(~np.isfinite(values))} of {len(values)} values are not finite")
     if len(values) == 1:
-        return Figure(float(values[0]), -math.inf, math.inf, 1, seed)
+        return Estimate(float(values[0]), -math.inf, math.inf, 1, seed)
     return from_replicates(values.mean(), resamples(len(values), seed) @ values / len(values), len(values), seed)
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, seed: int) -> Figure:
+def paired_difference(a: ArrayLike, b: ArrayLike, seed: int) -> Estimate:
     """The mean of a - b over prompts, both models given the same prompts and noise."""
     return bootstrap_mean(np.asarray(a, np.float64) - np.asarray(b, np.float64), seed)
 
 
-def win_rate(a: ArrayLike, b: ArrayLike, seed: int | None = None) -> Figure:
+def win_rate(a: ArrayLike, b: ArrayLike, seed: int | None = None) -> Estimate:
     """The share of prompts on which a is above b; a tie is half a win."""
     a, b = np.asarray(a), np.asarray(b)
     return wilson(float((a > b).sum() + 0.5 * (a == b).sum()), len(a), seed)
 
 
-def from_replicates(value: float, replicates: Array, n: int, seed: int) -> Figure:
+def from_replicates(value: float, replicates: Array, n: int, seed: int) -> Estimate:
     low, high = np.quantile(replicates, [0.025, 0.975])
-    return Figure(float(value), float(low), float(high), n, seed)
+    return Estimate(float(value), float(low), float(high), n, seed)
 
 
-def over_seeds(values: Sequence[float]) -> Figure:
+def over_seeds(values: Sequence[float]) -> Estimate:
     """The mean over training seeds with Student's interval; n is the number of seeds. One seed has no interval."""
     array = np.asarray(values, np.float64)
     mean, n = float(array.mean()), len(array)
     half = float(stats.t.ppf(0.975, n - 1) * array.std(ddof=1) / np.sqrt(n)) if n > 1 else float("inf")
-    return Figure(mean, mean - half, mean + half, n)
+    return Estimate(mean, mean - half, mean + half, n)
 
 
 def by_seed(frame: pd.DataFrame, by: str, measures: Sequence[str]) -> dict[str, Summary]:
@@ -111,7 +111,7 @@ def by_seed(frame: pd.DataFrame, by: str, measures: Sequence[str]) -> dict[str, 
 
 def paired_by_seed(
     frame: pd.DataFrame, by: str, one: str, other: str, measure: str, noise: tuple[float, int] | None = None
-) -> Figure:
+) -> Estimate:
     """one - other, over the seeds that both have: same start, same prompts and noise of every round.
 
     noise: (sigma, degrees of freedom) of `seed_noise`, in place of the few differences' own spread: with it one seed has an
@@ -123,7 +123,7 @@ def paired_by_seed(
         return figure
     sigma, freedom = noise
     half = float(stats.t.ppf(0.975, freedom)) * sigma * np.sqrt(2 / figure.n)
-    return Figure(figure.value, figure.value - half, figure.value + half, figure.n)
+    return Estimate(figure.value, figure.value - half, figure.value + half, figure.n)
 
 
 def at_distance(trials: pd.DataFrame, distance: str, at: ArrayLike, measures: Sequence[str]) -> dict[str, float]:

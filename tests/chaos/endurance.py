@@ -37,12 +37,12 @@ def chaos(folder: Path, steps: int) -> tuple[str, bool]:
     experiment = pipelines.experiment(folder, steps=steps, global_batch_size=2, watch={"every": 200}, logging=often)
     process, seen, checkpoints = psutil.Process(), list[tuple[int, int]](), 0
 
-    def watched(players: Any, settings: Any, schedule: Any, draws: Any, *rest: Any) -> Any:
+    def watched(train_state: Any, settings: Any, schedule: Any, draws: Any, *rest: Any) -> Any:
         nonlocal checkpoints
         checkpoints = max(checkpoints, len(list((folder / "run/checkpoints").glob("step-????????"))))
         if draws.step % max(1, steps // LOOKS) == 0:
             seen.append((process.memory_info().rss, process.num_fds()))
-        return alternating_round(players, settings, schedule, draws, *rest)
+        return alternating_round(train_state, settings, schedule, draws, *rest)
 
     loop.alternating_round = watched
     began = time.monotonic()

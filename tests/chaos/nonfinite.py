@@ -54,29 +54,33 @@ class Injection:
         spoiled.view(-1)[int(self.at * values.numel())] = self.value
         return spoiled
 
-    def now(self, players: Any, c: Any, send: Any) -> tuple[Any, Any, list[Any]]:
+    def now(self, train_state: Any, c: Any, send: Any) -> tuple[Any, Any, list[Any]]:
         """Spoil it; the round's conditions and rewards, and the hooks to remove after it."""
         import torch
         from tiny import rewards as tiny_rewards
 
         from diffinstruct.method.step import unwrapped
 
-        network = {"generator's": players.generator, "score": players.score_network, "score network's": players.score_network}
+        network = {
+            "generator's": train_state.generator,
+            "score": train_state.score_network,
+            "score network's": train_state.score_network,
+        }
         match self.place:
             case "embeddings":
                 return c | {"prompt_embeds": self.spoil(c["prompt_embeds"])}, send, []
             case "sample":
-                return c, send, [unwrapped(players.generator).register_forward_hook(lambda m, i, out: self.spoil(out))]
+                return c, send, [unwrapped(train_state.generator).register_forward_hook(lambda m, i, out: self.spoil(out))]
             case "score network":
-                return c, send, [unwrapped(players.score_network).register_forward_hook(lambda m, i, out: self.spoil(out))]
+                return c, send, [unwrapped(train_state.score_network).register_forward_hook(lambda m, i, out: self.spoil(out))]
             case "reference":
-                whole = players.reference
+                whole = train_state.reference
 
                 def reference(*inputs: Any) -> Any:
                     prediction, guidance = whole(*inputs)
                     return self.spoil(prediction), guidance
 
-                players.reference = reference
+                train_state.reference = reference
                 return c, send, []
             case "generator's gradient" | "score network's gradient":
                 module = network[self.place.removesuffix(" gradient")]
@@ -134,12 +138,12 @@ def process(rank: int, experiment: Any, folder: Path, planned: dict[int, Injecti
             for key, value in state.items() if isinstance(state, dict) else enumerate(state):
                 finite(value, f"{place}/{key}")
 
-    def watched(players: Any, settings: Any, schedule: Any, draws: Any, prompts: Any, c: Any, send: Any) -> Any:
-        injection, hooks, reference = planned.get(draws.step), [], players.reference
+    def watched(train_state: Any, settings: Any, schedule: Any, draws: Any, prompts: Any, c: Any, send: Any) -> Any:
+        injection, hooks, reference = planned.get(draws.step), [], train_state.reference
         if injection and injection.rank == rank:
-            c, send, hooks = injection.now(players, c, send)
+            c, send, hooks = injection.now(train_state, c, send)
         try:
-            metrics = alternating_round(players, settings, schedule, draws, prompts, c, send)
+            metrics = alternating_round(train_state, settings, schedule, draws, prompts, c, send)
             if injection:
                 found["passed"].append((draws.step, injection.place))
             return metrics
@@ -147,10 +151,10 @@ def process(rank: int, experiment: Any, folder: Path, planned: dict[int, Injecti
             found["raised"].append(draws.step)
             raise
         finally:
-            players.reference = reference
+            train_state.reference = reference
             for hook in hooks:
                 hook.remove()
-            finite(players.state_dict(), f"step {draws.step}")
+            finite(train_state.state_dict(), f"step {draws.step}")
 
     loop.alternating_round = watched
     worker = Worker(rank, WORLD, average=average, least=least, gather=gather)

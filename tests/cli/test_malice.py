@@ -225,7 +225,7 @@ def test_a_checkpoint_names_no_files_but_its_own(tmp_path) -> None:
     forged(path, "state.json", json.dumps(document).encode())
     assert CheckpointStore(tmp_path / "checkpoints").latest() is None
     worker = SimpleNamespace(rank=0, least=lambda value: value)
-    experiment = SimpleNamespace(derived_id="own")
+    experiment = SimpleNamespace(config_hash="own")
     store = CheckpointStore(tmp_path / "checkpoints")
     for said in ({"experiment": "../../etc"}, {"experiment": "../../etc", "format": STATE}, {"format": STATE}):
         document["state"] = {"x": {"$tensor": "x"}} | said

@@ -18,7 +18,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from diffinstruct.cluster.attach import HEAD, check_fits
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.sections import Cluster
+from diffinstruct.config.sections import ClusterConfig
 from diffinstruct.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -55,9 +55,9 @@ def test_a_cluster_asks_for_the_token_shows_nothing_outside_and_gives_a_stopped_
 
 
 # --------------------------------------------------------------------------------------------------- autoscaling
-TRAINER = Cluster(use_gpu=True, worker_resources={"trainer": 1.0}).per_worker
-CERTAIN = Cluster(use_gpu=True, worker_resources={"trainer": 1.0, "on_demand": 1.0}).per_worker
-REWARD = Cluster(reward_gpus=0.5, reward_resources={"reward": 0.5}).per_reward_actor
+TRAINER = ClusterConfig(use_gpu=True, worker_resources={"trainer": 1.0}).per_worker
+CERTAIN = ClusterConfig(use_gpu=True, worker_resources={"trainer": 1.0, "on_demand": 1.0}).per_worker
+REWARD = ClusterConfig(reward_gpus=0.5, reward_resources={"reward": 0.5}).per_reward_actor
 
 
 def started(demands, *refused):
@@ -103,7 +103,7 @@ def on_the_head(tmp_path, monkeypatch):
 
 
 def asking(**cluster_section):
-    return Experiment(cluster=Cluster(use_gpu=True, **cluster_section))
+    return Experiment(cluster=ClusterConfig(use_gpu=True, **cluster_section))
 
 
 def test_on_an_autoscaled_cluster_what_may_come_counts(on_the_head):

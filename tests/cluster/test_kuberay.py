@@ -128,7 +128,7 @@ def test_the_job_is_the_train_command_on_the_recipe_and_its_runs_lie_in_the_clai
     assert command[:4] == ["python", "-m", "diffinstruct", "train"] and command[5:] == ["--resume", "/mnt/runs/it's"]
     (tmp_path / "experiment.yaml").write_text(config_map["data"]["experiment.yaml"])
     experiment = load(tmp_path / "experiment.yaml")
-    assert experiment.derived_id == load(RECIPE, ["name=a.B"]).derived_id
+    assert experiment.config_hash == load(RECIPE, ["name=a.B"]).config_hash
     for template in (group["template"]["spec"] for group in spec_groups(job)):
         (container,) = template["containers"]
         mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
@@ -166,7 +166,7 @@ def test_a_token_is_asked_for_a_stopped_job_has_time_and_no_secret_is_shown(caps
 def test_names_are_such_as_kubernetes_takes(name):
     experiment = Experiment(name=name)
     assert re.fullmatch(r"[a-z]([a-z0-9-]{0,45}[a-z0-9])", job_name(experiment))
-    assert job_name(experiment).endswith(experiment.derived_id)
+    assert job_name(experiment).endswith(experiment.config_hash)
     assert job_name(experiment) != job_name(experiment.model_copy(update={"steps": 7}))
 
 

@@ -22,9 +22,9 @@ from diffinstruct.cluster.reward_call import Call
 from diffinstruct.cluster.reward_pool import reward_pool
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError
-from diffinstruct.method.rewards import RewardError, Terms
+from diffinstruct.method.rewards import RewardError, RewardRequest
 from diffinstruct.models.pipeline import load_reference
-from diffinstruct.reward_service.client import InProcess, make_rewards
+from diffinstruct.reward_service.client import LocalRewards, make_rewards
 
 ROOT = Path(__file__).parents[2]
 TRAINED = [{"name": "tiny.rewards:Red", "weight": 1.0}, {"name": "tiny.rewards:Broken", "weight": 0.5}]
@@ -81,7 +81,7 @@ def terms(world):
 @pytest.fixture(scope="module")
 def alone(world, decode):
     """The same rewards in this process."""
-    return InProcess(make_rewards(world().rewards.names, decode, "cpu"))
+    return LocalRewards(make_rewards(world().rewards.names, decode, "cpu"))
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def warnings(caplog):
 
 
 def terms_of(experiment):
-    return Terms({reward.name: reward.weight for reward in experiment.rewards.trained}, experiment.rewards.micro_batch)
+    return RewardRequest({reward.name: reward.weight for reward in experiment.rewards.trained}, experiment.rewards.micro_batch)
 
 
 def latents(rows):
@@ -131,9 +131,9 @@ def test_actors_answer_what_one_process_and_one_graph_do(pool, alone, decode, te
 
 def test_questions_come_with_weights_and_micro_batch_of_their_own(pool, alone):
     x0, prompts = latents(6), ["a thing"] * 6
-    for terms in (Terms({"tiny.rewards:Calm": -2.0}, 2), Terms({"tiny.rewards:Red": 1.0}, 16)):
+    for terms in (RewardRequest({"tiny.rewards:Calm": -2.0}, 2), RewardRequest({"tiny.rewards:Red": 1.0}, 16)):
         identical(pool.ask(x0, prompts, terms)(), alone.ask(x0, prompts, terms)())
-    unweighted = pool.ask(x0, prompts, Terms({}, 3))()
+    unweighted = pool.ask(x0, prompts, RewardRequest({}, 3))()
     assert unweighted.gradient.shape == x0.shape and not unweighted.gradient.any()
 
 
@@ -142,14 +142,14 @@ def test_a_black_box_can_be_held_out_and_not_trained_on(pool, decode, terms):
     means = decode(x0).flatten(1).mean(1)
     torch.testing.assert_close(pool.ask(x0, ["a thing"] * 3, terms)().scores["tiny.rewards:BlackBox"], means)
     with pytest.raises(RewardError, match=r"^reward tiny.rewards:BlackBox: its scores carry no gradient [^\n]*$"):
-        pool.ask(x0, ["a thing"] * 3, Terms({"tiny.rewards:BlackBox": 1.0}, 16))()
+        pool.ask(x0, ["a thing"] * 3, RewardRequest({"tiny.rewards:BlackBox": 1.0}, 16))()
 
 
 def test_what_a_reward_says_reaches_the_caller_as_it_is(pool, terms, warnings):
     with pytest.raises(RewardError, match=r"^reward tiny.rewards:Broken: 1 of 2 scores are not finite$"):
         pool.ask(latents(2), ["a thing", "a broken thing"], terms)()
     with pytest.raises(RewardError, match=r"^reward tiny.rewards:Blue: asked for, but there are tiny.rewards:Red, "):
-        pool.ask(latents(2), ["a thing"] * 2, Terms({"tiny.rewards:Blue": 1.0}, 16))
+        pool.ask(latents(2), ["a thing"] * 2, RewardRequest({"tiny.rewards:Blue": 1.0}, 16))
     assert warnings() == []  # nothing that a second try would mend
 
 
@@ -164,7 +164,7 @@ def test_a_reward_that_cannot_be_loaded_is_the_users_error(session, world):
 def test_without_rewards_there_are_no_actors_and_no_pull(world):
     experiment = world().model_copy(update={"rewards": world().rewards.model_copy(update={"trained": (), "held_out": ()})})
     with reward_pool(experiment) as pool:
-        answer = pool.ask(latents(2), ["a thing"] * 2, Terms({}, 16))()
+        answer = pool.ask(latents(2), ["a thing"] * 2, RewardRequest({}, 16))()
     assert pool.actors() == () and answer.scores == {} and torch.equal(answer.gradient, torch.zeros(2, *pipelines.LATENT))
 
 
@@ -244,7 +244,7 @@ def test_another_questions_answer_is_refused_and_repeated_failure_an_error(sessi
     x0, terms = latents(3), terms_of(experiment)
     with reward_pool(experiment, tiny_actors.Strange) as pool:
         answer = pool.ask(x0, ["a thing"] * 3, terms)()
-        identical(answer, InProcess(make_rewards(experiment.rewards.names, decode, "cpu")).ask(x0, ["a thing"] * 3, terms)())
+        identical(answer, LocalRewards(make_rewards(experiment.rewards.names, decode, "cpu")).ask(x0, ["a thing"] * 3, terms)())
         refused = warnings()
         assert len(refused) == 3
         assert ": answered another, asked " in refused[0]
@@ -321,10 +321,12 @@ def test_rewards_with_an_environment_of_their_own_have_their_own_process(apart, 
     torch.testing.assert_close(answer.scores["odd_rewards:Odd"], 3 * answer.scores["tiny.rewards:Red"])
     assert answer.scores["odd_rewards:Pid"].tolist() == [pid(pool.actors()[1])] * 20
     assert pid(pool.actors()[1]) != pid(pool.actors()[0])
-    red = InProcess(make_rewards(["tiny.rewards:Red"], decode, "cpu")).ask(x0, prompts, Terms({"tiny.rewards:Red": 2.5}, 16))()
+    red = LocalRewards(make_rewards(["tiny.rewards:Red"], decode, "cpu")).ask(
+        x0, prompts, RewardRequest({"tiny.rewards:Red": 2.5}, 16)
+    )()
     torch.testing.assert_close(answer.gradient, red.gradient)  # 1 + 0.5 x 3
 
-    alone = pool.ask(x0, prompts, Terms({"odd_rewards:Odd": 1.0}, 5))()
+    alone = pool.ask(x0, prompts, RewardRequest({"odd_rewards:Odd": 1.0}, 5))()
     torch.testing.assert_close(alone.gradient, red.gradient * 3 / 2.5)
     assert alone.micro_batch == 5
 
@@ -332,12 +334,12 @@ def test_rewards_with_an_environment_of_their_own_have_their_own_process(apart, 
 def test_handshakes_are_made_once_and_reported_in_the_order_of_the_names(apart):
     pool, experiment = apart
     trained = [reward.name for reward in experiment.rewards.trained]
-    reports = pool.meet(latents(4), ["a thing"] * 4, trained)
+    reports = pool.validate(latents(4), ["a thing"] * 4, trained)
     assert [report.name for report in reports] == list(experiment.rewards.names)
     assert [report.faults[0] for report in reports] == [
         f"handshake {i}, 4 images, trained {of}" for i, of in ((1, True), (1, True), (2, False), (2, False))
     ]
-    assert pool.meet(latents(2), ["a thing"] * 2, trained) == reports
+    assert pool.validate(latents(2), ["a thing"] * 2, trained) == reports
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from diffinstruct.errors import UserError
 from diffinstruct.method.nonfinite import NonFinite
 from diffinstruct.method.rewards import RewardError
 from diffinstruct.run_folder.checkpoint import CheckpointStore
-from diffinstruct.run_folder.state_tree import Rows
+from diffinstruct.run_folder.state_tree import TensorShard
 from diffinstruct.training import local
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def test_two_workers_with_half_the_batch_each_have_the_gradient_of_one(pool, wor
 def moments(optimizer):
     """Adam's first ones, whole: of a sharded network the checkpoint has them in rows."""
     found = [of["exp_avg"] for of in optimizer["state"].values()]
-    return [moment.own if isinstance(moment, Rows) else moment for moment in found]
+    return [moment.own if isinstance(moment, TensorShard) else moment for moment in found]
 
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from chaos.configurations import chaos
 
-from diffinstruct.config.addresses import without_password
+from diffinstruct.config.addresses import redact
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.fields import POCKET_SPLITS, Section
 from diffinstruct.config.prompts import read_prompts
@@ -115,10 +115,10 @@ def test_params_are_flat_and_complete():
 def test_the_id_follows_the_configuration_and_not_its_whereabouts(tmp_path):
     path = written(tmp_path, "")
     same = load(path, ["runs=elsewhere", "tracking.experiment=x", "generator.betas=[0, 0.99]"])
-    assert same.derived_id == Experiment().derived_id
-    assert len(same.derived_id) == 12
-    assert int(same.derived_id, 16)
-    assert load(path, ["objective.huber_c=0.2"]).derived_id != same.derived_id
+    assert same.config_hash == Experiment().config_hash
+    assert len(same.config_hash) == 12
+    assert int(same.config_hash, 16)
+    assert load(path, ["objective.huber_c=0.2"]).config_hash != same.config_hash
 
 
 def test_a_run_moves_to_other_machines_and_is_the_same(tmp_path):
@@ -131,7 +131,7 @@ def test_a_run_moves_to_other_machines_and_is_the_same(tmp_path):
     assert here == load(path, ["cluster.worker_resources.trainer=2"])
     there = load(path, ["cluster.reward_resources={}", "cluster.use_gpu=true"])
     assert there.cluster.per_worker == {"CPU": 1, "GPU": 1}
-    assert here.derived_id == Experiment().derived_id != there.derived_id
+    assert here.config_hash == Experiment().config_hash != there.config_hash
     assert here.changes(there) == {"cluster.use_gpu": (True, False)}
 
 
@@ -448,8 +448,8 @@ def test_passwords_stay_in_the_environment(tmp_path):
     (said,) = errors(tmp_path, "tracking: {uri: 'https://me:hunter2@host/x'}")
     assert said.startswith("run.yaml:1: tracking.uri: should hold no user and password") and "hunter2" not in said
     experiment = Experiment().tracked_at("https://me:hunter2@host/x")
-    assert experiment.public().tracking.uri is None and experiment.tracked_at(None).public() == Experiment()
-    assert "hunter2" not in experiment.public().to_yaml() + str(experiment.public().to_params())
+    assert experiment.without_secrets().tracking.uri is None and experiment.tracked_at(None).without_secrets() == Experiment()
+    assert "hunter2" not in experiment.without_secrets().to_yaml() + str(experiment.without_secrets().to_params())
     uris = ("postgresql://me:hunt/er2@host/db", "https://me:hunt@er2@host", "postgresql://host/db?user=me&password=hunter2&x=1")
     queries = ("passwd=hunter2", "sslpassword=hunt@er2", "access_token=hunter2", "api_key=hunt'er2", "hunter2")
     blanks = ("https://me:my hunt er2@host", "postgresql://u:hunt\ter2@host/db", "mysql://u:hunt\u00a0er2@host/db")
@@ -457,7 +457,7 @@ def test_passwords_stay_in_the_environment(tmp_path):
     quoted = ("mysql://me:hunt'er2@host/db", "mysql://me:hunt?er2@host/db", "mysql://host:3306/db?user=me@x&passwd=hunt@er2")
     for uri in (*uris, *(f"mysql://host/db?{query}" for query in queries), *odbc, *quoted, "https://token@host"):
         for text in (uri, f"{uri} and {uri!r}", f"(https://host/{uri!r})", f"at {uri}: {uri}, {uri}/api"):
-            assert not re.search("hunt|er2|token@", without_password(text))
+            assert not re.search("hunt|er2|token@", redact(text))
         if "+" not in uri:
             (said,) = errors(tmp_path, f"tracking: {{uri: {json.dumps(uri)}}}")
             assert "uri: should hold no user and password, nor a query" in said and "er2" not in said
@@ -466,11 +466,8 @@ def test_passwords_stay_in_the_environment(tmp_path):
         assert "uri: should hold no user and password" in said and "er2" not in said
         (said,) = errors(tmp_path, f"mirror: {json.dumps('s3' + uri[uri.index(':') :])}")
         assert "mirror: should hold no keys" in said and "er2" not in said
-    assert (
-        without_password(f"no answer from {quoted[0]}, 'https://host/x?y=z'")
-        == "no answer from mysql://host/db, 'https://host/x'"
-    )
-    assert "er2" not in without_password("HTTPConnectionPool(host='host', port=1): with url: /?auth=hunter2/api/2.0")
+    assert redact(f"no answer from {quoted[0]}, 'https://host/x?y=z'") == "no answer from mysql://host/db, 'https://host/x'"
+    assert "er2" not in redact("HTTPConnectionPool(host='host', port=1): with url: /?auth=hunter2/api/2.0")
     for uri in ("https://host:5000/x", "sqlite:////a/b.db", "postgresql://host/db", "sqlite:////a/me:x@lab/b c.db"):
-        assert without_password(uri) == uri
-    assert Experiment().tracked_at("https://host/x").public().tracking.uri == "https://host/x"
+        assert redact(uri) == uri
+    assert Experiment().tracked_at("https://host/x").without_secrets().tracking.uri == "https://host/x"

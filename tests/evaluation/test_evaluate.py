@@ -10,9 +10,9 @@ from torch import nn
 
 from diffinstruct.evaluation.evaluate import compare, evaluate, image_features
 from diffinstruct.evaluation.features import AttributeClassifier
-from diffinstruct.evaluation.metrics import kid, kid_replicates, spread
+from diffinstruct.evaluation.metrics import kid, kid_replicates, mean_pairwise_distance
 from diffinstruct.reports.frames import markdown, table
-from diffinstruct.statistics import Figure, bootstrap_mean, paired_difference, resamples, wilson, win_rate
+from diffinstruct.statistics import Estimate, bootstrap_mean, paired_difference, resamples, wilson, win_rate
 
 COLOURS = ["dark", "grey", "bright"]
 
@@ -129,14 +129,14 @@ def test_kids_resamples_are_not_biased_by_drawing_a_picture_twice():
 
 
 def test_spread_is_the_mean_distance_of_pairs():
-    assert spread(np.array([[0.0, 0], [3, 4], [0, 8]])) == pytest.approx((5 + 5 + 8) / 3)
+    assert mean_pairwise_distance(np.array([[0.0, 0], [3, 4], [0, 8]])) == pytest.approx((5 + 5 + 8) / 3)
 
 
 def test_a_figure_prints_two_digits_of_its_width():
-    assert str(Figure(21.5312, 21.334, 21.7277, 500)) == "21.53 [21.33, 21.73]"
-    assert str(Figure(0.432109, 0.40123, 0.46345, 500)) == "0.432 [0.401, 0.463]"
-    assert str(Figure(0.000312, 0.000201, 0.000414, 500)) == "0.00031 [0.00020, 0.00041]"
-    assert str(Figure(1.0, 1.0, 1.0, 500)) == "1.000 [1.000, 1.000]"
+    assert str(Estimate(21.5312, 21.334, 21.7277, 500)) == "21.53 [21.33, 21.73]"
+    assert str(Estimate(0.432109, 0.40123, 0.46345, 500)) == "0.432 [0.401, 0.463]"
+    assert str(Estimate(0.000312, 0.000201, 0.000414, 500)) == "0.00031 [0.00020, 0.00041]"
+    assert str(Estimate(1.0, 1.0, 1.0, 500)) == "1.000 [1.000, 1.000]"
 
 
 # ------------------------------------------------------------------------------------------ figures of a generator
@@ -255,7 +255,7 @@ def test_compare_pairs_everything(prompts):
     a, b = better.table, worse.table
     assert differences["accuracy"] == paired_difference(a.accuracy.dropna(), b.accuracy.dropna(), 0)
     assert differences["accuracy/colour"].low > 0
-    assert differences["accuracy/mouth"] == Figure(0, 0, 0, 60, 0)  # the same noise, the same faces
+    assert differences["accuracy/mouth"] == Estimate(0, 0, 0, 60, 0)  # the same noise, the same faces
     assert differences["wins/red"] == win_rate(a["reward/red"], b["reward/red"], 0)
     kids = [result.summary()["kid"] for result in (better, worse)]
     assert differences["kid"].value == pytest.approx(kids[0].value - kids[1].value)
@@ -275,8 +275,8 @@ def test_compare_refuses_what_is_not_paired(prompts):
 
 def test_tables():
     rows = {
-        "start": {"reward/x": Figure(1.0, 0.95, 1.05, 90, 0), "smiling": Figure(0.5, 0.4, 0.6, 30, 0)},
-        "trained": {"reward/x": Figure(2.0, 1.94, 2.06, 90, 0)},
+        "start": {"reward/x": Estimate(1.0, 0.95, 1.05, 90, 0), "smiling": Estimate(0.5, 0.4, 0.6, 30, 0)},
+        "trained": {"reward/x": Estimate(2.0, 1.94, 2.06, 90, 0)},
     }
     frame = table(rows)
     assert list(frame.index) == ["start", "trained"]

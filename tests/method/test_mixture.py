@@ -8,10 +8,10 @@ from torch import nn
 
 from diffinstruct.method.diffusion import Schedule, uniform_t
 from diffinstruct.method.distances import pseudo_huber
-from diffinstruct.method.noise import Draws
+from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.objectives import objective
 from diffinstruct.method.rewards import Scores
-from diffinstruct.method.step import Players, Settings, alternating_round
+from diffinstruct.method.step import StepConfig, TrainState, alternating_round
 
 MEANS, STDS, SHARES = torch.tensor([-1.0, 1.5]), torch.tensor([0.3, 0.5]), torch.tensor([0.4, 0.6])
 MEAN = (SHARES * MEANS).sum()
@@ -54,7 +54,7 @@ def nobody(latents, prompts):
 def test_the_generators_moments_reach_the_references(name, space):
     torch.manual_seed(0)
     generator, score_network = Network(), Network()
-    players = Players(
+    train_state = TrainState(
         generator=generator,
         score_network=score_network,
         reference=reference,
@@ -62,7 +62,7 @@ def test_the_generators_moments_reach_the_references(name, space):
         generator_optimizer=torch.optim.Adam(generator.parameters(), 1e-3, betas=(0.0, 0.99)),
         score_optimizer=torch.optim.Adam(score_network.parameters(), 3e-3, betas=(0.0, 0.99)),
     )
-    settings = Settings(
+    settings = StepConfig(
         objective=objective(name, schedule=SCHEDULE, space=space, distance=pseudo_huber(0.1), sid_alpha=1.0),
         regularization_weight=1.0, reward_scale=0.0, score_updates=3, reuse_sample=True, score_space="v",
         law_of_t=uniform_t(20, 980), generator_max_grad_norm=1.0, score_max_grad_norm=10.0, ema_decay=0.99, precision="fp32",
@@ -72,13 +72,13 @@ def test_the_generators_moments_reach_the_references(name, space):
 
     def moments():
         with torch.no_grad():
-            x = players.ema(z, {})
+            x = train_state.ema(z, {})
         return torch.stack([x.mean(), x.std()])
 
     truth = torch.stack([MEAN, STD])
     before = (moments() - truth).abs()
     for step in range(1500):
-        draws = Draws(0, step, BATCH, (1,), slice(0, BATCH), torch.device("cpu"))
-        alternating_round(players, settings, SCHEDULE, draws, [""] * BATCH, {}, nobody)
+        draws = NoiseStreams(0, step, BATCH, (1,), slice(0, BATCH), torch.device("cpu"))
+        alternating_round(train_state, settings, SCHEDULE, draws, [""] * BATCH, {}, nobody)
     assert before.max() > 0.3
     assert (moments() - truth).abs().max() < 0.1, (moments(), truth)

@@ -14,14 +14,14 @@ from diffinstruct.errors import UserError
 from diffinstruct.method.diffusion import Schedule, uniform_t
 from diffinstruct.method.distances import pseudo_huber
 from diffinstruct.method.guidance import guided
-from diffinstruct.method.noise import Draws
+from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.nonfinite import NonFinite
 from diffinstruct.method.objectives import objective
-from diffinstruct.method.rewards import LatentRewards, RewardError, Terms
-from diffinstruct.method.step import Players, Settings, alternating_round
+from diffinstruct.method.rewards import LatentRewards, RewardError, RewardRequest
+from diffinstruct.method.step import StepConfig, TrainState, alternating_round
 from diffinstruct.reward_service.client import make_rewards
 from diffinstruct.run_folder.checkpoint import CheckpointStore
-from diffinstruct.training.build import make_settings as configured_settings
+from diffinstruct.training.build import make_step_config as configured_settings
 
 BATCH, SHAPE = 8, (2, 4, 4)
 ALPHAS = torch.linspace(0.999, 0.05, 1000)
@@ -65,10 +65,10 @@ def brightness(images, prompts):
     return images.flatten(1).mean(1)
 
 
-def make_players(adam=True):
+def make_train_state(adam=True):
     generator, score_network = Network(1), Network(2)
     optimizer = torch.optim.AdamW if adam else torch.optim.SGD
-    return Players(
+    return TrainState(
         generator=generator,
         score_network=score_network,
         reference=guided(Network(3).requires_grad_(False), NULL, 1.5, "in"),
@@ -78,13 +78,13 @@ def make_players(adam=True):
     )
 
 
-def make_settings(**changes):
+def make_step_config(**changes):
     settings = {
         "objective": chosen("di_star"), "regularization_weight": 0.7, "reward_scale": 30.0, "score_updates": 1,
         "reuse_sample": True, "score_space": "eps", "law_of_t": LAW, "generator_max_grad_norm": 1e9, "score_max_grad_norm": 1e9,
         "ema_decay": 0.9, "precision": "fp32", "micro_batch_size": None,
     }  # fmt: skip
-    return Settings(**settings | changes)
+    return StepConfig(**settings | changes)
 
 
 def condition(rows=slice(0, BATCH)):
@@ -92,7 +92,7 @@ def condition(rows=slice(0, BATCH)):
 
 
 REWARDS = LatentRewards(decode, {"contrast": contrast, "brightness": brightness})
-TERMS = Terms({"contrast": 1.0, "brightness": -0.5}, micro_batch=3)
+TERMS = RewardRequest({"contrast": 1.0, "brightness": -0.5}, micro_batch=3)
 
 
 def sender(rewards, terms):
@@ -103,9 +103,9 @@ def sender(rewards, terms):
     return send
 
 
-def round_(players, settings=None, step=0, rows=slice(0, BATCH), send=sender(REWARDS, TERMS)):  # noqa: B008
-    draws = Draws(0, step, BATCH, SHAPE, rows, torch.device("cpu"))
-    return alternating_round(players, settings or make_settings(), SCHEDULE, draws, PROMPTS[rows], condition(rows), send)
+def round_(train_state, settings=None, step=0, rows=slice(0, BATCH), send=sender(REWARDS, TERMS)):  # noqa: B008
+    draws = NoiseStreams(0, step, BATCH, SHAPE, rows, torch.device("cpu"))
+    return alternating_round(train_state, settings or make_step_config(), SCHEDULE, draws, PROMPTS[rows], condition(rows), send)
 
 
 def weights(module):
@@ -119,39 +119,39 @@ def equal(one, other):
 @pytest.mark.parametrize("name", ["di_star", "diff_instruct_pp", "sid", "dmd"])
 def test_the_generators_gradient_is_that_of_one_graph(name):
     """Decoder, rewards, score network, reference and generator in one graph, against the leaves of the round."""
-    players, settings = make_players(), make_settings(score_updates=2, objective=chosen(name))
-    generator = copy.deepcopy(players.generator)
-    round_(players, settings)
+    train_state, settings = make_train_state(), make_step_config(score_updates=2, objective=chosen(name))
+    generator = copy.deepcopy(train_state.generator)
+    round_(train_state, settings)
 
-    draws, c = Draws(0, 0, BATCH, SHAPE, slice(0, BATCH), torch.device("cpu")), condition()
+    draws, c = NoiseStreams(0, 0, BATCH, SHAPE, slice(0, BATCH), torch.device("cpu")), condition()
     x0 = generator(draws.normal(draws.GENERATOR), c)
     t, eps = draws.t(draws.GENERATOR + 1, LAW), draws.normal(draws.GENERATOR + 2)
-    loss, _ = settings.objective(x0, t, eps, c, score_network=players.score_network, reference=players.reference)
+    loss, _ = settings.objective(x0, t, eps, c, score_network=train_state.score_network, reference=train_state.reference)
     images = decode(x0)
     reward = contrast(images, PROMPTS) - 0.5 * brightness(images, PROMPTS)
     (0.7 * loss - 30.0 * reward).mean().backward()
 
-    for ours, exact in zip(players.generator.parameters(), generator.parameters(), strict=True):
+    for ours, exact in zip(train_state.generator.parameters(), generator.parameters(), strict=True):
         assert (ours.grad - exact.grad).norm() <= 1e-5 * exact.grad.norm()
         assert exact.grad.norm() > 0
 
 
 def test_two_halves_average_to_the_whole():
     """Noise, t and prompts belong to a sample's index in the global batch; players that stand still keep the halves equal."""
-    whole, left, right = (make_players(adam=False) for _ in range(3))
-    settings = make_settings(reuse_sample=False, score_updates=2)
+    whole, left, right = (make_train_state(adam=False) for _ in range(3))
+    settings = make_step_config(reuse_sample=False, score_updates=2)
     metrics = [
-        round_(players, settings, rows=rows)
-        for players, rows in [(whole, slice(0, 8)), (left, slice(0, 4)), (right, slice(4, 8))]
+        round_(train_state, settings, rows=rows)
+        for train_state, rows in [(whole, slice(0, 8)), (left, slice(0, 4)), (right, slice(4, 8))]
     ]
     for player in ("generator", "score_network"):
-        parameters = (getattr(players, player).parameters() for players in (whole, left, right))
+        parameters = (getattr(train_state, player).parameters() for train_state in (whole, left, right))
         for all_, first, second in zip(*parameters, strict=True):
             assert (all_.grad - (first.grad + second.grad) / 2).norm() <= 1e-5 * all_.grad.norm()
     for key in ("loss/regularizer", "loss/score_network", "divergence", "reward/contrast"):
         assert metrics[0][key] == pytest.approx((metrics[1][key] + metrics[2][key]) / 2, rel=1e-5)
-    draws = Draws(3, 5, BATCH, SHAPE, slice(0, BATCH), torch.device("cpu"))
-    half = Draws(3, 5, BATCH, SHAPE, slice(4, 8), torch.device("cpu"))
+    draws = NoiseStreams(3, 5, BATCH, SHAPE, slice(0, BATCH), torch.device("cpu"))
+    half = NoiseStreams(3, 5, BATCH, SHAPE, slice(4, 8), torch.device("cpu"))
     assert draws.prompts(1000)[4:] == half.prompts(1000)
 
 
@@ -159,11 +159,11 @@ def test_two_halves_average_to_the_whole():
 @pytest.mark.parametrize("size", [1, 3])
 def test_micro_batches_add_up_to_the_whole(size, reuse):
     """Of 3 the last one is smaller; every number and both gradients are those of all samples at once."""
-    whole, parts = make_players(adam=False), make_players(adam=False)
+    whole, parts = make_train_state(adam=False), make_train_state(adam=False)
     sizes = {"generator": [], "score_network": []}
     for name, seen in sizes.items():
         getattr(parts, name).register_forward_pre_hook(lambda module, arguments, seen=seen: seen.append(len(arguments[0])))
-    settings = make_settings(reuse_sample=reuse, score_updates=2)
+    settings = make_step_config(reuse_sample=reuse, score_updates=2)
     of_whole, of_parts = round_(whole, settings), round_(parts, replace(settings, micro_batch_size=size))
     for player, seen in sizes.items():
         assert set(seen) == ({1} if size == 1 else {3, 2})
@@ -177,7 +177,7 @@ def test_micro_batches_add_up_to_the_whole(size, reuse):
 
 def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path):
     """Six rounds in one go against three, a checkpoint on disk, other players, and three more."""
-    straight, before, after = make_players(), make_players(), make_players()
+    straight, before, after = make_train_state(), make_train_state(), make_train_state()
     losses = [round_(straight, step=step)["loss/regularizer"] for step in range(6)]
     for step in range(3):
         round_(before, step=step)
@@ -191,18 +191,18 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path):
     for role in ("generator", "score_network", "ema"):
         assert equal(weights(getattr(straight, role)), weights(getattr(after, role)))
     for optimizer in ("generator_optimizer", "score_optimizer"):
-        ours, theirs = (getattr(players, optimizer).state_dict()["state"] for players in (straight, after))
+        ours, theirs = (getattr(train_state, optimizer).state_dict()["state"] for train_state in (straight, after))
         assert len(ours) == 6
         assert all(torch.equal(ours[i][key], theirs[i][key]) for i in ours for key in ("step", "exp_avg", "exp_avg_sq"))
 
 
 @pytest.mark.parametrize(("updates", "reuse"), [(1, True), (3, True), (3, False)])
 def test_the_score_network_is_updated_k_times_on_the_same_or_on_fresh_samples(updates, reuse):
-    players, updated, noises, sent = make_players(), [], [], []
-    players.score_optimizer.register_step_post_hook(lambda *_: updated.append(1))
-    players.generator.register_forward_pre_hook(lambda module, arguments: noises.append(arguments[0]))
-    players.score_network.register_forward_pre_hook(lambda module, arguments: sent.append(arguments[:2]))
-    round_(players, make_settings(score_updates=updates, reuse_sample=reuse))
+    train_state, updated, noises, sent = make_train_state(), [], [], []
+    train_state.score_optimizer.register_step_post_hook(lambda *_: updated.append(1))
+    train_state.generator.register_forward_pre_hook(lambda module, arguments: noises.append(arguments[0]))
+    train_state.score_network.register_forward_pre_hook(lambda module, arguments: sent.append(arguments[:2]))
+    round_(train_state, make_step_config(score_updates=updates, reuse_sample=reuse))
     assert len(updated) == updates
     assert len(noises) == (1 if reuse else 1 + updates)
     assert all(not torch.equal(noises[i], noises[j]) for i in range(len(noises)) for j in range(i))
@@ -211,10 +211,10 @@ def test_the_score_network_is_updated_k_times_on_the_same_or_on_fresh_samples(up
 
 
 def test_reward_only_leaves_the_score_network_alone():
-    players = make_players()
-    before = weights(players.score_network)
-    metrics = round_(players, make_settings(objective=None))
-    assert equal(before, weights(players.score_network))
+    train_state = make_train_state()
+    before = weights(train_state.score_network)
+    metrics = round_(train_state, make_step_config(objective=None))
+    assert equal(before, weights(train_state.score_network))
     assert "divergence" not in metrics and metrics["gradient_norm/generator"] > 0
 
 
@@ -225,20 +225,20 @@ def test_a_gradient_that_is_not_finite_stops_the_round_before_the_update():
         gradient[2, 0, 1, 1] = float("nan")
         return lambda: replace(scores, gradient=gradient)
 
-    players = make_players()
-    before, averaged = weights(players.generator), weights(players.ema)
+    train_state = make_train_state()
+    before, averaged = weights(train_state.generator), weights(train_state.ema)
     with pytest.raises(NonFinite, match=r"step 4: the generator's gradient is not finite"):
-        round_(players, step=4, send=spoiled)
-    assert equal(before, weights(players.generator)) and equal(averaged, weights(players.ema))
-    assert not players.generator_optimizer.state
+        round_(train_state, step=4, send=spoiled)
+    assert equal(before, weights(train_state.generator)) and equal(averaged, weights(train_state.ema))
+    assert not train_state.generator_optimizer.state
 
-    players = make_players()
+    train_state = make_train_state()
     with torch.no_grad():
-        players.score_network.leave.weight.mul_(1e30)
-    before, start = weights(players.score_network), weights(players.generator)
+        train_state.score_network.leave.weight.mul_(1e30)
+    before, start = weights(train_state.score_network), weights(train_state.generator)
     with pytest.raises(NonFinite, match="score network"):
-        round_(players)
-    assert equal(before, weights(players.score_network)) and equal(start, weights(players.generator))
+        round_(train_state)
+    assert equal(before, weights(train_state.score_network)) and equal(start, weights(train_state.generator))
 
 
 def test_a_held_out_reward_is_measured_and_never_pulls():
@@ -248,8 +248,8 @@ def test_a_held_out_reward_is_measured_and_never_pulls():
         seen.append(images.requires_grad)
         return 1000 * images.flatten(1).mean(1)
 
-    terms = Terms({"contrast": 1.0}, 16)
-    alone, judged = make_players(), make_players()
+    terms = RewardRequest({"contrast": 1.0}, 16)
+    alone, judged = make_train_state(), make_train_state()
     round_(alone, send=sender(LatentRewards(decode, {"contrast": contrast}), terms))
     metrics = round_(judged, send=sender(LatentRewards(decode, {"judge": judge, "contrast": contrast}), terms))
     assert equal(weights(alone.generator), weights(judged.generator))
@@ -259,11 +259,11 @@ def test_a_held_out_reward_is_measured_and_never_pulls():
 @pytest.mark.parametrize(("step", "decay"), [(0, 0.1), (5, 6 / 15), (1000, 0.9)])
 def test_the_average_follows_its_formula(step, decay):
     """ema <- d ema + (1 - d) generator, with d warmed up as min(decay, (1 + step) / (10 + step))."""
-    players = make_players()
-    before = weights(players.ema)
-    round_(players, step=step)
-    for name, now in players.generator.state_dict().items():
-        torch.testing.assert_close(players.ema.state_dict()[name], decay * before[name] + (1 - decay) * now)
+    train_state = make_train_state()
+    before = weights(train_state.ema)
+    round_(train_state, step=step)
+    for name, now in train_state.generator.state_dict().items():
+        torch.testing.assert_close(train_state.ema.state_dict()[name], decay * before[name] + (1 - decay) * now)
         assert not torch.equal(before[name], now)
 
 
@@ -294,9 +294,9 @@ def test_what_a_reward_writes_into_its_images_no_other_sees():
 
     x0 = torch.randn(BATCH, *SHAPE, generator=torch.Generator().manual_seed(0))
     models = {"vandal": vandal, "contrast": contrast, "late": vandal, "brightness": brightness}
-    beside = LatentRewards(decode, models)(x0, PROMPTS, Terms({"vandal": 0.0, "contrast": 1.0}, 16))
+    beside = LatentRewards(decode, models)(x0, PROMPTS, RewardRequest({"vandal": 0.0, "contrast": 1.0}, 16))
     honest = {name: models[name] for name in ("contrast", "brightness")}
-    alone = LatentRewards(decode, honest)(x0, PROMPTS, Terms({"contrast": 1.0}, 16))
+    alone = LatentRewards(decode, honest)(x0, PROMPTS, RewardRequest({"contrast": 1.0}, 16))
     assert torch.equal(alone.gradient, beside.gradient)
     assert all(torch.equal(alone.scores[name], beside.scores[name]) for name in alone.scores)
 
@@ -313,7 +313,7 @@ def test_what_a_reward_writes_into_its_images_no_other_sees():
 def test_a_reward_that_errs_is_named(reward, said):
     rewards = LatentRewards(decode, {"mine": reward})
     with pytest.raises(RewardError, match=f"^reward mine: {said}"):
-        rewards(torch.zeros(BATCH, *SHAPE), PROMPTS, Terms({"mine": 1.0}, 16))
+        rewards(torch.zeros(BATCH, *SHAPE), PROMPTS, RewardRequest({"mine": 1.0}, 16))
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ class Headed:
 
 def test_a_tower_is_looked_through_once_and_changes_no_bit():
     x0 = torch.randn(BATCH, *SHAPE, generator=torch.Generator().manual_seed(0))
-    tower, terms = Tower(), Terms({"a": 1.0, "b": -2.0}, 3)
+    tower, terms = Tower(), RewardRequest({"a": 1.0, "b": -2.0}, 3)
     shared = LatentRewards(decode, {name: Headed(tower, i) for i, name in enumerate("abc")})(x0, PROMPTS, terms)
     assert tower.looks == 3  # micro-batches of 3, 3 and 2
     apart = LatentRewards(decode, {name: Headed(Tower(), i) for i, name in enumerate("abc")})(x0, PROMPTS, terms)
@@ -367,18 +367,18 @@ def test_a_tower_is_looked_through_once_and_changes_no_bit():
 
 def test_a_weight_of_nothing_asks_for_scores_alone():
     x0 = torch.randn(BATCH, *SHAPE, generator=torch.Generator().manual_seed(0))
-    scores, both = REWARDS(x0, PROMPTS, Terms({}, 3)), REWARDS(x0, PROMPTS, TERMS)
+    scores, both = REWARDS(x0, PROMPTS, RewardRequest({}, 3)), REWARDS(x0, PROMPTS, TERMS)
     assert not scores.gradient.any() and both.gradient.any()
     assert all(torch.equal(scores.scores[name], both.scores[name]) for name in both.scores)
     with pytest.raises(RewardError, match=r"^reward glare: asked for, but there are contrast, brightness$"):
-        REWARDS(x0, PROMPTS, Terms({"glare": 1.0}, 3))
+        REWARDS(x0, PROMPTS, RewardRequest({"glare": 1.0}, 3))
 
 
 def test_where_memory_ends_the_micro_batch_is_halved_and_said():
     x0 = torch.randn(BATCH, *SHAPE, generator=torch.Generator().manual_seed(0))
-    narrow = LatentRewards(decode, {"a": Headed(Tower(room=2), 0)})(x0, PROMPTS, Terms({"a": 1.0}, 16))
-    wide = LatentRewards(decode, {"a": Headed(Tower(), 0)})(x0, PROMPTS, Terms({"a": 1.0}, 2))
+    narrow = LatentRewards(decode, {"a": Headed(Tower(room=2), 0)})(x0, PROMPTS, RewardRequest({"a": 1.0}, 16))
+    wide = LatentRewards(decode, {"a": Headed(Tower(), 0)})(x0, PROMPTS, RewardRequest({"a": 1.0}, 2))
     assert (narrow.micro_batch, wide.micro_batch) == (2, 2)
     assert torch.equal(narrow.gradient, wide.gradient) and torch.equal(narrow.scores["a"], wide.scores["a"])
     with pytest.raises(RewardError, match=r"^rewards a: out of memory with one sample$"):
-        LatentRewards(decode, {"a": Headed(Tower(room=0), 0)})(x0, PROMPTS, Terms({"a": 1.0}, 16))
+        LatentRewards(decode, {"a": Headed(Tower(room=0), 0)})(x0, PROMPTS, RewardRequest({"a": 1.0}, 16))

@@ -40,7 +40,7 @@ logging: {{every: 1, grid_every: 2, grid_prompts: 2, checkpoint_every: 2}}
 def test_a_run_reads_what_was_made_once(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = configured(tmp_path, family)
     stored = load(tmp_path / "recipe.yaml", [f"prompts.embeddings={tmp_path}/embeddings"])
-    assert stored.derived_id == plain.derived_id  # where they are kept is no part of what is computed
+    assert stored.config_hash == plain.config_hash  # where they are kept is no part of what is computed
     local.run(plain, tmp_path / "plain")
 
     embed, made = Reference._embed, []

@@ -18,14 +18,14 @@ from torch import nn
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import load
-from diffinstruct.method.noise import Draws
+from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.rewards import Scores
-from diffinstruct.method.step import Players, alternating_round
+from diffinstruct.method.step import TrainState, alternating_round
 from diffinstruct.models.export import export
 from diffinstruct.models.lora import Role
 from diffinstruct.models.pipeline import Reference, load_reference
 from diffinstruct.models.roles import Roles, make_roles
-from diffinstruct.training.build import make_players, make_settings
+from diffinstruct.training.build import make_step_config, make_train_state
 
 PROMPTS = ["a red hat", "something else"]
 RANKS = ["generator.lora_rank=4", "score_network.lora_rank=2"]
@@ -54,14 +54,14 @@ def reward(latents: torch.Tensor, prompts: Any) -> Any:
     return lambda: answer
 
 
-def rounds(experiment: Experiment, reference: Reference, players: Players, n: int) -> list[dict[str, float]]:
-    settings, c = make_settings(experiment, reference.schedule), reference.encode_prompts(PROMPTS)
+def rounds(experiment: Experiment, reference: Reference, train_state: TrainState, n: int) -> list[dict[str, float]]:
+    settings, c = make_step_config(experiment, reference.schedule), reference.encode_prompts(PROMPTS)
     return [
         alternating_round(
-            players,
+            train_state,
             settings,
             reference.schedule,
-            Draws(0, step, 2, reference.latent_shape, slice(0, 2), torch.device("cpu")),
+            NoiseStreams(0, step, 2, reference.latent_shape, slice(0, 2), torch.device("cpu")),
             PROMPTS,
             c,
             reward,
@@ -107,7 +107,7 @@ def test_adapters_equal_their_merge(folder: Path, family: str, checkpointing: st
     for each, of in ((roles, reference), (merged, load_reference(str(folder)))):
         still = experiment.model_copy(update={"generator": experiment.generator.model_copy(update={"learning_rate": 1e-12})})
         still = still.model_copy(update={"score_network": still.score_network.model_copy(update={"learning_rate": 1e-12})})
-        (metrics,) = rounds(still, of, make_players(still, each, of.null_conditions(), lambda module: module), 1)
+        (metrics,) = rounds(still, of, make_train_state(still, each, of.null_conditions(), lambda module: module), 1)
         said.append({key: value for key, value in metrics.items() if not key.startswith("time/")})
     weights = ("gradient_norm/generator", "gradient_norm/score_network")  # of other parameters
     assert {k: v for k, v in said[0].items() if k not in weights} == pytest.approx(
@@ -142,13 +142,13 @@ def test_training_leaves_the_base_alone_and_moves_every_adapter(folder: Path, fa
     base = roles.generator.denoiser.network.base
     before = {name: value.clone() for name, value in base.network.state_dict().items()}
     start = roles.generator(torch.ones(2, *reference.latent_shape), reference.encode_prompts(PROMPTS)).detach()
-    players = make_players(experiment, roles, reference.null_conditions(), lambda module: module)
-    metrics = rounds(experiment, reference, players, 3)
+    train_state = make_train_state(experiment, roles, reference.null_conditions(), lambda module: module)
+    metrics = rounds(experiment, reference, train_state, 3)
     after = base.network.state_dict()
     for name, value in before.items():
         idle = "transformer_blocks.1.attn.add_q_proj" in name  # SD3's last block asks for its text and does not use it
         assert torch.equal(after[name], value) == (".lora_" not in name or idle), name
-    assert base.playing == []
+    assert base.active_adapters == []
     now = roles.generator(torch.ones(2, *reference.latent_shape), reference.encode_prompts(PROMPTS)).detach()
     assert (now - start).abs().max() > 0 and all(metrics[-1][key] > 0 for key in metrics[-1] if key.startswith("gradient_norm"))
     shared = {name for name, _ in roles.generator.named_parameters()} & {n for n, _ in roles.score_network.named_parameters()}
@@ -159,19 +159,19 @@ def test_training_leaves_the_base_alone_and_moves_every_adapter(folder: Path, fa
 def test_full_and_adapted_roles_mix(folder: Path, family: str, ranks: list[str]) -> None:
     experiment, reference = configured(folder, family, *ranks), load_reference(str(folder))
     roles = make_roles(experiment, reference)
-    players = make_players(experiment, roles, reference.null_conditions(), lambda module: module)
+    train_state = make_train_state(experiment, roles, reference.null_conditions(), lambda module: module)
     frozen = {name: value.clone() for name, value in roles.reference.network.base.network.state_dict().items()}
-    rounds(experiment, reference, players, 2)
+    rounds(experiment, reference, train_state, 2)
     assert all(torch.equal(frozen[name], value) for name, value in roles.reference.network.base.network.state_dict().items()
                if ".lora_" not in name)  # fmt: skip
-    state = copy.deepcopy(players.state_dict())
+    state = copy.deepcopy(train_state.state_dict())
     full = sum(p.numel() for p in reference.network().parameters())
     sizes = {name: sum(v.numel() for v in state[name].values()) for name in ("generator", "score_network", "ema")}
     for name, rank in (("generator", experiment.generator.lora_rank), ("score_network", experiment.score_network.lora_rank)):
         assert (sizes[name] < full) == (rank > 0)
-    again = make_players(experiment, make_roles(experiment, reference), reference.null_conditions(), lambda module: module)
+    again = make_train_state(experiment, make_roles(experiment, reference), reference.null_conditions(), lambda module: module)
     again.load_state_dict(state)
-    one, other = (rounds(experiment, reference, p, 1)[0] for p in (players, again))
+    one, other = (rounds(experiment, reference, p, 1)[0] for p in (train_state, again))
     assert all(one[key] == other[key] for key in one if not key.startswith("time/"))
 
 
@@ -260,8 +260,8 @@ def test_bf16_holds_the_frozen_base_in_bf16_and_what_is_trained_in_fp32(folder: 
     for name, parameter in roles.reference.network.base.network.named_parameters():
         own[".lora_" in name].add(parameter.dtype)
     assert own == {True: {torch.float32}, False: {torch.bfloat16}}
-    players = make_players(experiment, roles, reference.null_conditions(), lambda module: module)
-    metrics = rounds(experiment, reference, players, 2)[-1]
+    train_state = make_train_state(experiment, roles, reference.null_conditions(), lambda module: module)
+    metrics = rounds(experiment, reference, train_state, 2)[-1]
     assert all(np.isfinite(value) for value in metrics.values()) and metrics["gradient_norm/generator"] > 0
 
 
@@ -277,10 +277,10 @@ def test_compiled_networks_play_the_same_roles(tmp_path: Path, monkeypatch: pyte
     for compiled in ("false", "true"):
         experiment = configured(sd15, "sd15", *RANKS, f"compile={compiled}")
         roles = moved(make_roles(experiment, reference))
-        players = make_players(experiment, roles, reference.null_conditions(), lambda module: module)
-        said[compiled] = rounds(experiment, reference, players, 1)
+        train_state = make_train_state(experiment, roles, reference.null_conditions(), lambda module: module)
+        said[compiled] = rounds(experiment, reference, train_state, 1)
         with torch.no_grad():  # as a picture of the average
-            players.ema(torch.ones(1, *reference.latent_shape), reference.encode_prompts(PROMPTS[:1]))
+            train_state.ema(torch.ones(1, *reference.latent_shape), reference.encode_prompts(PROMPTS[:1]))
     times = {key for key in said["true"][0] if key.startswith("time/")}
     for ours, theirs in zip(said["true"], said["false"], strict=True):
         assert {k: v for k, v in ours.items() if k not in times} == pytest.approx(

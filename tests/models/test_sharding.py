@@ -16,8 +16,8 @@ from diffinstruct.config.reading import load
 from diffinstruct.method.precision import autocast
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.sharding import sharded
-from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, Crew
-from diffinstruct.run_folder.state_tree import Rows
+from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, Ranks
+from diffinstruct.run_folder.state_tree import TensorShard
 
 WORLD = 2
 
@@ -38,14 +38,14 @@ def spread_out(tmp_path_factory) -> tuple[Any, Path]:
 def test_two_processes_equal_one_over_ten_alternating_rounds(spread_out) -> None:
     experiment, folder = spread_out
     reference = opened(experiment)
-    players = players_of(experiment, reference)
-    before = {name: value.clone() for name, value in players.generator.denoiser.network.state_dict().items()}
-    said = go(experiment, reference, players, range(ROUNDS))
+    train_state = players_of(experiment, reference)
+    before = {name: value.clone() for name, value in train_state.generator.denoiser.network.state_dict().items()}
+    said = go(experiment, reference, train_state, range(ROUNDS))
     result = torch.load(folder / "result.pt", weights_only=True)
     for ours, theirs in zip(result["said"], said, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-8)
     for role in ("generator", "ema", "score_network"):
-        module = getattr(players, role)
+        module = getattr(train_state, role)
         exact = getattr(module, "denoiser", module).network.state_dict()
         ours = result["networks"][f"straight/{role}"]
         assert ours.keys() == exact.keys()
@@ -70,21 +70,21 @@ def test_rows_are_dealt_out_to_however_many_read_them(spread_out, tmp_path) -> N
     files = {f"tensors-{rank:05d}-of-00002.safetensors" for rank in range(WORLD)}
     assert names == {"manifest.json", "state.json"} | files
     _, whole = CheckpointStore(folder / "checkpoints").latest()  # type: ignore[misc]
-    parts = [CheckpointStore(folder / "checkpoints", crew=Crew(rank, 3)).latest()[1] for rank in range(3)]  # type: ignore[index]
+    parts = [CheckpointStore(folder / "checkpoints", crew=Ranks(rank, 3)).latest()[1] for rank in range(3)]  # type: ignore[index]
     for name, rows in whole["generator"].items():
-        assert isinstance(rows, Rows) and rows.own.shape == rows.shape
+        assert isinstance(rows, TensorShard) and rows.own.shape == rows.shape
         assert torch.equal(torch.cat([part["generator"][name].own for part in parts]), rows.own)
     CheckpointStore(tmp_path).save(5, whole)  # and a process that read them all may write them
-    (_, again) = CheckpointStore(tmp_path, crew=Crew(1, 2)).latest()  # type: ignore[misc]
-    (_, once) = CheckpointStore(folder / "checkpoints", crew=Crew(1, 2)).latest()  # type: ignore[misc]
+    (_, again) = CheckpointStore(tmp_path, crew=Ranks(1, 2)).latest()  # type: ignore[misc]
+    (_, once) = CheckpointStore(folder / "checkpoints", crew=Ranks(1, 2)).latest()  # type: ignore[misc]
     assert all(torch.equal(again["ema"][name].own, rows.own) for name, rows in once["ema"].items())
 
 
 def test_what_one_process_cannot_write_is_nobodys_checkpoint(tmp_path) -> None:
     """What the others say stands in for the collective call."""
-    rows = Rows(torch.arange(3.0), (6,))
+    rows = TensorShard(torch.arange(3.0), (6,))
     for rank in reversed(range(WORLD)):
-        store = CheckpointStore(tmp_path, crew=Crew(rank, WORLD, lambda value: 0))
+        store = CheckpointStore(tmp_path, crew=Ranks(rank, WORLD, lambda value: 0))
         with pytest.raises(CheckpointError, match="another process could not write its part"):
             store.save(7, {"x": rows})
     assert not list(tmp_path.iterdir())
@@ -95,7 +95,7 @@ def test_what_one_process_cannot_read_none_takes(tmp_path) -> None:
     for step in (5, 7):
         store.save(step, {"step": step})
     others = iter([7, 0, 5, 1])  # the newest that they see, and whether they can read it
-    crew = Crew(least=lambda value: min(value, next(others)))
+    crew = Ranks(least=lambda value: min(value, next(others)))
     assert CheckpointStore(tmp_path, crew=crew).latest() == (5, {"step": 5})
 
 

@@ -11,14 +11,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.method.noise import Draws
-from diffinstruct.method.nonfinite import Faults
+from diffinstruct.method.noise import NoiseStreams
+from diffinstruct.method.nonfinite import FiniteCheck
 from diffinstruct.method.rewards import Scores
 from diffinstruct.method.step import alternating_round, score_update, unwrapped
 from diffinstruct.models.denoiser import NetworkDenoiser
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.roles import make_roles
-from diffinstruct.training.build import make_players, make_settings
+from diffinstruct.training.build import make_step_config, make_train_state
 
 BATCH = 2
 PROMPTS = ["a tulip in a yellow pot", "a pink round critter"]
@@ -57,19 +57,23 @@ def test_a_round_costs_what_the_arithmetic_says(reference, monkeypatch, name, cf
     content["objective"]["name"] = name
     content["reference"] |= {"cfg_scale": cfg_scale, "guidance": where}
     experiment = Experiment.model_validate(content)
-    players = make_players(experiment, make_roles(experiment, reference), reference.null_conditions(), lambda module: module)
-    settings = make_settings(experiment, reference.schedule)
-    draws = Draws(0, 0, BATCH, reference.latent_shape, slice(0, BATCH), torch.device("cpu"))
+    train_state = make_train_state(
+        experiment, make_roles(experiment, reference), reference.null_conditions(), lambda module: module
+    )
+    settings = make_step_config(experiment, reference.schedule)
+    draws = NoiseStreams(0, 0, BATCH, reference.latent_shape, slice(0, BATCH), torch.device("cpu"))
     c = reference.encode_prompts(PROMPTS)
     sample = draws.normal(0)
     with torch.no_grad():
-        one = counted(lambda: unwrapped(players.score_network)(sample, torch.tensor([5, 500]), c))
-    update = partial(score_update, players, settings, reference.schedule, draws, sample, c, draws.SCORE, Faults(PROMPTS))
+        one = counted(lambda: unwrapped(train_state.score_network)(sample, torch.tensor([5, 500]), c))
+    update = partial(
+        score_update, train_state, settings, reference.schedule, draws, sample, c, draws.SCORE, FiniteCheck(PROMPTS)
+    )
     score = counted(update) if settings.objective else 0
     rows: list[int] = []
     forward = NetworkDenoiser.forward
     monkeypatch.setattr(NetworkDenoiser, "forward", lambda self, xt, *rest: (rows.append(len(xt)), forward(self, xt, *rest))[1])
-    whole = counted(lambda: alternating_round(players, settings, reference.schedule, draws, PROMPTS, c, nobody))
+    whole = counted(lambda: alternating_round(train_state, settings, reference.schedule, draws, PROMPTS, c, nobody))
     if settings.objective:
         assert 2.9 * one <= score <= 3 * 1.03 * one
         both = BATCH * (1 + (cfg_scale > 0))

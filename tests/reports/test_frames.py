@@ -13,7 +13,7 @@ from tiny import sweeps as tiny_sweep
 from diffinstruct.errors import UserError
 from diffinstruct.reports.frames import (
     Measures,
-    Rows,
+    TrialRows,
     described,
     flat,
     learning_curves,
@@ -25,7 +25,7 @@ from diffinstruct.reports.frames import (
     reward_gap,
     swept,
 )
-from diffinstruct.statistics import Figure, at_distance, by_seed, over_seeds, paired_by_seed, seed_noise
+from diffinstruct.statistics import Estimate, at_distance, by_seed, over_seeds, paired_by_seed, seed_noise
 from diffinstruct.tracking.journal import Tracker
 from diffinstruct.tracking.records import read_journal
 
@@ -33,28 +33,28 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_rows_are_kept_and_what_is_missing_is_known(tmp_path):
-    rows = Rows(tmp_path / "results" / "rows.csv")
+    rows = TrialRows(tmp_path / "results" / "rows.csv")
     assert rows.missing(["a", "b"]) == ["a", "b"]
     rows.add("b", {"arm": "x", "seed": 1, "kid": 1 / 3})
-    assert Rows(rows.path).missing(["a", "b"]) == ["a"]
+    assert TrialRows(rows.path).missing(["a", "b"]) == ["a"]
     rows.add("a", {"arm": "x", "seed": 0, "kid": 2.0, "new": 5})  # a later row may know more
-    frame = Rows(rows.path).read()
+    frame = TrialRows(rows.path).read()
     assert frame["trial"].tolist() == ["b", "a"] and frame["kid"].tolist() == pytest.approx([1 / 3, 2.0], rel=1e-5)
     assert math.isnan(frame["new"][0]) and frame["commit"].notna().all() and frame["at"].str.fullmatch(r"\d{4}-\d\d-\d\d").all()
     assert [path.name for path in rows.path.parent.iterdir() if path.suffix != ".lock"] == ["rows.csv"]
 
 
 def test_studies_side_by_side_lose_no_row(tmp_path, monkeypatch):
-    rows, reading = Rows(tmp_path / "rows.csv"), Rows.read
+    rows, reading = TrialRows(tmp_path / "rows.csv"), TrialRows.read
 
     def slowly(self):  # so that everybody has read before anybody has written, unless they wait for each other
         frame = reading(self)
         time.sleep(0.05)
         return frame
 
-    monkeypatch.setattr(Rows, "read", slowly)
+    monkeypatch.setattr(TrialRows, "read", slowly)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: Rows(rows.path).add(f"trial {i}", {"kid": i}), range(8)))
+        list(pool.map(lambda i: TrialRows(rows.path).add(f"trial {i}", {"kid": i}), range(8)))
     assert sorted(rows.read()["trial"]) == [f"trial {i}" for i in range(8)]
 
 
@@ -70,7 +70,7 @@ def test_studies_side_by_side_lose_no_row(tmp_path, monkeypatch):
 def test_a_damaged_file_is_refused_in_one_line(tmp_path, text, said):
     (tmp_path / "rows.csv").write_text(text)
     with pytest.raises(UserError, match=rf"^{tmp_path}/rows.csv: {said}[^\n]*$"):
-        Rows(tmp_path / "rows.csv").missing(["a"])
+        TrialRows(tmp_path / "rows.csv").missing(["a"])
 
 
 def test_a_run_names_the_commits_of_its_code_and_rows_alone_do_not_make_one_dirty(tmp_path, monkeypatch):
@@ -82,7 +82,7 @@ def test_a_run_names_the_commits_of_its_code_and_rows_alone_do_not_make_one_dirt
         Tracker(f"sqlite:///{tmp_path}/mlflow.db", "x", "run", tmp_path / "run", {}, {}).finish()
         return ran_with(read_journal(tmp_path / "run"))
 
-    code, rows = tmp_path / "platform" / "code.py", Rows(tmp_path / "docs" / "rows.csv")
+    code, rows = tmp_path / "platform" / "code.py", TrialRows(tmp_path / "docs" / "rows.csv")
     code.parent.mkdir()
     code.write_text("1")
     monkeypatch.setattr("diffinstruct.tracking.journal.__file__", str(code))
@@ -100,7 +100,7 @@ def test_a_run_names_the_commits_of_its_code_and_rows_alone_do_not_make_one_dirt
 
 
 def test_a_write_that_fails_leaves_the_rows_as_they_were(tmp_path, monkeypatch):
-    rows = Rows(tmp_path / "rows.csv")
+    rows = TrialRows(tmp_path / "rows.csv")
     rows.add("a", {"kid": 1.0})
     before = rows.path.read_bytes()
 
@@ -189,7 +189,7 @@ def test_a_path_is_read_between_its_trials_and_nowhere_else():
 
 
 def test_a_summary_becomes_columns():
-    assert flat({"kid": Figure(1.0, 0.5, 1.5, 7, 3)}) == {"kid": 1.0, "kid.low": 0.5, "kid.high": 1.5, "kid.n": 7}
+    assert flat({"kid": Estimate(1.0, 0.5, 1.5, 7, 3)}) == {"kid": 1.0, "kid.low": 0.5, "kid.high": 1.5, "kid.n": 7}
 
 
 # ------------------------------------------------------------------------------------------------- runs as a frame
@@ -248,7 +248,7 @@ def test_a_run_whose_journal_was_cut_is_not_taken_for_one_that_goes_on(tmp_path,
 
 def test_kept_rows_are_a_frame_too(tmp_path):
     """A key that older rows do not have makes them another configuration."""
-    rows = Rows(tmp_path / "rows.csv")
+    rows = TrialRows(tmp_path / "rows.csv")
     rows.add("old", {"seed": 0, "reward/pocket_judge": 3.0, "held_out/pocket_judge": 2.0})
     rows.add("new", {"seed": 0, "reward/pocket_judge": 4.0, "objective.huber_c": 0.3})
     frame = load_sweep(rows.path)

@@ -13,12 +13,12 @@ import torch
 from tiny import pipelines
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.method.rewards import LatentRewards, RewardError, Scores, Terms
+from diffinstruct.method.rewards import LatentRewards, RewardError, RewardRequest, Scores
 from diffinstruct.models.pipeline import load_reference
-from diffinstruct.models.sampling import pictures_to_meet, sample
+from diffinstruct.models.sampling import probe_inputs, sample_latents
 from diffinstruct.reward_service import client, monitor
-from diffinstruct.reward_service.client import MEASURED_ROUNDS, InProcess, Jury, make_rewards
-from diffinstruct.reward_service.monitor import Alarm, Watcher, variety
+from diffinstruct.reward_service.client import MEASURED_ROUNDS, LocalRewards, RewardClient, make_rewards
+from diffinstruct.reward_service.monitor import Alarm, OveroptimizationMonitor, variety
 from diffinstruct.run_folder.checkpoint import CheckpointStore
 from diffinstruct.training import local
 
@@ -130,9 +130,9 @@ def test_normalised_rewards_pull_as_strongly_whatever_their_units(world, tmp_pat
     pulls = [metrics(tmp_path / name)[3]["gradient_norm/sample_reward"] for name in ("one", "other")]
     assert pulls[0] == pytest.approx(pulls[1], rel=1e-3) and pulls[0] > 0
     with pytest.raises(RewardError, match=r"^reward flat: the same score for 4 pictures, nothing to normalize by$"):
-        flat = InProcess(LatentRewards(lambda x: x, {"flat": lambda images, prompts: torch.ones(len(prompts))}))
+        flat = LocalRewards(LatentRewards(lambda x: x, {"flat": lambda images, prompts: torch.ones(len(prompts))}))
         experiment = world(rewards__normalize="std")
-        judge = Jury(experiment, None, lambda: flat)
+        judge = RewardClient(experiment, None, lambda: flat)
         judge.scales = {"flat": 1.0}
         judge.measure_scales(torch.zeros(4, 3), ["a"] * 4)
 
@@ -147,13 +147,13 @@ def test_the_micro_batch_that_memory_holds_is_kept_and_asked_for_again(world, tm
     with pytest.raises(Interrupted):
         local.run(world(**greedy), tmp_path / "run")
     monkeypatch.undo()
-    asked, ask = [], InProcess.ask
+    asked, ask = [], LocalRewards.ask
 
     def noted(self, latents, prompts, terms):
         asked.append(terms.micro_batch)
         return ask(self, latents, prompts, terms)
 
-    monkeypatch.setattr(InProcess, "ask", noted)
+    monkeypatch.setattr(LocalRewards, "ask", noted)
     local.run(world(**greedy), tmp_path / "run")
     assert set(asked) == {4}
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
@@ -174,7 +174,7 @@ class Fake:
 
         return collect
 
-    meet = None
+    validate = None
 
 
 @pytest.mark.parametrize(("actors", "here", "place"), [(0.5, 0.2, "process"), (0.1, 0.2, "actor"), (0.5, None, "actor")])
@@ -187,7 +187,7 @@ def test_the_first_rounds_show_where_rewards_hold_a_run_up_less(world, monkeypat
             raise ImportError("no module named 'theirs'")
         return Fake(clock, here)
 
-    jury = Jury(world(), Fake(clock, actors), in_process)
+    jury = RewardClient(world(), Fake(clock, actors), in_process)
     said = None
     for _ in range(MEASURED_ROUNDS):
         assert said is None and jury.place == "auto"
@@ -199,7 +199,7 @@ def test_the_first_rounds_show_where_rewards_hold_a_run_up_less(world, monkeypat
     assert jury.place == place and (jury.service is jury.actors) == (place == "actor")
     assert jury.settle(lambda value: value) is None
 
-    resumed = Jury(world(), Fake(clock, actors), lambda: Fake(clock, 0.0))
+    resumed = RewardClient(world(), Fake(clock, actors), lambda: Fake(clock, 0.0))
     resumed.load_state_dict(jury.state_dict())
     assert (resumed.service is resumed.actors) == (place == "actor")
 
@@ -207,7 +207,7 @@ def test_the_first_rounds_show_where_rewards_hold_a_run_up_less(world, monkeypat
 def test_one_worker_that_is_better_off_with_actors_decides_for_all(world, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(client.time, "perf_counter", lambda: clock[0])
-    jury = Jury(world(), Fake(clock, 0.5), lambda: Fake(clock, 0.2))
+    jury = RewardClient(world(), Fake(clock, 0.5), lambda: Fake(clock, 0.2))
     for _ in range(MEASURED_ROUNDS):
         jury.send(torch.zeros(8, 4), ["a"] * 8)()
     assert jury.settle(lambda value: value if value > 1 else 0)  # as many rounds as here, and the other is for actors
@@ -216,7 +216,7 @@ def test_one_worker_that_is_better_off_with_actors_decides_for_all(world, monkey
 
 def test_rewards_with_an_environment_of_their_own_stay_there(world):
     environment = {"rewards": ["tiny.rewards:Red"], "runtime_env": "theirs.yaml"}
-    jury = Jury(world(cluster__reward_environments=[environment]), Fake([0.0], 9.0), lambda: Fake([0.0], 0.0))
+    jury = RewardClient(world(cluster__reward_environments=[environment]), Fake([0.0], 9.0), lambda: Fake([0.0], 0.0))
     assert jury.place == "actor" and jury.service is jury.actors
 
 
@@ -241,16 +241,16 @@ def test_a_look_sees_the_same_prompts_and_noise_with_the_runs_weights(world, mon
     prompts = ["a red thing", "a blue thing"]
     seen = []
 
-    class Spy(monitor.Watch):
+    class Spy(monitor.ProbeHistory):
         def see(self, look, kept):
             seen.append((look, kept))
-            return super().see(look, kept)
+            return super().observe(look, kept)
 
     monkeypatch.setattr(monitor, "Watch", Spy)
     rewards = make_rewards(experiment.rewards.names, reference.decode, CPU)
-    jury = Jury(experiment, None, lambda: InProcess(rewards))
+    jury = RewardClient(experiment, None, lambda: LocalRewards(rewards))
     jury.scales = {"tiny.rewards:Red": 0.5}
-    watcher = Watcher(experiment, reference, prompts, jury)
+    watcher = OveroptimizationMonitor(experiment, reference, prompts, jury)
     generator = reference.generator(600)
     figures, alarm = watcher.look(0, watcher.pictures(generator), kept=False)()
     watcher.note(2.0)
@@ -263,8 +263,8 @@ def test_a_look_sees_the_same_prompts_and_noise_with_the_runs_weights(world, mon
     assert np.array_equal(first.trained, second.trained) and first.variety == second.variety > 0
 
     assert len(watcher.prompts) == 64 and len(set(watcher.prompts[:4])) == 1
-    latents = sample(experiment, reference, generator, watcher.noise, watcher.prompts)
-    scores = rewards(latents, watcher.prompts, Terms({}, 16)).scores
+    latents = sample_latents(experiment, reference, generator, watcher.noise, watcher.prompts)
+    scores = rewards(latents, watcher.prompts, RewardRequest({}, 16)).scores
     np.testing.assert_allclose(first.trained, 4.0 * scores["tiny.rewards:Red"].double().numpy(), rtol=1e-6)
     np.testing.assert_allclose(first.held_out["tiny.rewards:Calm"], scores["tiny.rewards:Calm"].numpy(), rtol=1e-6)
 
@@ -277,17 +277,17 @@ def test_variety_is_the_mean_distance_between_pictures_of_one_prompt():
 
 def test_few_prompts_are_met_again_and_none_is_left_out(world):
     reference = load_reference(world().reference.model)
-    few, noise = pictures_to_meet(reference, ["a", "b", "c"], 7, seed=5)
+    few, noise = probe_inputs(reference, ["a", "b", "c"], 7, seed=5)
     assert len(few) == 7 and set(few[:3]) == set(few[3:6]) == {"a", "b", "c"} and noise.shape == (7, *pipelines.LATENT)
 
 
-class Alarming(monitor.Watch):
+class Alarming(monitor.ProbeHistory):
     """Cries at one look."""
 
     at = 2
 
     def see(self, look, kept):
-        super().see(look, kept)
+        super().observe(look, kept)
         return Alarm(look.step, "unexplained", f"at step {look.step} something is odd") if look.step == self.at else None
 
 

@@ -7,32 +7,32 @@ import numpy as np
 import pytest
 
 from diffinstruct.reward_service import monitor
-from diffinstruct.reward_service.monitor import NOISES, Look, Watch, by_prompt, gain, spread
+from diffinstruct.reward_service.monitor import NOISES, Probe, ProbeHistory, by_prompt, gain, within_prompt_std
 
 PROMPTS = 16
 RNG = np.random.default_rng(0)
 OF_PROMPT = 5 * RNG.normal(size=PROMPTS).repeat(NOISES)  # prompts differ far more than pictures of one prompt
 LUCK = RNG.normal(size=PROMPTS * NOISES)
 LUCK -= by_prompt(LUCK).repeat(NOISES)
-START = OF_PROMPT + LUCK / spread(LUCK)  # spread 1
+START = OF_PROMPT + LUCK / within_prompt_std(LUCK)  # spread 1
 
 
 def look(step, trained=0.0, held_out=0.0, variety=1.0, distance=0.25):
     """With gains in spreads; held-out rewards have units of their own, and so have variety and distance."""
-    return Look(step, START + trained, {"judge": 100 + 7 * (START + held_out)}, 3 * variety, distance if step else math.nan)
+    return Probe(step, START + trained, {"judge": 100 + 7 * (START + held_out)}, 3 * variety, distance if step else math.nan)
 
 
 def alarms(*looks):
-    seen = Watch()
-    return [(alarm.step, alarm.symptom) for alarm in map(seen.see, looks) if alarm]
+    seen = ProbeHistory()
+    return [(alarm.step, alarm.symptom) for alarm in map(seen.observe, looks) if alarm]
 
 
 def test_gains_are_counted_in_spreads_and_prompts_do_not_count():
-    assert spread(START) == pytest.approx(1) and np.std(START) > 4
+    assert within_prompt_std(START) == pytest.approx(1) and np.std(START) > 4
     assert gain(START, START + 2.5) == pytest.approx(2.5)
-    seen = Watch()
+    seen = ProbeHistory()
     for each in (look(0), look(10, 3.0, 1.0, variety=0.8, distance=0.25), look(20, 4.0, 2.0, variety=0.6, distance=0.5)):
-        assert seen.see(each) is None
+        assert seen.observe(each) is None
     expected = {"trained": 4.0, "held_out": 2.0, "unexplained": 2.0, "variety": 0.6, "distance": 2.0}
     assert seen.figures() == pytest.approx({f"watch/{name}": value for name, value in expected.items()})
 
@@ -44,27 +44,27 @@ def test_rewards_that_rise_together_raise_no_alarm():
 def test_a_rise_that_nothing_confirms_is_unexplained():
     limit = monitor.UNEXPLAINED
     assert alarms(look(0), look(10, 1.5 + limit - 0.01, 1.5)) == []
-    seen = Watch()
-    seen.see(look(0))
-    alarm = seen.see(look(10, 1.5 + limit + 0.05, 1.5))
+    seen = ProbeHistory()
+    seen.observe(look(0))
+    alarm = seen.observe(look(10, 1.5 + limit + 0.05, 1.5))
     assert alarm and (alarm.step, alarm.symptom) == (10, "unexplained")
     assert "at step 10" in alarm.line and "held-out 1.5" in alarm.line and "\n" not in alarm.line
 
 
 def test_of_several_held_out_rewards_the_mean_counts():
     limit = monitor.UNEXPLAINED
-    start = Look(0, START, {"a": START, "b": 3 * START}, 1.0, math.nan)
+    start = Probe(0, START, {"a": START, "b": 3 * START}, 1.0, math.nan)
     for confirmed, expected in ((0.4, [(10, "unexplained")]), (0.6, [])):
-        now = Look(10, START + limit + 0.25, {"a": START, "b": 3 * (START + confirmed)}, 1.0, 0.25)
+        now = Probe(10, START + limit + 0.25, {"a": START, "b": 3 * (START + confirmed)}, 1.0, 0.25)
         assert alarms(start, now) == expected
 
 
 def test_a_held_out_reward_that_falls_from_its_best_look():
     assert alarms(look(0), look(10, 2, 2), look(20, 2, 2 - 2 * monitor.FALL + 0.01)) == []
-    seen = Watch()
+    seen = ProbeHistory()
     for each in (look(0), look(10, 2, 2), look(20, 2.5, 1.9)):
-        assert seen.see(each) is None
-    alarm = seen.see(look(30, 3, 2 - 2 * monitor.FALL - 0.01))
+        assert seen.observe(each) is None
+    alarm = seen.observe(look(30, 3, 2 - 2 * monitor.FALL - 0.01))
     assert alarm and (alarm.step, alarm.symptom) == (30, "held_out")
     assert "judge" in alarm.line and "best at step 10" in alarm.line
 
@@ -94,14 +94,14 @@ def test_variety_and_distance_are_compared_with_the_first_looks():
 
 
 def test_without_a_divergence_there_is_no_distance():
-    seen = Watch()
+    seen = ProbeHistory()
     for step in (0, 10, 20):
-        assert seen.see(look(step, distance=math.nan)) is None
+        assert seen.observe(look(step, distance=math.nan)) is None
         assert "watch/distance" not in seen.figures()
-    seen.see(look(30, distance=0.5))
-    seen.see(look(40, distance=1.0))
+    seen.observe(look(30, distance=0.5))
+    seen.observe(look(40, distance=1.0))
     assert seen.figures()["watch/distance"] == 2  # the first that there was is what it is compared with
-    seen.see(look(50, distance=math.nan))
+    seen.observe(look(50, distance=math.nan))
     assert "watch/distance" not in seen.figures()
 
 
@@ -119,41 +119,41 @@ def test_symptoms_that_come_together_are_told_one_by_one():
 
 def test_a_resumed_run_alarms_alike():
     course = [look(0), look(10, 2, 2), look(20, 4, 0.9), look(30, 5, 0.8), look(40, 5, 0.8, 0.1), look(50, 5, 2.5, 1, 4.0)]
-    whole, told = Watch(), []
+    whole, told = ProbeHistory(), []
     for each in course:
-        told.append((whole.see(each, kept=True), whole.figures(), whole.best))
+        told.append((whole.observe(each, kept=True), whole.figures(), whole.best))
     assert len([alarm for alarm, *_ in told if alarm]) == 4
     for cut in range(len(course)):
-        first = Watch()
+        first = ProbeHistory()
         for each in course[:cut]:
-            first.see(each, kept=True)
+            first.observe(each, kept=True)
         kept = json.loads(json.dumps(first.state_dict()))
         for each in course[cut:]:
-            first.see(each, kept=True)  # the run that went on has nothing to do with what was kept
-        second = Watch()
+            first.observe(each, kept=True)  # the run that went on has nothing to do with what was kept
+        second = ProbeHistory()
         second.load_state_dict(kept)
-        assert [(second.see(each, kept=True), second.figures(), second.best) for each in course[cut:]] == told[cut:]
+        assert [(second.observe(each, kept=True), second.figures(), second.best) for each in course[cut:]] == told[cut:]
 
 
 def test_the_best_checkpoint_has_gained_most_held_out_and_no_symptom():
-    seen = Watch()
+    seen = ProbeHistory()
     course = [look(0), look(10, 1, 1), look(20, 2, 1.5), look(30, 2, 1.4), look(40, 3, 2, variety=0.1), look(50, 3, 1.9)]
-    bests = [(seen.see(each, kept=each.step not in (0, 20)), seen.best.get("step"))[1] for each in course]
+    bests = [(seen.observe(each, kept=each.step not in (0, 20)), seen.best.get("step"))[1] for each in course]
     assert bests == [None, 10, 10, 30, 30, 50]  # of step 20 there is none, at 40 variety is lost
     assert seen.best == {"step": 50, "held_out": pytest.approx(1.9)}
 
 
 def test_without_held_out_rewards_there_is_no_best_one():
-    seen = Watch()
+    seen = ProbeHistory()
     for step in (0, 10):
-        seen.see(Look(step, START, {}, 1.0, math.nan), kept=True)
+        seen.observe(Probe(step, START, {}, 1.0, math.nan), kept=True)
     assert seen.best == {}
 
 
 def test_without_held_out_rewards_variety_and_distance_remain():
-    seen = Watch()
-    assert seen.see(Look(0, START, {}, 1.0, math.nan)) is None
-    alarm = seen.see(Look(10, START + 100, {}, 0.1, 0.25))
+    seen = ProbeHistory()
+    assert seen.observe(Probe(0, START, {}, 1.0, math.nan)) is None
+    alarm = seen.observe(Probe(10, START + 100, {}, 0.1, 0.25))
     assert alarm and alarm.symptom == "variety"
     assert seen.figures().keys() == {"watch/trained", "watch/variety", "watch/distance"}
     assert "rewards.held_out" in monitor.BLIND
@@ -162,29 +162,29 @@ def test_without_held_out_rewards_variety_and_distance_remain():
 def test_a_reward_without_a_spread_has_no_gain_to_count():
     """One that says yes or no may say the same of all pictures of the start."""
     yes, no = np.ones(PROMPTS * NOISES), np.zeros(PROMPTS * NOISES)
-    seen = Watch()
-    assert seen.see(Look(0, START, {"binary": no, "judge": START}, 1.0, math.nan)) is None
-    assert seen.see(Look(10, START + 1, {"binary": yes, "judge": START + 0.5}, 1.0, math.nan)) is None
+    seen = ProbeHistory()
+    assert seen.observe(Probe(0, START, {"binary": no, "judge": START}, 1.0, math.nan)) is None
+    assert seen.observe(Probe(10, START + 1, {"binary": yes, "judge": START + 0.5}, 1.0, math.nan)) is None
     expected = {"trained": 1.0, "held_out": 0.5, "unexplained": 0.5, "variety": 1.0}
     assert seen.figures() == pytest.approx({f"watch/{name}": value for name, value in expected.items()})
-    alone = Watch()
-    alone.see(Look(0, START, {"binary": no}, 1.0, math.nan))
-    alone.see(Look(10, START + 1, {"binary": yes}, 1.0, math.nan))
+    alone = ProbeHistory()
+    alone.observe(Probe(0, START, {"binary": no}, 1.0, math.nan))
+    alone.observe(Probe(10, START + 1, {"binary": yes}, 1.0, math.nan))
     assert alone.figures().keys() == {"watch/trained", "watch/variety"}
 
 
 def test_where_nothing_is_trained_nothing_is_gained():
     nothing = np.zeros(len(START))
-    seen = Watch()
+    seen = ProbeHistory()
     for step in (0, 10):
-        assert seen.see(Look(step, nothing, {"judge": START}, 1.0, math.nan)) is None
+        assert seen.observe(Probe(step, nothing, {"judge": START}, 1.0, math.nan)) is None
     assert seen.figures()["watch/trained"] == 0
 
 
 @pytest.mark.parametrize("shape", [(2 * NOISES + 1,), (NOISES,), (2 * NOISES, 1)])
 def test_a_look_has_several_pictures_of_several_prompts(shape):
     with pytest.raises(ValueError, match="4 pictures of each of several prompts"):
-        Watch().see(Look(0, np.zeros(shape), {}, 1.0, math.nan))
+        ProbeHistory().observe(Probe(0, np.zeros(shape), {}, 1.0, math.nan))
 
 
 def test_the_planted_reward_is_the_preference_outbid_by_noise():

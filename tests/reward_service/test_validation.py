@@ -16,7 +16,7 @@ from diffinstruct.config.prompts import read_prompts
 from diffinstruct.method.rewards import RewardError
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.reward_service.client import load_reward
-from diffinstruct.reward_service.validation import Report, handshake, refuse
+from diffinstruct.reward_service.validation import Report, refuse, validate_reward
 
 N = 64
 PICTURES = F.interpolate(torch.rand(N, 3, 5, 5, generator=torch.Generator().manual_seed(0)), (20, 16), mode="bilinear")
@@ -360,7 +360,7 @@ def named(reward):
 
 
 def met(reward, trained=True, images=PICTURES, prompts=PROMPTS) -> Report:
-    return handshake(named(reward), reward, images, prompts, trained)
+    return validate_reward(named(reward), reward, images, prompts, trained)
 
 
 def refused(report: Report) -> list[str]:

@@ -282,10 +282,10 @@ def test_a_run_goes_on_where_its_machine_is_gone(experiment, tmp_path, monkeypat
     asked, run = experiment(), tmp_path / "run"
     local.run(experiment(mirror=None), tmp_path / "whole")
 
-    def paused(players, settings, schedule, draws, *rest):
+    def paused(train_state, settings, schedule, draws, *rest):
         if draws.step == 2:
-            signals.give(run, signals.PAUSE)
-        return alternating_round(players, settings, schedule, draws, *rest)
+            signals.request(run, signals.PAUSE)
+        return alternating_round(train_state, settings, schedule, draws, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr("diffinstruct.training.loop.alternating_round", paused)
@@ -311,9 +311,9 @@ def test_a_store_that_is_away_stops_nothing_and_sync_delivers(experiment, tmp_pa
     asked = experiment(runs=str(tmp_path))
     run = run_folder(asked)
 
-    def lost(players, settings, schedule, draws, *rest):
+    def lost(train_state, settings, schedule, draws, *rest):
         away(patch)
-        return alternating_round(players, settings, schedule, draws, *rest)
+        return alternating_round(train_state, settings, schedule, draws, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr("diffinstruct.training.loop.alternating_round", lost)
@@ -417,4 +417,4 @@ def test_a_run_does_not_start_over_because_its_copy_is_damaged(tmp_path, caplog)
 
 
 def test_where_copies_lie_is_no_part_of_the_configuration():
-    assert Experiment(mirror=URL).derived_id == Experiment().derived_id
+    assert Experiment(mirror=URL).config_hash == Experiment().config_hash

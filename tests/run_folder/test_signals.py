@@ -26,10 +26,10 @@ def tell(monkeypatch, folder, step, order):
 
     rounds = loop.alternating_round
 
-    def round_with_an_order(players, settings, schedule, draws, *rest):
+    def round_with_an_order(train_state, settings, schedule, draws, *rest):
         if draws.step + 1 == step:
-            signals.give(folder, order)
-        return rounds(players, settings, schedule, draws, *rest)
+            signals.request(folder, order)
+        return rounds(train_state, settings, schedule, draws, *rest)
 
     monkeypatch.setattr(loop, "alternating_round", round_with_an_order)
 

@@ -24,17 +24,17 @@ from tiny import rewards as tiny_rewards
 from tiny.runs import agree, journal, starts
 
 from diffinstruct.errors import UserError
-from diffinstruct.reports.frames import Rows
+from diffinstruct.reports.frames import TrialRows
 from diffinstruct.run_folder.signals import Paused
 from diffinstruct.sweeps import study as studies
-from diffinstruct.sweeps.criterion import Aim
-from diffinstruct.sweeps.points import Optuna, changed, grid, sample
+from diffinstruct.sweeps.criterion import SelectionCriterion
+from diffinstruct.sweeps.points import Optuna, changed, grid, random_points
 from diffinstruct.sweeps.searchers import Asking
 from diffinstruct.sweeps.trials import Trials
 from diffinstruct.sweeps.tune import SweepError, sweep
 from diffinstruct.training import local
 
-ANYWHERE = Aim(floors={}, ceilings={})
+ANYWHERE = SelectionCriterion(floors={}, ceilings={})
 WITHOUT_ACTORS = {"cluster__reward_place": "process"}
 """They take longer to start than a small trial; two tests here have them."""
 
@@ -52,7 +52,7 @@ def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, wor
     with pytest.raises(SweepError, match=r"^\{'generator.timestep': 5000\}: generator.timestep: got 5000, [^\n]*$"):
         points = grid({"generator.timestep": [600, 5000]})
         sweep(world[1](), points, tmp_path / "sweep", tiny_rewards.steps_done, lambda i, row: rows.append(row))
-    good = changed(world[1](), {"generator.timestep": 600}).derived_id
+    good = changed(world[1](), {"generator.timestep": 600}).config_hash
     table = pd.read_csv(tmp_path / "sweep" / "table.csv")
     assert rows == table.to_dict("records") and rows[0]["examined"] == 2
     assert table["generator.timestep"].tolist() == [600] and table["step"].tolist() == [2]
@@ -97,7 +97,7 @@ def test_a_sweep_that_was_ended_is_finished_by_the_same_call(session, world, tmp
 
     base = world[1](steps=100, logging__checkpoint_every=10, **WITHOUT_ACTORS)
     points = grid({"generator.timestep": [500]})
-    folder = tmp_path / "sweep" / changed(base, points[0]).derived_id
+    folder = tmp_path / "sweep" / changed(base, points[0]).config_hash
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
     def tracked():
@@ -154,7 +154,7 @@ def test_a_scheduler_ends_trials_that_are_behind_as_finished_runs(session, world
 def test_optuna_asks_for_the_same_points_in_a_second_life(world, tmp_path):
     """One trial at a time, simulated: what it asks for next depends on what was told, not on who is asking."""
     space = {"objective.reward_scale": tune.loguniform(0.1, 100), "objective.huber_c": tune.choice([0.03, 0.1])}
-    aim = Aim(up="held", down="kid", floors={"diversity": 4.0}, ceilings={})
+    aim = SelectionCriterion(maximize="held", minimize="kid", floors={"diversity": 4.0}, ceilings={})
 
     def life(folder, until, trials=14):
         searches = Trials(world[1](), Optuna(space, trials, seed=7), folder, None)
@@ -215,8 +215,8 @@ SCALE = "objective.reward_scale"
         (lambda: grid({"runs": ["a", "b"]}), {}, "runs: is the sweep's, its trials have the same"),
         (lambda: grid({"cluster.workers": [1]}), {}, "cluster.workers: is the same in all trials of a sweep"),
         (lambda: ["seed"], {}, "sweep: point 0 should be a mapping of dotted keys, got 'seed'"),
-        (lambda: sample({"seed": [1, 2]}, 3), {}, "seed: should be a domain of Tune's, as tune.uniform(0, 1)"),
-        (lambda: sample({"seed": tune.randint(0, 2)}, 3), {}, "sample: asked for 3 points, found 2 that differ"),
+        (lambda: random_points({"seed": [1, 2]}, 3), {}, "seed: should be a domain of Tune's, as tune.uniform(0, 1)"),
+        (lambda: random_points({"seed": tune.randint(0, 2)}, 3), {}, "sample: asked for 3 points, found 2 that differ"),
         (lambda: Optuna({SCALE: [1, 2]}, 3), {}, f"{SCALE}: should be a domain of Tune's"),
         (lambda: Optuna({"objective.reward_scal": tune.uniform(0, 1)}, 3), {},
          "objective.reward_scal: unknown key, did you mean 'objective.reward_scale'?"),
@@ -227,7 +227,7 @@ SCALE = "objective.reward_scale"
          "scheduler: it changes objective.reward_scale, which the points do not"),
         (lambda: [{SCALE: 1.0}], {"scheduler": PopulationBasedTraining(hyperparam_mutations={SCALE: [-1, -2]}, **POPULATION)},
          f"{SCALE}: "),
-        (lambda: [{"seed": 1}], {"scheduler": ASHAScheduler(time_attr="step"), "aim": Aim(up="watch/heldout")},
+        (lambda: [{"seed": 1}], {"scheduler": ASHAScheduler(time_attr="step"), "aim": SelectionCriterion(maximize="watch/heldout")},
          "aim: the watch has no figure 'watch/heldout', did you mean 'watch/held_out'?"),
     ],
 )  # fmt: skip
@@ -248,31 +248,31 @@ def test_a_trial_without_the_figure_that_is_looked_for_has_failed(session, world
     with pytest.raises(SweepError, match=r": aim: no figure 'reward/hpsv2.1' came of this trial$"):
         sweep(
             world[1](watch__every=1, **WITHOUT_ACTORS), [{"seed": 1}], tmp_path / "sweep",
-            scheduler=ASHAScheduler(time_attr="step"), aim=Aim(up="reward/hpsv2.1"),
+            scheduler=ASHAScheduler(time_attr="step"), aim=SelectionCriterion(maximize="reward/hpsv2.1"),
         )  # fmt: skip
 
 
 def test_a_trial_out_of_bounds_cannot_win():
-    aim = Aim()
+    aim = SelectionCriterion()
     good = {"watch/held_out": 0.5, "watch/variety": 0.8, "watch/distance": 1.2}
-    assert aim.score(good) == 0.5 and aim.outside(good) is None
+    assert aim.score(good) == 0.5 and aim.broken_bound(good) is None
     assert aim.score(good | {"watch/held_out": 9.0, "watch/variety": 0.3}) < -9 < aim.score(good | {"watch/held_out": -8.0})
-    assert aim.outside(good | {"watch/variety": 0.3}) == "watch/variety 0.3, at least 0.4"
-    assert aim.outside(good | {"watch/distance": 3.5}) == "watch/distance 3.5, at most 3"
+    assert aim.broken_bound(good | {"watch/variety": 0.3}) == "watch/variety 0.3, at least 0.4"
+    assert aim.broken_bound(good | {"watch/distance": 3.5}) == "watch/distance 3.5, at most 3"
     assert aim.score({"watch/held_out": 0.0, "watch/variety": 1.0}) == 0.0  # the start: no distance yet
 
 
 def test_points_by_chance_are_the_same_for_the_same_seed():
     space = {"objective.reward_scale": tune.loguniform(0.1, 10), "seed": tune.randint(0, 100)}
-    assert sample(space, 5, seed=3) == sample(space, 5, seed=3) != sample(space, 5, seed=4)
-    assert all(0.1 <= point["objective.reward_scale"] <= 10 for point in sample(space, 50))
+    assert random_points(space, 5, seed=3) == random_points(space, 5, seed=3) != random_points(space, 5, seed=4)
+    assert all(0.1 <= point["objective.reward_scale"] <= 10 for point in random_points(space, 50))
 
 
 @pytest.mark.long
 def test_trials_that_have_a_row_are_not_run_again_wherever_it_came_from(session, world, tmp_path):
     """A budget of one trial at a time; then the rows alone, in another folder, are enough, also for another study's arms."""
     arms = {"early": {"generator.timestep": 500}, "late": {"generator.timestep": 600}}
-    rows = Rows(tmp_path / "rows.csv")
+    rows = TrialRows(tmp_path / "rows.csv")
 
     def complete(folder, most=None, arms=arms):
         return studies.complete(rows, world[1](**WITHOUT_ACTORS), arms, (3,), tmp_path / folder, tiny_rewards.steps_done, most)
@@ -292,7 +292,7 @@ def test_a_study_whose_rows_are_all_there_answers_at_once(tmp_path, monkeypatch,
     """Nothing is run, and the table is printed and kept where the runs would have been."""
     monkeypatch.setattr(studies, "sweep", None)
     (tmp_path / "recipe.yaml").write_text(f"name: mine\nruns: {tmp_path / 'runs'}\n")
-    rows = Rows(tmp_path / "rows.csv")
+    rows = TrialRows(tmp_path / "rows.csv")
     for t in (500, 600):
         for seed in (0, 1):
             rows.add(f"generator.timestep={t} seed={seed}", {"generator.timestep": t, "seed": seed, "kid": t + seed})

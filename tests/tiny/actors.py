@@ -34,13 +34,13 @@ class Polite(RewardActor):
 
     shaken = 0
 
-    def meet(self, *question):
+    def validate(self, *question):
         def counted(name, reward, images, prompts, trained):
             self.shaken += 1
             return validation.Report(name, (f"handshake {self.shaken}, {len(images)} images, trained {trained}",))
 
-        client.handshake = counted
-        return super().meet(*question)
+        client.validate_reward = counted
+        return super().validate(*question)
 
 
 def whereabouts(experiment, folder):

@@ -14,22 +14,22 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.method.noise import Draws
+from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.rewards import Scores
-from diffinstruct.method.step import Players, alternating_round
+from diffinstruct.method.step import TrainState, alternating_round
 from diffinstruct.models.pipeline import Reference, load_reference
-from diffinstruct.models.roles import make_roles, whole
-from diffinstruct.models.sharding import gathered, rows, sharded, spread
-from diffinstruct.run_folder.checkpoint import CheckpointStore, Crew
-from diffinstruct.training.build import make_players, make_settings
+from diffinstruct.models.roles import make_roles, unsharded
+from diffinstruct.models.sharding import gathered, sharded, to_dtensors, to_shards
+from diffinstruct.run_folder.checkpoint import CheckpointStore, Ranks
+from diffinstruct.training.build import make_step_config, make_train_state
 
 PROMPTS = ["a red hat", "something else", "a boat", "nothing"]
 ROUNDS = 10
 
 
-def players_of(experiment: Experiment, reference: Reference, mesh: DeviceMesh | None = None) -> Players:
-    place: Any = partial(sharded, mesh=mesh, precision=experiment.precision) if mesh else whole
-    return make_players(
+def players_of(experiment: Experiment, reference: Reference, mesh: DeviceMesh | None = None) -> TrainState:
+    place: Any = partial(sharded, mesh=mesh, precision=experiment.precision) if mesh else unsharded
+    return make_train_state(
         experiment, make_roles(experiment, reference, place), reference.null_conditions(), lambda module: module
     )
 
@@ -47,14 +47,14 @@ def reward(latents: Tensor, prompts: Any) -> Any:
 
 
 def go(
-    experiment: Experiment, reference: Reference, players: Players, steps: range, of: slice = slice(0, 4)
+    experiment: Experiment, reference: Reference, train_state: TrainState, steps: range, of: slice = slice(0, 4)
 ) -> list[dict[str, float]]:
     """Rounds, and what they say that is alike on all processes."""
-    settings, c = make_settings(experiment, reference.schedule), reference.encode_prompts(PROMPTS[of])
+    settings, c = make_step_config(experiment, reference.schedule), reference.encode_prompts(PROMPTS[of])
     found = []
     for step in steps:
-        draws = Draws(0, step, len(PROMPTS), reference.latent_shape, of, torch.device("cpu"))
-        said = alternating_round(players, settings, reference.schedule, draws, PROMPTS[of], c, reward)
+        draws = NoiseStreams(0, step, len(PROMPTS), reference.latent_shape, of, torch.device("cpu"))
+        said = alternating_round(train_state, settings, reference.schedule, draws, PROMPTS[of], c, reward)
         found.append({key: said[key] for key in ("gradient_norm/generator", "gradient_norm/score_network")})
     return found
 
@@ -73,27 +73,27 @@ def process(rank: int, world: int, experiment: Experiment, folder: Path) -> None
         "gloo", f"file://{folder / 'meeting'}", timedelta(minutes=5), rank=rank, world_size=world
     )
     mesh, reference = init_device_mesh("cpu", (world,)), opened(experiment)
-    store, each = CheckpointStore(folder / "checkpoints", crew=Crew(rank, world, least)), len(PROMPTS) // world
+    store, each = CheckpointStore(folder / "checkpoints", crew=Ranks(rank, world, least)), len(PROMPTS) // world
     own = slice(rank * each, (rank + 1) * each)
-    players = players_of(experiment, reference, mesh)
+    train_state = players_of(experiment, reference, mesh)
     with torch.no_grad():  # as a picture of the average, before a round and between two
-        players.ema(torch.zeros(2, *reference.latent_shape, dtype=torch.float64), reference.encode_prompts(PROMPTS[:2]))
-    said = go(experiment, reference, players, range(ROUNDS // 2), own)
-    store.save(ROUNDS // 2, rows(players.state_dict()))
-    said += go(experiment, reference, players, range(ROUNDS // 2, ROUNDS), own)
+        train_state.ema(torch.zeros(2, *reference.latent_shape, dtype=torch.float64), reference.encode_prompts(PROMPTS[:2]))
+    said = go(experiment, reference, train_state, range(ROUNDS // 2), own)
+    store.save(ROUNDS // 2, to_shards(train_state.state_dict()))
+    said += go(experiment, reference, train_state, range(ROUNDS // 2, ROUNDS), own)
     again = players_of(experiment, reference, mesh)
     found = store.latest()
     assert found
-    again.load_state_dict(spread(found[1], mesh))
+    again.load_state_dict(to_dtensors(found[1], mesh))
     go(experiment, reference, again, range(ROUNDS // 2, ROUNDS), own)
     networks = {}
-    for name, by in (("straight", players), ("resumed", again)):
+    for name, by in (("straight", train_state), ("resumed", again)):
         for role in ("generator", "ema", "score_network"):
             module: Any = getattr(by, role)
             network = getattr(module, "denoiser", module).network
             networks[f"{name}/{role}"] = gathered(network, reference.network(device="meta")).state_dict()
-    held = sum(parameter.to_local().numel() for parameter in players.generator.parameters())
-    all_of_it = sum(parameter.numel() for parameter in players.generator.parameters())
+    held = sum(parameter.to_local().numel() for parameter in train_state.generator.parameters())
+    all_of_it = sum(parameter.numel() for parameter in train_state.generator.parameters())
     torch.save({"held": held / all_of_it}, folder / f"rank-{rank}.pt")
     if rank == 0:
         torch.save({"networks": networks, "said": said}, folder / "result.pt")

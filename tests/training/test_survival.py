@@ -27,8 +27,8 @@ from diffinstruct.errors import UserError
 from diffinstruct.method.nonfinite import NonFinite
 from diffinstruct.method.rewards import NotFinite
 from diffinstruct.method.step import alternating_round
-from diffinstruct.reward_service.monitor import Watch
-from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, a_full_disk_said
+from diffinstruct.reward_service.monitor import ProbeHistory
+from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, full_disk_as_error
 from diffinstruct.run_folder.locks import LOCK, Busy, locked, only_writer
 from diffinstruct.run_folder.signals import Paused
 from diffinstruct.tracking.journal import Tracker
@@ -54,7 +54,7 @@ def events(folder, kind):
 def spoil(monkeypatch, steps, seen=None):
     """The rewards' gradient is NaN in these rounds (counted from 0); the noise of each round goes into `seen`."""
 
-    def spoiled(players, settings, schedule, draws, prompts, c, send):
+    def spoiled(train_state, settings, schedule, draws, prompts, c, send):
         if seen is not None:
             seen.append((draws.step, draws.normal(0)))
 
@@ -64,7 +64,7 @@ def spoil(monkeypatch, steps, seen=None):
 
             return collect if steps(draws.step) else send(latents, prompts)
 
-        return alternating_round(players, settings, schedule, draws, prompts, c, nan)
+        return alternating_round(train_state, settings, schedule, draws, prompts, c, nan)
 
     monkeypatch.setattr("diffinstruct.training.loop.alternating_round", spoiled)
 
@@ -152,8 +152,8 @@ def test_a_look_without_finite_scores_is_no_look(experiment, tmp_path, monkeypat
 
 
 def test_spikes_are_recorded(experiment, tmp_path, monkeypatch):
-    def spiky(players, settings, schedule, draws, *rest):
-        metrics = alternating_round(players, settings, schedule, draws, *rest)
+    def spiky(train_state, settings, schedule, draws, *rest):
+        metrics = alternating_round(train_state, settings, schedule, draws, *rest)
         key = "gradient_norm/generator"
         return metrics | {key: 1000 * metrics[key]} if draws.step == 5 else metrics
 
@@ -210,7 +210,7 @@ def test_the_best_checkpoint_is_kept_told_of_and_exported(experiment, tmp_path, 
     """Held-out scores are planted, since these pictures are nobody's best."""
     gains = {0: 0.0, 3: 0.2, 6: 0.5, 9: 0.4, 12: 0.3, 15: 0.1}
 
-    class Planted(Watch):
+    class Planted(ProbeHistory):
         def _compare(self, look):
             return super()._compare(look) | {"held_out": gains[look.step], "unexplained": 0.0}
 
@@ -273,10 +273,10 @@ def test_a_pause_waits_for_the_checkpoint(experiment, tmp_path, monkeypatch):
     """What is written by a thread is there when the process ends."""
     from diffinstruct.run_folder import signals
 
-    def paused(players, settings, schedule, draws, *rest):
+    def paused(train_state, settings, schedule, draws, *rest):
         if draws.step == 4:
-            signals.give(tmp_path / "run", signals.PAUSE)
-        return alternating_round(players, settings, schedule, draws, *rest)
+            signals.request(tmp_path / "run", signals.PAUSE)
+        return alternating_round(train_state, settings, schedule, draws, *rest)
 
     monkeypatch.setattr("diffinstruct.training.loop.alternating_round", paused)
     with pytest.raises(Paused):
@@ -411,9 +411,9 @@ def test_a_full_disk_is_said_in_one_line_whoever_finds_out(tmp_path):
     told = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     for error in (told, OSError(errno.ENOSPC, "No space left on device")):
         line = rf"^{tmp_path}: No space left on device, [\d.]+ MiB are free$"
-        with pytest.raises(CheckpointError, match=line), a_full_disk_said(tmp_path):
+        with pytest.raises(CheckpointError, match=line), full_disk_as_error(tmp_path):
             raise error
-    with pytest.raises(SafetensorError, match="header"), a_full_disk_said(tmp_path):
+    with pytest.raises(SafetensorError, match="header"), full_disk_as_error(tmp_path):
         raise SafetensorError("header too large")
 
 

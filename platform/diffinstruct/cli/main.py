@@ -195,7 +195,7 @@ def _train(experiment: Experiment, folder: Path, local: bool) -> None:
 
 
 def sync(arguments: argparse.Namespace) -> None:
-    from diffinstruct.config.addresses import in_one_line
+    from diffinstruct.config.addresses import one_line
     from diffinstruct.config.reading import load
     from diffinstruct.errors import UserError
     from diffinstruct.run_folder.locks import Busy, only_writer
@@ -214,7 +214,7 @@ def sync(arguments: argparse.Namespace) -> None:
             failed = 2
             continue  # nor does its mirror get what may be somebody else's
         except Exception as error:  # whatever MLflow and what lies between raise
-            print(f"{folder}: {in_one_line(error)}", file=sys.stderr)
+            print(f"{folder}: {one_line(error)}", file=sys.stderr)
             failed = failed or 1
         else:
             print(f"{folder}: {left} bytes of the journal delivered" if left else f"{folder}: all of it is there")
@@ -228,7 +228,7 @@ def sync(arguments: argparse.Namespace) -> None:
         except Busy as error:  # which copies it itself
             print(error, file=sys.stderr)
         except Exception as error:  # of another version's recipe, and whatever the store does
-            print(f"{folder}: mirror: {in_one_line(error)}", file=sys.stderr)
+            print(f"{folder}: mirror: {one_line(error)}", file=sys.stderr)
             failed = failed or 1
     if failed:
         raise SystemExit(failed)
@@ -299,11 +299,11 @@ def export(arguments: argparse.Namespace) -> None:
     if not out.absolute().parent.is_dir():
         raise UserError(f"-o: no folder {str(out.parent)!r}")
     experiment = load(folder / "experiment.yaml")
-    from diffinstruct.run_folder.checkpoint import CheckpointError, a_full_disk_said
+    from diffinstruct.run_folder.checkpoint import CheckpointError, full_disk_as_error
     from diffinstruct.training.resume import export_checkpoint
 
     try:
-        with a_full_disk_said(out.absolute().parent):
+        with full_disk_as_error(out.absolute().parent):
             step, best = export_checkpoint(experiment, folder, arguments.step, out)
     except CheckpointError as error:
         print(error, file=sys.stderr)
@@ -364,11 +364,11 @@ def list_rewards(arguments: argparse.Namespace) -> None:
 def test_reward(arguments: argparse.Namespace) -> None:
     _known_rewards([arguments.reward], "rewards test")
     from diffinstruct.method.rewards import RewardError
-    from diffinstruct.reward_service.score_folder import meet
+    from diffinstruct.reward_service.score_folder import validate
     from diffinstruct.reward_service.validation import refuse
     from reward_models import NAMES
 
-    report = meet(arguments.reward, arguments.images, arguments.prompts, not arguments.held_out)
+    report = validate(arguments.reward, arguments.images, arguments.prompts, not arguments.held_out)
     if arguments.reward in NAMES:
         print(f"{'declared':<12}{NAMES[arguments.reward].range}")
     for check, seen in [*report.checks.items(), *(("remark", remark) for remark in report.remarks)]:
@@ -415,7 +415,7 @@ def run_folder(experiment: Experiment) -> Path:
         runs = Path(experiment.runs).expanduser()
     except RuntimeError:  # of a run's own experiment.yaml that came from elsewhere nobody asks this
         raise UserError(f"runs: nobody here has the home of {experiment.runs!r}") from None
-    return runs.absolute() / f"{experiment.name}-{experiment.derived_id}"
+    return runs.absolute() / f"{experiment.name}-{experiment.config_hash}"
 
 
 def _experiment(arguments: argparse.Namespace) -> Experiment:

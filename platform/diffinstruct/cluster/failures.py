@@ -10,7 +10,7 @@ from ray.exceptions import RayTaskError
 from ray.train import UserCallback
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from diffinstruct.config.addresses import in_one_line
+from diffinstruct.config.addresses import one_line
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError
 from diffinstruct.method.nonfinite import NonFinite
@@ -59,4 +59,4 @@ def close(folder: Path, experiment: Experiment, reason: BaseException) -> None:
         if (folder / "journal.jsonl").exists():
             deliver(folder, experiment.tracking.uri, status, f"{type(reason).__name__}: {reason}")
     except Exception as error:
-        logger.warning("the end of %s has not reached MLflow: %s", folder, in_one_line(error))
+        logger.warning("the end of %s has not reached MLflow: %s", folder, one_line(error))

@@ -139,7 +139,7 @@ def job_name(experiment: Experiment) -> str:
     """The run's name as Kubernetes allows it, and its configuration's id: the same configuration is the same job."""
     words = re.sub(r"[^a-z0-9]+", "-", experiment.name.lower()).strip("-")
     words = words if words[:1].isalpha() else f"run-{words}"
-    return f"{words[: LONGEST_NAME - len(experiment.derived_id) - 1].rstrip('-')}-{experiment.derived_id}"
+    return f"{words[: LONGEST_NAME - len(experiment.config_hash) - 1].rstrip('-')}-{experiment.config_hash}"
 
 
 class _Dumper(yaml.SafeDumper):

@@ -15,7 +15,7 @@ import torch
 from diffinstruct.cluster.attach import stand_in
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.method.precision import use_deterministic_kernels
-from diffinstruct.method.rewards import LatentRewards, Terms
+from diffinstruct.method.rewards import LatentRewards, RewardRequest
 from diffinstruct.reward_service.validation import Report
 
 LOADING = "loading"
@@ -23,7 +23,7 @@ LOADING = "loading"
 
 
 # ------------------------------------------------------------------------------------------------------ the actor
-class Answer(NamedTuple):
+class ActorReply(NamedTuple):
     """To the call with the id `request`. `rewards`: their names, in order; `content`: Scores, its tensors as arrays, or what
     else was asked for."""
 
@@ -62,28 +62,28 @@ class RewardActor:
             ).decode
             return make_rewards(self.names, decode, self.device)
 
-    def load(self, request: str) -> Answer:
-        return Answer(request, tuple(self.rewards.models), None)
+    def load(self, request: str) -> ActorReply:
+        return ActorReply(request, tuple(self.rewards.models), None)
 
-    def score(self, request: str, latents: np.ndarray, prompts: Sequence[str], terms: Terms) -> Answer:
+    def score(self, request: str, latents: np.ndarray, prompts: Sequence[str], terms: RewardRequest) -> ActorReply:
         rewards = self.rewards
         with self.at_work(request):
             # What Ray hands over is read-only memory that it shares with others.
             answer = rewards(torch.tensor(latents, device=self.device), prompts, terms)
             scores = {name: score.cpu().numpy() for name, score in answer.scores.items()}
             content = (scores, answer.gradient.cpu().numpy(), answer.seconds, answer.micro_batch)
-        return Answer(request, tuple(scores), content)
+        return ActorReply(request, tuple(scores), content)
 
-    def meet(self, request: str, latents: np.ndarray, prompts: Sequence[str], trained: frozenset[str]) -> Answer:
+    def validate(self, request: str, latents: np.ndarray, prompts: Sequence[str], trained: frozenset[str]) -> ActorReply:
         """The handshakes, made once: all trials of a sweep share this actor."""
-        from diffinstruct.reward_service.client import InProcess
+        from diffinstruct.reward_service.client import LocalRewards
 
         rewards = self.rewards
         with self.at_work(request):
             if trained not in self.reports:
                 asked = torch.tensor(latents, device=self.device)
-                self.reports[trained] = InProcess(rewards).meet(asked, prompts, trained)
-        return Answer(request, tuple(report.name for report in self.reports[trained]), self.reports[trained])
+                self.reports[trained] = LocalRewards(rewards).validate(asked, prompts, trained)
+        return ActorReply(request, tuple(report.name for report in self.reports[trained]), self.reports[trained])
 
     @ray.method(concurrency_group="watch")  # a thread of its own, which answers while the other one works
     def doing(self) -> tuple[str | None, float]:

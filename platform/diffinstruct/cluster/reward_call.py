@@ -20,7 +20,7 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from diffinstruct.cluster.reward_actor import LOADING, Answer
+from diffinstruct.cluster.reward_actor import LOADING, ActorReply
 from diffinstruct.method.rewards import RewardError
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Call:
         what: str,
         deadline: float,
         send: Callable[[str], Any],
-        fault: Callable[[Answer], None],
+        fault: Callable[[ActorReply], None],
         asks: int,
     ) -> None:
         self.actor, self.place, self.what, self.send, self.fault, self.asks = actor, place, what, send, fault, asks
@@ -95,7 +95,7 @@ class Call:
                     ) from error
                 logger.warning("%s: %s; asked again (%d of %d) to %s", self.place, failure, attempt + 1, ATTEMPTS, self.what)
 
-    def _wait(self) -> Answer:
+    def _wait(self) -> ActorReply:
         pause = self.deadline
         while not ray.wait([self.reference], timeout=pause)[0]:
             pause = self._look()

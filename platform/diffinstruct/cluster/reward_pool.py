@@ -36,11 +36,11 @@ from ray.runtime_env import RuntimeEnv
 from torch import Tensor
 
 from diffinstruct.cluster.attach import ray_options
-from diffinstruct.cluster.reward_actor import Answer, RewardActor
+from diffinstruct.cluster.reward_actor import ActorReply, RewardActor
 from diffinstruct.cluster.reward_call import Call, Fault
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError, did_you_mean, nearest_file
-from diffinstruct.method.rewards import Collect, RewardError, Scores, Terms
+from diffinstruct.method.rewards import Collect, RewardError, RewardRequest, Scores
 from diffinstruct.reward_service.validation import Report
 
 HANDSHAKE = 40
@@ -78,7 +78,7 @@ class RewardPool:
     def actors(self) -> tuple[ActorHandle, ...]:
         return tuple(replica for group in self.groups for replica in group.replicas)
 
-    def ask(self, latents: Tensor, prompts: Sequence[str], terms: Terms) -> Collect:
+    def ask(self, latents: Tensor, prompts: Sequence[str], terms: RewardRequest) -> Collect:
         """Ask every group, each with its part of the weights. A batch is dealt out to a group's replicas in whole
         micro-batches, so that its rows meet the same neighbours as in one process."""
         if unknown := [name for name in terms.weights if name not in self.names]:
@@ -116,11 +116,17 @@ class RewardPool:
         return collect
 
     def _score(
-        self, group: Group, which: int, rows: np.ndarray, prompts: Sequence[str], weights: dict[str, float], terms: Terms
+        self,
+        group: Group,
+        which: int,
+        rows: np.ndarray,
+        prompts: Sequence[str],
+        weights: dict[str, float],
+        terms: RewardRequest,
     ) -> Call:
-        latents, asked = ray.put(rows), Terms(weights, terms.micro_batch)
+        latents, asked = ray.put(rows), RewardRequest(weights, terms.micro_batch)
 
-        def fault(answer: Answer) -> None:
+        def fault(answer: ActorReply) -> None:
             scores, gradient, *_ = answer.content
             wrong = [name for name, score in scores.items() if score.shape != (len(rows),)]
             if wrong or gradient.shape != rows.shape:
@@ -129,12 +135,12 @@ class RewardPool:
         what = f"score {len(rows)} samples"
         return self._call(group, which, what, lambda actor, id: actor.score.remote(id, latents, prompts, asked), fault)
 
-    def meet(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
+    def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
         """The handshake with every reward, in each group's first replica."""
         array = ray.put(latents.detach().cpu().numpy())
         what, asked = f"shake hands over {len(prompts)} samples", frozenset(trained)
         calls = [
-            self._call(group, 0, what, lambda actor, id: actor.meet.remote(id, array, prompts, asked), asks=HANDSHAKE)
+            self._call(group, 0, what, lambda actor, id: actor.validate.remote(id, array, prompts, asked), asks=HANDSHAKE)
             for group in self.groups
         ]
         reports = {report.name: report for call in calls for report in call.answer()}
@@ -162,14 +168,14 @@ class RewardPool:
         which: int,
         what: str,
         send: Callable[[ActorHandle, str], Any],
-        fault: Callable[[Answer], None] = lambda answer: None,
+        fault: Callable[[ActorReply], None] = lambda answer: None,
         asks: int = 1,
     ) -> Call:
         """A call of one replica, whose answer has to be of the group's rewards, in their order."""
         which %= len(group.replicas)
         actor = group.replicas[which]
 
-        def of_other_rewards(answer: Answer) -> None:
+        def of_other_rewards(answer: ActorReply) -> None:
             if answer.rewards != group.rewards:
                 raise Fault(f"answered for {', '.join(answer.rewards) or 'no reward'}")
             fault(answer)

@@ -38,7 +38,7 @@ from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.locks import Busy
 
 if TYPE_CHECKING:
-    from diffinstruct.reward_service.client import RewardService
+    from diffinstruct.reward_service.client import RewardBackend
     from diffinstruct.tracking.journal import Parent
     from diffinstruct.training.run_log import Result
 from diffinstruct.cluster.attach import attached, check_fits, warn_of_passing_copy
@@ -67,7 +67,7 @@ def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> R
 def fit(
     experiment: Experiment,
     folder: Path,
-    pool: RewardService | None,
+    pool: RewardBackend | None,
     where: str,
     parent: Parent | None = None,
 ) -> Result:
@@ -96,9 +96,9 @@ def fit(
         ),
     )
     in_main_thread, interrupt = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
-    signals.withdraw(folder)
+    signals.clear(folder)
     try:
-        with signals.on_sigterm(lambda: signals.give(folder, signals.PAUSE)):
+        with signals.on_sigterm(lambda: signals.request(folder, signals.PAUSE)):
             return trainer.fit().return_value
     except BaseException as error:
         # Ray answers Ctrl-C by ending the workers and the program, with status 0.
@@ -150,7 +150,7 @@ def embed(experiment: Experiment) -> None:
 def train_loop(
     experiment: Experiment,
     folder: Path,
-    pool: RewardService | None,
+    pool: RewardBackend | None,
     where: str,
     parent: Parent | None,
     started_in: str,

@@ -17,7 +17,7 @@ NO_STORES = (
 """What fsspec knows and nothing can be kept in, or only by way of another."""
 
 
-def without_password(text: str) -> str:
+def redact(text: str) -> str:
     """A URI, or a message about it, with scheme, host, port and path alone: for eyes and files."""
     # A password may hold a /, an @ or a quote, and so may a query: where both may be meant, nothing is left of either.
     text = re.sub(r"(?<=://)(?![^\s/:?]*/)[^\s?]*\?\S*@\S*", "", text)
@@ -26,7 +26,7 @@ def without_password(text: str) -> str:
     return re.sub(r"\?[^\s?=]+=\S*", "", text)  # of the part of a URI that a client of HTTP names
 
 
-def spelled(uri: str) -> str:
+def quote_uri(uri: str) -> str:
     """A URI with its blanks as %20: those of a password would be taken for its end. An sqlite file's path is no such thing."""
     return uri if uri.startswith("sqlite:") else re.sub(r"\s", "%20", uri)
 
@@ -41,11 +41,11 @@ def tracking_uri(uri: str | None, runs: Path | str) -> str:
 
     Ask in the process the user started: Ray's workers have other folders and another environment.
     """
-    uri = spelled(uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(runs).absolute() / 'mlflow.db'}")
+    uri = quote_uri(uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(runs).absolute() / 'mlflow.db'}")
     if keeps_nothing(uri):
         raise UserError(f"tracking.uri: {uri} is in memory and keeps nothing; a file is sqlite:///PATH")
     return f"sqlite:///{Path(path).absolute()}" if (path := uri.removeprefix("sqlite:///")) != uri else uri
 
 
-def in_one_line(error: Exception) -> str:
-    return without_password(f"{type(error).__name__}: {' '.join(str(error).split())}")[:200]
+def one_line(error: Exception) -> str:
+    return redact(f"{type(error).__name__}: {' '.join(str(error).split())}")[:200]

@@ -11,19 +11,19 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationInfo, field_validator
 
-from diffinstruct.config.addresses import NO_STORES, spelled, without_password
+from diffinstruct.config.addresses import NO_STORES, quote_uri, redact
 from diffinstruct.config.fields import Count, Samples, Section, Text, broken_rule, mistake_at
 from diffinstruct.config.sections import (
-    Cluster,
-    Generator,
-    Logging,
-    Objective,
-    Prompts,
-    Reference,
-    Rewards,
-    ScoreNetwork,
-    Tracking,
-    Watch,
+    ClusterConfig,
+    GeneratorConfig,
+    LoggingConfig,
+    ObjectiveConfig,
+    OveroptimizationConfig,
+    PromptsConfig,
+    ReferenceConfig,
+    RewardsConfig,
+    ScoreNetworkConfig,
+    TrackingConfig,
 )
 from diffinstruct.errors import did_you_mean
 
@@ -84,16 +84,16 @@ class Experiment(Section):
         "kernel ends the run by its name (ours)",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one (ours)")
-    reference: Reference = Reference()
-    generator: Generator = Generator()
-    score_network: ScoreNetwork = ScoreNetwork()
-    objective: Objective = Objective()
-    rewards: Rewards = Rewards()
-    prompts: Prompts = Prompts()
-    watch: Watch = Watch()
-    logging: Logging = Logging()
-    cluster: Cluster = Cluster()
-    tracking: Tracking = Tracking()
+    reference: ReferenceConfig = ReferenceConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    score_network: ScoreNetworkConfig = ScoreNetworkConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    watch: OveroptimizationConfig = OveroptimizationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
     runs: Text = Field("runs", description="folder of run folders, relative to where the command is typed (ours)")
     mirror: Text | None = Field(
         None,
@@ -114,8 +114,8 @@ class Experiment(Section):
             raise broken_rule("should begin with s3://, gs://, az:// or what else fsspec knows", did_you_mean(kind, known))
         if "::" in value or not place.strip("/"):
             raise broken_rule("should name one bucket or folder")
-        shown = re.sub(r"^abfs://[^/@:]+@", "abfs://", spelled(value))  # container@account is how Azure says it
-        if "?" in value or without_password(shown) != shown:
+        shown = re.sub(r"^abfs://[^/@:]+@", "abfs://", quote_uri(value))  # container@account is how Azure says it
+        if "?" in value or redact(shown) != shown:
             raise broken_rule("should hold no keys, since recipes are shown and kept (the environment has them)")
         if kind == "file" and (not place.startswith("/") or ".." in place.split("/")):
             raise broken_rule("should be an absolute path without '..'")
@@ -130,8 +130,8 @@ class Experiment(Section):
 
     @field_validator("generator")
     @classmethod
-    def _same_world(cls, value: Generator, info: ValidationInfo) -> Generator:
-        reference = info.data.get("reference", Reference())
+    def _same_world(cls, value: GeneratorConfig, info: ValidationInfo) -> GeneratorConfig:
+        reference = info.data.get("reference", ReferenceConfig())
         if value.start == "pocket-distilled" and reference.model != "pocket":
             raise mistake_at(
                 "start", value.start, broken_rule(f"belongs to the pocket world, but reference.model is {reference.model!r}")
@@ -140,7 +140,7 @@ class Experiment(Section):
 
     @field_validator("generator")
     @classmethod
-    def _start_of_an_adapter(cls, value: Generator) -> Generator:
+    def _start_of_an_adapter(cls, value: GeneratorConfig) -> GeneratorConfig:
         if value.start_rank and (not value.lora_rank or value.start == "reference"):
             why = "start is the reference" if value.lora_rank else "lora_rank is 0"
             raise mistake_at("start_rank", value.start_rank, broken_rule(f"should be 0 where {why}"))
@@ -148,15 +148,15 @@ class Experiment(Section):
 
     @field_validator("rewards")
     @classmethod
-    def _something_to_climb(cls, value: Rewards, info: ValidationInfo) -> Rewards:
-        objective = info.data.get("objective", Objective(reward_scale=0.0))
+    def _something_to_climb(cls, value: RewardsConfig, info: ValidationInfo) -> RewardsConfig:
+        objective = info.data.get("objective", ObjectiveConfig(reward_scale=0.0))
         if not value.trained and (objective.reward_scale or objective.name == "reward_only"):
             raise mistake_at("trained", [], broken_rule("should name a reward (only objective.reward_scale 0 goes without)"))
         return value
 
     @field_validator("cluster")
     @classmethod
-    def _fits_the_batch(cls, value: Cluster, info: ValidationInfo) -> Cluster:
+    def _fits_the_batch(cls, value: ClusterConfig, info: ValidationInfo) -> ClusterConfig:
         batch = info.data.get("global_batch_size", 0)
         if batch % value.workers:
             raise mistake_at("workers", value.workers, broken_rule(f"should divide global_batch_size ({batch})"))
@@ -166,7 +166,7 @@ class Experiment(Section):
 
     @field_validator("cluster")
     @classmethod
-    def _whole_networks(cls, value: Cluster, info: ValidationInfo) -> Cluster:
+    def _whole_networks(cls, value: ClusterConfig, info: ValidationInfo) -> ClusterConfig:
         adapted = [key for key in ("generator", "score_network") if key in info.data and info.data[key].lora_rank]
         if value.fully_shard and value.workers == 1:
             raise mistake_at("fully_shard", True, broken_rule("should be false with one worker: there is nobody to share with"))
@@ -178,7 +178,7 @@ class Experiment(Section):
 
     @field_validator("cluster")
     @classmethod
-    def _environments_of_rewards(cls, value: Cluster, info: ValidationInfo) -> Cluster:
+    def _environments_of_rewards(cls, value: ClusterConfig, info: ValidationInfo) -> ClusterConfig:
         known = info.data["rewards"].names if "rewards" in info.data else ()
         placed: set[str] = set()
         for i, environment in enumerate(value.reward_environments):
@@ -205,7 +205,7 @@ class Experiment(Section):
         return 0 if self.cluster.reward_place == "process" else self.cluster.reward_replicas * groups
 
     @property
-    def derived_id(self) -> str:
+    def config_hash(self) -> str:
         """12 hex digits that name the configuration; where runs are kept, tracked and placed is no part of it."""
         content = self.model_dump(mode="json", exclude=WHEREABOUTS)
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
@@ -215,10 +215,10 @@ class Experiment(Section):
         then, now = (dict(_flat(Experiment, e.model_dump(mode="json", exclude=WHEREABOUTS))) for e in (before, self))
         return {k: (then[k], now[k]) for k in now if then[k] != now[k]}
 
-    def public(self) -> Experiment:
+    def without_secrets(self) -> Experiment:
         """The same without a tracking server's address that holds a password or a query, which came from the environment."""
         uri = self.tracking.uri
-        return self if uri is None or without_password(uri) == uri else self.tracked_at(None)
+        return self if uri is None or redact(uri) == uri else self.tracked_at(None)
 
     def tracked_at(self, uri: str | None) -> Experiment:
         """The same with another tracking.uri, also one from the environment."""

@@ -6,7 +6,7 @@ import importlib.util
 import os
 from importlib.machinery import PathFinder
 
-from diffinstruct.config.addresses import without_password
+from diffinstruct.config.addresses import redact
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.prompts import read_prompts
 from diffinstruct.errors import UserError
@@ -37,7 +37,7 @@ def _check_store(url: str) -> None:
     try:
         fsspec.get_filesystem_class(url.partition("://")[0])
     except ImportError as error:
-        raise UserError(f"mirror: {without_password(url)}: {error}") from None
+        raise UserError(f"mirror: {redact(url)}: {error}") from None
 
 
 def _missing_module(path: str) -> str | None:

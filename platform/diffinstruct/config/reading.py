@@ -15,7 +15,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from diffinstruct.config.addresses import spelled, without_password
+from diffinstruct.config.addresses import quote_uri, redact
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.fields import Section
 from diffinstruct.errors import ConfigErrors, did_you_mean, nearest_file
@@ -181,7 +181,7 @@ def _printable(part: object) -> str:
 
 
 def _short(value: object) -> str:
-    text = without_password(repr(spelled(value) if isinstance(value, str) and "://" in value else value))
+    text = redact(repr(quote_uri(value) if isinstance(value, str) and "://" in value else value))
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from diffinstruct.config.addresses import IN_ENVIRONMENT, TRACKING_SCHEMES, keeps_nothing, spelled, without_password
+from diffinstruct.config.addresses import IN_ENVIRONMENT, TRACKING_SCHEMES, keeps_nothing, quote_uri, redact
 from diffinstruct.config.fields import (
     POCKET_SPLITS,
     Beta,
@@ -37,7 +37,7 @@ RAYS_OWN = {
 """Resources that every node has, whatever it declares."""
 
 
-class Reference(Section):
+class ReferenceConfig(Section):
     """The frozen diffusion model that the generator is held close to."""
 
     model: Text = Field(
@@ -52,7 +52,7 @@ class Reference(Section):
     )
 
 
-class Player(Section):
+class OptimizerConfig(Section):
     """How one of the two trained networks is optimised (Adam)."""
 
     learning_rate: LearningRate = Field(description="of Adam, per step")
@@ -65,7 +65,7 @@ class Player(Section):
     )
 
 
-class Generator(Player):
+class GeneratorConfig(OptimizerConfig):
     """The one-step network z -> x0."""
 
     start: Text = Field(
@@ -90,7 +90,7 @@ class Generator(Player):
     )
 
 
-class ScoreNetwork(Player):
+class ScoreNetworkConfig(OptimizerConfig):
     """The network that follows the generator's own distribution (the paper's TA)."""
 
     learning_rate: LearningRate = Field(
@@ -109,7 +109,7 @@ class ScoreNetwork(Player):
     )
 
 
-class Objective(Section):
+class ObjectiveConfig(Section):
     """What the generator minimises: -reward_scale * reward + regularization_weight * divergence."""
 
     name: Literal["di_star", "sim", "diff_instruct", "diff_instruct_pp", "sid", "dmd", "reward_only"] = Field(
@@ -172,18 +172,18 @@ class Objective(Section):
         return value
 
 
-class TrainedReward(Section):
+class TrainedRewardConfig(Section):
     """A reward that the generator climbs."""
 
     name: RewardName = Field(description="a short name of `reward_models.NAMES`, or your own 'module:callable'")
     weight: float = Field(1.0, description="multiplies its score and its gradient, before reward_scale (ours)")
 
 
-class Rewards(Section):
+class RewardsConfig(Section):
     """What is climbed and what only watches."""
 
-    trained: tuple[TrainedReward, ...] = Field(
-        (TrainedReward(name="pocket_preference"),),
+    trained: tuple[TrainedRewardConfig, ...] = Field(
+        (TrainedRewardConfig(name="pocket_preference"),),
         strict=False,
         description="rewards with gradient; may be empty at reward_scale 0 (ours)",
     )
@@ -201,7 +201,7 @@ class Rewards(Section):
 
     @field_validator("trained")
     @classmethod
-    def _distinct(cls, value: tuple[TrainedReward, ...]) -> tuple[TrainedReward, ...]:
+    def _distinct(cls, value: tuple[TrainedRewardConfig, ...]) -> tuple[TrainedRewardConfig, ...]:
         no_repeats([reward.name for reward in value], ())
         return value
 
@@ -217,7 +217,7 @@ class Rewards(Section):
         return (*(reward.name for reward in self.trained), *self.held_out)
 
 
-class Prompts(Section):
+class PromptsConfig(Section):
     """Where the captions come from; the only data."""
 
     train: Text = Field(
@@ -241,7 +241,7 @@ class Prompts(Section):
         return value
 
 
-class Watch(Section):
+class OveroptimizationConfig(Section):
     """Whether the reward is being hacked: it rises, and what it stands for does not."""
 
     every: int = Field(10, ge=0, description="steps between two looks at 64 pictures of the averaged generator; 0: none (ours)")
@@ -252,7 +252,7 @@ class Watch(Section):
     )
 
 
-class Logging(Section):
+class LoggingConfig(Section):
     """How often something is written down, in steps."""
 
     every: Count = Field(5, description="steps between two rows of metrics (ours)")
@@ -261,14 +261,14 @@ class Logging(Section):
     checkpoint_every: Count = Field(50, description="steps between two checkpoints (ours)")
 
 
-class RewardEnvironment(Section):
+class RewardEnvironmentConfig(Section):
     """Rewards whose packages do not go together with the others': they get actors in an environment of their own."""
 
     rewards: tuple[RewardName, ...] = Field(strict=False, min_length=1, description="names among trained and held_out")
     runtime_env: Text = Field(description="a Ray runtime environment, a YAML file as of `ray job submit --runtime-env`")
 
 
-class Cluster(Section):
+class ClusterConfig(Section):
     """What the Ray runner asks for; `--local` ignores it."""
 
     workers: Count = Field(1, description="training processes; each takes global_batch_size / workers samples (ours)")
@@ -288,7 +288,7 @@ class Cluster(Section):
         description="where rewards are computed: in reward actors, in the training process, or where the first rounds show "
         "that they hold them up less (ours)",
     )
-    reward_environments: tuple[RewardEnvironment, ...] = Field(
+    reward_environments: tuple[RewardEnvironmentConfig, ...] = Field(
         (), strict=False, description="rewards in actors with a runtime environment of their own: {rewards, runtime_env} (ours)"
     )
     worker_resources: dict[Text, Positive] = Field(
@@ -321,7 +321,7 @@ class Cluster(Section):
         return {"CPU": self.reward_cpus, "GPU": self.reward_gpus} | self.reward_resources
 
 
-class Tracking(Section):
+class TrackingConfig(Section):
     """Where MLflow keeps the run."""
 
     uri: Text | None = Field(
@@ -337,7 +337,7 @@ class Tracking(Section):
             raise broken_rule(f"should begin with one of {', '.join(f'{scheme}://' for scheme in TRACKING_SCHEMES)}")
         if value is not None and keeps_nothing(value):
             raise broken_rule("should name a file: sqlite:///PATH")
-        if value is not None and without_password(spelled(value)) != spelled(value):
+        if value is not None and redact(quote_uri(value)) != quote_uri(value):
             raise broken_rule(
                 f"should hold no user and password, nor a query, since recipes are shown and kept ({IN_ENVIRONMENT})"
             )

@@ -19,7 +19,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import pandas as pd
 from diffinstruct.evaluation.features import Examiner
-from diffinstruct.evaluation.metrics import kid, kid_replicates, spread
+from diffinstruct.evaluation.metrics import kid, kid_replicates, mean_pairwise_distance
 from diffinstruct.statistics import Array, Summary, bootstrap_mean, from_replicates, paired_difference, wilson, win_rate
 
 Sampler = Callable[[list[str], Tensor], Tensor]
@@ -151,7 +151,7 @@ def evaluate(
             images = sample([texts[i] for i in chosen[rows]], noise[rows])
             pictures.append(_numpy(examiner(images)[0]))
     by_noise = np.concatenate(pictures).reshape(diversity_noises, len(chosen), -1)
-    table.loc[chosen, "diversity"] = [spread(of_prompt) for of_prompt in by_noise.swapaxes(0, 1)]
+    table.loc[chosen, "diversity"] = [mean_pairwise_distance(of_prompt) for of_prompt in by_noise.swapaxes(0, 1)]
     return Evaluation(table, first, reference, seed)
 
 

@@ -8,10 +8,10 @@ import numpy as np
 
 if TYPE_CHECKING:
     pass
-from diffinstruct.statistics import Array, Figure, from_replicates, resamples
+from diffinstruct.statistics import Array, Estimate, from_replicates, resamples
 
 
-def kid(features: Array, reference: Array, seed: int) -> Figure:
+def kid(features: Array, reference: Array, seed: int) -> Estimate:
     """Kernel distance between `features` [n, F] and `reference` [m, F] (Binkowski et al. 2018, arXiv 1801.01401).
 
     The unbiased squared MMD under the kernel (x.y / F + 1)^3, 0 in the mean if both have one law. Over all pairs rather
@@ -42,7 +42,7 @@ def _mean_over_pairs(x: Array, weights: Array) -> Array:
     return ((weights @ kernel) * weights).sum(1) / (len(x) ** 2 - (weights**2).sum(1))
 
 
-def spread(features: Array) -> float:
+def mean_pairwise_distance(features: Array) -> float:
     """Diversity of pictures of one prompt: the mean distance between two of `features` [K, F]."""
     k = len(features)
     return float(np.linalg.norm(features[:, None] - features[None], axis=-1).sum() / (k * (k - 1)))

@@ -11,7 +11,7 @@ from diffinstruct.method.diffusion import LawOfT
 
 
 @dataclass(frozen=True)
-class Draws:
+class NoiseStreams:
     """The randomness of one round, drawn for the *global* batch and then sliced: the number of workers changes no number."""
 
     seed: int
@@ -23,15 +23,15 @@ class Draws:
 
     GENERATOR, SCORE, PROMPTS = 0, 8, 4  # places in a round; score update k draws at SCORE + 3 k
 
-    def _generator(self, place: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) * 1_024 + place)
+    def _generator(self, stream: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) * 1_024 + stream)
 
-    def normal(self, place: int) -> Tensor:
-        full = torch.randn(self.global_batch, *self.shape, generator=self._generator(place))
+    def normal(self, stream: int) -> Tensor:
+        full = torch.randn(self.global_batch, *self.shape, generator=self._generator(stream))
         return full[self.rows].to(self.device)
 
-    def t(self, place: int, law: LawOfT) -> Tensor:
-        fraction = torch.rand(self.global_batch, generator=self._generator(place))
+    def t(self, stream: int, law: LawOfT) -> Tensor:
+        fraction = torch.rand(self.global_batch, generator=self._generator(stream))
         return law(fraction[self.rows]).to(self.device)
 
     def prompts(self, count: int) -> list[int]:

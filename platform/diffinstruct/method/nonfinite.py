@@ -26,24 +26,24 @@ class NonFinite(RuntimeError):
         return NonFinite, (self.step, self.player, self.cause)
 
 
-class Faults:
+class FiniteCheck:
     """What this worker has found in a round that is not finite."""
 
     def __init__(self, prompts: Sequence[str]) -> None:
         self.prompts = prompts
         self.first: str | None = None
 
-    def look(self, what: str, values: Tensor, part: slice = slice(None)) -> bool:
+    def check(self, what: str, values: Tensor, part: slice = slice(None)) -> bool:
         """Whether the values [B, ...] of these samples are finite."""
         finite = values.detach().reshape(len(values), -1).isfinite().all(1)
         if finite.all().item():
             return True
         prompts = self.prompts[part]
         of = [prompt for prompt, is_finite in zip(prompts, finite.tolist(), strict=True) if not is_finite]
-        self.say(f"{what}, of {len(of)} of {len(prompts)} samples, the first of them {of[0]!r}")
+        self.record(f"{what}, of {len(of)} of {len(prompts)} samples, the first of them {of[0]!r}")
         return False
 
-    def say(self, what: str) -> None:
+    def record(self, what: str) -> None:
         self.first = self.first or what
 
     @property

@@ -27,7 +27,7 @@ class NotFinite(RewardError):
 
 
 @dataclass(frozen=True)
-class Terms:
+class RewardRequest:
     """What a caller wants of the rewards.
 
     weights: name -> its weight in the sum whose gradient is wanted; every other reward is scored and no more. None of them: no
@@ -71,7 +71,7 @@ class LatentRewards:
     def __init__(self, decode: Callable[[Tensor], Tensor], models: Mapping[str, RewardModel]) -> None:
         self.decode, self.models = decode, models
 
-    def __call__(self, latents: Tensor, prompts: Sequence[str], terms: Terms) -> Scores:
+    def __call__(self, latents: Tensor, prompts: Sequence[str], terms: RewardRequest) -> Scores:
         """Raises RewardError, with the reward's name."""
         if unknown := [name for name in terms.weights if name not in self.models]:
             raise RewardError(f"reward {unknown[0]}: asked for, but there are {', '.join(self.models) or 'none'}")

@@ -29,8 +29,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from diffinstruct.method.diffusion import Conditions, GuidedReference, LawOfT, Schedule, denoising_loss
-from diffinstruct.method.noise import Draws
-from diffinstruct.method.nonfinite import Faults, NonFinite
+from diffinstruct.method.noise import NoiseStreams
+from diffinstruct.method.nonfinite import FiniteCheck, NonFinite
 from diffinstruct.method.objectives import Objective
 from diffinstruct.method.precision import autocast
 from diffinstruct.method.rewards import NotFinite, Scores, Send
@@ -39,7 +39,7 @@ Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Settings:
+class StepConfig:
     """What a round needs to know. `objective` None trains on the rewards alone; then no score network is trained."""
 
     objective: Objective | None
@@ -62,7 +62,7 @@ class Settings:
 
 
 @dataclass
-class Players:
+class TrainState:
     """The roles of the method and their optimizers. `generator` and `score_network` may be wrapped for data parallelism."""
 
     generator: nn.Module  # (z [B, ...], c) -> x0 [B, ...]
@@ -98,10 +98,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def alternating_round(
-    players: Players,
-    settings: Settings,
+    train_state: TrainState,
+    config: StepConfig,
     schedule: Schedule,
-    draws: Draws,
+    noise: NoiseStreams,
     prompts: Sequence[str],
     c: Conditions,
     send: Send,
@@ -111,15 +111,15 @@ def alternating_round(
     Raises NonFinite before an update that would spoil the weights; RewardError.
     """
     metrics: Metrics = {}
-    faults = Faults(prompts)
+    finite = FiniteCheck(prompts)
     for key, value in c.items():
-        faults.look(f"prompt embeddings ({key})", value)
-    z = draws.normal(draws.GENERATOR)
-    *early, last = parts = settings.parts(len(z))
+        finite.check(f"prompt embeddings ({key})", value)
+    z = noise.normal(noise.GENERATOR)
+    *early, last = parts = config.parts(len(z))
 
     def generated(part: slice) -> Tensor:
-        with autocast(settings.precision, draws.device):
-            sample: Tensor = players.generator(z[part], _rows(c, part))
+        with autocast(config.precision, noise.device):
+            sample: Tensor = train_state.generator(z[part], _rows(c, part))
         return sample
 
     with torch.set_grad_enabled(not early):
@@ -127,109 +127,109 @@ def alternating_round(
     sample = x0.detach()
     sending = time.perf_counter()
     # A reward may well give such pictures a finite score
-    collect = send(sample, prompts) if faults.look("the generator's sample", sample) else None
+    collect = send(sample, prompts) if finite.check("the generator's sample", sample) else None
     exposed = time.perf_counter() - sending  # rewards in this process have their answer now
 
-    if settings.objective:
-        for k in range(settings.score_updates):
-            metrics |= score_update(players, settings, schedule, draws, sample, c, draws.SCORE + 3 * k, faults)
-        pull, record = _regularizer(players, settings, settings.objective, draws, sample, c)
-        for key, of in record.items():
-            faults.look(key, of)
-        faults.look("the regularizer's gradient", pull)
-        metrics |= {key: of.mean().item() for key, of in record.items()}
+    if config.objective:
+        for k in range(config.score_updates):
+            metrics |= score_update(train_state, config, schedule, noise, sample, c, noise.SCORE + 3 * k, finite)
+        regularizer_grad, record = _regularizer(train_state, config, config.objective, noise, sample, c)
+        for key, values in record.items():
+            finite.check(key, values)
+        finite.check("the regularizer's gradient", regularizer_grad)
+        metrics |= {key: values.mean().item() for key, values in record.items()}
     else:
-        pull = torch.zeros_like(sample)
+        regularizer_grad = torch.zeros_like(sample)
 
     waiting = time.perf_counter()
     answer: Scores | None = None
     try:
         answer = collect() if collect else None
     except NotFinite as error:
-        faults.say(str(error))
+        finite.record(str(error))
     metrics["time/reward_exposed"] = exposed + time.perf_counter() - waiting
-    push = torch.zeros_like(sample)
+    reward_grad = torch.zeros_like(sample)
     if answer:
         metrics["time/reward"] = answer.seconds
-        push = settings.reward_scale * answer.gradient.to(sample)
+        reward_grad = config.reward_scale * answer.gradient.to(sample)
         metrics |= {f"reward/{name}": score.mean().item() for name, score in answer.scores.items()}
-    faults.look("reward_scale times the rewards' gradient", push)
+    finite.check("reward_scale times the rewards' gradient", reward_grad)
 
-    players.generator_optimizer.zero_grad()
-    gradient = (pull - push) / len(sample) * faults.factor
+    train_state.generator_optimizer.zero_grad()
+    gradient = (regularizer_grad - reward_grad) / len(sample) * finite.factor
     for part in early:
-        with _accumulating(players.generator):
+        with _accumulating(train_state.generator):
             generated(part).backward(gradient[part])
     (generated(last) if early else x0).backward(gradient[last])
     metrics |= {
-        "gradient_norm/sample_regularizer": _mean_norm(pull),
-        "gradient_norm/sample_reward": _mean_norm(push),
+        "gradient_norm/sample_regularizer": _mean_norm(regularizer_grad),
+        "gradient_norm/sample_reward": _mean_norm(reward_grad),
         "gradient_norm/generator": _clipped(
-            players.generator, settings.generator_max_grad_norm, draws.step, "generator", faults
+            train_state.generator, config.generator_max_grad_norm, noise.step, "generator", finite
         ),
     }
-    players.generator_optimizer.step()
-    update_ema(players.ema, unwrapped(players.generator), min(settings.ema_decay, (1 + draws.step) / (10 + draws.step)))
+    train_state.generator_optimizer.step()
+    update_ema(train_state.ema, unwrapped(train_state.generator), min(config.ema_decay, (1 + noise.step) / (10 + noise.step)))
     return metrics
 
 
 def score_update(
-    players: Players,
-    settings: Settings,
+    train_state: TrainState,
+    config: StepConfig,
     schedule: Schedule,
-    draws: Draws,
+    noise: NoiseStreams,
     sample: Tensor,
     c: Conditions,
-    place: int,
-    faults: Faults,
+    stream: int,
+    finite: FiniteCheck,
 ) -> Metrics:
     """One denoising update of the score network on generated samples, with t and eps of its own."""
-    t, eps = draws.t(place, settings.law_of_t), draws.normal(place + 1)
-    z = None if settings.reuse_sample else draws.normal(place + 2)
-    *early, last = settings.parts(len(sample))
+    t, eps = noise.t(stream, config.law_of_t), noise.normal(stream + 1)
+    z = None if config.reuse_sample else noise.normal(stream + 2)
+    *early, last = config.parts(len(sample))
 
     def backward(part: slice) -> float:
         own = _rows(c, part)
-        with autocast(settings.precision, draws.device):
+        with autocast(config.precision, noise.device):
             x0 = sample[part]
             if z is not None:
                 with torch.no_grad():
-                    x0 = unwrapped(players.generator)(z[part], own)
-            each = denoising_loss(players.score_network, schedule, x0, t[part], eps[part], own, settings.score_space)
-            faults.look("the score network's loss", each, part)
-            loss = each.mean() * (len(each) / len(sample)) * faults.factor
+                    x0 = unwrapped(train_state.generator)(z[part], own)
+            each = denoising_loss(train_state.score_network, schedule, x0, t[part], eps[part], own, config.score_space)
+            finite.check("the score network's loss", each, part)
+            loss = each.mean() * (len(each) / len(sample)) * finite.factor
         loss.backward()
         return loss.item()
 
-    players.score_optimizer.zero_grad()
+    train_state.score_optimizer.zero_grad()
     loss = 0.0
     for part in early:
-        with _accumulating(players.score_network):
+        with _accumulating(train_state.score_network):
             loss += backward(part)
     loss += backward(last)
-    norm = _clipped(players.score_network, settings.score_max_grad_norm, draws.step, "score network", faults)
-    players.score_optimizer.step()
+    norm = _clipped(train_state.score_network, config.score_max_grad_norm, noise.step, "score network", finite)
+    train_state.score_optimizer.step()
     return {"loss/score_network": loss, "gradient_norm/score_network": norm}
 
 
 def _regularizer(
-    players: Players, settings: Settings, objective: Objective, draws: Draws, sample: Tensor, c: Conditions
+    train_state: TrainState, config: StepConfig, objective: Objective, noise: NoiseStreams, sample: Tensor, c: Conditions
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """regularization_weight times the loss's gradient at the sample, and per sample what the objective has to tell."""
-    t, eps = draws.t(draws.GENERATOR + 1, settings.law_of_t), draws.normal(draws.GENERATOR + 2)
+    t, eps = noise.t(noise.GENERATOR + 1, config.law_of_t), noise.normal(noise.GENERATOR + 2)
     pulls, records = [], []
-    for part in settings.parts(len(sample)):
+    for part in config.parts(len(sample)):
         leaf = sample[part].clone().requires_grad_()
-        with autocast(settings.precision, draws.device):
+        with autocast(config.precision, noise.device):
             loss, record = objective(
                 leaf,
                 t[part],
                 eps[part],
                 _rows(c, part),
-                score_network=unwrapped(players.score_network),
-                reference=players.reference,
+                score_network=unwrapped(train_state.score_network),
+                reference=train_state.reference,
             )
-        pulls.append(settings.regularization_weight * torch.autograd.grad(loss.sum(), leaf)[0])
+        pulls.append(config.regularization_weight * torch.autograd.grad(loss.sum(), leaf)[0])
         records.append({"loss/regularizer": loss.detach()} | record)
     return torch.cat(pulls), {key: torch.cat([record[key] for record in records]) for key in records[0]}
 
@@ -241,12 +241,12 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(average, [p.to(a.dtype) for a, p in zip(average, model.parameters(), strict=True)], 1 - decay)
 
 
-def _clipped(player: nn.Module, max_norm: float, step: int, name: str, faults: Faults) -> float:
+def _clipped(player: nn.Module, max_norm: float, step: int, name: str, finite: FiniteCheck) -> float:
     """Clip and return the norm from before. Gradients are already averaged over the workers: all of them raise, or none."""
     whole = nn.utils.clip_grad_norm_(player.parameters(), max_norm)
     norm = (whole.full_tensor() if isinstance(whole, DTensor) else whole).item()
     if not math.isfinite(norm):
-        raise NonFinite(step, name, faults.first)
+        raise NonFinite(step, name, finite.first)
     return norm
 
 

@@ -64,7 +64,7 @@ def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
     try:
         with quiet():
             pipeline.save_pretrained(partial)
-            if isinstance(trained, Role) and not trained.under and hasattr(pipeline, "save_lora_weights"):
+            if isinstance(trained, Role) and not trained.frozen_adapters and hasattr(pipeline, "save_lora_weights"):
                 layers = {f"{reference.family.part}_lora_layers": trained.lora_weights()}
                 pipeline.save_lora_weights(partial / "lora", **layers)
         for config in partial.glob("*/config.json"):  # where this machine keeps the reference is nobody's business

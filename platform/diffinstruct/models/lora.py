@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-class Base:
+class SharedBase:
     """A frozen network that several roles share.
 
     adapted: endings of the names of the layers that adapters belong to.
@@ -32,7 +32,7 @@ class Base:
         self.exact = exact
         self.network: Any = network.requires_grad_(False).eval()
         self.adapted = list(adapted)
-        self.playing: list[str] = []
+        self.active_adapters: list[str] = []
         self.layers: Mapping[str, LoraLayer] = {}
         if activation_checkpointing:
             network.enable_gradient_checkpointing(self._checkpoint)
@@ -49,7 +49,7 @@ class Base:
                 parameter.data = parameter.data.float()  # whatever the base is in
         self.network.requires_grad_(False)  # each role says what of it is trained
         for layer in self.layers.values():  # one list for all: a role is changed in one place, also within a backward pass
-            layer._active_adapter = self.playing
+            layer._active_adapter = self.active_adapters
 
     def add_difference(self, adapter: str, other: nn.Module, rank: int) -> float:
         """An adapter that makes this network as much like `other` as its rank allows; the share of the difference, in the
@@ -75,39 +75,39 @@ class Base:
             lost += (difference - held).square().sum().item() - difference.square().sum().item()
         return (max(lost, 0.0) / whole) ** 0.5 if whole else 0.0
 
-    def role(self, adapter: str | None = None, under: tuple[str, ...] = ()) -> Role:
+    def role(self, adapter: str | None = None, frozen_adapters: tuple[str, ...] = ()) -> Role:
         """The network with an adapter, or alone. `under`: adapters that it adds beside, and that are not its own."""
-        return Role(self, adapter, under)
+        return Role(self, adapter, frozen_adapters)
 
     @contextmanager
     def with_adapters(self, names: tuple[str, ...]) -> Iterator[None]:
-        before = tuple(self.playing)
-        self.playing[:] = names
+        before = tuple(self.active_adapters)
+        self.active_adapters[:] = names
         try:
             yield
         finally:
-            self.playing[:] = before
+            self.active_adapters[:] = before
 
     def _checkpoint(self, block: Any, *inputs: Any) -> Any:
         """A block whose activations are computed again in the backward pass, which is the role's own whatever role the network
         plays by then."""
-        names = tuple(self.playing)
+        names = tuple(self.active_adapters)
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self.with_adapters(names)))
 
 
 class Role(nn.Module):
     """A shared network in one role, called as the network itself. Its parameters and its state are its own adapter's alone."""
 
-    def __init__(self, base: Base, adapter: str | None, under: tuple[str, ...]) -> None:
+    def __init__(self, base: SharedBase, adapter: str | None, frozen_adapters: tuple[str, ...]) -> None:
         super().__init__()
-        self.base, self.adapter, self.under = base, adapter, under
+        self.base, self.adapter, self.frozen_adapters = base, adapter, frozen_adapters
         self.weights = nn.ParameterDict()
         for name, parameter in base.network.named_parameters():
             if adapter and f".{adapter}." in name:
                 self.weights[name.replace(".", "/")] = parameter
 
     def forward(self, *inputs: Any, **more: Any) -> Any:
-        with self.base.with_adapters((*self.under, self.adapter) if self.adapter else self.under):
+        with self.base.with_adapters((*self.frozen_adapters, self.adapter) if self.adapter else self.frozen_adapters):
             return self.base.network(*inputs, **more)
 
     @property
@@ -124,7 +124,7 @@ class Role(nn.Module):
         held = self.base.exact() if self.base.exact and self.dtype != torch.float32 else self.base.network
         weights = {name: value.float().cpu() for name, value in _own(held.state_dict())}
         for name, layer in self.base.layers.items():
-            for adapter in (*self.under, self.adapter):
+            for adapter in (*self.frozen_adapters, self.adapter):
                 added = layer.get_delta_weight(adapter).detach().float().cpu()
                 weights[f"{name}.weight"] = weights[f"{name}.weight"] + added  # a new tensor: the base's own stays
         network: nn.Module = type(self.base.network).from_config(self.config)

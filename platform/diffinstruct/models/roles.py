@@ -18,7 +18,7 @@ from torch import nn
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.models.denoiser import NetworkDenoiser, OneStepGenerator
-from diffinstruct.models.lora import Base
+from diffinstruct.models.lora import SharedBase
 from diffinstruct.models.pipeline import Reference
 
 GENERATOR, AVERAGE, SCORE, START = "generator", "average", "score", "start"
@@ -36,43 +36,43 @@ class Roles:
     start_error: float | None = None
 
 
-Place = Callable[[Callable[[str | None], nn.Module]], nn.Module]
+Materialize = Callable[[Callable[[str | None], nn.Module]], nn.Module]
 """How a process keeps a network: what is given loads it onto a device (None: the reference's; "meta": without weights)."""
 
 
-def whole(load: Callable[[str | None], nn.Module]) -> nn.Module:
+def unsharded(load: Callable[[str | None], nn.Module]) -> nn.Module:
     """The `Place` of a process that keeps its networks for itself."""
     return load(None)
 
 
-def make_roles(experiment: Experiment, reference: Reference, place: Place = whole) -> Roles:
+def make_roles(experiment: Experiment, reference: Reference, materialize: Materialize = unsharded) -> Roles:
     """As the configuration asks for: `lora_rank` 0 is a full copy in fp32. What is frozen is in the arithmetic's precision."""
     of, score, error = experiment.generator, experiment.score_network, None
     frozen = frozen_dtype(experiment.precision)
 
     def network(start: str = "reference", dtype: torch.dtype | None = None) -> nn.Module:
-        loaded = place(lambda device: reference.network(start, dtype, device))
+        loaded = materialize(lambda device: reference.network(start, dtype, device))
         if experiment.compile:
             loaded.compile()
         return loaded
 
-    def base_of(start: str) -> Base:
+    def base_of(start: str) -> SharedBase:
         exact = partial(reference.network, start, torch.float32, "cpu")
-        return Base(network(start, frozen), reference.family.adapted, experiment.activation_checkpointing, exact)
+        return SharedBase(network(start, frozen), reference.family.adapted, experiment.activation_checkpointing, exact)
 
     base = base_of("reference")
     trained: nn.Module
     average: nn.Module
     if of.lora_rank:
-        shared, under = base, tuple[str, ...]()
+        shared, frozen_adapters = base, tuple[str, ...]()
         if of.start != "reference" and of.start_rank:
             error = base.add_difference(START, network(of.start), of.start_rank)
-            under = (START,)
+            frozen_adapters = (START,)
         elif of.start != "reference":
             shared = base_of(of.start)
         shared.add(GENERATOR, of.lora_rank, experiment.seed)
         shared.add(AVERAGE, of.lora_rank, experiment.seed)
-        trained, average = shared.role(GENERATOR, under), shared.role(AVERAGE, under)
+        trained, average = shared.role(GENERATOR, frozen_adapters), shared.role(AVERAGE, frozen_adapters)
     else:
         trained, average = network(of.start), network(of.start)
     if score.lora_rank:

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from diffinstruct.run_folder.state_tree import Rows
+from diffinstruct.run_folder.state_tree import TensorShard
 
 
 def sharded(load: Callable[[str], nn.Module], mesh: DeviceMesh, precision: str) -> nn.Module:
@@ -65,25 +65,25 @@ def gathered(network: nn.Module, whole: nn.Module) -> nn.Module:
     return whole
 
 
-def rows(state: Any) -> Any:
+def to_shards(state: Any) -> Any:
     """A state with this process's Rows in the place of sharded tensors."""
     if isinstance(state, DTensor):
-        return Rows(state.to_local(), tuple(state.shape))
+        return TensorShard(state.to_local(), tuple(state.shape))
     if isinstance(state, dict):
-        return {key: rows(value) for key, value in state.items()}
+        return {key: to_shards(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
-        return type(state)(rows(value) for value in state)
+        return type(state)(to_shards(value) for value in state)
     return state
 
 
-def spread(state: Any, mesh: DeviceMesh) -> Any:
+def to_dtensors(state: Any, mesh: DeviceMesh) -> Any:
     """The inverse of `rows`."""
-    if isinstance(state, Rows):
+    if isinstance(state, TensorShard):
         stride = torch.empty(state.shape, device="meta").stride()
         own = state.own.to(mesh.device_type)
         return DTensor.from_local(own, mesh, [Shard(0)], shape=torch.Size(state.shape), stride=stride, run_check=False)
     if isinstance(state, dict):
-        return {key: spread(value, mesh) for key, value in state.items()}
+        return {key: to_dtensors(value, mesh) for key, value in state.items()}
     if isinstance(state, list | tuple):
-        return type(state)(spread(value, mesh) for value in state)
+        return type(state)(to_dtensors(value, mesh) for value in state)
     return state

@@ -25,13 +25,13 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError
 from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.method.rewards import RewardModel
-from diffinstruct.models.lora import Base
+from diffinstruct.models.lora import SharedBase
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.sharding import blocks
 from diffinstruct.models.sources import pinned
 from diffinstruct.planning import footprint
 from diffinstruct.reward_service.client import load_reward
-from diffinstruct.training.build import make_settings
+from diffinstruct.training.build import make_step_config
 from reward_models import NAMES
 
 SHAPES = Path(__file__).parents[1] / "models" / "hub_configs"
@@ -40,7 +40,7 @@ KEPT = 4
 
 
 @dataclass(frozen=True)
-class Role:
+class ModelMemory:
     """One model of a training process or of a reward actor: parameters, bytes, and passes per sample and step."""
 
     name: str
@@ -85,7 +85,7 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         activation_checkpointing=experiment.activation_checkpointing,
         decoder_dtype=frozen,
     )
-    make_settings(experiment, reference.schedule)  # refuses what only the schedule can tell
+    make_step_config(experiment, reference.schedule)  # refuses what only the schedule can tell
     generator, score = experiment.generator, experiment.score_network
     k = score.updates_per_step if experiment.objective.name != "reward_only" else 0
     guided = (k > 0) * (1 + (experiment.reference.cfg_scale != 0))  # conditional and null
@@ -94,13 +94,13 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     network = sum(p.numel() for p in reference.empty_network().parameters())
     held_frozen = frozen.itemsize * network
 
-    def player(name: str, rank: int, **more: Any) -> Role:
+    def player(name: str, rank: int, **more: Any) -> ModelMemory:
         if not rank:
-            return Role(name, network, 4 * network, **more)
-        base = Base(reference.empty_network(), reference.family.adapted)
+            return ModelMemory(name, network, 4 * network, **more)
+        base = SharedBase(reference.empty_network(), reference.family.adapted)
         base.add("it", rank, 0)
         adapter = sum(weight.numel() for weight in base.role("it").parameters())
-        return Role(f"{name}'s adapter", adapter, 4 * adapter, **more)
+        return ModelMemory(f"{name}'s adapter", adapter, 4 * adapter, **more)
 
     worker = [
         player(
@@ -112,24 +112,24 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
             backwards=1,
         ),
         player("score network", score.lora_rank, trained=k > 0, forwards=k + (k > 0), backwards=k + through),
-        Role("reference", network, held_frozen, forwards=guided, backwards=guided * through),
+        ModelMemory("reference", network, held_frozen, forwards=guided, backwards=guided * through),
     ]
     spread = list(worker)
     if generator.lora_rank and generator.start != "reference":
-        second = Role("generator's base", network, held_frozen)
+        second = ModelMemory("generator's base", network, held_frozen)
         start = player("start", generator.start_rank) if generator.start_rank else second
         worker.append(start)
     if experiment.prompts.embeddings is None:
         for name, encoder in reference.empty_encoders().items():
-            worker.append(Role(name.replace("_", " "), *_count(encoder)))
+            worker.append(ModelMemory(name.replace("_", " "), *_count(encoder)))
     trained = [reward.name for reward in experiment.rewards.trained]
     apart = [name for environment in experiment.cluster.reward_environments for name in environment.rewards]
     uncounted, models = {}, dict[str, RewardModel]()
-    actor = [Role("decoder", *_count(reference.empty_decoder()), forwards=1, backwards=1)]
+    actor = [ModelMemory("decoder", *_count(reference.empty_decoder()), forwards=1, backwards=1)]
     for name in (name for name in experiment.rewards.names if name not in apart):  # those may not even import here
         try:
             models[name] = load_reward(name)
-            actor.append(Role(name, *_count(models[name]), forwards=1, backwards=int(name in trained)))
+            actor.append(ModelMemory(name, *_count(models[name]), forwards=1, backwards=int(name in trained)))
         except UserError as error:
             if not _out_of_reach(name, error):
                 raise

@@ -21,13 +21,13 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.method.noise import Draws
-from diffinstruct.method.rewards import Collect, LatentRewards, RewardModel, Scores, Send, Terms
+from diffinstruct.method.noise import NoiseStreams
+from diffinstruct.method.rewards import Collect, LatentRewards, RewardModel, RewardRequest, Scores, Send
 from diffinstruct.method.step import alternating_round
 from diffinstruct.models.lora import Role
 from diffinstruct.models.pipeline import Reference
 from diffinstruct.models.roles import make_roles
-from diffinstruct.training.build import make_players, make_settings
+from diffinstruct.training.build import make_step_config, make_train_state
 
 aten = torch.ops.aten
 
@@ -59,7 +59,7 @@ def of_training(experiment: Experiment, reference: Reference, rewards: Mapping[s
     of_worker = experiment.global_batch_size // experiment.cluster.workers
     # One micro-batch after another takes what two take, but for latents
     samples = min(of_worker, 2 * experiment.micro_batch_size) if experiment.micro_batch_size else of_worker
-    settings = make_settings(experiment, reference.schedule)
+    settings = make_step_config(experiment, reference.schedule)
     with _Count(), torch.device("meta"):  # not yet among tensors without content: peft cannot move those
         roles = make_roles(experiment, reference, lambda load: load("meta"))
     decoder = reference.empty_decoder()
@@ -72,16 +72,16 @@ def of_training(experiment: Experiment, reference: Reference, rewards: Mapping[s
             if isinstance(role.network, Role):
                 _fill(role.network.base.network, filled, gathered)
             _fill(role.network, filled, gathered)
-        players = make_players(experiment, roles, null, lambda module: module)
+        train_state = make_train_state(experiment, roles, null, lambda module: module)
         send = _judge(experiment, reference, decoder, rewards) if rewards is not None else _nobody
         c = {key: value.expand(samples, *value.shape[1:]).clone() for key, value in null.items()}
-        for optimizer in (players.generator_optimizer, players.score_optimizer):  # what the round before has left
+        for optimizer in (train_state.generator_optimizer, train_state.score_optimizer):  # what the round before has left
             for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
                 weight.grad = torch.empty_like(weight)
             optimizer.step()
         count.peak, count.flops = count.live, 0
-        draws = Draws(0, 1, samples, reference.latent_shape, slice(0, samples), torch.device("cpu"))
-        alternating_round(players, settings, reference.schedule, draws, [""] * samples, c, send)
+        draws = NoiseStreams(0, 1, samples, reference.latent_shape, slice(0, samples), torch.device("cpu"))
+        alternating_round(train_state, settings, reference.schedule, draws, [""] * samples, c, send)
         return Footprint(count.live, count.peak, count.flops * of_worker // samples)
 
 
@@ -103,7 +103,7 @@ def _judge(experiment: Experiment, reference: Reference, decoder: nn.Module, rew
     weights = {reward.name: reward.weight for reward in experiment.rewards.trained if reward.name in rewards}
 
     def send(latents: Tensor, prompts: Sequence[str]) -> Collect:
-        answer = judged(latents, prompts, Terms(weights, experiment.rewards.micro_batch))
+        answer = judged(latents, prompts, RewardRequest(weights, experiment.rewards.micro_batch))
         return lambda: answer
 
     return send

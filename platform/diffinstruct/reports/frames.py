@@ -29,7 +29,7 @@ from filelock import FileLock
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import load
 from diffinstruct.errors import UserError, nearest_file
-from diffinstruct.statistics import Figure, Summary, over_seeds
+from diffinstruct.statistics import Estimate, Summary, over_seeds
 from diffinstruct.tracking.journal import COMMIT
 from diffinstruct.tracking.records import read_journal
 
@@ -58,7 +58,7 @@ def markdown(rows: dict[str, Summary], over: str = "prompts") -> str:
 KEY = "trial"
 
 
-class Rows:
+class TrialRows:
     """A CSV file of finished trials: column `trial` names them, `commit` the code, `at` the day; the rest is the trial's."""
 
     def __init__(self, path: Path) -> None:
@@ -117,7 +117,7 @@ def load_sweep(path: Path | str) -> pd.DataFrame:
     if path.suffix == ".csv":
         if not path.is_file():
             raise UserError(f"{path}: no such file{nearest_file(path, '*.csv')}")
-        frame = Rows(path).read().copy().rename(columns={KEY: "run"}).assign(status="finished", reason=np.nan)
+        frame = TrialRows(path).read().copy().rename(columns={KEY: "run"}).assign(status="finished", reason=np.nan)
         if frame.empty:
             raise UserError(f"{path}: no rows in it")
     else:
@@ -288,7 +288,7 @@ def figure(row: Mapping[str, Any], measure: str) -> str:
     if pd.isna(row.get(measure)):
         return ""
     value, low, high = row[measure], row.get(f"{measure}.low", np.nan), row.get(f"{measure}.high", np.nan)
-    return plain(value) if pd.isna(low) else str(Figure(value, low, high, int(row[f"{measure}.n"])))
+    return plain(value) if pd.isna(low) else str(Estimate(value, low, high, int(row[f"{measure}.n"])))
 
 
 def ran_with(journal: Iterable[Mapping[str, Any]]) -> str:

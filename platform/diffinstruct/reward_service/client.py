@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError
-from diffinstruct.method.rewards import Collect, LatentRewards, RewardError, RewardModel, Scores, Terms
+from diffinstruct.method.rewards import Collect, LatentRewards, RewardError, RewardModel, RewardRequest, Scores
 from diffinstruct.models.sources import quiet
-from diffinstruct.reward_service.validation import Report, handshake, refuse
+from diffinstruct.reward_service.validation import Report, refuse, validate_reward
 
 
 def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:
@@ -38,33 +38,33 @@ MEASURED_ROUNDS = 3
 """The first ones, which show what the rewards hold up."""
 
 
-class RewardService(Protocol):
+class RewardBackend(Protocol):
     """Whoever answers for the rewards."""
 
-    def ask(self, latents: Tensor, prompts: Sequence[str], terms: Terms) -> Collect:
+    def ask(self, latents: Tensor, prompts: Sequence[str], terms: RewardRequest) -> Collect:
         """Latents [B, ...], detached, and their prompts; collecting raises RewardError."""
 
-    def meet(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
+    def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
         """The handshake with every reward on the pictures of `latents`; those in `trained` need a gradient."""
 
 
-class InProcess:
+class LocalRewards:
     """The rewards in this process: the answer is there when `ask` returns."""
 
     def __init__(self, rewards: LatentRewards) -> None:
         self.rewards = rewards
 
-    def ask(self, latents: Tensor, prompts: Sequence[str], terms: Terms) -> Collect:
+    def ask(self, latents: Tensor, prompts: Sequence[str], terms: RewardRequest) -> Collect:
         try:
             answer = self.rewards(latents, prompts, terms)
         except RewardError as error:  # it comes when the answer is collected, as an actor's does
             return partial(_raise, error)
         return lambda: answer
 
-    def meet(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
+    def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
         with torch.no_grad():  # one at a time: so many as a handshake takes need not fit a GPU's memory while they are decoded
             images = torch.cat([self.rewards.decode(latent) for latent in latents.split(1)])
-        return [handshake(name, reward, images, prompts, name in trained) for name, reward in self.rewards.models.items()]
+        return [validate_reward(name, reward, images, prompts, name in trained) for name, reward in self.rewards.models.items()]
 
 
 def _raise(error: Exception) -> NoReturn:
@@ -76,7 +76,7 @@ def make_rewards(names: Sequence[str], decode: Callable[[Tensor], Tensor], devic
     return LatentRewards(decode, {name: load_reward(name, device) for name in names})
 
 
-class Jury:
+class RewardClient:
     """The rewards as a run asks them.
 
     What it has found out on the way is the run's state: the micro-batch that memory holds, the scales of the rewards, and where
@@ -85,19 +85,19 @@ class Jury:
     in_process: makes the rewards in this process, for a run that has no actors or is better off without.
     """
 
-    def __init__(self, experiment: Experiment, actors: RewardService | None, in_process: Callable[[], InProcess]) -> None:
+    def __init__(self, experiment: Experiment, actors: RewardBackend | None, in_process: Callable[[], LocalRewards]) -> None:
         self.experiment, self.actors, self.in_process = experiment, actors, in_process
         self.micro_batch = experiment.rewards.micro_batch
         self.scales = {reward.name: 1.0 for reward in experiment.rewards.trained}
         self.place = "process" if actors is None else experiment.cluster.reward_place  # "auto" until it is settled
         if self.place == "auto" and experiment.cluster.reward_environments:
             self.place = "actor"  # what a package of the same name scores in this environment is another reward
-        self._service: RewardService | None = None
+        self._service: RewardBackend | None = None
         self._held_up: list[float] = []  # seconds a round, while the place is not decided
         self._last: tuple[Tensor, Sequence[str]] | None = None
 
     @property
-    def service(self) -> RewardService:
+    def service(self) -> RewardBackend:
         if self._service is None:
             self._service = self.in_process() if self.place == "process" or self.actors is None else self.actors
         return self._service
@@ -107,10 +107,10 @@ class Jury:
         self._service = self.service
 
     @property
-    def terms(self) -> Terms:
+    def terms(self) -> RewardRequest:
         """What the configuration asks for, with what the run has found out."""
         weights = {reward.name: reward.weight / self.scales[reward.name] for reward in self.experiment.rewards.trained}
-        return Terms(weights, self.micro_batch)
+        return RewardRequest(weights, self.micro_batch)
 
     def send(self, latents: Tensor, prompts: Sequence[str]) -> Collect:
         """The `Send` of a round."""
@@ -131,12 +131,12 @@ class Jury:
 
     def score(self, latents: Tensor, prompts: Sequence[str]) -> Collect:
         """Scores without a gradient."""
-        answer = self.service.ask(latents, prompts, Terms({}, self.micro_batch))
+        answer = self.service.ask(latents, prompts, RewardRequest({}, self.micro_batch))
         return lambda: self._collected(answer)
 
-    def meet(self, latents: Tensor, prompts: Sequence[str]) -> list[Report]:
+    def validate(self, latents: Tensor, prompts: Sequence[str]) -> list[Report]:
         """The handshake with all rewards, on pictures of the starting generator. Raises RewardError, a line for each fault."""
-        reports = self.service.meet(latents, prompts, [reward.name for reward in self.experiment.rewards.trained])
+        reports = self.service.validate(latents, prompts, [reward.name for reward in self.experiment.rewards.trained])
         refuse(reports)
         return reports
 

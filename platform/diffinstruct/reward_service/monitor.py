@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.models.pipeline import Reference
-from diffinstruct.models.sampling import EVALUATION_SEED, pictures_to_meet, sample
-from diffinstruct.reward_service.client import Jury
+from diffinstruct.models.sampling import EVALUATION_SEED, probe_inputs, sample_latents
+from diffinstruct.reward_service.client import RewardClient
 from diffinstruct.reward_service.validation import PICTURES
 
 NOISES = 4
@@ -40,7 +40,7 @@ VARIETY = 0.4
 DISTANCE = 3.0
 """Times what it was at the first look after the start."""
 
-FIGURES = tuple(f"watch/{name}" for name in ("trained", "held_out", "unexplained", "variety", "distance"))
+METRICS = tuple(f"watch/{name}" for name in ("trained", "held_out", "unexplained", "variety", "distance"))
 """What `Watch.figures` may hold."""
 
 BLIND = (
@@ -51,7 +51,7 @@ BLIND = (
 
 
 @dataclass(frozen=True)
-class Look:
+class Probe:
     """What one look at the averaged generator's pictures saw: n pictures, the same prompts and noise at every look.
 
     Rows are NOISES pictures of the first prompt, then of the second, and so on.
@@ -77,7 +77,7 @@ class Alarm:
     line: str
 
 
-class Watch:
+class ProbeHistory:
     """One run's looks, in order; the first is its start. Without held-out rewards two symptoms remain: see BLIND."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class Watch:
         self._standing: list[str] = []  # symptoms that have been told of and have not gone away
         self._figures: dict[str, float] = {}
 
-    def see(self, look: Look, kept: bool = False) -> Alarm | None:
+    def observe(self, look: Probe, kept: bool = False) -> Alarm | None:
         """The alarm of a symptom that was not there at the look before, one at a time. Raises ValueError for a broken look.
 
         kept: there is a checkpoint of that step. Of those without any symptom the best has the highest held-out gain.
@@ -119,7 +119,7 @@ class Watch:
         what they were; those that there are."""
         return {f"watch/{name}": value for name, value in self._figures.items()}
 
-    def _compare(self, look: Look) -> dict[str, float]:
+    def _compare(self, look: Probe) -> dict[str, float]:
         figures = {"trained": gain(self._start["trained"], look.trained)}
         gains = [gain(self._start["held_out"][name], scores) for name, scores in look.held_out.items()]
         if gains := [of for of in gains if math.isfinite(of)]:
@@ -132,7 +132,7 @@ class Watch:
             figures["distance"] = look.distance / self._start["distance"]
         return figures
 
-    def _symptoms(self, look: Look) -> dict[str, str]:
+    def _symptoms(self, look: Probe) -> dict[str, str]:
         """Those of this look, each with its line."""
         figures, found = self._figures, {}
         trained = figures.get("trained", math.inf)  # no spread to count its gain in
@@ -141,7 +141,7 @@ class Watch:
             fall = by_prompt(best["scores"]) - by_prompt(scores)
             error = fall.std(ddof=1) / math.sqrt(len(fall))
             rise = float(np.mean(best["scores"]) - np.mean(start))
-            least = max(FALL * rise, FALL_ERRORS * error, FALL_LEAST * spread(start))
+            least = max(FALL * rise, FALL_ERRORS * error, FALL_LEAST * within_prompt_std(start))
             if "held_out" not in found and trained > FALL_LEAST and fall.mean() > least:
                 found["held_out"] = (
                     f"at step {look.step} the held-out reward {name} is {fall.mean():.3g} (standard error {error:.2g}) below "
@@ -181,7 +181,7 @@ def by_prompt(scores: Any) -> np.ndarray:
     return np.reshape(scores, (-1, NOISES)).mean(axis=1)
 
 
-def spread(scores: Any) -> float:
+def within_prompt_std(scores: Any) -> float:
     """The standard deviation of scores [n] about the means of their prompts."""
     return math.sqrt(np.reshape(scores, (-1, NOISES)).var(axis=1, ddof=1).mean())
 
@@ -189,23 +189,23 @@ def spread(scores: Any) -> float:
 def gain(start: Any, scores: np.ndarray) -> float:
     """In spreads of the start; 0 where nothing has risen. NaN where the start's scores of each prompt are all alike, as those
     of a reward that says yes or no may be: there is nothing to count in."""
-    risen, unit = float(np.mean(scores) - np.mean(start)), spread(start)
+    risen, unit = float(np.mean(scores) - np.mean(start)), within_prompt_std(start)
     if not risen:
         return 0.0
     return risen / unit if unit else math.nan
 
 
-class Watcher:
+class OveroptimizationMonitor:
     """Looks at the averaged generator's pictures, always of the same prompts and noise, and has the watch judge them.
 
     A look is sent before a round and collected after it: the rewards score it meanwhile.
     """
 
-    def __init__(self, experiment: Experiment, reference: Reference, prompts: Sequence[str], jury: Jury) -> None:
+    def __init__(self, experiment: Experiment, reference: Reference, prompts: Sequence[str], jury: RewardClient) -> None:
         self.experiment, self.reference, self.jury = experiment, reference, jury
         self.held_out = experiment.rewards.held_out
-        self.watch = Watch()
-        few, self.noise = pictures_to_meet(reference, prompts, PICTURES // NOISES, EVALUATION_SEED + 1, NOISES)
+        self.watch = ProbeHistory()
+        few, self.noise = probe_inputs(reference, prompts, PICTURES // NOISES, EVALUATION_SEED + 1, NOISES)
         self.prompts = [prompt for prompt in few for _ in range(NOISES)]
         self.divergences: list[float] = []  # of the rounds since the last look
 
@@ -216,7 +216,7 @@ class Watcher:
 
     def pictures(self, generator: nn.Module) -> Tensor:
         """The latents to look at, [PICTURES, ...]."""
-        return sample(self.experiment, self.reference, generator, self.noise, self.prompts)
+        return sample_latents(self.experiment, self.reference, generator, self.noise, self.prompts)
 
     def look(self, step: int, latents: Tensor, kept: bool) -> Callable[[], tuple[dict[str, float], Alarm | None]]:
         """At `pictures` after `step` rounds, of which there is a checkpoint or not; collecting gives metrics and, maybe, an
@@ -229,7 +229,7 @@ class Watcher:
             scores = {name: score.double().cpu() for name, score in answer().scores.items()}
             trained = sum((weight * scores[name] for name, weight in weights.items()), torch.zeros(len(latents)).double())
             held_out = {name: scores[name].numpy() for name in self.held_out}
-            alarm = self.watch.see(Look(step, trained.numpy(), held_out, variety(latents), distance), kept)
+            alarm = self.watch.observe(Probe(step, trained.numpy(), held_out, variety(latents), distance), kept)
             return self.watch.figures(), alarm
 
         return collect

@@ -19,10 +19,10 @@ from torch import Tensor
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.prompts import read_prompts
 from diffinstruct.errors import UserError, did_you_mean, nearest_file
-from diffinstruct.method.rewards import LatentRewards, Terms
+from diffinstruct.method.rewards import LatentRewards, RewardRequest
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.reward_service.client import load_reward
-from diffinstruct.reward_service.validation import PICTURES, Report, handshake
+from diffinstruct.reward_service.validation import PICTURES, Report, validate_reward
 from diffinstruct.statistics import bootstrap_mean
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def score(folder: Path, table: pd.DataFrame, names: Sequence[str]) -> pd.DataFra
     for alike in of_size.values():
         for rows in (alike[i : i + BATCH] for i in range(0, len(alike), BATCH)):
             images = torch.stack([read_picture(paths[row]) for row in rows]).to(device)
-            for name, of_rows in rewards(images, [texts[row] for row in rows], Terms({}, BATCH)).scores.items():
+            for name, of_rows in rewards(images, [texts[row] for row in rows], RewardRequest({}, BATCH)).scores.items():
                 scores[name][rows] = of_rows.double().cpu()
     return table.assign(**{name: column.numpy() for name, column in scores.items()})
 
@@ -103,7 +103,7 @@ def save(table: pd.DataFrame, path: Path) -> None:
         raise UserError(f"{path}: {error.strerror}") from None
 
 
-def meet(name: str, folder: Path | None, prompts: str | Path | None, trained: bool) -> Report:
+def validate(name: str, folder: Path | None, prompts: str | Path | None, trained: bool) -> Report:
     """The handshake with one reward. Without a folder, the pocket world's one-step generator makes the pictures; without
     prompts, its own stand in, for nothing in the handshake asks whether they fit. Of a folder, the pictures of the first one's
     size are taken, 64 at most."""
@@ -122,7 +122,7 @@ def meet(name: str, folder: Path | None, prompts: str | Path | None, trained: bo
         images, texts = torch.stack([read_picture(paths[row]) for row in alike]), [texts[row] for row in alike]
     else:
         images = _pictures_of_the_start(texts, device)
-    return handshake(name, load_reward(name, device), images.to(device), texts, trained)
+    return validate_reward(name, load_reward(name, device), images.to(device), texts, trained)
 
 
 def read_picture(path: Path) -> Tensor:
@@ -140,7 +140,12 @@ def read_picture(path: Path) -> Tensor:
 def _size(path: Path) -> tuple[int, int]:
     """Of the picture as `read_picture` gives it, from its head alone."""
     with _opened(path) as file:
-        lies = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # it may be anything: as Pillow, ignore the rest
+        lies = file.getexif().get(ExifTags.Base.Orientation) in (
+            5,
+            6,
+            7,
+            8,
+        )  # it may be anything: as Pillow, ignore the rest
         return file.size[::-1] if lies else file.size
 
 

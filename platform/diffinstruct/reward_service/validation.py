@@ -66,7 +66,7 @@ class Report:
         return f"reward {self.name}: {'; '.join([*seen, *self.remarks])}"
 
 
-def handshake(name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str], trained: bool) -> Report:
+def validate_reward(name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str], trained: bool) -> Report:
     """Put `reward` to the test on images [B, 3, H, W] in [0, 1] and their prompts. trained: whether it needs a gradient.
 
     The first 64 are scored; the other checks take four of them. Fewer than four are filled up with dimmed copies. The state of
@@ -79,7 +79,7 @@ def handshake(name: str, reward: RewardModel, images: Tensor, prompts: Sequence[
     while True:
         try:
             with _random_numbers_kept(images.device):
-                return _Examination(name, reward, images, texts, batch).report(trained)
+                return _Validation(name, reward, images, texts, batch).report(trained)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -96,7 +96,7 @@ def refuse(reports: Sequence[Report]) -> None:
         raise RewardError("\n".join(faults))
 
 
-class _Examination:
+class _Validation:
     """One reward before its examiner. Each check says what it saw, or raises RewardError with what is wrong.
 
     images: the few, [4, 3, H, W]; `first`: their scores, as first given. Scores here are [B], float64, on the CPU.

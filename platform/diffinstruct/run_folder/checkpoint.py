@@ -49,7 +49,7 @@ class CheckpointError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Crew:
+class Ranks:
     """The processes that write and read one checkpoint together. `least` is of all their values, a collective call."""
 
     rank: int = 0
@@ -98,7 +98,7 @@ class _Pending:
 class CheckpointStore:
     """The checkpoints of one run. `folder` holds the `step-...` folders and nothing else; one process or crew writes to it."""
 
-    def __init__(self, folder: Path | str, keep: int = 2, crew: Crew = Crew()) -> None:
+    def __init__(self, folder: Path | str, keep: int = 2, crew: Ranks = Ranks()) -> None:
         self.folder = Path(folder).absolute()
         self.keep = max(1, keep)
         self.crew = crew
@@ -241,7 +241,7 @@ class CheckpointStore:
             yield int(match[1]), self.folder / match[0]
 
 
-def _read(step: int, path: Path, crew: Crew, keys: Sequence[str] = ()) -> Any:
+def _read(step: int, path: Path, crew: Ranks, keys: Sequence[str] = ()) -> Any:
     """The state in `path`, or what it has under `keys`; of tensors that are spread this process's rows. Raises CheckpointError
     with the reason if any part of it is not what was written."""
     try:
@@ -257,7 +257,7 @@ def _read(step: int, path: Path, crew: Crew, keys: Sequence[str] = ()) -> Any:
                 raise CheckpointError(f"{TREE}: it is of step {document['step']}")
             if not 1 <= document["files"] == len(manifest) - 1:  # before as many names are made up
                 raise CheckpointError(f"{TREE}: it is of {document['files']} files, {MANIFEST} of {len(manifest) - 1}")
-            writers = Crew(world=document["files"])
+            writers = Ranks(world=document["files"])
             files = writers.files()
             own = files[crew.rank : crew.rank + 1] if writers.world == crew.world else files  # another one reads the others
 
@@ -361,7 +361,7 @@ def _free(path: Path) -> int:
 
 
 @contextmanager
-def a_full_disk_said(folder: Path) -> Iterator[None]:
+def full_disk_as_error(folder: Path) -> Iterator[None]:
     """In the block, which writes to `folder`, a disk that is full, or a quota, is a CheckpointError in one line, whichever file
     it was that found out."""
     try:

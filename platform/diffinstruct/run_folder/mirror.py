@@ -24,7 +24,7 @@ from pathlib import Path
 
 import fsspec
 
-from diffinstruct.config.addresses import in_one_line
+from diffinstruct.config.addresses import one_line
 from diffinstruct.errors import UserError
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.checkpoint import MANIFEST, TREE, CheckpointError, CheckpointStore, reading, verify
@@ -225,7 +225,7 @@ def mirrored(url: str | None, folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # stores and what lies between raise what they like
-        what = f"mirror: {url} does not answer as it should: {in_one_line(error)}"
+        what = f"mirror: {url} does not answer as it should: {one_line(error)}"
         if mirror is None or not begun:
             raise UserError(what) from None
         logger.warning("%s; the run goes on from its folder", what)
@@ -256,7 +256,7 @@ def _follow(mirror: Mirror, ended: threading.Event) -> None:
             pause, away = INTERVAL, False
         except Exception as error:
             if not away:
-                logger.warning("%s takes nothing: %s. The run goes on", mirror.url, in_one_line(error))
+                logger.warning("%s takes nothing: %s. The run goes on", mirror.url, one_line(error))
             pause, away = min(2 * pause, LONGEST_PAUSE), True
 
 
@@ -276,6 +276,6 @@ def _push_at_the_end(mirror: Mirror) -> None:
             mirror.push()
             return
         except Exception as error:
-            why = in_one_line(error)
+            why = one_line(error)
     how = f"later: diffinstruct sync {shlex.quote(str(mirror.folder))}"
     logger.warning("not all of this run is at %s: %s; %s", mirror.url, why, how)

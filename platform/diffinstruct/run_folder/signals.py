@@ -24,16 +24,16 @@ class Paused(RuntimeError):
     """A run or a sweep has ended because it was told to pause; its state is saved."""
 
 
-def give(folder: Path, order: int) -> None:
+def request(folder: Path, order: int) -> None:
     (folder / FILES[order]).touch()
 
 
-def given(folder: Path) -> int:
+def requested(folder: Path) -> int:
     """The order that lies in `folder`, or NONE."""
     return next((order for order, name in FILES.items() if (folder / name).exists()), NONE)
 
 
-def withdraw(folder: Path) -> None:
+def clear(folder: Path) -> None:
     for name in FILES.values():
         (folder / name).unlink(missing_ok=True)
 

@@ -14,7 +14,7 @@ State = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Rows:
+class TensorShard:
     """A process's part of a tensor that is spread over all of them: of this shape, along its first dimension, in the order of
     the processes, as `torch.chunk` cuts it."""
 
@@ -48,7 +48,7 @@ def encode(state: State, spare: Mapping[str, Tensor] = MappingProxyType({})) -> 
     def walk(value: Any, place: str) -> Any:
         if isinstance(value, Tensor):
             return {"$tensor": store(value, place)}
-        if isinstance(value, Rows):
+        if isinstance(value, TensorShard):
             return {"$rows": store(value.own, place), "shape": list(value.shape)}
         if value is None or isinstance(value, bool | int | float | str):
             return value
@@ -76,7 +76,7 @@ def decode(tree: Any, tensor: Callable[[str], Tensor], rows: Callable[[str, tupl
             case {"$tensor": name}:
                 return tensor(name)
             case {"$rows": name, "shape": shape}:
-                return Rows(rows(name, tuple(shape)), tuple(shape))
+                return TensorShard(rows(name, tuple(shape)), tuple(shape))
             case {"$dict": items}:
                 return {key: walk(child) for key, child in items}
             case {"$tuple": children}:

@@ -15,27 +15,27 @@ OUTSIDE = -100.0
 
 
 @dataclass(frozen=True)
-class Aim:
+class SelectionCriterion:
     """Names of figures: of a run's last metrics, of its last look (`watch/...`), of its examination.
 
-    up: the held-out reward. down: the distance, for a search with two objectives. floors, ceilings: bounds; a trial that breaks
+    maximize: the held-out reward. down: the distance, for a search with two objectives. floors, ceilings: bounds; a trial that breaks
     one is worth nothing, however high its reward. A figure that is not there (yet) bounds nothing.
     """
 
-    up: str = "watch/held_out"
-    down: str = "divergence"
+    maximize: str = "watch/held_out"
+    minimize: str = "divergence"
     floors: Mapping[str, float] = field(default_factory=lambda: {"watch/variety": VARIETY})
     ceilings: Mapping[str, float] = field(default_factory=lambda: {"watch/distance": DISTANCE})
 
-    def excess(self, figures: Mapping[str, float]) -> dict[str, float]:
+    def violations(self, figures: Mapping[str, float]) -> dict[str, float]:
         """By how much each bound is broken; not above 0 where it is kept."""
         below = {key: least - figures[key] for key, least in self.floors.items() if key in figures}
         above = {key: figures[key] - most for key, most in self.ceilings.items() if key in figures}
         return below | above
 
-    def outside(self, figures: Mapping[str, float]) -> str | None:
+    def broken_bound(self, figures: Mapping[str, float]) -> str | None:
         """The first bound that is broken, in words."""
-        broken = next((key for key, excess in self.excess(figures).items() if excess > 0), None)
+        broken = next((key for key, excess in self.violations(figures).items() if excess > 0), None)
         if broken is None:
             return None
         bound = f"least {self.floors[broken]:g}" if broken in self.floors else f"most {self.ceilings[broken]:g}"
@@ -43,4 +43,4 @@ class Aim:
 
     def score(self, figures: Mapping[str, float]) -> float:
         """What a scheduler compares: `up`, or OUTSIDE. Raises KeyError where `up` is not there."""
-        return OUTSIDE if self.outside(figures) else figures[self.up]
+        return OUTSIDE if self.broken_bound(figures) else figures[self.maximize]

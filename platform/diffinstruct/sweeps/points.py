@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import ValidationError
-from ray.tune.search.sample import Categorical, Domain
+from ray.tune.search.random_points import Categorical, Domain
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError, did_you_mean
@@ -34,7 +34,7 @@ def grid(space: Mapping[str, Sequence[Any]]) -> list[Point]:
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
 
 
-def sample(space: Space, n: int, seed: int = 0) -> list[Point]:
+def random_points(space: Space, n: int, seed: int = 0) -> list[Point]:
     """`n` different points by chance, the same ones for the same seed. Raises UserError for a space that has not so many."""
     check_domains(space)
     random, points = np.random.RandomState(seed), list[Point]()
@@ -77,7 +77,7 @@ def values_of(domain: Any) -> list[Any]:
 
 def changed(base: Experiment, values: Mapping[str, Any]) -> Experiment:
     """`base` with the values of dotted keys; raises UserError, a line for each that does not fit."""
-    content = base.public().model_dump()
+    content = base.without_secrets().model_dump()
     for key, value in values.items():
         *parents, last = key.split(".")
         section: Any = content

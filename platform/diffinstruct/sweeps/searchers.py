@@ -10,7 +10,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from diffinstruct.run_folder import signals
-from diffinstruct.sweeps.criterion import Aim
+from diffinstruct.sweeps.criterion import SelectionCriterion
 
 if TYPE_CHECKING:
     pass
@@ -27,7 +27,7 @@ class Listed(Searcher):
         self.trials, self.todo = trials, list(todo)
 
     def suggest(self, trial_id: str) -> Any:
-        if not self.todo or signals.given(self.trials.folder) == signals.PAUSE:
+        if not self.todo or signals.requested(self.trials.folder) == signals.PAUSE:
             return Searcher.FINISHED
         i = self.todo.pop(0)
         return {**self.trials.point(i), "trial": i}
@@ -48,7 +48,7 @@ class Listed(Searcher):
 class Asking(Listed):
     """Hands out the points that Optuna asks for. Those of an earlier life first: it is told at once what they came to."""
 
-    def __init__(self, trials: Trials, aim: Aim) -> None:
+    def __init__(self, trials: Trials, aim: SelectionCriterion) -> None:
         super().__init__(trials, [i for i in trials.known if not trials.finished(i)])
         assert isinstance(trials.points, Optuna)
         self.search, self.aim = trials.points, aim
@@ -73,14 +73,14 @@ class Asking(Listed):
 
     def _tell(self, i: int, figures: Mapping[str, Any]) -> None:
         aim, trial = self.aim, self.asked.pop(i)
-        trial.set_user_attr("excess", [*aim.excess(figures).values()])
-        self.study.tell(trial, [figures[aim.up], figures[aim.down]])
+        trial.set_user_attr("excess", [*aim.violations(figures).values()])
+        self.study.tell(trial, [figures[aim.maximize], figures[aim.minimize]])
 
     def suggest(self, trial_id: str) -> Any:
         new = len(self.trials.known)
-        if not self.todo and new < self.search.trials and signals.given(self.trials.folder) != signals.PAUSE:
+        if not self.todo and new < self.search.trials and signals.requested(self.trials.folder) != signals.PAUSE:
             point = self._ask(new)
-            self.trials.add(new, point, self.trials.checked(point).derived_id)
+            self.trials.add(new, point, self.trials.checked(point).config_hash)
             self.todo.append(new)
         suggested = super().suggest(trial_id)
         if suggested != Searcher.FINISHED:

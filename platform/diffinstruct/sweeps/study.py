@@ -23,7 +23,7 @@ from diffinstruct.config.addresses import tracking_uri
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import load
 from diffinstruct.errors import UserError
-from diffinstruct.reports.frames import KEY, Rows, markdown, measures, points, ran_with, swept
+from diffinstruct.reports.frames import KEY, TrialRows, markdown, measures, points, ran_with, swept
 from diffinstruct.run_folder.signals import EXIT_PAUSED, Paused
 from diffinstruct.statistics import Summary, by_seed, paired_by_seed, seed_noise
 from diffinstruct.sweeps.points import Point, changed
@@ -34,7 +34,7 @@ from diffinstruct.tracking.records import read_journal
 
 
 @dataclass(frozen=True)
-class Answer:
+class StudyResult:
     """rows: all trials, with their `arm`. table: arm -> measure -> figure over seeds. text: the file that says it."""
 
     base: Experiment
@@ -103,7 +103,7 @@ class Study:
     examine: Callable[..., Mapping[str, float]]
     rows: Path
 
-    def main(self) -> Answer | None:
+    def main(self) -> StudyResult | None:
         """The command line of an experiment: run what is missing; with every row there, print the table and leave it in the
         folder of the runs. None while rows are missing."""
         parser = argparse.ArgumentParser(description=self.question, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,26 +122,26 @@ class Study:
         except KeyboardInterrupt:
             raise SystemExit(130) from None  # the sweep has said what is unfinished
 
-    def answer(self, most: int | None = None) -> Answer | None:
+    def answer(self, most: int | None = None) -> StudyResult | None:
         base = load(self.recipe)
-        return self._answer(base, Rows(self.rows), self.arms, self.seeds, self.examine, most)
+        return self._answer(base, TrialRows(self.rows), self.arms, self.seeds, self.examine, most)
 
-    def smoke(self) -> Answer | None:
+    def smoke(self) -> StudyResult | None:
         base = changed(load(self.recipe), {"name": f"{self.name}-smoke", **SMOKE})
         first, *_, last = [*self.arms] * 2  # there may be one
         arms = {name: {k: v for k, v in self.arms[name].items() if k not in SMOKE} for name in (first, last)}
-        rows, examine = Rows(_folder(base) / self.rows.name), partial(self.examine, every=SMOKE_EVERY)
+        rows, examine = TrialRows(_folder(base) / self.rows.name), partial(self.examine, every=SMOKE_EVERY)
         return self._answer(base, rows, arms, self.seeds[:1], examine)
 
     def _answer(
         self,
         base: Experiment,
-        rows: Rows,
+        rows: TrialRows,
         arms: Mapping[str, Point],
         seeds: Sequence[int],
         examine: Examine,
         most: int | None = None,
-    ) -> Answer | None:
+    ) -> StudyResult | None:
         frame = complete(rows, base, arms, seeds, _folder(base), examine, most)
         if frame is None:
             print("trials are missing: the same command goes on")
@@ -153,7 +153,7 @@ class Study:
         frame = frame.fillna(unsaid)  # what a row does not change is as in the recipe
         table = by_seed(frame, "arm", [*self.measures])
         named = {arm: {self.measures[key]: figure for key, figure in of.items()} for arm, of in table.items()}
-        answer = Answer(base, frame, table, _folder(base) / f"{self.name}.md")
+        answer = StudyResult(base, frame, table, _folder(base) / f"{self.name}.md")
         answer.text.parent.mkdir(parents=True, exist_ok=True)
         answer.text.unlink(missing_ok=True)
         answer.say(markdown(named, "training seeds (Student's); prompts and noise are the same for all"))
@@ -161,7 +161,7 @@ class Study:
 
 
 def complete(
-    rows: Rows,
+    rows: TrialRows,
     base: Experiment,
     arms: Mapping[str, Point],
     seeds: Sequence[int],

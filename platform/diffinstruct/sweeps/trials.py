@@ -25,12 +25,12 @@ from diffinstruct.errors import UserError, did_you_mean
 from diffinstruct.reports.frames import short
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.signals import Paused
-from diffinstruct.sweeps.criterion import Aim
+from diffinstruct.sweeps.criterion import SelectionCriterion
 from diffinstruct.tracking.journal import Parent, add_examination
 from diffinstruct.tracking.records import records
 
 if TYPE_CHECKING:
-    from diffinstruct.reward_service.client import RewardService
+    from diffinstruct.reward_service.client import RewardBackend
 from diffinstruct.sweeps.points import DRAWN, Optuna, Point, changed, check_domains, values_of
 
 SHARED = "is the same in all trials of a sweep, because they share their reward actors"
@@ -63,13 +63,13 @@ class Trials:
                 raise UserError(f"sweep: point {i} should be a mapping of dotted keys, got {listed_point!r}")
             point = {key: value.item() if isinstance(value, np.generic) else value for key, value in listed_point.items()}
             experiment = self.checked(point)
-            if experiment.derived_id in (run for _, run in self.known.values()):
+            if experiment.config_hash in (run for _, run in self.known.values()):
                 raise UserError(f"sweep: two trials have the same configuration, the second is {dict(point)}")
-            self.known[i] = (point, experiment.derived_id)
+            self.known[i] = (point, experiment.config_hash)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune writes what it holds to disk: no place for a tracking server's password."""
-        return {**vars(self), "base": self.base.public()}
+        return {**vars(self), "base": self.base.without_secrets()}
 
     def checked(self, point: Point) -> Experiment:
         """The experiment of a point. Raises UserError where it is none, or where trials cannot differ."""
@@ -127,7 +127,7 @@ class Trials:
         if not keeps:
             return
         asked = self.varied if isinstance(self.points, Optuna) else [dict(point) for point in self.points]
-        search = json.dumps([self.base.derived_id, asked], sort_keys=True)
+        search = json.dumps([self.base.config_hash, asked], sort_keys=True)
         first = {"search": hashlib.sha256(search.encode()).hexdigest()[:12]}
         found = next((line for _, _, line in records(self.ledger)), None)
         if found is None:
@@ -192,10 +192,10 @@ class Trial:
 
     trials: Trials
     config: dict[str, Any]
-    pool: RewardService | None
+    pool: RewardBackend | None
     where: str
     parent: str | None
-    aim: Aim | None
+    aim: SelectionCriterion | None
     population: bool
     started_in: str
 
@@ -206,7 +206,7 @@ class Trial:
         if self.population:
             self._join(i, point)
         self.folder, experiment = self.trials.run(i), self.trials.experiment(i)
-        if signals.given(self.trials.folder) == signals.PAUSE:
+        if signals.requested(self.trials.folder) == signals.PAUSE:
             raise Paused("the sweep pauses before this trial has begun")
         report: dict[str, float] = {}
         for report in self._train(experiment, self.trials.name(point)):
@@ -237,8 +237,8 @@ class Trial:
             training.start()
         while training.is_alive():
             yield from reports.new()
-            if signals.given(self.trials.folder) == signals.PAUSE:
-                signals.give(self.folder, signals.PAUSE)
+            if signals.requested(self.trials.folder) == signals.PAUSE:
+                signals.request(self.folder, signals.PAUSE)
             training.join(LISTEN)
         yield from reports.new()
         if errors:
@@ -248,14 +248,14 @@ class Trial:
         """Raises UserError where the end has come without a figure that the sweep looks for."""
         if self.aim is None:
             return
-        asked = [self.aim.up, *[self.aim.down] * isinstance(self.trials.points, Optuna)]
+        asked = [self.aim.maximize, *[self.aim.minimize] * isinstance(self.trials.points, Optuna)]
         bounds = [key for key in (*self.aim.floors, *self.aim.ceilings) if not key.startswith("watch/")]
         if missing := next((key for key in asked + bounds if key not in figures), None):
             raise UserError(f"aim: no figure {missing!r} came of this trial{did_you_mean(missing, figures)}")
 
     def _report(self, figures: dict[str, float]) -> None:
         """Tell Tune. What a scheduler compares is not there before the first look."""
-        if self.aim is None or self.aim.up not in figures:
+        if self.aim is None or self.aim.maximize not in figures:
             return
         with tempfile.TemporaryDirectory() as folder:
             if self.population:  # whoever takes over this trial's weights finds them by this; Tune only passes it on
@@ -275,7 +275,7 @@ class Trial:
             return
         before, experiment = self.trials.run(i), changed(self.trials.base, point)
         lineage = hashlib.sha256(f"{before.name} {donor['run']}".encode()).hexdigest()[:6]
-        run = f"{experiment.derived_id}-{lineage}"
+        run = f"{experiment.config_hash}-{lineage}"
         step = take_over(experiment, self.trials.folder / run, self.trials.folder / donor["run"])
         close(before, self.trials.experiment(i), Paused(f"went on as {run} with the weights of {donor['run']} at step {step}"))
         self.trials.add(i, point, run)

@@ -34,14 +34,14 @@ from diffinstruct.config.addresses import tracking_uri
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.inputs import check_inputs
 from diffinstruct.errors import UserError, did_you_mean
-from diffinstruct.reward_service.monitor import FIGURES
+from diffinstruct.reward_service.monitor import METRICS
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.signals import Paused
-from diffinstruct.sweeps.criterion import Aim
+from diffinstruct.sweeps.criterion import SelectionCriterion
 from diffinstruct.tracking.journal import Tracker
 
 if TYPE_CHECKING:
-    from diffinstruct.reward_service.client import RewardService
+    from diffinstruct.reward_service.client import RewardBackend
 from diffinstruct.sweeps.points import Optuna, Point
 from diffinstruct.sweeps.searchers import Asking, Listed
 from diffinstruct.sweeps.trials import Examine, Trial, Trials
@@ -65,7 +65,7 @@ def sweep(
     examine: Examine | None = None,
     on_row: OnRow = lambda i, row: None,
     scheduler: TrialScheduler | None = None,
-    aim: Aim | None = None,
+    aim: SelectionCriterion | None = None,
 ) -> pd.DataFrame:
     """Run `base` once for each of `points`, as child runs of one MLflow run.
 
@@ -87,8 +87,8 @@ def sweep(
     if any(experiment.mirror for experiment in (base, *trials.experiments)):
         raise UserError("mirror: is for single runs; what a sweep's trials leave lies in the sweep's folder")
     if scheduler or isinstance(points, Optuna):
-        aim = aim or Aim()
-        _check_looks(trials, aim, scheduler)
+        aim = aim or SelectionCriterion()
+        _check_probes(trials, aim, scheduler)
     for experiment in {of.model_dump_json(include={"prompts", "rewards"}): of for of in trials.experiments}.values():
         check_inputs(experiment)
     warn_of_passing_copy(folder)
@@ -98,7 +98,7 @@ def sweep(
         for experiment in {of.model_dump_json(include={"prompts"}): of for of in trials.experiments}.values():
             embed(experiment)
         trials.open(keeps=isinstance(points, Optuna) or isinstance(scheduler, PopulationBasedTraining))
-        signals.withdraw(folder)
+        signals.clear(folder)
         tags = {"sweep": folder, "trials": trials.count}
         parent = Tracker(base.tracking.uri, base.tracking.experiment, folder.name, folder, trials.varied, tags)
         print(f"sweep {folder}  {trials.count} trials  tracking {parent.url}  {where}\n{placement(base)}", flush=True)
@@ -106,12 +106,12 @@ def sweep(
         try:
             with (
                 reward_pool(base) if base.reward_actors else nullcontext() as pool,
-                signals.on_sigterm(lambda: signals.give(folder, signals.PAUSE)),
+                signals.on_sigterm(lambda: signals.request(folder, signals.PAUSE)),
             ):
                 failures = _tuned(trials, pool, where, parent.run_id, scheduler, aim, on_row)
             # Tune answers Ctrl-C by ending its trials and returning as if nothing had happened.
             unfinished = [i for i in range(trials.count) if i not in failures and not trials.finished(i)]
-            paused = signals.given(folder) == signals.PAUSE
+            paused = signals.requested(folder) == signals.PAUSE
             why: BaseException = Paused(f"{len(unfinished)} of {trials.count} trials are unfinished in {folder}")
             for i in unfinished:
                 if i in trials.known:
@@ -139,11 +139,11 @@ def sweep(
 
 def _tuned(
     trials: Trials,
-    pool: RewardService | None,
+    pool: RewardBackend | None,
     where: str,
     parent: str | None,
     scheduler: TrialScheduler | None,
-    aim: Aim | None,
+    aim: SelectionCriterion | None,
     on_row: OnRow,
 ) -> dict[int, BaseException]:
     """Run what is missing under Tune; the errors of those that failed."""
@@ -174,7 +174,7 @@ def _tuned(
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other would put its table in the place of our lines
 
     def stop(trial: Any) -> None:
-        signals.give(trials.run(trials.number(trial.trial_id, trial.config)), signals.STOP)
+        signals.request(trials.run(trials.number(trial.trial_id, trial.config)), signals.STOP)
 
     results = tune.Tuner(
         tune.with_resources(trial, DRIVER),
@@ -262,7 +262,7 @@ class Progress(TrialProgressCallback):
             self.on_row(i, self.trials.row(i))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        paused = signals.given(self.trials.folder) == signals.PAUSE
+        paused = signals.requested(self.trials.folder) == signals.PAUSE
         self._say(self.trials.number(trial.trial_id, trial.config), "paused" if paused else "failed")
 
     def _say(self, i: int, how: str) -> None:
@@ -270,16 +270,16 @@ class Progress(TrialProgressCallback):
         print(f"trial {len(self.ended)}/{self.trials.count} {how}  {dict(self.trials.point(i))}", flush=True)
 
 
-def _check_looks(trials: Trials, aim: Aim, scheduler: TrialScheduler | None) -> None:
+def _check_probes(trials: Trials, aim: SelectionCriterion, scheduler: TrialScheduler | None) -> None:
     """Raises UserError where the aim's figures would never come, or a scheduler would count something else than steps."""
-    looks = [key for key in (aim.up, aim.down, *aim.floors, *aim.ceilings) if key.startswith("watch/")]
-    if unknown := next((key for key in looks if key not in FIGURES), None):
-        raise UserError(f"aim: the watch has no figure {unknown!r}{did_you_mean(unknown, FIGURES)}")
+    looks = [key for key in (aim.maximize, aim.minimize, *aim.floors, *aim.ceilings) if key.startswith("watch/")]
+    if unknown := next((key for key in looks if key not in METRICS), None):
+        raise UserError(f"aim: the watch has no figure {unknown!r}{did_you_mean(unknown, METRICS)}")
     for i in trials.known or [None]:
         experiment = trials.base if i is None else trials.experiment(i)
         if looks and not experiment.watch.every:
             raise UserError(f"watch.every: is 0, but the sweep looks at {looks[0]}")
-        if aim.up == "watch/held_out" and not experiment.rewards.held_out:
+        if aim.maximize == "watch/held_out" and not experiment.rewards.held_out:
             raise UserError("rewards.held_out: is empty, but the sweep looks at watch/held_out")
     if (counts := getattr(scheduler, "_time_attr", "step")) != "step":
         raise UserError(f'scheduler: time_attr should be "step", got {counts!r}, which starts anew when a trial does')

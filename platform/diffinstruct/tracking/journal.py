@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffinstruct.config.addresses import in_one_line, tracking_uri, without_password
+from diffinstruct.config.addresses import one_line, redact, tracking_uri
 from diffinstruct.tracking.mlflow import MlflowDelivery, mlflow_key
 from diffinstruct.tracking.records import is_start, read_journal, read_json, records
 
@@ -80,7 +80,7 @@ class Tracker:
         self.uri = tracking_uri(uri, self.folder.parent)
         start = {
             "journal": uuid.uuid4().hex,  # by it the run is found again if the answer to its creation was lost
-            "uri": without_password(self.uri),
+            "uri": redact(self.uri),
             "experiment": experiment_name,
             "name": run_name,
             "params": {key: str(value) for key, value in params.items()},
@@ -173,7 +173,7 @@ class Tracker:
         if self.uri.startswith("sqlite:"):
             return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
         page = f"/#/experiments/{self._delivery.experiment_id}/runs/{self._delivery.run_id}"
-        return without_password(self.uri).rstrip("/") + (page if self._delivery.run_id else "")
+        return redact(self.uri).rstrip("/") + (page if self._delivery.run_id else "")
 
     def _append(self, record: dict[str, Any]) -> None:
         line = self._separator + json.dumps({"time": int(time.time() * 1000), **record}).encode() + b"\n"
@@ -203,8 +203,8 @@ class Tracker:
                 if not away:
                     logger.warning(
                         "MLflow (%s) does not take this run's data: %s. Training goes on, %s keeps them until it does",
-                        without_password(self.uri),
-                        in_one_line(error),
+                        redact(self.uri),
+                        one_line(error),
                         self._delivery.journal,
                     )
                 pause, away = min(2 * pause, LONGEST_PAUSE) if away else 1.0, True
@@ -254,7 +254,7 @@ def _deliver_now(folder: Path, uri: str | None = None) -> None:
     try:
         deliver(folder, uri)
     except Exception as error:
-        logger.warning("%s: what was added has not all reached MLflow: %s", folder, in_one_line(error))
+        logger.warning("%s: what was added has not all reached MLflow: %s", folder, one_line(error))
 
 
 def commit_of_code() -> dict[str, str]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from diffinstruct.config.addresses import in_one_line, spelled, tracking_uri, without_password
+from diffinstruct.config.addresses import one_line, quote_uri, redact, tracking_uri
 from diffinstruct.config.reading import load
 from diffinstruct.errors import UserError
 from diffinstruct.tracking.records import is_start, read_json, records, replace_json
@@ -37,7 +37,7 @@ class MlflowDelivery:
 
     def __init__(self, folder: Path, uri: str | None) -> None:
         self.folder, self.journal = folder, folder / "journal.jsonl"
-        self.uri = uri and spelled(uri)
+        self.uri = uri and quote_uri(uri)
         self.run_id: str | None = None
         self.experiment_id: str | None = None
         self.offset = 0
@@ -61,7 +61,7 @@ class MlflowDelivery:
         if not starts:
             raise FileNotFoundError(f"{self.journal} does not hold a run")
         (_, began), (start, _) = starts[0], starts[-1]
-        self.uri = self.uri or self._server(without_password(start["uri"]))
+        self.uri = self.uri or self._server(redact(start["uri"]))
         client, experiment_id = _open(self.uri, start["experiment"])
         known = read_json(self.folder / "mlflow.json").get("run_id")
         run = _active_run(client, known)
@@ -77,7 +77,7 @@ class MlflowDelivery:
             self.offset, self.postponed = 0, []
         self._confirm(self.offset)
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
-        where = {"uri": without_password(self.uri), "experiment_id": self.experiment_id, "run_id": self.run_id}
+        where = {"uri": redact(self.uri), "experiment_id": self.experiment_id, "run_id": self.run_id}
         replace_json(self.folder / "mlflow.json", where)
         self._nonfinite = {tag for tag in run.data.tags if tag.startswith("nonfinite.")}
         self._client = client
@@ -85,14 +85,14 @@ class MlflowDelivery:
     def _server(self, named: str) -> str:
         """What the journal names, with its password. Journals come from others, too: a server gets files and MLflow's
         password only where the environment or the recipe names it as well. An sqlite file is no server."""
-        own, recipe = spelled(os.environ.get("MLFLOW_TRACKING_URI", "")), self.folder / "experiment.yaml"
-        if named == without_password(own):
+        own, recipe = quote_uri(os.environ.get("MLFLOW_TRACKING_URI", "")), self.folder / "experiment.yaml"
+        if named == redact(own):
             return own
         if named.startswith("sqlite:///"):
             return named
         asked = load(recipe).tracking.uri if recipe.is_file() else None
         if named != asked:
-            there = without_password(tracking_uri(asked, self.folder.parent))
+            there = redact(tracking_uri(asked, self.folder.parent))
             raise UserError(f"{self.journal}: uri: {named!r} is not where the run would be tracked, {there!r}: --uri decides")
         return named
 
@@ -179,7 +179,7 @@ class MlflowDelivery:
             self._postponed_again = time.monotonic() + POSTPONED_AGAIN
             if str(path) not in self._refused:
                 self._refused.add(str(path))
-                logger.warning("%s does not reach MLflow yet: %s", path, in_one_line(error))
+                logger.warning("%s does not reach MLflow yet: %s", path, one_line(error))
 
     def _image(self, path: Path, record: dict[str, Any]) -> None:
         from PIL import Image
@@ -290,7 +290,7 @@ def _send(client: Any, run_id: str | None, entities: list[Any], refused: set[str
             if not half:
                 if entities[0].key not in refused:
                     refused.add(entities[0].key)
-                    logger.warning("MLflow refuses %s: %s", entities[0].key, in_one_line(error))
+                    logger.warning("MLflow refuses %s: %s", entities[0].key, one_line(error))
                 return
     _send(client, run_id, entities[:half], refused)
     _send(client, run_id, entities[half:], refused)

@@ -18,7 +18,7 @@ from diffinstruct.method.distances import distance
 from diffinstruct.method.guidance import guided
 from diffinstruct.method.objectives import objective
 from diffinstruct.method.precision import frozen_dtype
-from diffinstruct.method.step import Players, Settings
+from diffinstruct.method.step import StepConfig, TrainState
 from diffinstruct.models.pipeline import Reference, load_reference
 from diffinstruct.models.prompt_embeddings import NULL
 from diffinstruct.models.roles import Roles
@@ -61,7 +61,9 @@ def store_embeddings(experiment: Experiment, prompts: Sequence[str | None]) -> N
     open_reference(experiment, resolve_device(experiment.device)).store_embeddings(prompts)
 
 
-def make_players(experiment: Experiment, roles: Roles, null: Conditions, wrap: Callable[[nn.Module], nn.Module]) -> Players:
+def make_train_state(
+    experiment: Experiment, roles: Roles, null: Conditions, wrap: Callable[[nn.Module], nn.Module]
+) -> TrainState:
     """The roles with their optimizers, the reference with its guidance against the null prompt's conditions."""
 
     def adam(module: nn.Module, of: Any) -> torch.optim.Optimizer:
@@ -69,7 +71,7 @@ def make_players(experiment: Experiment, roles: Roles, null: Conditions, wrap: C
         weights = list(module.parameters())
         return torch.optim.AdamW(weights, fused=weights[0].is_cuda or None, **options)  # one kernel, and no copies on the way
 
-    return Players(
+    return TrainState(
         generator=wrap(roles.generator),
         score_network=wrap(roles.score_network),
         reference=guided(roles.reference, null, experiment.reference.cfg_scale, experiment.reference.guidance),
@@ -79,7 +81,7 @@ def make_players(experiment: Experiment, roles: Roles, null: Conditions, wrap: C
     )
 
 
-def make_settings(experiment: Experiment, schedule: Schedule) -> Settings:
+def make_step_config(experiment: Experiment, schedule: Schedule) -> StepConfig:
     """The configuration as the step wants it. Raises UserError for what does not fit the schedule or cannot be imported."""
     e = experiment.objective
     if e.t_max > len(schedule.alphas):
@@ -93,7 +95,7 @@ def make_settings(experiment: Experiment, schedule: Schedule) -> Settings:
         if e.t_law == "uniform"
         else log_normal_t(schedule, e.t_log_mean, e.t_log_std, e.t_min, e.t_max)
     )
-    return Settings(
+    return StepConfig(
         objective=objective(e.name, schedule=schedule, space=e.space, distance=chosen, sid_alpha=e.sid_alpha),
         regularization_weight=e.regularization_weight,
         reward_scale=e.reward_scale,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from diffinstruct.method.nonfinite import NonFinite
-from diffinstruct.method.step import Settings
+from diffinstruct.method.step import StepConfig
 
 if TYPE_CHECKING:
     from diffinstruct.training.run_log import Output
@@ -20,7 +20,7 @@ SPIKE = 10.0
 """A gradient's norm is a spike at so many times its mean over the rows of metrics before."""
 
 
-def heed(verdict: int, settings: Settings, step: int, output: Output | None) -> tuple[Settings, bool]:
+def heed(verdict: int, settings: StepConfig, step: int, output: Output | None) -> tuple[StepConfig, bool]:
     """What a look leads to, on all workers alike: the settings from here on, and whether the run ends."""
     if verdict == LOWER_SCALE:
         settings = replace(settings, reward_scale=settings.reward_scale / 2)

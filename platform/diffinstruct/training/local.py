@@ -13,11 +13,11 @@ from diffinstruct.training.loop import Result, train
 
 def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> Result:
     """Train `experiment` in `folder` (absolute), or go on with what is there."""
-    signals.withdraw(folder)
+    signals.clear(folder)
     if missing := missing_embeddings(experiment):
         print(f"prompt embeddings: {len(missing)} to make in {experiment.prompts.embeddings}", flush=True)
         store_embeddings(experiment, missing)
-    with signals.on_sigterm(lambda: signals.give(folder, signals.PAUSE)):
+    with signals.on_sigterm(lambda: signals.request(folder, signals.PAUSE)):
         result = train(experiment, folder, parent=parent)
     assert result is not None  # this process is rank 0
     return result

@@ -13,24 +13,31 @@ from pathlib import Path
 from typing import Any
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.method.noise import Draws
+from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.nonfinite import NonFinite
 from diffinstruct.method.precision import use_deterministic_kernels
-from diffinstruct.method.step import Players, alternating_round
+from diffinstruct.method.step import TrainState, alternating_round
 from diffinstruct.models.denoiser import OneStepGenerator
 from diffinstruct.models.pipeline import Reference
-from diffinstruct.models.roles import make_roles, whole
-from diffinstruct.models.sampling import EVALUATION_SEED, pictures_to_meet, sample
-from diffinstruct.models.sharding import gathered, rows, sharded, spread
-from diffinstruct.reward_service.client import InProcess, Jury, RewardService, make_rewards
-from diffinstruct.reward_service.monitor import BLIND, Watcher
+from diffinstruct.models.roles import make_roles, unsharded
+from diffinstruct.models.sampling import EVALUATION_SEED, probe_inputs, sample_latents
+from diffinstruct.models.sharding import gathered, sharded, to_dtensors, to_shards
+from diffinstruct.reward_service.client import LocalRewards, RewardBackend, RewardClient, make_rewards
+from diffinstruct.reward_service.monitor import BLIND, OveroptimizationMonitor
 from diffinstruct.reward_service.validation import PICTURES
 from diffinstruct.run_folder import signals
-from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, Crew, a_full_disk_said
+from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, Ranks, full_disk_as_error
 from diffinstruct.run_folder.locks import only_writer
 from diffinstruct.run_folder.mirror import mirrored
 from diffinstruct.tracking.journal import Parent
-from diffinstruct.training.build import digest, make_players, make_settings, open_reference, resolve_device, training_prompts
+from diffinstruct.training.build import (
+    digest,
+    make_step_config,
+    make_train_state,
+    open_reference,
+    resolve_device,
+    training_prompts,
+)
 from diffinstruct.training.guards import GO_ON, SKIPS, Skips, heed
 from diffinstruct.training.resume import STATE, newest
 from diffinstruct.training.run_log import Grid, Output, Result, Window
@@ -43,7 +50,7 @@ PATIENCE = 60.0
 def train(
     experiment: Experiment,
     folder: Path,
-    actors: RewardService | None = None,
+    actors: RewardBackend | None = None,
     worker: Worker = Worker(),  # noqa: B008
     parent: Parent | None = None,
 ) -> Result | None:
@@ -56,7 +63,7 @@ def train(
     the last checkpoint; UserError where another process is at work on the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with a_full_disk_said(folder):
+    with full_disk_as_error(folder):
         if worker.rank:
             return _train(experiment, folder, actors, worker, parent)
         with only_writer(folder, PATIENCE), mirrored(experiment.mirror, folder):
@@ -64,22 +71,26 @@ def train(
 
 
 def _train(
-    experiment: Experiment, folder: Path, actors: RewardService | None, worker: Worker, parent: Parent | None
+    experiment: Experiment, folder: Path, actors: RewardBackend | None, worker: Worker, parent: Parent | None
 ) -> Result | None:
     if experiment.deterministic:
         use_deterministic_kernels()
     device = resolve_device(experiment.device)
     reference = open_reference(experiment, device)
     mesh = worker.mesh
-    roles = make_roles(experiment, reference, partial(sharded, mesh=mesh, precision=experiment.precision) if mesh else whole)
-    players = make_players(experiment, roles, reference.null_conditions(), worker.wrap)
-    settings = make_settings(experiment, reference.schedule)
+    roles = make_roles(
+        experiment, reference, partial(sharded, mesh=mesh, precision=experiment.precision) if mesh else unsharded
+    )
+    train_state = make_train_state(experiment, roles, reference.null_conditions(), worker.wrap)
+    settings = make_step_config(experiment, reference.schedule)
     prompts = training_prompts(experiment)
     of_prompts = digest(prompts)
-    jury = Jury(experiment, actors, lambda: InProcess(make_rewards(experiment.rewards.names, reference.decode, device)))
-    watcher = Watcher(experiment, reference, prompts, jury)
-    grid = Grid(experiment, reference, players.ema)
-    crew = Crew(worker.rank, worker.world, worker.least) if mesh else Crew()
+    jury = RewardClient(
+        experiment, actors, lambda: LocalRewards(make_rewards(experiment.rewards.names, reference.decode, device))
+    )
+    watcher = OveroptimizationMonitor(experiment, reference, prompts, jury)
+    grid = Grid(experiment, reference, train_state.ema)
+    crew = Ranks(worker.rank, worker.world, worker.least) if mesh else Ranks()
     store = CheckpointStore(folder / "checkpoints", crew=crew)
     # before anything is written: a run of another configuration stays as it is
     done, state = newest(store, experiment, worker, of_prompts)
@@ -88,11 +99,11 @@ def _train(
     output = Output(experiment, folder, reference, parent, worker.where, done) if worker.rank == 0 else None
     window = Window(experiment)
     skips, stopped = Skips(), False
-    kept: dict[str, Any] = {"players": players, "jury": jury, "watcher": watcher, "window": window, "skips": skips}
+    kept: dict[str, Any] = {"players": train_state, "jury": jury, "watcher": watcher, "window": window, "skips": skips}
 
     def take(state: dict[str, Any]) -> None:
         nonlocal settings, stopped
-        state = spread(state, mesh) if mesh else state
+        state = to_dtensors(state, mesh) if mesh else state
         try:
             for name, part in kept.items():
                 part.load_state_dict(state[name])
@@ -107,9 +118,9 @@ def _train(
         jury.micro_batch = worker.least(jury.micro_batch)
         window.share(worker.average)
         if output or mesh:
-            own = {"format": STATE, "experiment": experiment.derived_id, "prompts": of_prompts, "stopped": stopped}
+            own = {"format": STATE, "experiment": experiment.config_hash, "prompts": of_prompts, "stopped": stopped}
             own |= {"reward_scale": settings.reward_scale, "metrics": output.last if output else {}}
-            state = own | rows({name: part.state_dict() for name, part in kept.items()})
+            state = own | to_shards({name: part.state_dict() for name, part in kept.items()})
             store.start(at, state, watcher.watch.best.get("step"))
 
     if state:
@@ -121,19 +132,19 @@ def _train(
         if not stopped and done < experiment.steps:
             if output and done == 0 and roles.start_error is not None:
                 output.said(0, "start", f"generator.start_rank: {roles.start_error:.1%} of the start's difference is lost")
-            meet(reference, players, prompts, jury, grid, done, output)
+            validate_rewards(reference, train_state, prompts, jury, grid, done, output)
         while not stopped and at < experiment.steps:
             step, at = at, at + 1
             looks = experiment.watch.every > 0 and step % experiment.watch.every == 0
-            latents = watcher.pictures(players.ema) if looks else None
+            latents = watcher.pictures(train_state.ema) if looks else None
             regular = step > 0 and step % experiment.logging.checkpoint_every == 0 and not skips.in_a_row
             look = watcher.look(step, latents, regular) if output and latents is not None else None
             seed = skips.seed(experiment.seed)
-            draws = Draws(seed, step, experiment.global_batch_size, reference.latent_shape, own_rows, device)
+            draws = NoiseStreams(seed, step, experiment.global_batch_size, reference.latent_shape, own_rows, device)
             chosen = [prompts[i] for i in draws.prompts(len(prompts))]
             c = reference.encode_prompts(chosen)
             try:
-                metrics = alternating_round(players, settings, reference.schedule, draws, chosen, c, jury.send)
+                metrics = alternating_round(train_state, settings, reference.schedule, draws, chosen, c, jury.send)
             except NonFinite as error:
                 why = skips.add(error, worker.gather(error.cause))
                 if output:
@@ -162,13 +173,13 @@ def _train(
                 output.said(at, "rewards", place)
             if not leaving and (leaving := worker.leaving()) and output:
                 output.said(at, "preemption", "a machine of this run is about to go: every step is saved from here on")
-            order = worker.least(signals.given(folder) if output else signals.NONE)
+            order = worker.least(signals.requested(folder) if output else signals.NONE)
             stopped = stopped or order == signals.STOP
             last, paused = stopped or at == experiment.steps, order == signals.PAUSE
             if order == signals.STOP and output:
                 output.said(at, "stopped", "the run ends here: it was told to stop")
             if last and experiment.watch.every:
-                latents = watcher.pictures(players.ema)
+                latents = watcher.pictures(train_state.ema)
                 if output:
                     output.looked(at, watcher.look(at, latents, kept=True), watcher.watch)
             if at % experiment.logging.every == 0 or last:
@@ -177,7 +188,7 @@ def _train(
                 if output:
                     output.metrics(at, metrics)
             if at % experiment.logging.grid_every == 0 or last:
-                columns = grid.columns(players.ema)
+                columns = grid.columns(train_state.ema)
                 if output:
                     output.grid(at, columns)
             # What one goes back to should not lie in the middle of what one flees from
@@ -197,7 +208,7 @@ def _train(
         if output:
             output.failed(error)
         raise
-    average = players.ema
+    average = train_state.ema
     assert isinstance(average, OneStepGenerator)
     if mesh:
         network = gathered(average.denoiser.network, reference.network(device="meta"))
@@ -205,11 +216,11 @@ def _train(
     return output.finished(at, average, watcher.watch.best.get("step", at)) if output else None
 
 
-def meet(
+def validate_rewards(
     reference: Reference,
-    players: Players,
+    train_state: TrainState,
     prompts: Sequence[str],
-    jury: Jury,
+    jury: RewardClient,
     grid: Grid,
     done: int,
     output: Output | None,
@@ -217,13 +228,13 @@ def meet(
     """Before the first round from here: the handshake with the rewards on the generator's pictures, also in a resumed run,
     whose rewards somebody may have mended meanwhile; of a new run the start's pictures, and the rewards' scales."""
     if done == 0:
-        columns = grid.columns(players.ema)
+        columns = grid.columns(train_state.ema)
         if output:
             output.grid(0, columns)
-    few, noise = pictures_to_meet(reference, prompts, PICTURES, EVALUATION_SEED + 2)
-    latents = sample(jury.experiment, reference, players.ema, noise, few)
+    few, noise = probe_inputs(reference, prompts, PICTURES, EVALUATION_SEED + 2)
+    latents = sample_latents(jury.experiment, reference, train_state.ema, noise, few)
     if output:
-        for report in jury.meet(latents, few):
+        for report in jury.validate(latents, few):
             output.said(done, f"reward.{report.name}", str(report))
         if output.experiment.watch.every and not output.experiment.rewards.held_out:
             output.said(done, "watch", BLIND)

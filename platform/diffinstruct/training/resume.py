@@ -13,9 +13,9 @@ import torch
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError, did_you_mean
 from diffinstruct.models.roles import make_roles
-from diffinstruct.reward_service.monitor import Watch
+from diffinstruct.reward_service.monitor import ProbeHistory
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, flush
-from diffinstruct.run_folder.state_tree import Rows
+from diffinstruct.run_folder.state_tree import TensorShard
 from diffinstruct.training.build import digest, open_reference, training_prompts
 from diffinstruct.training.worker import Worker
 
@@ -53,9 +53,9 @@ def _check_state(folder: Path, experiment: Experiment, written: object, of: obje
     """Raises UserError for a checkpoint that another configuration has written, or another version of this."""
     if written != STATE:
         raise UserError(f"{folder}: written by another version of diffinstruct (state {written}, this one has {STATE})")
-    if of != experiment.derived_id:
+    if of != experiment.config_hash:
         raise UserError(
-            f"{folder}: belongs to another configuration ({of}, this one is {experiment.derived_id}); "
+            f"{folder}: belongs to another configuration ({of}, this one is {experiment.config_hash}); "
             "resume with the run's own experiment.yaml"
         )
 
@@ -86,7 +86,7 @@ def export_checkpoint(experiment: Experiment, folder: Path, which: str, out: Pat
             print(error, file=sys.stderr)
     _check_state(store.folder, experiment, store.part(step, "format"), store.part(step, "experiment"))
     average = make_roles(experiment, open_reference(experiment, torch.device("cpu"))).average
-    average.load_state_dict({name: value.own if isinstance(value, Rows) else value for name, value in weights.items()})
+    average.load_state_dict({name: value.own if isinstance(value, TensorShard) else value for name, value in weights.items()})
     export(experiment.reference.model, average, out)
     return step, step == best
 
@@ -128,14 +128,14 @@ def change(experiment: Experiment, folder: Path, keys: Collection[str]) -> int |
     step, state = found
     if step > experiment.steps:
         raise UserError(f"steps: should be at least the {step} that are done, got {experiment.steps}")
-    if state.get("experiment") == experiment.derived_id and state.get("prompts") == digest(training_prompts(experiment)):
+    if state.get("experiment") == experiment.config_hash and state.get("prompts") == digest(training_prompts(experiment)):
         keep_configuration(experiment, folder)
         return None
     own: dict[str, Any] = {"stopped": False}
     if "objective.reward_scale" in keys:
         own["reward_scale"] = experiment.objective.reward_scale
     if any(key.startswith("prompts.") for key in keys):  # looks are compared picture by picture
-        own["watcher"] = {"watch": Watch().state_dict(), "divergences": []}
+        own["watcher"] = {"watch": ProbeHistory().state_dict(), "divergences": []}
     if "rewards.micro_batch" in keys:
         own["jury"] = state["jury"] | {"micro_batch": experiment.rewards.micro_batch}
     store.save(step, _made_one_of(experiment, state) | own)
@@ -146,7 +146,7 @@ def change(experiment: Experiment, folder: Path, keys: Collection[str]) -> int |
 def keep_configuration(experiment: Experiment, folder: Path) -> None:
     """Write the run's experiment.yaml, whole or not at all."""
     passing = folder / "experiment.yaml.tmp"
-    passing.write_text(experiment.public().to_yaml())
+    passing.write_text(experiment.without_secrets().to_yaml())
     flush(passing)  # or a power cut leaves an empty one
     passing.replace(folder / "experiment.yaml")
 
@@ -157,4 +157,4 @@ def _made_one_of(experiment: Experiment, state: dict[str, Any]) -> dict[str, Any
     for optimizer, of in (("generator_optimizer", experiment.generator), ("score_optimizer", experiment.score_network)):
         for group in state["players"][optimizer]["param_groups"]:
             group |= {"lr": of.learning_rate, "betas": of.betas, "weight_decay": of.weight_decay}
-    return state | {"experiment": experiment.derived_id, "prompts": digest(training_prompts(experiment))}
+    return state | {"experiment": experiment.config_hash, "prompts": digest(training_prompts(experiment))}

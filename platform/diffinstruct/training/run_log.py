@@ -20,8 +20,8 @@ from diffinstruct.method.rewards import NotFinite
 from diffinstruct.method.step import Metrics
 from diffinstruct.models.denoiser import OneStepGenerator
 from diffinstruct.models.pipeline import Reference
-from diffinstruct.models.sampling import EVALUATION_SEED, sample
-from diffinstruct.reward_service.monitor import Alarm, Watch
+from diffinstruct.models.sampling import EVALUATION_SEED, sample_latents
+from diffinstruct.reward_service.monitor import Alarm, ProbeHistory
 from diffinstruct.run_folder import signals
 from diffinstruct.tracking.journal import Parent, Tracker
 from diffinstruct.training.guards import GO_ON, LOWER_SCALE, SKIPS, SPIKE, STOP
@@ -107,7 +107,7 @@ class Grid:
 
     def _latents(self, generator: nn.Module, noise: int) -> Tensor:
         own = self.noise[noise].to(self.reference.device)
-        return sample(self.experiment, self.reference, generator, own, self.prompts)
+        return sample_latents(self.experiment, self.reference, generator, own, self.prompts)
 
 
 class Output:
@@ -130,8 +130,8 @@ class Output:
             experiment.tracking.experiment,
             parent.child if parent else folder.name,
             folder,
-            params=experiment.public().to_params(),
-            tags={"diffinstruct.experiment_id": experiment.derived_id},
+            params=experiment.without_secrets().to_params(),
+            tags={"diffinstruct.experiment_id": experiment.config_hash},
             parent_run_id=parent.run_id if parent else None,
         )
         self.started = time.perf_counter()
@@ -169,7 +169,7 @@ class Output:
         print(f"step {lost}: {text}", flush=True)
         self.tracker.back_to(step, lost, text)
 
-    def looked(self, step: int, look: Callable[[], tuple[Metrics, Alarm | None]], watch: Watch) -> int:
+    def looked(self, step: int, look: Callable[[], tuple[Metrics, Alarm | None]], watch: ProbeHistory) -> int:
         """Keep what a look has seen; what follows from it. Rewards that have no finite score for its pictures see nothing."""
         try:
             figures, alarm = look()
