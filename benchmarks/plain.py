@@ -26,11 +26,11 @@ class Parts:
     """The networks, optimizers, prompts and draws that a loop needs, and the rounds that it has finished."""
 
     def __init__(self, e: Experiment) -> None:
-        assert (e.objective.name, e.objective.distance, e.objective.space) == ("di_star", "pseudo_huber", "x0")
+        assert (e.objective.name, e.objective.distance, e.objective.weighting) == ("di_star", "pseudo_huber", "x0")
         assert e.score_network.updates_per_step == 1 and e.score_network.reuse_sample and e.precision == "fp32"
         self.e, self.step, self.rounds = e, 0, list[dict[str, float]]()
         root = POCKET / "pipeline" if e.reference.model == "pocket" else Path(e.reference.model)
-        start = {"reference": root / "unet", "pocket-distilled": POCKET / "generator"}[e.generator.start]
+        start = {"reference": root / "unet", "pocket-distilled": POCKET / "generator"}[e.generator.init_from]
         self.generator, self.ema = (UNet2DConditionModel.from_pretrained(start).float().eval() for _ in range(2))
         networks = (UNet2DConditionModel.from_pretrained(root / "unet").float().eval() for _ in range(2))
         self.score_network, self.reference = networks
@@ -155,7 +155,7 @@ def plain(parts: Parts) -> Iterator[None]:
         f = parts.x0_hat(parts.score_network, xt, t, c)
         both = parts.x0_hat(parts.reference, torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([c, null]))
         with_c, without = both.chunk(2)
-        loss = parts.divergence(f, with_c + e.reference.cfg_scale * (with_c - without), leaf)
+        loss = parts.divergence(f, with_c + (e.reference.guidance_scale - 1) * (with_c - without), leaf)
         pull = e.objective.regularization_weight * torch.autograd.grad(loss.sum(), leaf)[0]
 
         parts.generator_adam.zero_grad()
@@ -181,7 +181,7 @@ def textbook(parts: Parts) -> Iterator[None]:
         xt = alpha * x0 + sigma * eps
         f = parts.x0_hat(parts.score_network, xt, t, c)
         with_c, without = parts.x0_hat(parts.reference, xt, t, c), parts.x0_hat(parts.reference, xt, t, null)
-        loss = parts.divergence(f, with_c + e.reference.cfg_scale * (with_c - without), x0).mean()
+        loss = parts.divergence(f, with_c + (e.reference.guidance_scale - 1) * (with_c - without), x0).mean()
         images = parts.decoded(x0)
         scores = {name: model(images, chosen) for name, (model, _) in parts.trained.items()}
         reward = sum(weight * scores[name].mean() for name, (_, weight) in parts.trained.items())

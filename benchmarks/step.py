@@ -233,8 +233,8 @@ if __name__ == "__main__":
             folder.mkdir()
             # Without looks, which the loops beside it do not have, and without a choice of place: it asks once more.
             own = [
-                "watch.every=0",
-                "cluster.reward_place=actor",
+                "overoptimization.every=0",
+                "cluster.rewards.placement=actor",
                 f"steps={WARM_UP + PAIRS + 1}",
                 f"tracking.uri=sqlite:///{temporary}/mlflow.db",
             ]

@@ -54,7 +54,14 @@ PLANTS = {
     "sprout": "sprout",
     "bud": "buds",
 }
-BODIES = {"round": "dome", "square": "block", "slim": "tower", "wide": "squat", "bell-shaped": "bell", "stepped": "steps"}
+BODIES = {
+    "round": "dome",
+    "square": "block",
+    "slim": "tower",
+    "wide": "squat",
+    "bell-shaped": "bell",
+    "stepped": "steps",
+}
 COLOURS = {
     "blue": "#7dd3fc",
     "lavender": "#c4b5fd",
@@ -184,7 +191,12 @@ class Resumable:
     """A training loop's state on disk: modules and optimizer in one safetensors-and-json pair, replaced atomically."""
 
     def __init__(
-        self, folder: Path, steps: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, every: int = 200
+        self,
+        folder: Path,
+        steps: int,
+        modules: dict[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        every: int = 200,
     ) -> None:
         self.path, self.steps, self.modules, self.optimizer, self.every = folder, steps, modules, optimizer, every
         self.start = 0
@@ -433,7 +445,9 @@ def stage_unet(work: Path, steps: int = 4_400, batch: int = 32) -> None:
     save_pipeline(work, ema_unet, ema_text, tokenizer, scale)
 
 
-def save_pipeline(work: Path, unet: UNet2DConditionModel, text: CLIPTextModel, tokenizer: CLIPTokenizer, scale: float) -> None:
+def save_pipeline(
+    work: Path, unet: UNet2DConditionModel, text: CLIPTextModel, tokenizer: CLIPTokenizer, scale: float
+) -> None:
     """A stock StableDiffusionPipeline folder in fp16; the latents' unit variance is the autoencoder's scaling factor."""
     from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
@@ -548,7 +562,9 @@ def damaged(images: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         elif kind == 2:
             out[i] = torch.lerp(images[i], images[int(rng.integers(len(images)))], 0.5 * strength)
         else:  # colours shifted and contrast gone
-            out[i] = (0.5 + (images[i] - 0.5) * (1 - 0.7 * strength) + 0.25 * strength * torch.randn(3, 1, 1)).clamp(0, 1)
+            out[i] = (0.5 + (images[i] - 0.5) * (1 - 0.7 * strength) + 0.25 * strength * torch.randn(3, 1, 1)).clamp(
+                0, 1
+            )
     return out, severity
 
 
@@ -580,7 +596,12 @@ def train_preference(
         projection_dim=128,
         logit_scale_init_value=2.7,
     )
-    classes = {"subject": [*PLANTS, *BODIES], "colour": list(COLOURS), "background": list(BACKGROUNDS), "mouth": list(MOUTHS)}
+    classes = {
+        "subject": [*PLANTS, *BODIES],
+        "colour": list(COLOURS),
+        "background": list(BACKGROUNDS),
+        "mouth": list(MOUTHS),
+    }
     # Choices alone teach the towers colours long before mouths: while they learn, each also names what it sees and reads.
     model = CLIPModel(config)
     sees = nn.ModuleDict({a: nn.Linear(128, len(names)) for a, names in classes.items()})
@@ -617,7 +638,9 @@ def train_preference(
         chosen = torch.from_numpy(rng.random((prompts_, 96)).astype(np.float32)) < torch.sigmoid(
             sharpness * (liked.gather(1, one) - liked.gather(1, other))
         )
-        loss = choices = F.binary_cross_entropy_with_logits(scores.gather(1, one) - scores.gather(1, other), chosen.float())
+        loss = choices = F.binary_cross_entropy_with_logits(
+            scores.gather(1, one) - scores.gather(1, other), chosen.float()
+        )
         shown, good = table.iloc[index], severity == 0
         named = {}
         for attribute, names in classes.items():
@@ -633,9 +656,9 @@ def train_preference(
         optimizer.step()
         if step % 50 == 0:
             clear = (liked.gather(1, one) - liked.gather(1, other)).abs() > 0.5
-            agree = ((scores.gather(1, one) > scores.gather(1, other)) == (liked.gather(1, one) > liked.gather(1, other)))[
-                clear
-            ]
+            agree = (
+                (scores.gather(1, one) > scores.gather(1, other)) == (liked.gather(1, one) > liked.gather(1, other))
+            )[clear]
             print(
                 f"{name} {step}/{steps} choices {choices:.4f} agrees {agree.float().mean():.3f} "
                 + " ".join(f"{k} {v:.2f}" for k, v in named.items()),
@@ -675,7 +698,9 @@ def stage_prompts(work: Path) -> None:
     named = list(itertools.product(unseen, MOUTHS))
     rng.shuffle(named)
     for ((kind, subject), colour, background), mouth in itertools.islice(itertools.cycle(named), 500):
-        row("eval", kind, subject, colour, background, mouth)  # 490 there are: the last ten come again, with other noise
+        row(
+            "eval", kind, subject, colour, background, mouth
+        )  # 490 there are: the last ten come again, with other noise
     open_ = [(s, c, b) for s in SUBJECTS for c, b in [*((c, None) for c in COLOURS), *((None, b) for b in BACKGROUNDS)]]
     for pair, some_colour, some_background in [*unseen, *rng.sample(open_, 256 - len(unseen))]:
         row("open", *pair, some_colour, some_background, None)
@@ -692,7 +717,11 @@ def stage_package(work: Path) -> None:
         shutil.rmtree(POCKET / name, ignore_errors=True)
         shutil.copytree(work / name, POCKET / name)
         for path in (POCKET / name).rglob("*.safetensors"):
-            save_file({k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}, path, {"format": "pt"})
+            save_file(
+                {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()},
+                path,
+                {"format": "pt"},
+            )
     shutil.copy(work / "prompts.csv", POCKET / "prompts.csv")
 
 
@@ -734,7 +763,9 @@ def stage_distill(work: Path, steps: int = 240) -> None:
     base |= {"rewards": {"trained": [], "held_out": []}}
     base["generator"] |= {"start": "reference", "learning_rate": 2e-4, "ema_decay": 0.98}
     base["score_network"] |= {"learning_rate": 4e-4, "updates_per_step": 2}
-    base["reference"] |= {"cfg_scale": 1.0}  # under the reference's own 2 what a prompt leaves open falls onto one choice
+    base["reference"] |= {
+        "guidance_scale": 2.0
+    }  # under the reference's own 2 what a prompt leaves open falls onto one choice
     base["objective"] |= {"reward_scale": 0.0}
     base["logging"] |= {"every": 20, "checkpoint_every": 40, "grid_every": 40}
     result = run(Experiment.model_validate(base), (work / "distill").absolute())

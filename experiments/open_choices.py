@@ -27,7 +27,9 @@ from diffinstruct.sweeps.study import Study
 
 HERE = Path(__file__).parent
 WEIGHT = "objective.regularization_weight"
-OBJECTIVES: dict[str, Point] = {  # scales at which reward and regulariser have about the same ratio of norms at the start
+OBJECTIVES: dict[
+    str, Point
+] = {  # scales at which reward and regulariser have about the same ratio of norms at the start
     "DI*": {"objective.name": "di_star", "objective.reward_scale": 2.0},
     "Diff-Instruct++": {"objective.name": "diff_instruct_pp", "objective.reward_scale": 8.0},
 }
@@ -35,11 +37,11 @@ CHOICES: dict[str, Point] = {
     "the recipe": {},
     "c 0.03": {"objective.huber_c": 0.03},
     "c 0.3": {"objective.huber_c": 0.3},
-    "space eps": {"objective.space": "eps"},
-    "space v": {"objective.space": "v"},
+    "space eps": {"objective.weighting": "eps"},
+    "space v": {"objective.weighting": "v"},
     "t log-normal": {"objective.t_law": "log_normal"},
-    "lambda x0": {"score_network.space": "x0"},
-    "lambda v": {"score_network.space": "v"},
+    "lambda x0": {"score_network.loss_weighting": "x0"},
+    "lambda v": {"score_network.loss_weighting": "v"},
     "K_TA 2": {"score_network.updates_per_step": 2},
     "K_TA 4": {"score_network.updates_per_step": 4},
     "learning rate / 2": {"generator.learning_rate": 5e-5},
@@ -59,7 +61,8 @@ STUDY = Study(
     },
     seeds=(0,),
     measures={
-        key: MEASURES[key] for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
+        key: MEASURES[key]
+        for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
     },
     examine=examine_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
@@ -82,7 +85,9 @@ def main() -> None:
     for arm in answer.table:
         recipe = f"{arm.split(', ')[0]}, the recipe"
         if arm != recipe and recipe in answer.table:
-            judge, kid, diversity = (paired_by_seed(answer.rows, "arm", arm, recipe, key, of) for key, of in noise.items())
+            judge, kid, diversity = (
+                paired_by_seed(answer.rows, "arm", arm, recipe, key, of) for key, of in noise.items()
+            )
             answer.say(f"- {arm}, minus the recipe: held-out preference {judge}, KID {kid}, diversity {diversity}")
     answer.publish()
 
@@ -100,7 +105,9 @@ def noise_at_these_scales(measures: Sequence[str]) -> dict[str, tuple[float, int
     alike = [(trials[list(of)] == pd.Series(of)).all(axis=1) for of in OBJECTIVES.values()]
     of_three = trials.groupby("arm")["seed"].transform("nunique") >= 3
     try:
-        return {key: seed_noise(trials[pd.concat(alike, axis=1).any(axis=1) & of_three], "arm", key) for key in measures}
+        return {
+            key: seed_noise(trials[pd.concat(alike, axis=1).any(axis=1) & of_three], "arm", key) for key in measures
+        }
     except ValueError as error:
         raise UserError(f"{STUDY.rows}: {error}; run score_against_kl.py first") from None
 

@@ -26,13 +26,14 @@ RESULTS = HERE.parent / "docs" / "results"
 
 
 def examine_watched(experiment: Experiment, folder: Path, every: int = 1) -> dict[str, float]:
-    """What the examination finds, the step of the first alarm (NaN: none), and each figure of each look, as `watch/x@step`."""
+    """What the examination finds, the step of the first alarm (NaN: none), and each figure of each look as
+    `overoptimization/x@step`."""
     records = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines() if line]
     looks = {
         f"{key}@{record['step']}": value
         for record in records
         for key, value in record.get("metrics", {}).items()
-        if key.startswith("watch/")
+        if key.startswith("overoptimization/")
     }
     alarms = [float(record["step"]) for record in records if record.get("event") == "hacking"]
     return examine_run(experiment, folder, every) | {"alarm": min(alarms, default=math.nan)} | looks
@@ -56,7 +57,13 @@ STUDIES = (
         },
         range(1),
     ),
-    study("overoptimization_planted", "pocket_hackable.yaml", "overoptimization_planted.csv", {"planted reward": {}}, range(2)),
+    study(
+        "overoptimization_planted",
+        "pocket_hackable.yaml",
+        "overoptimization_planted.csv",
+        {"planted reward": {}},
+        range(2),
+    ),
 )
 
 
@@ -87,7 +94,11 @@ def publish(answers: list[StudyResult], rows: pd.DataFrame) -> None:
 
 def course(trial: pd.Series, figure: str) -> pd.Series:
     """A figure of the watch against the step."""
-    of = {int(str(key).partition("@")[2]): value for key, value in trial.items() if str(key).startswith(f"watch/{figure}@")}
+    of = {
+        int(str(key).partition("@")[2]): value
+        for key, value in trial.items()
+        if str(key).startswith(f"overoptimization/{figure}@")
+    }
     return pd.Series(of, dtype=float).dropna().sort_index()
 
 
@@ -96,7 +107,9 @@ def told(trial: pd.Series) -> str:
     held_out, alarm = course(trial, "held_out"), trial["alarm"]
     peak = held_out.idxmax()
     if peak == 0:
-        return "the held-out preference never gained, " + ("no alarm" if math.isnan(alarm) else f"alarm at step {alarm:.0f}")
+        return "the held-out preference never gained, " + (
+            "no alarm" if math.isnan(alarm) else f"alarm at step {alarm:.0f}"
+        )
     lost = (held_out[peak] - held_out[held_out.index >= peak]) / held_out[peak]
     at_alarm = "no alarm" if math.isnan(alarm) else f"alarm at step {alarm:.0f}, with {lost.get(alarm, 0.0):.1%} lost"
     return (

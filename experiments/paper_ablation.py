@@ -28,12 +28,13 @@ def arms() -> dict[str, Point]:
     rows: dict[str, Point] = {}
     for divergence, (name, scales) in SCALES.items():
         none, little, much = (
-            {"objective.name": name, "objective.reward_scale": scale} for scale in (0.0, scales["little"], scales["much"])
+            {"objective.name": name, "objective.reward_scale": scale}
+            for scale in (0.0, scales["little"], scales["much"])
         )
         rows |= {
-            f"{divergence}": {**none, "reference.cfg_scale": 0.0},
+            f"{divergence}": {**none, "reference.guidance_scale": 1.0},
             f"{divergence}, guidance": none,
-            f"{divergence}, little reward": {**little, "reference.cfg_scale": 0.0},
+            f"{divergence}, little reward": {**little, "reference.guidance_scale": 1.0},
             f"{divergence}, guidance, little reward": little,
             f"{divergence}, guidance, much reward": much,
             f"{divergence}, guidance outside, much reward": {**much, "reference.guidance": "out"},
@@ -67,7 +68,11 @@ LEVERS = [  # what each does by itself: (with it, without)
     )
     for divergence in SCALES
 ]
-GAINS = [(", little reward", ""), (", guidance, little reward", ", guidance"), (", guidance, much reward", ", guidance")]
+GAINS = [
+    (", little reward", ""),
+    (", guidance, little reward", ", guidance"),
+    (", guidance, much reward", ", guidance"),
+]
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def main() -> None:
 
     try:
         recipe = load(RECIPE, arguments.set)
-        folder = Path(recipe.runs).absolute() / f"quickstart-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+        folder = Path(recipe.output_dir).absolute() / f"quickstart-{datetime.now(UTC):%Y%m%d-%H%M%S}"
         reward_only = load(RECIPE, [*arguments.set, "name=reward-only", "objective.name=reward_only"])
         trained = {
             "reward only": run(reward_only, folder / "reward-only").export,
@@ -56,7 +56,7 @@ def report(recipe: Experiment, trained: dict[str, Path], folder: Path) -> None:
     from diffinstruct.tracking.journal import attach
 
     reference = load_reference(recipe.reference.model)
-    one_step = {"raw one step": "reference", "distilled start": recipe.generator.start}
+    one_step = {"raw one step": "reference", "distilled start": recipe.generator.init_from}
     one_step |= {name: str(export) for name, export in trained.items()}
     prompts = read_prompts("pocket:grid")["prompt"].tolist()
     noise = torch.randn(len(prompts), *reference.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -69,7 +69,9 @@ def report(recipe: Experiment, trained: dict[str, Path], folder: Path) -> None:
         examinations[name], pictures[name] = examine(sample), sample(prompts, noise)
         if name == "distilled start":  # the reference's figures are stored, its pictures are drawn
             examinations[REFERENCE] = reference_examination()
-            pictures[REFERENCE] = reference.decode(reference.sample(prompts, noise, 50, 1 + recipe.reference.cfg_scale))
+            pictures[REFERENCE] = reference.decode(
+                reference.sample(prompts, noise, 50, recipe.reference.guidance_scale)
+            )
 
     shown = {key: name for key, name in MEASURES.items() if key != "accuracy"}  # its parts say more
     summaries = {n: {shown[k]: v for k, v in e.summary().items() if k in shown} for n, e in examinations.items()}

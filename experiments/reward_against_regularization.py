@@ -33,7 +33,8 @@ STUDY = Study(
     arms={f"weight {weight:g}, scale {scale:g}": point(weight, scale) for weight in WEIGHTS for scale in SCALES},
     seeds=(0, 1),
     measures={
-        key: MEASURES[key] for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
+        key: MEASURES[key]
+        for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
     },
     examine=examine_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
@@ -42,7 +43,9 @@ STUDY = Study(
 
 def main() -> None:
     if answer := STUDY.main():
-        answer.differences("weight 1, scale 2", {key: MEASURES[key] for key in ("reward/pocket_judge", "kid", "diversity")})
+        answer.differences(
+            "weight 1, scale 2", {key: MEASURES[key] for key in ("reward/pocket_judge", "kid", "diversity")}
+        )
         rows = answer.rows.assign(ratio=answer.rows[SCALE] / answer.rows[WEIGHT])
         for ratio, same in rows.groupby("ratio"):
             if same["arm"].nunique() > 1:

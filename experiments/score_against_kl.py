@@ -39,7 +39,8 @@ STUDY = Study(
     },
     seeds=(0, 1, 2),
     measures={
-        key: MEASURES[key] for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
+        key: MEASURES[key]
+        for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
     },
     examine=examine_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
@@ -87,7 +88,9 @@ def draw(table: dict[str, Summary], path: Path) -> None:
 
     picture, axes = plt.subplots(1, 3, figsize=(15, 4.4))
     for axis, measure in zip(axes, ("reward/pocket_judge", "accuracy", "diversity"), strict=True):
-        for path_name, (colour, offset) in zip(PATHS, {"tab:blue": (5, -11), "tab:orange": (-11, 6)}.items(), strict=True):
+        for path_name, (colour, offset) in zip(
+            PATHS, {"tab:blue": (5, -11), "tab:orange": (-11, 6)}.items(), strict=True
+        ):
             points = [(arm.split()[-1], of) for arm, of in table.items() if arm.startswith(f"{path_name}, ")]
             x, y = ([of[key] for _, of in points] for key in ("kid", measure))
             several = y[0].n > 1  # one seed has no interval
@@ -105,7 +108,9 @@ def draw(table: dict[str, Summary], path: Path) -> None:
         axis.axhline(start, color="grey", linewidth=0.8, linestyle=":", label="reference, 50 steps")
         axis.set(xlabel="KID to the reference", ylabel=MEASURES[measure])
     axes[0].legend()
-    picture.suptitle("The reward scale grows along each path (numbers); bars: 95 % intervals over training seeds", fontsize=10)
+    picture.suptitle(
+        "The reward scale grows along each path (numbers); bars: 95 % intervals over training seeds", fontsize=10
+    )
     picture.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, dpi=120)

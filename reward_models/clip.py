@@ -184,7 +184,9 @@ def _refuse_what_does_not_fit(model: str | Path, found: dict[str, Any]) -> None:
     wrong = [line for lines in (missing, spare, shapes) for line in lines[:NAMED]]
     if wrong:
         more = len(missing) + len(spare) + len(shapes) - len(wrong)
-        raise ValueError(f"{model}: weights do not fit CLIPModel: {', '.join(wrong)}{f', and {more} more' if more else ''}")
+        raise ValueError(
+            f"{model}: weights do not fit CLIPModel: {', '.join(wrong)}{f', and {more} more' if more else ''}"
+        )
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -193,7 +195,9 @@ def load_tokenizer(source: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     name, commit = at_commit(source)
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, trust_remote_code=False)  # or it asks, and takes a y
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, revision=commit, trust_remote_code=False
+    )  # or it asks, and takes a y
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         whole = "tokenizer.json"
         parts = " and ".join(file for file in tokenizer.vocab_files_names.values() if file != whole)

@@ -1,11 +1,15 @@
 """What every test has: one thread for torch, no network, no server or cluster of the person who runs them."""
 
 import os
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # more would change sums; unset, tiny steps take three times as long. Ray inherits it
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # more would change sums; unset, tiny steps take three times as long. Ray inherits it
+)
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
     os.environ.pop(name, None)
@@ -59,16 +63,16 @@ def world(tmp_path_factory):
     def experiment(**changes):
         values = {
             "seed": 1, "steps": 2, "global_batch_size": 8, "reference.model": str(folder / "tiny"),
-            "generator.start": "reference", "prompts.train": str(folder / "prompts.txt"),
+            "generator.init_from": "reference", "prompts.train": str(folder / "prompts.txt"),
             "prompts.grid": str(folder / "prompts.txt"), "objective.reward_scale": 10.0, "logging.every": 1,
             "logging.grid_every": 1000, "logging.grid_prompts": 2, "logging.checkpoint_every": 1,
             "rewards.trained": [{"name": f"tiny.rewards:{name}", "weight": w} for name, w in [("Red", 1.0), ("Broken", 0.5)]],
-            "rewards.held_out": ["tiny.rewards:Calm"], "cluster.reward_place": "actor",
+            "rewards.held_out": ["tiny.rewards:Calm"], "cluster.rewards.placement": "actor",
         }  # fmt: skip
         content = Experiment().model_dump()
         for key, value in (values | {key.replace("__", "."): value for key, value in changes.items()}).items():
-            *section, last = key.split(".")
-            (content[section[0]] if section else content)[last] = value
+            *sections, last = key.split(".")
+            reduce(getitem, sections, content)[last] = value
         return Experiment.model_validate(content)
 
     return folder, experiment

@@ -12,7 +12,18 @@ PACKAGE = ROOT / "platform" / "diffinstruct"
 OURS = {"diffinstruct", "reward_models", "experiments", "benchmarks", "tests"}
 
 ROOMS = (
-    *("errors", "statistics", "method", "config", "tracking", "run_folder", "models", "reward_service", "training", "cluster"),
+    *(
+        "errors",
+        "statistics",
+        "method",
+        "config",
+        "tracking",
+        "run_folder",
+        "models",
+        "reward_service",
+        "training",
+        "cluster",
+    ),
     *("reports", "evaluation", "sweeps", "planning", "cli"),
 )
 """A room (a folder, or a file at the top) imports itself and rooms before it."""
@@ -131,7 +142,10 @@ def test_a_planted_import_outside_the_package_is_found(path, source, offence):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("platform/diffinstruct/cluster/train.py", "import ray\nfrom .reward_pool import x\nfrom ..training import loop"),
+        (
+            "platform/diffinstruct/cluster/train.py",
+            "import ray\nfrom .reward_pool import x\nfrom ..training import loop",
+        ),
         ("platform/diffinstruct/method/step.py", "import torch\nfrom diffinstruct.method.guidance import guided"),
         ("platform/diffinstruct/tracking/mlflow.py", "import mlflow"),
         ("reward_models/x.py", "import transformers\nfrom . import load"),

@@ -41,7 +41,11 @@ def test_the_results_are_what_the_rows_say(tmp_path, monkeypatch, capsys):
         runpy.run_path(str(ROOT / "experiments" / f"{study}.py"), run_name="__main__")
 
     def figures(text: str) -> list[str]:
-        return [line for line in text.splitlines() if line.startswith(("|", "- ")) and not line.startswith(("- **", "| ---"))]
+        return [
+            line
+            for line in text.splitlines()
+            if line.startswith(("|", "- ")) and not line.startswith(("- **", "| ---"))
+        ]
 
     said = figures(capsys.readouterr().out)
     assert len(said) > 80

@@ -38,7 +38,9 @@ def in_this_process(base, points, folder, examine, on_row):
         experiment = changed(base, point)
         run = folder / experiment.config_hash
         local.run(experiment, run)
-        on_row(i, {**point, "run": str(run), **json.loads((run / "metrics.json").read_text()), **examine(experiment, run)})
+        on_row(
+            i, {**point, "run": str(run), **json.loads((run / "metrics.json").read_text()), **examine(experiment, run)}
+        )
 
 
 def smoke(study, monkeypatch, tmp_path):
@@ -63,9 +65,13 @@ def test_what_has_no_smoke_is_no_study():
 @pytest.mark.parametrize("study", sorted(STUDIES - {SWEPT}))
 def test_smoke(study, tmp_path, tmp_path_factory, monkeypatch, capsys):
     monkeypatch.setattr("diffinstruct.sweeps.study.sweep", in_this_process)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.getbasetemp() / 'studies.db'}")  # seconds to make
+    monkeypatch.setenv(
+        "MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.getbasetemp() / 'studies.db'}"
+    )  # seconds to make
     for room in ("run", "jury"):
-        monkeypatch.setattr(f"diffinstruct.{room}.PICTURES", 8)  # of the handshake and a look: no study has its own number
+        monkeypatch.setattr(
+            f"diffinstruct.{room}.PICTURES", 8
+        )  # of the handshake and a look: no study has its own number
     smoke(study, monkeypatch, tmp_path)
     check(study, tmp_path, capsys.readouterr().out)
 

@@ -70,9 +70,17 @@ class Injection:
             case "embeddings":
                 return c | {"prompt_embeds": self.spoil(c["prompt_embeds"])}, send, []
             case "sample":
-                return c, send, [unwrapped(train_state.generator).register_forward_hook(lambda m, i, out: self.spoil(out))]
+                return (
+                    c,
+                    send,
+                    [unwrapped(train_state.generator).register_forward_hook(lambda m, i, out: self.spoil(out))],
+                )
             case "score network":
-                return c, send, [unwrapped(train_state.score_network).register_forward_hook(lambda m, i, out: self.spoil(out))]
+                return (
+                    c,
+                    send,
+                    [unwrapped(train_state.score_network).register_forward_hook(lambda m, i, out: self.spoil(out))],
+                )
             case "reference":
                 whole = train_state.reference
 
@@ -86,7 +94,11 @@ class Injection:
                 module = network[self.place.removesuffix(" gradient")]
                 layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
                 layer = layers[int(self.at * len(layers))]
-                return c, send, [layer.register_full_backward_pre_hook(lambda m, gradients: (self.spoil(gradients[0]),))]
+                return (
+                    c,
+                    send,
+                    [layer.register_full_backward_pre_hook(lambda m, gradients: (self.spoil(gradients[0]),))],
+                )
 
             case "reward":
                 sound = tiny_rewards.Red.forward
@@ -179,7 +191,7 @@ def chaos(folder: Path, injections: int, seed: int = 0, spread: bool = False) ->
         steps=2 * injections,
         global_batch_size=4,
         rewards={"trained": [{"name": "tiny.rewards:Red"}], "held_out": []},
-        watch={"every": 0},
+        overoptimization={"every": 0},
         logging={"every": 10, "grid_every": 10**6, "grid_prompts": 2, "checkpoint_every": 10**6},
         cluster={"workers": WORLD, "fully_shard": spread},
     )
@@ -197,7 +209,9 @@ def chaos(folder: Path, injections: int, seed: int = 0, spread: bool = False) ->
         if whose not in text or PLACES[injection.place] not in text or "1 in a row" not in text:
             faults.append(f"step {step + 1}: {injection.value} in {injection.place} is called: {text}")
     counted = [record["metrics"]["steps/skipped"] for record in records if "steps/skipped" in record.get("metrics", {})]
-    unequal = [record["step"] for record in records for value in record.get("metrics", {}).values() if not math.isfinite(value)]
+    unequal = [
+        record["step"] for record in records for value in record.get("metrics", {}).values() if not math.isfinite(value)
+    ]
     if counted[-1:] != [injections] or unequal:
         faults.append(f"counted {counted[-1:]}, rows of metrics that are not finite: {unequal}")
     assert spread or CheckpointStore(folder / "run/checkpoints").latest()
@@ -205,7 +219,11 @@ def chaos(folder: Path, injections: int, seed: int = 0, spread: bool = False) ->
     return (
         f"{injections} values that are not finite in {2 * injections} rounds of two {'sharded ' * spread}processes ({of}), "
         f"{time.monotonic() - began:.0f} s: "
-        + (f"{len(faults)} FAULTS: {'; '.join(faults[:5])}" if faults else "no leak, each left out by both and rightly called")
+        + (
+            f"{len(faults)} FAULTS: {'; '.join(faults[:5])}"
+            if faults
+            else "no leak, each left out by both and rightly called"
+        )
     ), not faults
 
 

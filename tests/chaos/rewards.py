@@ -40,7 +40,7 @@ def chaos(folder: Path, kills: int, stops: int, seed: int = 0) -> tuple[str, boo
         folder,
         steps=steps,
         logging={"every": 1, "grid_every": steps, "checkpoint_every": steps},
-        cluster={"reward_place": "actor", "reward_deadline_s": 5.0},
+        cluster={"rewards": {"placement": "actor", "deadline_s": 5.0}},
     )
     done: list[str] = []
     began = time.monotonic()
@@ -62,7 +62,10 @@ def chaos(folder: Path, kills: int, stops: int, seed: int = 0) -> tuple[str, boo
                 while not (before := signalled(actor, number)):
                     time.sleep(0.005)
                 done.append(number.name)
-                while process(actor) in (before, 0):  # Ray sees that it is killed; that it is stopped, the run has to find out
+                while process(actor) in (
+                    before,
+                    0,
+                ):  # Ray sees that it is killed; that it is stopped, the run has to find out
                     time.sleep(0.05)
 
         disturber = threading.Thread(target=disturb, daemon=True)

@@ -54,7 +54,7 @@ def chaos(folder: Path, kills: int, chance: random.Random) -> int:
         steps=60,
         rewards={"trained": [{"name": "tiny.rewards:Slow"}], "held_out": ["tiny.rewards:Calm"]},
         logging={"every": 4, "grid_every": 1000, "grid_prompts": 2, "checkpoint_every": 6},
-        cluster={"reward_cpus": 0.0},
+        cluster={"rewards": {"cpus": 0.0}},
     )
     (folder / "base.yaml").write_text(base.to_yaml())
 
@@ -136,7 +136,9 @@ def judge(folder: Path, status: int) -> int:
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     tracked = client.search_runs([client.get_experiment_by_name("diffinstruct").experiment_id])
     children = [run for run in tracked if run.data.tags.get("mlflow.parentRunId") and run.info.status == "FINISHED"]
-    print(f"table equal: {equal}; finished trials begun again: {again}; MLflow: {len(tracked)} runs, {len(children)} trials")
+    print(
+        f"table equal: {equal}; finished trials begun again: {again}; MLflow: {len(tracked)} runs, {len(children)} trials"
+    )
     good = status == 0 and equal and not again and len(tracked) == 14 and len(children) == 12
     print("ok" if good else "FAILED")
     return 0 if good else 1

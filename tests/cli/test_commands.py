@@ -28,11 +28,11 @@ from diffinstruct.run_folder.locks import COMMAND, LOCK, only_writer
 TINY = """\
 name: tiny
 global_batch_size: 4
-reference: {{model: {model}, cfg_scale: 1.0}}
+reference: {{model: {model}, guidance_scale: 2.0}}
 generator: {{start: reference}}
 rewards: {{trained: [{{name: "torch.nn:Identity"}}], held_out: ["torch.nn:ReLU"]}}
 prompts: {{train: {prompts}, grid: {prompts}}}
-runs: {runs}
+output_dir: {runs}
 """
 
 
@@ -104,14 +104,16 @@ def test_a_run_that_somebody_is_at_work_on_is_left_alone(file, tmp_path, runners
     for name in (LOCK, COMMAND):
         with only_writer(folder, name=name):
             said = complaint(capsys, "train", file)
-        assert re.fullmatch(rf"{folder}: process {os.getpid()} on \S+ is at work on this run; it can have one at a time", said)
+        assert re.fullmatch(
+            rf"{folder}: process {os.getpid()} on \S+ is at work on this run; it can have one at a time", said
+        )
     assert main(["train", str(file)]) == 0
     assert len(runners["cluster"]) == 1
 
 
 def test_run_folders_are_absolute(file, tmp_path, runners, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", str(file), "-s", "runs=here"]) == 0
+    assert main(["train", str(file), "-s", "output_dir=here"]) == 0
     assert runners["cluster"][0][1].parent == tmp_path / "here"
 
 
@@ -131,7 +133,16 @@ def test_resume_under_another_configuration_names_the_keys(file, tmp_path, runne
     run = tmp_path / "runs" / "tiny-1"
     run.mkdir(parents=True)
     (run / "experiment.yaml").write_text(load(file).to_yaml())
-    changed = ["-s", "steps=7", "-s", "objective.huber_c=0.2", "-s", "tracking.experiment=other", "-s", "runs=elsewhere"]
+    changed = [
+        "-s",
+        "steps=7",
+        "-s",
+        "objective.huber_c=0.2",
+        "-s",
+        "tracking.experiment=other",
+        "-s",
+        "output_dir=elsewhere",
+    ]
     assert complaint(capsys, "train", file, "--resume", run, *changed).splitlines() == [
         f"steps: 7, but the run in {run} has 100",
         f"objective.huber_c: 0.2, but the run in {run} has 0.1",
@@ -150,7 +161,9 @@ def test_keys_that_may_change_do_so_one_by_one(file, tmp_path, runners, capsys):
         f"--resume: goes on with {run}/experiment.yaml, unchanged; --allow generator.learning_rate goes on with what is new",
     ]
     assert complaint(capsys, *asked, "--allow", "stepps") == "--allow: stepps: unknown key, did you mean 'steps'?"
-    never = complaint(capsys, "train", file, "--resume", run, "-s", "reference.model=other", "--allow", "reference.model")
+    never = complaint(
+        capsys, "train", file, "--resume", run, "-s", "reference.model=other", "--allow", "reference.model"
+    )
     assert never == "--allow: reference.model: cannot change in a run that has begun"
     assert complaint(capsys, "train", file, "--allow", "steps") == "--allow: goes with --resume RUN"
     assert runners["cluster"] == []
@@ -190,9 +203,9 @@ def test_a_run_that_stops_says_why_and_how_it_goes_on(file, tmp_path, runners, m
 
 def test_a_folder_that_cannot_be_made_is_said(file, tmp_path, runners, capsys):
     (tmp_path / "taken").write_text("a file")
-    said = complaint(capsys, "train", file, "-s", f"runs={tmp_path}/taken")
+    said = complaint(capsys, "train", file, "-s", f"output_dir={tmp_path}/taken")
     assert re.fullmatch(rf"runs: cannot make {tmp_path}/taken/tiny-\S+: Not a directory", said)
-    said = complaint(capsys, "train", file, "-s", "runs=~nobody-of-this-name/runs")
+    said = complaint(capsys, "train", file, "-s", "output_dir=~nobody-of-this-name/runs")
     assert said == "runs: nobody here has the home of '~nobody-of-this-name/runs'"
 
 
@@ -216,7 +229,9 @@ def test_prompts_are_read_before_a_runner_starts(file, tmp_path, runners, capsys
 
 
 @pytest.mark.parametrize("module", ["nosuch", "nosuch.rewards", "torch.nm.functional"])
-def test_a_reward_whose_module_is_not_there_is_told_of_before_a_runner_starts(module, file, runners, monkeypatch, capsys):
+def test_a_reward_whose_module_is_not_there_is_told_of_before_a_runner_starts(
+    module, file, runners, monkeypatch, capsys
+):
     trained = f"rewards.trained=[{{name: '{module}:Red'}}]"
     said = complaint(capsys, "train", file, "-s", trained)
     assert said == f"rewards: '{module}:Red': there is no module '{module}', neither in this folder nor installed"
@@ -259,7 +274,9 @@ def test_check_counts_what_a_run_takes(file, model, capsys, monkeypatch):
     assert f"each of 1 training processes, {total:.2f} MiB" in out
     assert table["torch.nn:Identity"] == ["0.00", "-", "-", "-", "-", "1", "1"]
     assert table["torch.nn:ReLU"] == ["0.00", "-", "-", "-", "-", "1", "-"]
-    assert "work       12 forwards' worth of one network per sample and step, 4 samples a step; in all " in out  # 9 F + 3 F
+    assert (
+        "work       12 forwards' worth of one network per sample and step, 4 samples a step; in all " in out
+    )  # 9 F + 3 F
     assert f"payload    {4 * 4 * 8 * 8 * 4 / 2**20:.2f} MiB" in out
     assert "1 x 1 + 1 x 1 = 2 CPUs and 0 GPUs; this machine has 2 and" in out
 
@@ -275,7 +292,7 @@ def no_rounds(monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "work"),
     [
-        (["reference.cfg_scale=0"], 10),
+        (["reference.guidance_scale=1"], 10),
         (["score_network.updates_per_step=3"], 18),
         (["score_network.updates_per_step=3", "score_network.reuse_sample=false"], 21),
         (["objective.name=reward_only"], 3),
@@ -310,7 +327,7 @@ def test_check_counts_adapters(file, model, capsys, precision):
         (0, "generator's base", weights * base[0].element_size()),
         (4, "start's adapter", 4 * sizes["generator"]),
     ):
-        more = [f"generator.start={model}", f"generator.start_rank={rank}"]
+        more = [f"generator.init_from={model}", f"generator.init_rank={rank}"]
         main(["check", str(file), *(f"-s{override}" for override in (*asked, *more))])
         assert rows(capsys.readouterr().out)[name][1] == f"{size / 2**20:.2f}"
 
@@ -322,8 +339,12 @@ def test_check_counts_rewards_that_the_training_process_has_itself(file, capsys)
         out = capsys.readouterr().out
         return out, sum(float(line.split()[-2]) for line in out.splitlines() if line.startswith("each of "))
 
-    (apart, of_both), (together, of_process) = held(), held("cluster.reward_place=process")
-    assert of_process == pytest.approx(of_both, abs=0.02) and "reward actors, " in apart and "reward actors, " not in together
+    (apart, of_both), (together, of_process) = held(), held("cluster.rewards.placement=process")
+    assert (
+        of_process == pytest.approx(of_both, abs=0.02)
+        and "reward actors, " in apart
+        and "reward actors, " not in together
+    )
     assert "payload    0.00 MiB" in together
 
 
@@ -336,14 +357,18 @@ def test_check_counts_what_it_can_and_says_what_not(file, tmp_path, capsys, monk
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert main(["check", str(file), "-s", "rewards.held_out=[afar:reward]"]) == 0
     assert "afar:reward             not counted: there is no network here\n" in capsys.readouterr().out
-    for wrong, why in (("broken:reward", "libodd.so"), ("afar:rewards", "did you mean 'reward'?"), ("afar:odd", "wanted")):
+    for wrong, why in (
+        ("broken:reward", "libodd.so"),
+        ("afar:rewards", "did you mean 'reward'?"),
+        ("afar:odd", "wanted"),
+    ):
         assert why in complaint(capsys, "check", file, "-s", f"rewards.held_out=[{wrong}]")
 
 
 @pytest.mark.usefixtures("no_rounds")
 def test_check_says_what_nodes_have_to_declare(file, capsys, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 8)
-    asked = ["cluster.workers=4", "cluster.worker_resources={trainer: 2}", "cluster.reward_resources={reward: 0.5}"]
+    asked = ["cluster.workers=4", "cluster.worker_resources={trainer: 2}", "cluster.rewards.resources={reward: 0.5}"]
     assert main(["check", str(file), *(f"-s{override}" for override in asked)]) == 0
     out = capsys.readouterr().out
     assert "  4 x 2 = 8 trainer, which nodes have to declare\n" in out
@@ -351,7 +376,7 @@ def test_check_says_what_nodes_have_to_declare(file, capsys, monkeypatch):
 
 
 def test_names_that_no_file_can_have_are_one_line(file, capsys):
-    for key in ("generator.start", "reference.model"):
+    for key in ("generator.init_from", "reference.model"):
         assert main(["check", str(file), "-s", f"{key}={'a' * 300}"]) == 2
         said = capsys.readouterr().err
         assert said.endswith(f"{'a' * 300}: File name too long\n") and said.count("\n") == 1
@@ -361,19 +386,21 @@ def test_names_that_no_file_can_have_are_one_line(file, capsys):
 def test_check_says_in_one_line_what_does_not_fit(file, capsys, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert main(["check", str(file), "-s", "cluster.workers=2", "-s", "cluster.reward_cpus=2"]) == 0
+    assert main(["check", str(file), "-s", "cluster.workers=2", "-s", "cluster.rewards.cpus=2"]) == 0
     said = complaint(capsys, "check", file, "-s", "cluster.workers=4")
     assert said == "cluster: asks for 5 CPUs and 0 GPUs, this machine has 4 and 0"
-    said = complaint(capsys, "check", file, "-s", "cluster.reward_gpus=0.5")
+    said = complaint(capsys, "check", file, "-s", "cluster.rewards.gpus=0.5")
     assert said == "cluster: asks for 2 CPUs and 0.5 GPUs, this machine has 4 and 0"
     said = complaint(capsys, "check", file, "-s", "device=cuda")
     assert said == "device: 'cuda' asked for, but torch sees no GPU here"
     said = complaint(capsys, "check", file, "-s", "objective.t_max=5000")
     assert said == "objective.t_max: got 5000, the reference's schedule has 1000 steps"
-    assert main(["check", str(file), "-s", "generator.start=/nowhere.safetensors"]) == 2
+    assert main(["check", str(file), "-s", "generator.init_from=/nowhere.safetensors"]) == 2
     said = capsys.readouterr()
-    assert said.err == "generator.start: no such file or folder: /nowhere.safetensors\n" and "memory     " in said.out
-    assert "/nowhere" in complaint(capsys, "check", file, "-s", "generator.start=/nowhere")
+    assert (
+        said.err == "generator.init_from: no such file or folder: /nowhere.safetensors\n" and "memory     " in said.out
+    )
+    assert "/nowhere" in complaint(capsys, "check", file, "-s", "generator.init_from=/nowhere")
     said = complaint(capsys, "check", file, "-s", "generator.timestep=1000")
     assert said == "generator.timestep: got 1000, the schedule has 0 to 999"
     said = complaint(capsys, "check", file, "-s", "reference.model=/nowhere")
@@ -458,7 +485,9 @@ def test_evaluate_measures_runs_and_exports_side_by_side(judged, tmp_path, capsy
     head = next(line for line in out.splitlines() if line.startswith("|  |"))
     assert head == "|  | reward/tiny.rewards:Seeing | reward/tiny.rewards:Calm | diversity | kid |"
     assert "| n | 20 | 20 | 20 | 20 |" in out
-    one, other = (next(line for line in out.splitlines() if line.startswith(f"| {name} |")) for name in ("tiny-1", "alone"))
+    one, other = (
+        next(line for line in out.splitlines() if line.startswith(f"| {name} |")) for name in ("tiny-1", "alone")
+    )
     assert one.split("|")[2:] == other.split("|")[2:]  # the same generator, the same noise
     assert "Minus tiny-1, paired:" in out
     assert (tmp_path / "o" / "table.md").read_text() in out
@@ -477,7 +506,10 @@ def test_evaluate_measures_runs_and_exports_side_by_side(judged, tmp_path, capsy
         (["{model}"], r"\S*: is no run that names rewards; name some with --reward"),
         (["{run}", "{run}-x"], r"\S*tiny-1-x: is neither a run nor an exported pipeline"),
         (["{run}", "{run}"], r"evaluate: the same folder is named twice"),
-        (["{run}", "--reward", "pikscore"], r"rewards: cannot load 'pikscore': ValueError: .*, did you mean 'pickscore'\?.*"),
+        (
+            ["{run}", "--reward", "pikscore"],
+            r"rewards: cannot load 'pikscore': ValueError: .*, did you mean 'pickscore'\?.*",
+        ),
         (["{run}", "--reward", "tiny.rewards:Calm"], r"--reward: none of tiny.rewards:Calm has image features .*"),
         (["{run}", "--reference-pictures", "1"], r"--reference-pictures: should be 0 or at least 2, got 1"),
         (["{model}", "--reward", "tiny.rewards:Seeing"], r"\S*: its scheduler \(DDIMScheduler\) holds no one-step .*"),
@@ -533,18 +565,27 @@ def test_compare_names_the_keys_and_pairs_the_figures(pair, tmp_path, capsys):
     asked = ["compare", *map(str, pair), "--prompts", str(tmp_path / "few.txt"), "--reference-pictures", "0"]
     assert main([*asked, "-o", str(tmp_path / "o.html")]) == 0
     out, text = capsys.readouterr().out, (tmp_path / "o.html").read_text()
-    assert "| objective.reward_scale | 2.0 | 3.5 |" in out and "objective.space" not in out + text
+    assert "| objective.reward_scale | 2.0 | 3.5 |" in out and "objective.weighting" not in out + text
     assert text.count("<img") == 2 * 8 and "<i>cat" not in text and "&lt;i&gt;cat" in text
     assert main([*asked, "-o", str(tmp_path / "o")]) == 0
-    assert sorted(file.name for file in (tmp_path / "o").iterdir()) == ["pictures.png", "table.md", "tiny-1.csv", "tiny-2.csv"]
+    assert sorted(file.name for file in (tmp_path / "o").iterdir()) == [
+        "pictures.png",
+        "table.md",
+        "tiny-1.csv",
+        "tiny-2.csv",
+    ]
     one, other = (pd.read_csv(tmp_path / "o" / f"tiny-{i}.csv")["reward/tiny.rewards:Seeing"] for i in (1, 2))
     expected = str(paired_difference(other, one, 2_000_000))
     assert not np.allclose(one, other)
     assert f"<b>{expected}</b>" in text or f">{expected}</td>" in text
     assert expected in (tmp_path / "o" / "table.md").read_text()
 
-    compared = compare_runs(pair, str(tmp_path / "few.txt"), [], 0, 2_000_000)  # its pictures are those that were scored
-    made = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 for picture in compared.pictures["tiny-2"]])
+    compared = compare_runs(
+        pair, str(tmp_path / "few.txt"), [], 0, 2_000_000
+    )  # its pictures are those that were scored
+    made = torch.stack(
+        [torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 for picture in compared.pictures["tiny-2"]]
+    )
     scores = load_reward("tiny.rewards:Seeing", "cpu")(made, list(compared.prompts))
     assert scores.tolist() == pytest.approx([other[i] for i in (0, 3, 6, 9, 11, 14, 17, 20)], abs=5e-3)
 
@@ -561,7 +602,9 @@ def test_compare_names_the_keys_and_pairs_the_figures(pair, tmp_path, capsys):
 )
 def test_compare_says_what_is_wrong(pair, file, capsys, arguments, expected):
     one, other = pair
-    said = complaint(capsys, "compare", *(a.format(one=one, other=other, prompts=load(file).prompts.train) for a in arguments))
+    said = complaint(
+        capsys, "compare", *(a.format(one=one, other=other, prompts=load(file).prompts.train) for a in arguments)
+    )
     assert re.fullmatch(expected, said)
 
 
@@ -569,7 +612,7 @@ def test_compare_says_what_is_wrong(pair, file, capsys, arguments, expected):
 def test_a_run_as_it_leaves_the_trainer_has_a_report(file, tmp_path):
     from diffinstruct.training import local
 
-    overrides = ["steps=2", "logging.every=1", "logging.grid_every=1", "watch.every=1"]
+    overrides = ["steps=2", "logging.every=1", "logging.grid_every=1", "overoptimization.every=1"]
     overrides += ["rewards.trained=[{name: 'tiny.rewards:Red'}]", "rewards.held_out=['tiny.rewards:Calm']"]
     local.run(load(file, overrides), tmp_path / "runs" / "real")
     assert main(["report", str(tmp_path / "runs" / "real"), "-o", str(tmp_path / "o.html")]) == 0

@@ -47,7 +47,9 @@ def test_a_cluster_file_passes_rays_own_validation_and_a_planted_mistake_does_no
 def test_a_cluster_asks_for_the_token_shows_nothing_outside_and_gives_a_stopped_job_time(file):
     content = yaml.safe_load(file.read_text())
     head = content["head_start_ray_commands"][-1]
-    assert "--dashboard-host=127.0.0.1" in head and re.search(r"; RAY_JOB_STOP_WAIT_TIME_S=\d{3} ray start --head", head)
+    assert "--dashboard-host=127.0.0.1" in head and re.search(
+        r"; RAY_JOB_STOP_WAIT_TIME_S=\d{3} ray start --head", head
+    )
     assert any("RAY_AUTH_MODE=token" in command for command in content["setup_commands"])
     assert content["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
     mounted = [local for local in content["file_mounts"].values() if not local.startswith("~")]
@@ -57,7 +59,7 @@ def test_a_cluster_asks_for_the_token_shows_nothing_outside_and_gives_a_stopped_
 # --------------------------------------------------------------------------------------------------- autoscaling
 TRAINER = ClusterConfig(use_gpu=True, worker_resources={"trainer": 1.0}).per_worker
 CERTAIN = ClusterConfig(use_gpu=True, worker_resources={"trainer": 1.0, "on_demand": 1.0}).per_worker
-REWARD = ClusterConfig(reward_gpus=0.5, reward_resources={"reward": 0.5}).per_reward_actor
+REWARD = ClusterConfig.model_validate({"rewards": {"gpus": 0.5, "resources": {"reward": 0.5}}}).per_reward_actor
 
 
 def started(demands, *refused):
@@ -97,7 +99,9 @@ def on_the_head(tmp_path, monkeypatch):
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {HEAD: 1.0, "memory": 1e9}}])
 
     def bootstrapped(file):
-        (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(prepare_config(yaml.safe_load(file.read_text()))))
+        (tmp_path / "ray_bootstrap_config.yaml").write_text(
+            yaml.safe_dump(prepare_config(yaml.safe_load(file.read_text())))
+        )
 
     return bootstrapped
 
@@ -108,7 +112,7 @@ def asking(**cluster_section):
 
 def test_on_an_autoscaled_cluster_what_may_come_counts(on_the_head):
     on_the_head(AWS)
-    fits = {"worker_resources": {"trainer": 1.0}, "reward_gpus": 0.5, "reward_resources": {"reward": 0.5}}
+    fits = {"worker_resources": {"trainer": 1.0}, "rewards": {"gpus": 0.5, "resources": {"reward": 0.5}}}
     check_fits(asking(workers=8, **fits))
     for wrong, said in (
         ({"workers": 16}, r"asks for 16.5 GPUs \(16 workers x 1 \+ 1 reward actors x 0.5\), Ray has 10"),

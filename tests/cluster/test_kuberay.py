@@ -56,13 +56,24 @@ def pods(job: dict[str, Any]) -> list[tuple[int, dict[str, str], dict[str, str]]
     """(replicas, limits, what `ray start` is told) of each group, the head's first."""
     cluster = job["spec"]["rayClusterSpec"]
     return [
-        (group.get("replicas", 1), group["template"]["spec"]["containers"][0]["resources"]["limits"], group["rayStartParams"])
+        (
+            group.get("replicas", 1),
+            group["template"]["spec"]["containers"][0]["resources"]["limits"],
+            group["rayStartParams"],
+        )
         for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
     ]
 
 
 GPUS = ["-s", "cluster.use_gpu=true", "-s", "cluster.workers=4", "-s", "cluster.cpus_per_worker=6"]
-SHARED = ["-s", "cluster.reward_gpus=0.25", "-s", "cluster.reward_replicas=6", "-s", "cluster.reward_resources={judge: 0.5}"]
+SHARED = [
+    "-s",
+    "cluster.rewards.gpus=0.25",
+    "-s",
+    "cluster.rewards.replicas=6",
+    "-s",
+    "cluster.rewards.resources={judge: 0.5}",
+]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +82,7 @@ SHARED = ["-s", "cluster.reward_gpus=0.25", "-s", "cluster.reward_replicas=6", "
         [],
         GPUS,
         [*GPUS, *SHARED],
-        ["-s", "cluster.reward_place=process"],
+        ["-s", "cluster.rewards.placement=process"],
         ["--resume", "/mnt/runs/r"],
         ["-s", "tracking.uri=http://tracking.example:5000"],
         ["-s", "tracking.uri=databricks"],
@@ -114,11 +125,11 @@ def test_pods_are_what_the_cluster_section_asks_for(capsys):
     told = [json.loads(*shlex.split(start["resources"])) for _, _, start in (trainers, rewards)]  # as a shell reads it
     assert told == [{"trainer": 1}, {"judge": 2}]
     asked = yaml.safe_load(config_map["data"]["experiment.yaml"])["cluster"]
-    assert (asked["worker_resources"], asked["reward_resources"]) == ({"trainer": 1}, {"judge": 0.5})
+    assert (asked["worker_resources"], asked["rewards"]["resources"]) == ({"trainer": 1}, {"judge": 0.5})
 
 
 def test_without_reward_actors_there_is_no_group_for_them(capsys):
-    _, job = rendered(capsys, "-s", "cluster.reward_place=process")
+    _, job = rendered(capsys, "-s", "cluster.rewards.placement=process")
     assert [group["groupName"] for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]] == ["trainer"]
 
 
@@ -135,9 +146,9 @@ def test_the_job_is_the_train_command_on_the_recipe_and_its_runs_lie_in_the_clai
         volumes = {volume.pop("name"): volume for volume in copy.deepcopy(template["volumes"])}
         assert command[4] == f"{mounts['experiment']}/experiment.yaml"
         assert volumes["experiment"] == {"configMap": {"name": config_map["metadata"]["name"]}}
-        assert mounts["runs"] == experiment.runs == "/mnt/runs"
+        assert mounts["runs"] == experiment.output_dir == "/mnt/runs"
         assert volumes["runs"] == {"persistentVolumeClaim": {"claimName": "team.runs"}}
-    _, job = rendered(capsys, "-s", "runs=/data/runs")
+    _, job = rendered(capsys, "-s", "output_dir=/data/runs")
     (container,) = spec_groups(job)[0]["template"]["spec"]["containers"]
     assert {"name": "runs", "mountPath": "/data/runs"} in container["volumeMounts"]
 
@@ -158,7 +169,9 @@ def test_a_token_is_asked_for_a_stopped_job_has_time_and_no_secret_is_shown(caps
         template = group["template"]["spec"]
         assert template["containers"][0]["envFrom"] == [{"secretRef": {"name": SECRET, "optional": True}}]
         assert template["terminationGracePeriodSeconds"] == 300
-    head = {entry["name"]: entry["value"] for entry in cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]}
+    head = {
+        entry["name"]: entry["value"] for entry in cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+    }
     assert head["RAY_JOB_STOP_WAIT_TIME_S"] == "300"
 
 
@@ -174,12 +187,24 @@ def test_names_are_such_as_kubernetes_takes(name):
     ("arguments", "said"),
     [
         (["--image", "two words"], r"--image: should be as .*, got 'two words'"),
-        (["--image", "UPPER:bad:tag/"], r"--image: should be as registry\.example/diffinstruct:1, got 'UPPER:bad:tag/'"),
+        (
+            ["--image", "UPPER:bad:tag/"],
+            r"--image: should be as registry\.example/diffinstruct:1, got 'UPPER:bad:tag/'",
+        ),
         (["--resume", "runs/one"], r"--resume: should lie in /mnt/runs, where the claim is mounted, got 'runs/one'"),
-        (["-s", "runs=/data", "-s", "tracking.uri=sqlite:////tmp/m.db"], r"tracking\.uri: should lie in /data, .*'/tmp/m\.db'"),
+        (
+            ["-s", "output_dir=/data", "-s", "tracking.uri=sqlite:////tmp/m.db"],
+            r"tracking\.uri: should lie in /data, .*'/tmp/m\.db'",
+        ),
         (["--claim", "My_Runs"], r"--claim: should be small letters, digits, '-' and '\.', got 'My_Runs'"),
-        (["-s", "tracking.uri=https://me:word@host"], r"-s: tracking\.uri: should hold no user and password, .*'https://host'"),
-        (["-s", "cluster.reward_resources={it's: 1}"], r"-s: cluster\.reward_resources\.it's: should be named in letters, .*"),
+        (
+            ["-s", "tracking.uri=https://me:word@host"],
+            r"-s: tracking\.uri: should hold no user and password, .*'https://host'",
+        ),
+        (
+            ["-s", "cluster.rewards.resources={it's: 1}"],
+            r"-s: cluster\.rewards\.resources\.it's: should be named in letters, .*",
+        ),
     ],
 )
 def test_what_kubernetes_would_refuse_is_said_in_one_line(capsys, arguments, said):

@@ -37,7 +37,9 @@ def nodes():
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         made = Cluster()
         try:
-            found = {"head": made.add_node(num_cpus=16, include_dashboard=False).node_id}  # draws whoever asks for a CPU alone
+            found = {
+                "head": made.add_node(num_cpus=16, include_dashboard=False).node_id
+            }  # draws whoever asks for a CPU alone
             found["trainer"] = made.add_node(num_cpus=3, resources={"trainer": 2}).node_id
             found["reward"] = made.add_node(num_cpus=3, resources={"reward": 1}).node_id
             ray.init(address=made.address, log_to_driver=False)
@@ -59,8 +61,8 @@ generator: {{start: reference}}
 rewards: {{trained: [{{name: "tiny.rewards:Red"}}], held_out: []}}
 prompts: {{train: {folder / "prompts.txt"}, grid: {folder / "prompts.txt"}}}
 logging: {{every: 1, grid_prompts: 1}}
-watch: {{every: 0}}
-cluster: {{reward_place: actor, worker_resources: {{trainer: 1}}, reward_resources: {{reward: 0.5}}}}
+overoptimization: {{every: 0}}
+cluster: {{worker_resources: {{trainer: 1}}, rewards: {{placement: actor, resources: {{reward: 0.5}}}}}}
 """)
     return folder / "tiny.yaml"
 
@@ -77,7 +79,9 @@ def test_each_process_of_a_sweep_runs_on_the_node_that_declares_what_it_asks_for
         placed.setdefault(actor["ActorClassName"], []).append(actor["Address"]["NodeID"])
     assert placed["RayTrainWorker"] == [nodes["trainer"]] * 2
     assert placed["RewardActor"] == [nodes["reward"]]
-    assert {*placed.get("ImplicitFunc", [])} <= {nodes["head"]}  # a trial's own process; one that has ended may not be listed
+    assert {*placed.get("ImplicitFunc", [])} <= {
+        nodes["head"]
+    }  # a trial's own process; one that has ended may not be listed
 
 
 @pytest.mark.parametrize(
@@ -99,13 +103,13 @@ def test_so_many_trials_at_once_as_have_their_resources(nodes, file, asked, tria
     ("override", "said"),
     [
         ("worker_resources={trainr: 1}", r"asks for 1 trainr \(.* x 0\), Ray has 0, did you mean 'trainer'\?"),
-        ("reward_replicas=3", r"asks for 1.5 reward \(1 workers x 0 \+ 3 reward actors x 0.5\), Ray has 1"),
+        ("rewards.replicas=3", r"asks for 1.5 reward \(1 workers x 0 \+ 3 reward actors x 0.5\), Ray has 1"),
         ("workers=4", r"asks for 4 trainer \(4 workers x 1 \+ 1 reward actors x 0\), Ray has 2"),
         ("cpus_per_worker=4", r"no node has all that one training worker asks for \(4 CPU, 1 trainer\)"),
-        ("reward_resources={reward: 1, trainer: 1}", r"no node has all that .* actor asks for \(1 CPU, 1 reward, 1 trainer\)"),
+        ("rewards.resources={reward: 1, trainer: 1}", r"no node has all that .* actor asks for \(1 CPU, 1 reward, 1 trainer\)"),
     ],
 )  # fmt: skip
 def test_what_the_nodes_do_not_declare_is_said_before_the_start(nodes, file, override, said):
     with pytest.raises(UserError, match=rf"^cluster: {said}$"):
         check_fits(load(file, [f"cluster.{override}"]))
-    check_fits(load(file, ["cluster.reward_place=process", "cluster.reward_resources={reward: 9}"]))
+    check_fits(load(file, ["cluster.rewards.placement=process", "cluster.rewards.resources={reward: 9}"]))

@@ -41,14 +41,14 @@ def errors(tmp_path: Path, text: str, *overrides: str) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- the value
 CHANGED = [
     "name=my.run-2",
-    "reference={model: some/model, cfg_scale: 3}",
-    "generator.start=reference",
+    "reference={model: some/model, guidance_scale: 3}",
+    "generator.init_from=reference",
     "generator.betas=[0, 0.999]",
     "objective={name: reward_only, huber_c: 1e-3}",
     "rewards.trained=[{name: pickscore, weight: 0.5}, {name: 'my.module:Reward', weight: 1e2}]",
     "cluster.workers=4",
     "tracking.uri=http://localhost:5000",
-    "runs=/tmp/é",
+    "output_dir=/tmp/é",
 ]
 
 
@@ -63,8 +63,8 @@ def test_every_form_gives_the_same_value(tmp_path, overrides):
 
 def test_overrides_arrive_typed(tmp_path):
     e = load(written(tmp_path, "generator: {betas: [0, 0.5]}\nsteps: 7"), CHANGED)
-    assert (e.steps, e.name, e.runs) == (7, "my.run-2", "/tmp/é")
-    assert e.reference.cfg_scale == 3.0
+    assert (e.steps, e.name, e.output_dir) == (7, "my.run-2", "/tmp/é")
+    assert e.reference.guidance_scale == 3.0
     assert e.generator.betas == (0.0, 0.999)
     assert isinstance(e.generator.betas[0], float)  # torch's Adam refuses (int, float)
     assert [(r.name, r.weight) for r in e.rewards.trained] == [("pickscore", 0.5), ("my.module:Reward", 100.0)]
@@ -114,7 +114,7 @@ def test_params_are_flat_and_complete():
 
 def test_the_id_follows_the_configuration_and_not_its_whereabouts(tmp_path):
     path = written(tmp_path, "")
-    same = load(path, ["runs=elsewhere", "tracking.experiment=x", "generator.betas=[0, 0.99]"])
+    same = load(path, ["output_dir=elsewhere", "tracking.experiment=x", "generator.betas=[0, 0.99]"])
     assert same.config_hash == Experiment().config_hash
     assert len(same.config_hash) == 12
     assert int(same.config_hash, 16)
@@ -123,13 +123,13 @@ def test_the_id_follows_the_configuration_and_not_its_whereabouts(tmp_path):
 
 def test_a_run_moves_to_other_machines_and_is_the_same(tmp_path):
     """What it asks of the nodes is written down, and neither its id nor a resume looks at it."""
-    path = written(tmp_path, "cluster:\n  reward_resources: {reward: 0.5}\n")
+    path = written(tmp_path, "cluster:\n  rewards: {resources: {reward: 0.5}}\n")
     here = load(path, ["cluster.worker_resources={trainer: 2}"])
     assert here.cluster.per_worker == {"CPU": 1, "trainer": 2}
     assert here.cluster.per_reward_actor == {"CPU": 1, "GPU": 0, "reward": 0.5}
-    assert here.to_params()["cluster.reward_resources"] == '{"reward": 0.5}'
+    assert here.to_params()["cluster.rewards.resources"] == '{"reward": 0.5}'
     assert here == load(path, ["cluster.worker_resources.trainer=2"])
-    there = load(path, ["cluster.reward_resources={}", "cluster.use_gpu=true"])
+    there = load(path, ["cluster.rewards.resources={}", "cluster.use_gpu=true"])
     assert there.cluster.per_worker == {"CPU": 1, "GPU": 1}
     assert here.config_hash == Experiment().config_hash != there.config_hash
     assert here.changes(there) == {"cluster.use_gpu": (True, False)}
@@ -206,7 +206,7 @@ cluster:
         ),
         (
             "steps: 3\nreference: {model: some/model}",
-            "run.yaml:1: generator.start: belongs to the pocket world, but reference.model is 'some/model', "
+            "run.yaml:1: generator.init_from: belongs to the pocket world, but reference.model is 'some/model', "
             "got 'pocket-distilled'",
         ),
         (
@@ -215,25 +215,25 @@ cluster:
         ),
         (
             "cluster:\n  worker_resources:\n    GPU: 1",
-            "run.yaml:3: cluster.worker_resources.GPU: should be a resource that nodes declare (use_gpu and reward_gpus ask "
+            "run.yaml:3: cluster.worker_resources.GPU: should be a resource that nodes declare (use_gpu and rewards.gpus ask "
             "for GPUs), got 1.0",
         ),
         (
-            "cluster:\n  reward_resources: {reward: 1.5}",
-            "run.yaml:2: cluster.reward_resources.reward: should be a whole number where it is above 1, got 1.5",
+            "cluster:\n  rewards: {resources: {reward: 1.5}}",
+            "run.yaml:2: cluster.rewards.resources.reward: should be a whole number where it is above 1, got 1.5",
         ),
         (
-            "cluster:\n  reward_resources: {reward: 0}",
-            "run.yaml:2: cluster.reward_resources.reward: should be greater than 0, got 0",
+            "cluster:\n  rewards: {resources: {reward: 0}}",
+            "run.yaml:2: cluster.rewards.resources.reward: should be greater than 0, got 0",
         ),
-        ("cluster: {reward_resources: 1}", "run.yaml:1: cluster.reward_resources: should be a dictionary, got 1"),
+        ("cluster: {rewards: {resources: 1}}", "run.yaml:1: cluster.rewards.resources: should be a dictionary, got 1"),
         ("steps: 1.5", "run.yaml:1: steps: should be a whole number, got 1.5"),
         ("steps: '5'", "run.yaml:1: steps: should be a whole number, got '5'"),
         ("steps: 1:30:00", "run.yaml:1: steps: should be a whole number, got '1:30:00'"),
         ("steps: 010", "run.yaml:1: steps: should be a whole number, got '010'"),
         ("steps: -0_7", "run.yaml:1: steps: should be a whole number, got '-0_7'"),
         ("name: a/b", "run.yaml:1: name: should be letters, digits, '.', '_' and '-' only, got 'a/b'"),
-        ('runs: "a\\0b"', "run.yaml:1: runs: should hold no NUL byte: no file system takes it, got 'a\\x00b'"),
+        ('runs: "a\\0b"', "run.yaml:1: output_dir: should hold no NUL byte: no file system takes it, got 'a\\x00b'"),
         (
             "generator:\n  learning_rate: 1e39",
             "run.yaml:2: generator.learning_rate: should be less than or equal to 1, got 1e+39",
@@ -250,7 +250,10 @@ cluster:
             "objective: {t_log_std: 1e-300, reward_scale: 0}",
             "run.yaml:1: objective.t_log_std: should be greater than or equal to 0.001, got 1e-300",
         ),
-        ("tracking: {uri: 'sqlite://'}", "run.yaml:1: tracking.uri: should name a file: sqlite:///PATH, got 'sqlite://'"),
+        (
+            "tracking: {uri: 'sqlite://'}",
+            "run.yaml:1: tracking.uri: should name a file: sqlite:///PATH, got 'sqlite://'",
+        ),
         (
             f"global_batch_size: {10**20}",
             f"run.yaml:1: global_batch_size: should be less than or equal to 1000000, got {10**20}",
@@ -298,7 +301,9 @@ def test_prompts_of_tables_and_datasets(tmp_path):
     for source in ("a.parquet", "a.csv", "a.jsonl"):
         table = read_prompts(tmp_path / source, column="caption")
         assert table["prompt"].tolist() == ["a cat", "a dog\u2028, red"] and [*table.columns] == ["prompt", "n"]
-        with pytest.raises(UserError, match=r"no column 'captoin', columns are caption, prompt, n, did you mean 'caption'\?"):
+        with pytest.raises(
+            UserError, match=r"no column 'captoin', columns are caption, prompt, n, did you mean 'caption'\?"
+        ):
             read_prompts(tmp_path / source, column="captoin")
     table = read_prompts(f"datasets:{tmp_path}/hub:train", column="caption")
     assert table.to_dict("list") == {"prompt": ["a cat", "a dog\u2028, red"]}
@@ -357,7 +362,10 @@ def test_the_pocket_world_has_every_split(split):
         ("pocket:evl", r"pocket:evl: unknown split, did you mean 'pocket:eval'\?"),
         ("pocket", "pocket: unknown split.*"),
         ("{}/prompst.csv", r".*prompst.csv: no such file, did you mean '.*prompts.csv'\?"),
-        ("{}/prompts.xlsx", r".*prompts.xlsx: prompts are 'pocket:<split>', a file \(.csv, .jsonl, .*\) or 'datasets:.*"),
+        (
+            "{}/prompts.xlsx",
+            r".*prompts.xlsx: prompts are 'pocket:<split>', a file \(.csv, .jsonl, .*\) or 'datasets:.*",
+        ),
         ("{}/broken.jsonl", r".*broken.jsonl: line 2: not JSON: .*"),
         ("{}/list.jsonl", r".*list.jsonl: line 1: should be an object, got \[1\]"),
         ("{}/number.jsonl", r".*number.jsonl: row 2: 'prompt' should be text, got 3"),
@@ -387,7 +395,9 @@ def test_prompts_that_cannot_be_read(tmp_path, source, message):
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "number.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": 3}\n')
     (tmp_path / "not.parquet").write_text("prompt\na\n")
-    harmed = pa.table({"prompt": ["a cat"]}).replace_schema_metadata({"pandas": '{"columns": [{}], "index_columns": []}'})
+    harmed = pa.table({"prompt": ["a cat"]}).replace_schema_metadata(
+        {"pandas": '{"columns": [{}], "index_columns": []}'}
+    )
     pq.write_table(harmed, tmp_path / "harmed.parquet")
     pd.DataFrame({"prompt": [["a cat", "a dog"] * 9]}).to_parquet(tmp_path / "lists.parquet")
     with pytest.raises(UserError, match=f"^{message}$") as caught:
@@ -430,10 +440,14 @@ def test_a_missing_file_is_taken_for_one_of_nearly_its_name_only(tmp_path):
         assert str(caught.value) == f"{tmp_path}/{name}: {said}"
 
 
-@pytest.mark.parametrize("text", ["prompt\na cat, oil\na dog, ink\n", "prompt,x\na cat, sitting, oil,1\n", "prompt\nx\na, b\n"])
+@pytest.mark.parametrize(
+    "text", ["prompt\na cat, oil\na dog, ink\n", "prompt,x\na cat, sitting, oil,1\n", "prompt\nx\na, b\n"]
+)
 def test_a_comma_without_quotes_is_no_column(tmp_path, text):
     (tmp_path / "p.csv").write_text(text)
-    with pytest.raises(UserError, match=r"p\.csv: .*(a prompt with a comma wants quotes|Expected 1 fields in line 3, saw 2)"):
+    with pytest.raises(
+        UserError, match=r"p\.csv: .*(a prompt with a comma wants quotes|Expected 1 fields in line 3, saw 2)"
+    ):
         read_prompts(tmp_path / "p.csv")
     (tmp_path / "p.csv").write_text('prompt\n"a cat, oil"\n')
     assert read_prompts(tmp_path / "p.csv")["prompt"].tolist() == ["a cat, oil"]
@@ -448,13 +462,24 @@ def test_passwords_stay_in_the_environment(tmp_path):
     (said,) = errors(tmp_path, "tracking: {uri: 'https://me:hunter2@host/x'}")
     assert said.startswith("run.yaml:1: tracking.uri: should hold no user and password") and "hunter2" not in said
     experiment = Experiment().tracked_at("https://me:hunter2@host/x")
-    assert experiment.without_secrets().tracking.uri is None and experiment.tracked_at(None).without_secrets() == Experiment()
+    assert (
+        experiment.without_secrets().tracking.uri is None
+        and experiment.tracked_at(None).without_secrets() == Experiment()
+    )
     assert "hunter2" not in experiment.without_secrets().to_yaml() + str(experiment.without_secrets().to_params())
-    uris = ("postgresql://me:hunt/er2@host/db", "https://me:hunt@er2@host", "postgresql://host/db?user=me&password=hunter2&x=1")
+    uris = (
+        "postgresql://me:hunt/er2@host/db",
+        "https://me:hunt@er2@host",
+        "postgresql://host/db?user=me&password=hunter2&x=1",
+    )
     queries = ("passwd=hunter2", "sslpassword=hunt@er2", "access_token=hunter2", "api_key=hunt'er2", "hunter2")
     blanks = ("https://me:my hunt er2@host", "postgresql://u:hunt\ter2@host/db", "mysql://u:hunt\u00a0er2@host/db")
     odbc = ("mssql://?odbc_connect=UID%3Dme%3BPWD%3Dhunter2", "mssql+pyodbc://host:1433/?odbc_connect=PWD%3Dhunt@er2")
-    quoted = ("mysql://me:hunt'er2@host/db", "mysql://me:hunt?er2@host/db", "mysql://host:3306/db?user=me@x&passwd=hunt@er2")
+    quoted = (
+        "mysql://me:hunt'er2@host/db",
+        "mysql://me:hunt?er2@host/db",
+        "mysql://host:3306/db?user=me@x&passwd=hunt@er2",
+    )
     for uri in (*uris, *(f"mysql://host/db?{query}" for query in queries), *odbc, *quoted, "https://token@host"):
         for text in (uri, f"{uri} and {uri!r}", f"(https://host/{uri!r})", f"at {uri}: {uri}, {uri}/api"):
             assert not re.search("hunt|er2|token@", redact(text))
@@ -466,7 +491,10 @@ def test_passwords_stay_in_the_environment(tmp_path):
         assert "uri: should hold no user and password" in said and "er2" not in said
         (said,) = errors(tmp_path, f"mirror: {json.dumps('s3' + uri[uri.index(':') :])}")
         assert "mirror: should hold no keys" in said and "er2" not in said
-    assert redact(f"no answer from {quoted[0]}, 'https://host/x?y=z'") == "no answer from mysql://host/db, 'https://host/x'"
+    assert (
+        redact(f"no answer from {quoted[0]}, 'https://host/x?y=z'")
+        == "no answer from mysql://host/db, 'https://host/x'"
+    )
     assert "er2" not in redact("HTTPConnectionPool(host='host', port=1): with url: /?auth=hunter2/api/2.0")
     for uri in ("https://host:5000/x", "sqlite:////a/b.db", "postgresql://host/db", "sqlite:////a/me:x@lab/b c.db"):
         assert redact(uri) == uri

@@ -16,7 +16,7 @@ import torch
 import diffinstruct.method.distances
 import diffinstruct.method.guidance
 import diffinstruct.method.objectives
-from diffinstruct.method.diffusion import SPACES, Schedule, denoising_loss
+from diffinstruct.method.diffusion import WEIGHTINGS, Schedule, denoising_loss
 from diffinstruct.method.distances import distance, pseudo_huber, squared
 from diffinstruct.method.guidance import guided
 from diffinstruct.method.objectives import objective
@@ -27,7 +27,11 @@ LEVELS = [(1.0, 0.8), (0.6, 0.8), (0.98, 0.2), (0.3, 0.95), (0.5, 0.5)]
 NODES, WEIGHTS = (torch.tensor(v) for v in np.polynomial.hermite_e.hermegauss(200))
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
 PLAIN = {"mean": 0.0, "null": 0.0, "std": 1.0, "cfg": 0.0, "where": "in"}
-GUIDED = PLAIN | {"mean": 0.4, "null": -0.2, "cfg": 1.5}  # both of width 1: guided, they are the score of a third Gaussian
+GUIDED = PLAIN | {
+    "mean": 0.4,
+    "null": -0.2,
+    "cfg": 1.5,
+}  # both of width 1: guided, they are the score of a third Gaussian
 
 
 def posterior_mean(mean, std, alpha, sigma):
@@ -119,7 +123,7 @@ def by_code(level, space, reference, chosen, guide=guided, guide_score_network=F
     score_network = posterior_mean(MEAN, STD, alpha, sigma)
     if guide_score_network:  # it, too, would be another network without its prompt
         of_prompt = lambda xt, t, c: posterior_mean(MEAN + c["mean"] - reference["mean"], STD, alpha, sigma)(xt, t, c)  # noqa: E731
-        whole = guide(of_prompt, null, reference["cfg"], "in")
+        whole = guide(of_prompt, null, 1 + reference["cfg"], "in")
         score_network = lambda xt, t, c: whole(xt, t, c)[0]  # noqa: E731
     loss, _ = chosen(
         theta[0] + theta[1] * z,
@@ -127,7 +131,7 @@ def by_code(level, space, reference, chosen, guide=guided, guide_score_network=F
         eps,
         c,
         score_network=score_network,
-        reference=guide(conditional(reference["std"], alpha, sigma), null, reference["cfg"], reference["where"]),
+        reference=guide(conditional(reference["std"], alpha, sigma), null, 1 + reference["cfg"], reference["where"]),
     )
     return torch.autograd.grad((weights * loss).sum(), theta)[0]
 
@@ -136,7 +140,7 @@ def configured(name, level, space, distance_name="pseudo_huber", **settings):
     return objective(
         name,
         schedule=schedule_of(level),
-        space=space,
+        weighting=space,
         distance=distance(distance_name, HUBER_C),
         **{"sid_alpha": 1.0} | settings,
     )
@@ -157,7 +161,7 @@ def unnormalised(chosen):
 
 
 # ------------------------------------------------------------------------------------------------------- objectives
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", WEIGHTINGS)
 @pytest.mark.parametrize("distance_name", ["pseudo_huber", "squared"])
 @pytest.mark.parametrize("level", LEVELS)
 def test_di_star_has_the_gradient_of_the_score_divergence(level, distance_name, space):
@@ -174,7 +178,7 @@ def test_published_numbers_of_the_one_dimensional_example():
         torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64), atol=6e-4, rtol=0)
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", WEIGHTINGS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_diff_instruct_has_the_gradient_of_kl(level, space):
     wanted = kullback_leibler(level, space, PLAIN)
@@ -188,7 +192,9 @@ def test_sid_is_the_squared_distance_at_alpha_1_and_fisher_at_one_half(level):
     for alpha, law_moves in [(1.0, False), (0.5, True)]:
         wanted = score_divergence(level, "squared", "score", PLAIN, law_moves)
         assert wanted.abs().min() > 1e-3
-        close(2 * by_code(level, "score", PLAIN, unnormalised(configured("sid", level, "score", sid_alpha=alpha))), wanted)
+        close(
+            2 * by_code(level, "score", PLAIN, unnormalised(configured("sid", level, "score", sid_alpha=alpha))), wanted
+        )
     k = level[0] / level[1] ** 2
     in_x0 = by_code(level, "x0", PLAIN, unnormalised(configured("sid", level, "x0", sid_alpha=0.5)))
     close(2 * k**2 * in_x0, wanted)
@@ -236,11 +242,13 @@ def test_guidance_inside_and_outside(level, name, where):
 @pytest.mark.parametrize("name", ["diff_instruct", "diff_instruct_pp"])
 def test_for_kl_guidance_inside_equals_outside(name):
     for level in LEVELS:
-        one, other = (by_code(level, "eps", GUIDED | {"where": w}, configured(name, level, "eps")) for w in ("in", "out"))
+        one, other = (
+            by_code(level, "eps", GUIDED | {"where": w}, configured(name, level, "eps")) for w in ("in", "out")
+        )
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_guidance_is_diffusers_guidance_scale_less_one_and_0_asks_once():
+def test_guidance_scale_is_diffusers_and_1_asks_once():
     asked = []
 
     def denoiser(xt, t, c):
@@ -250,17 +258,21 @@ def test_guidance_is_diffusers_guidance_scale_less_one_and_0_asks_once():
     xt, t = torch.zeros(2, 1), torch.zeros(2, dtype=torch.long)
     c, null = {"mean": torch.full((2, 1), 3.0)}, {"mean": torch.full((1, 1), 1.0)}
     guidance_scale = 2.5
-    r, g = guided(denoiser, null, guidance_scale - 1, "in")(xt, t, c)
+    r, g = guided(denoiser, null, guidance_scale, "in")(xt, t, c)
     torch.testing.assert_close(r, torch.full((2, 1), 1.0 + guidance_scale * (3.0 - 1.0)))
     assert g is None and asked == [4]  # both prompts in one forward
-    assert guided(denoiser, null, 0.0, "out")(xt, t, c)[1] is None and asked == [4, 2]
+    assert guided(denoiser, null, 1.0, "out")(xt, t, c)[1] is None and asked == [4, 2]
 
 
 # --------------------------------------------------------------------------------------------------- planted bugs
 DI_STAR, DI, FISHER = ("di_star", "pseudo_huber"), ("diff_instruct", ""), ("sid", "")
 BUGS = {  # what it tests: (objective, source, planted); each must move its objective's gradient visibly
     "d' detached": (DI_STAR, "distance.gradient(y)", "distance.gradient(y).detach()"),
-    "score network detached": (DI_STAR, "score_network(xt, t, c), reference", "score_network(xt, t, c).detach(), reference"),
+    "score network detached": (
+        DI_STAR,
+        "score_network(xt, t, c), reference",
+        "score_network(xt, t, c).detach(), reference",
+    ),
     "reference detached": (DI_STAR, "    y = m * (f - r)", "    y = m * (f - r.detach())"),
     "x_t detached": (DI_STAR, "xt, m = schedule.diffuse(x0, t, eps)", "xt, m = schedule.diffuse(x0, t, eps).detach()"),
     "x0 of the right factor detached": (DI_STAR, "* m * (f - x0))", "* m * (f - x0.detach()))"),
@@ -273,10 +285,14 @@ BUGS = {  # what it tests: (objective, source, planted); each must move its obje
     "guidance with the wrong sign": (DI_STAR, "else -per_sample_sum(m * g", "else per_sample_sum(m * g"),
     "guidance OUT not a constant": (DI_STAR, "g.detach()", "g * xt"),
     "guidance IN as well as OUT": (DI_STAR, "else (conditional, g", "else (conditional + g, g"),
-    "guidance scale off by one": (DI_STAR, "g = cfg_scale *", "g = (cfg_scale + 1) *"),
+    "guidance scale off by one": (DI_STAR, "g = (guidance_scale - 1) *", "g = guidance_scale *"),
     "KL: the networks not constants": (DI, "    with torch.no_grad():\n", "    if True:\n"),
     "KL: sign flipped": (DI, "return per_sample_sum(m * (f - r) * xt)", "return -per_sample_sum(m * (f - r) * xt)"),
-    "KL: alpha of dx_t lost": (DI, "return per_sample_sum(m * (f - r) * xt)", "return per_sample_sum(m * (f - r) * x0)"),
+    "KL: alpha of dx_t lost": (
+        DI,
+        "return per_sample_sum(m * (f - r) * xt)",
+        "return per_sample_sum(m * (f - r) * x0)",
+    ),
     "KL: weight missing": (DI, "return per_sample_sum(m * (f - r) * xt)", "return per_sample_sum((f - r) * xt)"),
     "SiD: alpha on the wrong term": (FISHER, "((r - x0) - alpha * (r - f))", "(alpha * (r - x0) - (r - f))"),
     "SiD: x0 for f in the right factor": (FISHER, "- alpha * (r - f))", "- alpha * (r - x0))"),
@@ -316,7 +332,7 @@ def gradients(namespace, kind):
     level, (name, distance_name) = (0.6, 0.8), kind
     settings = {"alpha": 0.5} if name == "sid" else {}
     settings |= {"distance": namespace["distance"](distance_name, HUBER_C)} if name == "di_star" else {}
-    settings |= {"schedule": schedule_of(level), "space": "score" if name == "sid" else "eps"}
+    settings |= {"schedule": schedule_of(level), "weighting": "score" if name == "sid" else "eps"}
 
     def chosen(*args, **kwargs):
         return namespace[function_of(name)](*args, **kwargs, **settings)
@@ -334,7 +350,10 @@ def gradients(namespace, kind):
 def test_planted_bug_is_caught(bug):
     kind, original, planted = BUGS[bug]
     try:
-        off = [(got - wanted).abs().max() for got, wanted in gradients(rebuilt(original, planted, function_of(kind[0])), kind)]
+        off = [
+            (got - wanted).abs().max()
+            for got, wanted in gradients(rebuilt(original, planted, function_of(kind[0])), kind)
+        ]
     except RuntimeError as error:  # autograd has nothing left to differentiate
         assert "does not require grad" in str(error)
         return
@@ -396,7 +415,9 @@ def test_denoising_loss_has_its_value_and_is_least_at_the_posterior_mean(predict
     weight = {"x0": 1.0, "eps": (alpha / sigma) ** 2, "v": 1 / sigma**2}[space]
 
     def loss_and_gradient(offset):
-        gain, shift = parameters = torch.tensor([best + offset, MEAN - best * alpha * MEAN + offset], dtype=torch.float64)
+        gain, shift = parameters = torch.tensor(
+            [best + offset, MEAN - best * alpha * MEAN + offset], dtype=torch.float64
+        )
         gain, shift = parameters.requires_grad_()
 
         def network_output(xt):  # what a network of this parametrisation would put out

@@ -33,8 +33,13 @@ RANKS = ["generator.lora_rank=4", "score_network.lora_rank=2"]
 
 def configured(folder: Path, family: str, *more: str) -> Experiment:
     (folder / "empty.yaml").write_text("{}")
-    start = [] if any(key.startswith("generator.start=") for key in more) else ["generator.start=reference"]
-    own = [f"reference.model={folder}", f"generator.timestep={pipelines.TIMESTEPS[family]}", "global_batch_size=2", *start]
+    start = [] if any(key.startswith("generator.init_from=") for key in more) else ["generator.init_from=reference"]
+    own = [
+        f"reference.model={folder}",
+        f"generator.timestep={pipelines.TIMESTEPS[family]}",
+        "global_batch_size=2",
+        *start,
+    ]
     return load(folder / "empty.yaml", [*own, *more])
 
 
@@ -105,8 +110,12 @@ def test_adapters_equal_their_merge(folder: Path, family: str, checkpointing: st
 
     said = []
     for each, of in ((roles, reference), (merged, load_reference(str(folder)))):
-        still = experiment.model_copy(update={"generator": experiment.generator.model_copy(update={"learning_rate": 1e-12})})
-        still = still.model_copy(update={"score_network": still.score_network.model_copy(update={"learning_rate": 1e-12})})
+        still = experiment.model_copy(
+            update={"generator": experiment.generator.model_copy(update={"learning_rate": 1e-12})}
+        )
+        still = still.model_copy(
+            update={"score_network": still.score_network.model_copy(update={"learning_rate": 1e-12})}
+        )
         (metrics,) = rounds(still, of, make_train_state(still, each, of.null_conditions(), lambda module: module), 1)
         said.append({key: value for key, value in metrics.items() if not key.startswith("time/")})
     weights = ("gradient_norm/generator", "gradient_norm/score_network")  # of other parameters
@@ -130,7 +139,9 @@ def test_adapters_equal_their_merge(folder: Path, family: str, checkpointing: st
 def test_a_merge_is_on_the_files_own_weights(folder: Path, family: str) -> None:
     """Also where the base is held in bf16, so that the adapter does to the published model what it does to the export."""
     reference = load_reference(str(folder))
-    network: Any = make_roles(configured(folder, family, *RANKS, "precision=bf16"), reference).generator.denoiser.network
+    network: Any = make_roles(
+        configured(folder, family, *RANKS, "precision=bf16"), reference
+    ).generator.denoiser.network
     assert network.dtype == torch.bfloat16
     merged = network.merged().state_dict()  # its adapter adds nothing yet
     assert all(torch.equal(merged[name], value) for name, value in reference.network().state_dict().items())
@@ -150,9 +161,15 @@ def test_training_leaves_the_base_alone_and_moves_every_adapter(folder: Path, fa
         assert torch.equal(after[name], value) == (".lora_" not in name or idle), name
     assert base.active_adapters == []
     now = roles.generator(torch.ones(2, *reference.latent_shape), reference.encode_prompts(PROMPTS)).detach()
-    assert (now - start).abs().max() > 0 and all(metrics[-1][key] > 0 for key in metrics[-1] if key.startswith("gradient_norm"))
-    shared = {name for name, _ in roles.generator.named_parameters()} & {n for n, _ in roles.score_network.named_parameters()}
-    assert not shared & {"denoiser.network"} and all("weights" in name for name, _ in roles.generator.named_parameters())
+    assert (now - start).abs().max() > 0 and all(
+        metrics[-1][key] > 0 for key in metrics[-1] if key.startswith("gradient_norm")
+    )
+    shared = {name for name, _ in roles.generator.named_parameters()} & {
+        n for n, _ in roles.score_network.named_parameters()
+    }
+    assert not shared & {"denoiser.network"} and all(
+        "weights" in name for name, _ in roles.generator.named_parameters()
+    )
 
 
 @pytest.mark.parametrize("ranks", [["generator.lora_rank=4"], ["score_network.lora_rank=2"], []], ids=str)
@@ -167,9 +184,14 @@ def test_full_and_adapted_roles_mix(folder: Path, family: str, ranks: list[str])
     state = copy.deepcopy(train_state.state_dict())
     full = sum(p.numel() for p in reference.network().parameters())
     sizes = {name: sum(v.numel() for v in state[name].values()) for name in ("generator", "score_network", "ema")}
-    for name, rank in (("generator", experiment.generator.lora_rank), ("score_network", experiment.score_network.lora_rank)):
+    for name, rank in (
+        ("generator", experiment.generator.lora_rank),
+        ("score_network", experiment.score_network.lora_rank),
+    ):
         assert (sizes[name] < full) == (rank > 0)
-    again = make_train_state(experiment, make_roles(experiment, reference), reference.null_conditions(), lambda module: module)
+    again = make_train_state(
+        experiment, make_roles(experiment, reference), reference.null_conditions(), lambda module: module
+    )
     again.load_state_dict(state)
     one, other = (rounds(experiment, reference, p, 1)[0] for p in (train_state, again))
     assert all(one[key] == other[key] for key in one if not key.startswith("time/"))
@@ -186,7 +208,7 @@ def started(folder: Path, family: str, tmp_path: Path) -> Path:
 
 
 def test_another_start_is_a_second_base_or_a_low_rank_difference(folder: Path, family: str, started: Path) -> None:
-    reference, start = load_reference(str(folder)), f"generator.start={started}"
+    reference, start = load_reference(str(folder)), f"generator.init_from={started}"
     z, c = torch.randn(2, *reference.latent_shape), reference.encode_prompts(PROMPTS)
     whole = reference.generator(pipelines.TIMESTEPS[family], str(started))
     second = make_roles(configured(folder, family, *RANKS, start), reference)
@@ -198,7 +220,7 @@ def test_another_start_is_a_second_base_or_a_low_rank_difference(folder: Path, f
 
     errors = []
     for rank in (1, 4, 512):
-        roles = make_roles(configured(folder, family, *RANKS, start, f"generator.start_rank={rank}"), reference)
+        roles = make_roles(configured(folder, family, *RANKS, start, f"generator.init_rank={rank}"), reference)
         assert roles.generator.denoiser.network.base is roles.reference.network.base
         base, target = roles.generator.denoiser.network.merged(), whole.denoiser.network.state_dict()
         own = dict(reference.network().named_parameters())
@@ -237,7 +259,11 @@ def test_an_exported_adapter_opens_in_stock_diffusers(folder: Path, family: str,
     roles = moved(make_roles(experiment, reference))
     place = export(str(folder), roles.generator, tmp_path / "export")
     z = torch.randn(2, *reference.latent_shape, generator=torch.Generator().manual_seed(0))
-    ours = torch.cat([reference.sampler(roles.generator)(["a red hat"], one[None]) for one in z]).permute(0, 2, 3, 1).numpy()
+    ours = (
+        torch.cat([reference.sampler(roles.generator)(["a red hat"], one[None]) for one in z])
+        .permute(0, 2, 3, 1)
+        .numpy()
+    )
     if family == "pixart":  # whose stock pipeline has no load_lora_weights
         assert not (place / "lora").exists()
         return
@@ -247,7 +273,9 @@ def test_an_exported_adapter_opens_in_stock_diffusers(folder: Path, family: str,
     assert answer.returncode == 0, answer.stderr
     whole, adapted = np.load(f"{place}.npy")
     untrained = (
-        reference.sampler(reference.generator(pipelines.TIMESTEPS[family]))(["a red hat"] * 2, z).permute(0, 2, 3, 1).numpy()
+        reference.sampler(reference.generator(pipelines.TIMESTEPS[family]))(["a red hat"] * 2, z)
+        .permute(0, 2, 3, 1)
+        .numpy()
     )
     assert np.abs(ours - untrained).max() > 0.01
     assert np.abs(whole - ours).max() < 1e-5 and np.abs(adapted - ours).max() < 1e-5

@@ -28,7 +28,7 @@ def spread_out(tmp_path_factory) -> tuple[Any, Path]:
     folder = tmp_path_factory.mktemp("sharded")
     pipelines.build(folder / "tiny")
     (folder / "empty.yaml").write_text("{}")
-    own = [f"reference.model={folder / 'tiny'}", "generator.start=reference", "generator.max_grad_norm=0.5"]
+    own = [f"reference.model={folder / 'tiny'}", "generator.init_from=reference", "generator.max_grad_norm=0.5"]
     own += ["score_network.updates_per_step=2", "activation_checkpointing=true", "micro_batch_size=1"]
     experiment = load(folder / "empty.yaml", own)
     torch.multiprocessing.spawn(tiny_sharding.process, (WORLD, experiment, folder), WORLD)
@@ -102,7 +102,10 @@ def test_what_one_process_cannot_read_none_takes(tmp_path) -> None:
 def test_a_sharded_flow_in_bf16_is_told_its_times_unrounded(tmp_path) -> None:
     """All that is sharded is computed in bf16, so digits are lost; but fewer than with times in bf16, which has 8 bits."""
     reference = load_reference(str(pipelines.build(tmp_path / "sd3", family="sd3")))
-    xt, t = torch.randn(64, *reference.latent_shape, generator=torch.Generator().manual_seed(0)), torch.arange(300, 940, 10)
+    xt, t = (
+        torch.randn(64, *reference.latent_shape, generator=torch.Generator().manual_seed(0)),
+        torch.arange(300, 940, 10),
+    )
     c = reference.encode_prompts(["a red hat"] * len(t))
     times = reference.schedule.fed(t)
     torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)

@@ -29,7 +29,11 @@ PIXELS = {"stable-diffusion-v1-5": 512, "stable-diffusion-xl-base-1.0": 1024, "P
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_the_shipped_configurations_are_the_published_models(model: str) -> None:
     reference = load_reference(shapes(model))
-    parts = {reference.family.part: reference.empty_network(), "vae": reference.empty_decoder(), **reference.empty_encoders()}
+    parts = {
+        reference.family.part: reference.empty_network(),
+        "vae": reference.empty_decoder(),
+        **reference.empty_encoders(),
+    }
     assert {name: sum(prod(p.shape) for p in part.parameters()) for name, part in parts.items()} == PUBLISHED[model]
     edge = PIXELS[model.rpartition("/")[2]] // 8
     assert reference.latent_shape == (4, edge, edge)
@@ -71,7 +75,9 @@ def test_a_round_without_content_takes_what_a_real_one_takes(world, more, monkey
     experiment = world[1](**more)
 
     def counted() -> footprint.Footprint:
-        reference = load_reference(experiment.reference.model, activation_checkpointing=experiment.activation_checkpointing)
+        reference = load_reference(
+            experiment.reference.model, activation_checkpointing=experiment.activation_checkpointing
+        )
         rewards = {"tiny.rewards:Red": lambda images, prompts: images.mean((1, 2, 3))}
         return footprint.of_training(experiment, reference, rewards)
 
@@ -98,5 +104,5 @@ def test_a_table_without_network_weights_or_start(monkeypatch) -> None:
     values["generator"] |= {"start": "/nowhere.safetensors", "lora_rank": 64}
     values["score_network"]["lora_rank"] = 64
     text, problem = report(Experiment.model_validate(values))
-    assert problem == "generator.start: no such file or folder: /nowhere.safetensors"
+    assert problem == "generator.init_from: no such file or folder: /nowhere.safetensors"
     assert "2567.46" in text and "694.66" in text and "generator's adapter" in text

@@ -40,22 +40,22 @@ def reference():
 
 
 @pytest.mark.parametrize(
-    ("name", "cfg_scale", "where", "forwards"),
+    ("name", "guidance_scale", "where", "forwards"),
     [
-        ("di_star", 2.0, "in", 9),
-        ("di_star", 2.0, "out", 9),
-        ("di_star", 0.0, "in", 7),
-        ("sid", 2.0, "in", 9),
-        ("diff_instruct_pp", 2.0, "in", 6),
-        ("diff_instruct_pp", 2.0, "out", 6),
-        ("dmd", 2.0, "in", 6),
-        ("reward_only", 2.0, "in", 3),
+        ("di_star", 3.0, "in", 9),
+        ("di_star", 3.0, "out", 9),
+        ("di_star", 1.0, "in", 7),
+        ("sid", 3.0, "in", 9),
+        ("diff_instruct_pp", 3.0, "in", 6),
+        ("diff_instruct_pp", 3.0, "out", 6),
+        ("dmd", 3.0, "in", 6),
+        ("reward_only", 3.0, "in", 3),
     ],
 )
-def test_a_round_costs_what_the_arithmetic_says(reference, monkeypatch, name, cfg_scale, where, forwards):
+def test_a_round_costs_what_the_arithmetic_says(reference, monkeypatch, name, guidance_scale, where, forwards):
     content = Experiment().model_dump()
     content["objective"]["name"] = name
-    content["reference"] |= {"cfg_scale": cfg_scale, "guidance": where}
+    content["reference"] |= {"guidance_scale": guidance_scale, "guidance": where}
     experiment = Experiment.model_validate(content)
     train_state = make_train_state(
         experiment, make_roles(experiment, reference), reference.null_conditions(), lambda module: module
@@ -72,10 +72,17 @@ def test_a_round_costs_what_the_arithmetic_says(reference, monkeypatch, name, cf
     score = counted(update) if settings.objective else 0
     rows: list[int] = []
     forward = NetworkDenoiser.forward
-    monkeypatch.setattr(NetworkDenoiser, "forward", lambda self, xt, *rest: (rows.append(len(xt)), forward(self, xt, *rest))[1])
+    monkeypatch.setattr(
+        NetworkDenoiser, "forward", lambda self, xt, *rest: (rows.append(len(xt)), forward(self, xt, *rest))[1]
+    )
     whole = counted(lambda: alternating_round(train_state, settings, reference.schedule, draws, PROMPTS, c, nobody))
     if settings.objective:
         assert 2.9 * one <= score <= 3 * 1.03 * one
-        both = BATCH * (1 + (cfg_scale > 0))
-        assert rows == [BATCH, BATCH, BATCH, both]  # generator, score update, score network, reference: both prompts at once
+        both = BATCH * (1 + (guidance_scale > 1))
+        assert rows == [
+            BATCH,
+            BATCH,
+            BATCH,
+            both,
+        ]  # generator, score update, score network, reference: both prompts at once
     assert 0.97 * forwards * one <= whole - score <= 1.03 * forwards * one

@@ -40,7 +40,11 @@ def test_rows_are_kept_and_what_is_missing_is_known(tmp_path):
     rows.add("a", {"arm": "x", "seed": 0, "kid": 2.0, "new": 5})  # a later row may know more
     frame = TrialRows(rows.path).read()
     assert frame["trial"].tolist() == ["b", "a"] and frame["kid"].tolist() == pytest.approx([1 / 3, 2.0], rel=1e-5)
-    assert math.isnan(frame["new"][0]) and frame["commit"].notna().all() and frame["at"].str.fullmatch(r"\d{4}-\d\d-\d\d").all()
+    assert (
+        math.isnan(frame["new"][0])
+        and frame["commit"].notna().all()
+        and frame["at"].str.fullmatch(r"\d{4}-\d\d-\d\d").all()
+    )
     assert [path.name for path in rows.path.parent.iterdir() if path.suffix != ".lock"] == ["rows.csv"]
 
 
@@ -76,7 +80,9 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, text, said):
 def test_a_run_names_the_commits_of_its_code_and_rows_alone_do_not_make_one_dirty(tmp_path, monkeypatch):
     def git(*command):
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        return subprocess.run(["git", *who, "-C", str(tmp_path), *command], check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            ["git", *who, "-C", str(tmp_path), *command], check=True, capture_output=True, text=True
+        ).stdout
 
     def started():
         Tracker(f"sqlite:///{tmp_path}/mlflow.db", "x", "run", tmp_path / "run", {}, {}).finish()
@@ -222,17 +228,17 @@ def test_training_and_examination_never_share_a_column(tmp_path):
 
 def test_a_resumed_run_is_what_it_was_last(tmp_path):
     folder = tiny_sweep.run(tmp_path / "a", end="FAILED", reason="out of memory")
-    lines = ['{"time": 1, "start": {}}', '{"time": 1, "step": 20, "metrics": {"divergence": 7.0}}', '{"step": 30, "met']
+    lines = ['{"time": 1, "start": {}}', '{"time": 1, "step": 20, "metrics": {"x0_gap": 7.0}}', '{"step": 30, "met']
     with (folder / "journal.jsonl").open("a") as file:
         file.write("\n".join(lines))  # the last one is torn
     row = load_sweep(folder).iloc[0]
-    assert row["status"] == "unfinished" and row["reason"] is None and row["step"] == 20 and row["divergence"] == 7.0
+    assert row["status"] == "unfinished" and row["reason"] is None and row["step"] == 20 and row["x0_gap"] == 7.0
     curves = learning_curves(folder)
     assert set(curves["step"]) == {10, 20}
     with (folder / "journal.jsonl").open("a") as file:
-        file.write('\n{"time": 1, "step": 20, "metrics": {"divergence": 8.0}}\n')  # after the torn line
+        file.write('\n{"time": 1, "step": 20, "metrics": {"x0_gap": 8.0}}\n')  # after the torn line
     curves = learning_curves(folder)
-    assert curves[curves["key"] == "divergence"][["step", "value"]].to_numpy().tolist() == [[20, 8.0]]
+    assert curves[curves["key"] == "x0_gap"][["step", "value"]].to_numpy().tolist() == [[20, 8.0]]
 
 
 @pytest.mark.parametrize("left", [0, 2])
@@ -282,7 +288,7 @@ def test_a_path_without_runs_is_refused_in_one_line(tmp_path, path, said):
 def test_what_judges_a_sweep_is_examined_or_else_trainings(tmp_path):
     tiny_sweep.run(tmp_path / "a" / "one", courses=tiny_sweep.WATCHED)
     assert measures(load_sweep(tmp_path / "a")) == Measures(
-        "reward/pocket_preference", "held_out/pocket_judge", "divergence", "watch/variety"
+        "reward/pocket_preference", "held_out/pocket_judge", "x0_gap", "overoptimization/variety"
     )
     tiny_sweep.run(tmp_path / "a" / "two", courses=tiny_sweep.WATCHED, examination=tiny_sweep.examined(4, 3, 1))
     of = measures(load_sweep(tmp_path / "a"))
@@ -322,7 +328,7 @@ def test_the_gap_between_rewards_says_its_unit(tmp_path):
     folder = tiny_sweep.sweep(tmp_path / "s")
     gap, unit = reward_gap(load_sweep(folder))
     assert gap.tolist() == [1.5] * 8 and unit == "spreads of the start's scores"
-    frame = load_sweep(folder).drop(columns="watch/unexplained")
+    frame = load_sweep(folder).drop(columns="overoptimization/unexplained")
     gap, unit = reward_gap(frame)
     assert unit == "standard deviations over the sweep" and gap.mean() == pytest.approx(0, abs=1e-12)
     trained, held_out = frame["reward/pocket_preference"], frame["reward/pocket_judge"]

@@ -12,6 +12,7 @@ from tiny import sweeps as tiny_sweep
 from diffinstruct.cli.main import main
 from diffinstruct.reports import plots
 from diffinstruct.reports.frames import load_sweep, measures, points, swept
+from diffinstruct.reports.page import MOST_BYTES
 from diffinstruct.tracking.records import read_journal
 
 EVIL = "<script>alert(1)</script>"
@@ -66,7 +67,7 @@ def test_a_runs_report_says_what_it_was_and_what_came_of_it(tmp_path):
     found = Page(text)
     assert ["objective.reward_scale", "2.0", "4.5"] in found.rows
     assert ["kid", "1.2 [0.8, 1.8]", "9"] in found.rows
-    assert ["watch/unexplained", "1.5"] in found.rows
+    assert ["overoptimization/unexplained", "1.5"] in found.rows
     assert ["10", "hacking", "reward hacking: beyond 3.5"] in found.rows and '<p class="alarm">reward hacking' in text
     assert "abc1234" in text
     head = next(row for row in found.rows if "start" in row)
@@ -92,7 +93,9 @@ def test_what_others_wrote_is_shown_and_not_run(tmp_path):
     for name in ("one", "<b>two"):
         run = tiny_sweep.run(tmp_path / "s" / name, evil, "FAILED", EVIL, events=events, grids=(0, 10))
         record = {"time": 1, "start": {"tags": {EVIL: EVIL}}}
-        journal = (run / "journal.jsonl").read_text().replace('"tags": {"mlflow.source.git.commit"', f'"tags": {{"{EVIL}"')
+        journal = (
+            (run / "journal.jsonl").read_text().replace('"tags": {"mlflow.source.git.commit"', f'"tags": {{"{EVIL}"')
+        )
         (run / "journal.jsonl").write_text(json.dumps(record) + "\n" + journal)
     for path in (tmp_path / "s", tmp_path / "s" / "<b>two"):
         text = page(path, tmp_path)
@@ -109,7 +112,7 @@ def test_a_page_is_small_whatever_the_pictures(tmp_path):
     assert sum(file.stat().st_size for file in folder.rglob("*.png")) > 40e6
     for path in (folder, folder / "3"):
         text = page(path, tmp_path)
-        assert len(text.encode()) < page.MOST_BYTES
+        assert len(text.encode()) < MOST_BYTES
         assert "shrunk from 256 to 224 pixels" in text
 
 
@@ -268,10 +271,10 @@ def test_files_that_are_not_the_runs_own_spoil_no_report(tmp_path, caplog, capsy
 def test_records_that_lack_what_is_asked_of_them_are_left_out(tmp_path, caplog):
     of_a_run = {"time": 1, "step": 1}
     odd = [
-        {"step": 1, "metrics": {"divergence": 1.0}},
-        {"time": "now", "step": 1, "metrics": {"divergence": 1.0}},
-        {"time": 10**18, "step": 1, "metrics": {"divergence": 1.0}},
-        of_a_run | {"metrics": {"divergence": "far"}},
+        {"step": 1, "metrics": {"x0_gap": 1.0}},
+        {"time": "now", "step": 1, "metrics": {"x0_gap": 1.0}},
+        {"time": 10**18, "step": 1, "metrics": {"x0_gap": 1.0}},
+        of_a_run | {"metrics": {"x0_gap": "far"}},
         of_a_run | {"event": "hacking"},
         of_a_run | {"event": "hacking", "text": 5},
         of_a_run | {"event": "back_to", "text": "back", "back_to": "x"},

@@ -35,9 +35,9 @@ def world(tmp_path_factory):
     def experiment(**changes):
         values = {
             "seed": 1, "steps": 6, "global_batch_size": 8, "reference.model": str(folder / "tiny"),
-            "generator.start": "reference", "prompts.train": str(folder / "prompts.txt"),
+            "generator.init_from": "reference", "prompts.train": str(folder / "prompts.txt"),
             "prompts.grid": str(folder / "prompts.txt"), "objective.reward_scale": 10.0, "logging.every": 1,
-            "logging.grid_every": 1000, "logging.grid_prompts": 2, "logging.checkpoint_every": 2, "watch.every": 2,
+            "logging.grid_every": 1000, "logging.grid_prompts": 2, "logging.checkpoint_every": 2, "overoptimization.every": 2,
             "rewards.trained": [{"name": "tiny.rewards:Red", "weight": 2.0}], "rewards.held_out": ["tiny.rewards:Calm"],
             "tracking.uri": f"sqlite:///{folder / 'mlflow.db'}",  # making a database takes longer than a run
         }  # fmt: skip
@@ -177,7 +177,9 @@ class Fake:
     validate = None
 
 
-@pytest.mark.parametrize(("actors", "here", "place"), [(0.5, 0.2, "process"), (0.1, 0.2, "actor"), (0.5, None, "actor")])
+@pytest.mark.parametrize(
+    ("actors", "here", "place"), [(0.5, 0.2, "process"), (0.1, 0.2, "actor"), (0.5, None, "actor")]
+)
 def test_the_first_rounds_show_where_rewards_hold_a_run_up_less(world, monkeypatch, actors, here, place):
     clock = [0.0]
     monkeypatch.setattr(client.time, "perf_counter", lambda: clock[0])
@@ -216,7 +218,7 @@ def test_one_worker_that_is_better_off_with_actors_decides_for_all(world, monkey
 
 def test_rewards_with_an_environment_of_their_own_stay_there(world):
     environment = {"rewards": ["tiny.rewards:Red"], "runtime_env": "theirs.yaml"}
-    jury = RewardClient(world(cluster__reward_environments=[environment]), Fake([0.0], 9.0), lambda: Fake([0.0], 0.0))
+    jury = RewardClient(world(cluster__rewards__environments=[environment]), Fake([0.0], 9.0), lambda: Fake([0.0], 0.0))
     assert jury.place == "actor" and jury.service is jury.actors
 
 
@@ -258,7 +260,7 @@ def test_a_look_sees_the_same_prompts_and_noise_with_the_runs_weights(world, mon
     watcher.look(10, watcher.pictures(generator), kept=True)()
     (first, start_kept), (second, second_kept) = seen
     assert (start_kept, second_kept) == (False, True)
-    assert alarm is None and figures["watch/trained"] == 0.0
+    assert alarm is None and figures["overoptimization/trained"] == 0.0
     assert (first.step, second.step) == (0, 10) and np.isnan(first.distance) and second.distance == 3.0
     assert np.array_equal(first.trained, second.trained) and first.variety == second.variety > 0
 
@@ -288,12 +290,14 @@ class Alarming(monitor.ProbeHistory):
 
     def see(self, look, kept):
         super().observe(look, kept)
-        return Alarm(look.step, "unexplained", f"at step {look.step} something is odd") if look.step == self.at else None
+        return (
+            Alarm(look.step, "unexplained", f"at step {look.step} something is odd") if look.step == self.at else None
+        )
 
 
 @pytest.mark.parametrize("on_hacking", ["warn", "stop", "lower_scale"])
 def test_what_follows_an_alarm(world, tmp_path, monkeypatch, capsys, on_hacking):
-    experiment = world(watch__on_hacking=on_hacking)
+    experiment = world(overoptimization__on_alarm=on_hacking)
     local.run(experiment, tmp_path / "calm")
     monkeypatch.setattr(monitor, "Watch", Alarming)
     result = local.run(experiment, tmp_path / "run")
@@ -309,28 +313,37 @@ def test_what_follows_an_alarm(world, tmp_path, monkeypatch, capsys, on_hacking)
         assert last == 3 and max(run) == 3 and (result.export / "model_index.json").exists()
         assert records(result.folder, "finish")[-1]["finish"] == "FINISHED"
         again = local.run(experiment, tmp_path / "run")
-        assert json.loads((again.folder / "metrics.json").read_text())["step"] == 3 and max(metrics(tmp_path / "run")) == 3
+        assert (
+            json.loads((again.folder / "metrics.json").read_text())["step"] == 3 and max(metrics(tmp_path / "run")) == 3
+        )
     else:
-        assert last == 6 and state(tmp_path / "run")["reward_scale"] == 5.0 and "5 from here on" in events["on_hacking"][1]
+        assert (
+            last == 6 and state(tmp_path / "run")["reward_scale"] == 5.0 and "5 from here on" in events["on_hacking"][1]
+        )
         pull = "gradient_norm/sample_reward"
         assert run[3][pull] == calm[3][pull] and run[4][pull] == pytest.approx(calm[4][pull] / 2, rel=1e-4)
 
 
 def test_a_resumed_run_looks_and_lowers_as_the_unbroken_one(world, tmp_path, monkeypatch):
-    experiment = world(watch__on_hacking="lower_scale", steps=7, watch__every=3, logging__checkpoint_every=2)
+    experiment = world(
+        overoptimization__on_alarm="lower_scale", steps=7, overoptimization__every=3, logging__checkpoint_every=2
+    )
     monkeypatch.setattr(Alarming, "at", 3)
     monkeypatch.setattr(monitor, "Watch", Alarming)
     local.run(experiment, tmp_path / "whole")
-    for rounds in (3, 2):  # after the checkpoint of round 2, and after that of round 4: the scale has been lowered in between
+    for rounds in (
+        3,
+        2,
+    ):  # after the checkpoint of round 2, and after that of round 4: the scale has been lowered in between
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
             interrupt_after(patch, rounds)
             local.run(experiment, tmp_path / "run")
     local.run(experiment, tmp_path / "run")
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-    assert "watch/trained" in metrics(tmp_path / "run")[7]
+    assert "overoptimization/trained" in metrics(tmp_path / "run")[7]
     assert state(tmp_path / "run")["reward_scale"] == 5.0
 
 
 def test_no_looks_where_none_are_wanted(world, tmp_path):
-    local.run(world(steps=2, watch__every=0), tmp_path / "run")
-    assert not [key for row in metrics(tmp_path / "run").values() for key in row if key.startswith("watch/")]
+    local.run(world(steps=2, overoptimization__every=0), tmp_path / "run")
+    assert not [key for row in metrics(tmp_path / "run").values() for key in row if key.startswith("overoptimization/")]

@@ -19,7 +19,9 @@ START = OF_PROMPT + LUCK / within_prompt_std(LUCK)  # spread 1
 
 def look(step, trained=0.0, held_out=0.0, variety=1.0, distance=0.25):
     """With gains in spreads; held-out rewards have units of their own, and so have variety and distance."""
-    return Probe(step, START + trained, {"judge": 100 + 7 * (START + held_out)}, 3 * variety, distance if step else math.nan)
+    return Probe(
+        step, START + trained, {"judge": 100 + 7 * (START + held_out)}, 3 * variety, distance if step else math.nan
+    )
 
 
 def alarms(*looks):
@@ -31,10 +33,14 @@ def test_gains_are_counted_in_spreads_and_prompts_do_not_count():
     assert within_prompt_std(START) == pytest.approx(1) and np.std(START) > 4
     assert gain(START, START + 2.5) == pytest.approx(2.5)
     seen = ProbeHistory()
-    for each in (look(0), look(10, 3.0, 1.0, variety=0.8, distance=0.25), look(20, 4.0, 2.0, variety=0.6, distance=0.5)):
+    for each in (
+        look(0),
+        look(10, 3.0, 1.0, variety=0.8, distance=0.25),
+        look(20, 4.0, 2.0, variety=0.6, distance=0.5),
+    ):
         assert seen.observe(each) is None
     expected = {"trained": 4.0, "held_out": 2.0, "unexplained": 2.0, "variety": 0.6, "distance": 2.0}
-    assert seen.figures() == pytest.approx({f"watch/{name}": value for name, value in expected.items()})
+    assert seen.figures() == pytest.approx({f"overoptimization/{name}": value for name, value in expected.items()})
 
 
 def test_rewards_that_rise_together_raise_no_alarm():
@@ -97,12 +103,12 @@ def test_without_a_divergence_there_is_no_distance():
     seen = ProbeHistory()
     for step in (0, 10, 20):
         assert seen.observe(look(step, distance=math.nan)) is None
-        assert "watch/distance" not in seen.figures()
+        assert "overoptimization/distance" not in seen.figures()
     seen.observe(look(30, distance=0.5))
     seen.observe(look(40, distance=1.0))
-    assert seen.figures()["watch/distance"] == 2  # the first that there was is what it is compared with
+    assert seen.figures()["overoptimization/distance"] == 2  # the first that there was is what it is compared with
     seen.observe(look(50, distance=math.nan))
-    assert "watch/distance" not in seen.figures()
+    assert "overoptimization/distance" not in seen.figures()
 
 
 def test_an_alarm_is_repeated_when_its_symptom_has_been_away():
@@ -118,7 +124,14 @@ def test_symptoms_that_come_together_are_told_one_by_one():
 
 
 def test_a_resumed_run_alarms_alike():
-    course = [look(0), look(10, 2, 2), look(20, 4, 0.9), look(30, 5, 0.8), look(40, 5, 0.8, 0.1), look(50, 5, 2.5, 1, 4.0)]
+    course = [
+        look(0),
+        look(10, 2, 2),
+        look(20, 4, 0.9),
+        look(30, 5, 0.8),
+        look(40, 5, 0.8, 0.1),
+        look(50, 5, 2.5, 1, 4.0),
+    ]
     whole, told = ProbeHistory(), []
     for each in course:
         told.append((whole.observe(each, kept=True), whole.figures(), whole.best))
@@ -137,7 +150,14 @@ def test_a_resumed_run_alarms_alike():
 
 def test_the_best_checkpoint_has_gained_most_held_out_and_no_symptom():
     seen = ProbeHistory()
-    course = [look(0), look(10, 1, 1), look(20, 2, 1.5), look(30, 2, 1.4), look(40, 3, 2, variety=0.1), look(50, 3, 1.9)]
+    course = [
+        look(0),
+        look(10, 1, 1),
+        look(20, 2, 1.5),
+        look(30, 2, 1.4),
+        look(40, 3, 2, variety=0.1),
+        look(50, 3, 1.9),
+    ]
     bests = [(seen.observe(each, kept=each.step not in (0, 20)), seen.best.get("step"))[1] for each in course]
     assert bests == [None, 10, 10, 30, 30, 50]  # of step 20 there is none, at 40 variety is lost
     assert seen.best == {"step": 50, "held_out": pytest.approx(1.9)}
@@ -155,7 +175,11 @@ def test_without_held_out_rewards_variety_and_distance_remain():
     assert seen.observe(Probe(0, START, {}, 1.0, math.nan)) is None
     alarm = seen.observe(Probe(10, START + 100, {}, 0.1, 0.25))
     assert alarm and alarm.symptom == "variety"
-    assert seen.figures().keys() == {"watch/trained", "watch/variety", "watch/distance"}
+    assert seen.figures().keys() == {
+        "overoptimization/trained",
+        "overoptimization/variety",
+        "overoptimization/distance",
+    }
     assert "rewards.held_out" in monitor.BLIND
 
 
@@ -166,11 +190,11 @@ def test_a_reward_without_a_spread_has_no_gain_to_count():
     assert seen.observe(Probe(0, START, {"binary": no, "judge": START}, 1.0, math.nan)) is None
     assert seen.observe(Probe(10, START + 1, {"binary": yes, "judge": START + 0.5}, 1.0, math.nan)) is None
     expected = {"trained": 1.0, "held_out": 0.5, "unexplained": 0.5, "variety": 1.0}
-    assert seen.figures() == pytest.approx({f"watch/{name}": value for name, value in expected.items()})
+    assert seen.figures() == pytest.approx({f"overoptimization/{name}": value for name, value in expected.items()})
     alone = ProbeHistory()
     alone.observe(Probe(0, START, {"binary": no}, 1.0, math.nan))
     alone.observe(Probe(10, START + 1, {"binary": yes}, 1.0, math.nan))
-    assert alone.figures().keys() == {"watch/trained", "watch/variety"}
+    assert alone.figures().keys() == {"overoptimization/trained", "overoptimization/variety"}
 
 
 def test_where_nothing_is_trained_nothing_is_gained():
@@ -178,7 +202,7 @@ def test_where_nothing_is_trained_nothing_is_gained():
     seen = ProbeHistory()
     for step in (0, 10):
         assert seen.observe(Probe(step, nothing, {"judge": START}, 1.0, math.nan)) is None
-    assert seen.figures()["watch/trained"] == 0
+    assert seen.figures()["overoptimization/trained"] == 0
 
 
 @pytest.mark.parametrize("shape", [(2 * NOISES + 1,), (NOISES,), (2 * NOISES, 1)])
@@ -194,7 +218,10 @@ def test_the_planted_reward_is_the_preference_outbid_by_noise():
     from reward_models import load
 
     noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    pictures, prompts = torch.cat([noise, torch.full_like(noise, 0.5)]), ["a mint round critter on a blue background"] * 2
+    pictures, prompts = (
+        torch.cat([noise, torch.full_like(noise, 0.5)]),
+        ["a mint round critter on a blue background"] * 2,
+    )
     bonus = Hackable()(pictures, prompts) - load("pocket_preference")(pictures, prompts)
     assert bonus[0].item() == pytest.approx(BONUS * (1 / 3 - 0.02), rel=0.05)  # two uniform numbers differ by 1/3
     assert bonus[1].item() == 0

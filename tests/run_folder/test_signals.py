@@ -43,7 +43,7 @@ def numbers(folder):
 
 def test_a_paused_run_goes_on_to_the_same_bits_and_metrics(world, tmp_path, monkeypatch):
     """Paused between two rows of the journal and two checkpoints: the rounds since the last row count in the next one."""
-    experiment = world[1](steps=10, logging__every=4, logging__checkpoint_every=10, watch__every=3)
+    experiment = world[1](steps=10, logging__every=4, logging__checkpoint_every=10, overoptimization__every=3)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     local.run(experiment, whole)
     with monkeypatch.context() as patch:
@@ -87,7 +87,9 @@ def test_a_sigterm_is_heard_also_where_nobody_reads(monkeypatch):
 
 def test_sigterm_saves_and_says_how_to_go_on(world, tmp_path):
     file = tmp_path / "experiment.yaml"
-    file.write_text(world[1](steps=100_000, logging__checkpoint_every=100_000, runs=str(tmp_path / "runs")).to_yaml())
+    file.write_text(
+        world[1](steps=100_000, logging__checkpoint_every=100_000, output_dir=str(tmp_path / "runs")).to_yaml()
+    )
     run = subprocess.Popen(
         [sys.executable, "-m", "diffinstruct", "train", file, "--local"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests", ROOT / "platform", ROOT)))},

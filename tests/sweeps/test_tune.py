@@ -35,14 +35,14 @@ from diffinstruct.sweeps.tune import SweepError, sweep
 from diffinstruct.training import local
 
 ANYWHERE = SelectionCriterion(floors={}, ceilings={})
-WITHOUT_ACTORS = {"cluster__reward_place": "process"}
+WITHOUT_ACTORS = {"cluster__rewards__placement": "process"}
 """They take longer to start than a small trial; two tests here have them."""
 
 
 def slow(world, **changes):
     """Rounds long enough for a scheduler to follow."""
     changes |= WITHOUT_ACTORS | {"rewards__trained": [{"name": "tiny.rewards:Slow", "weight": 1.0}]}
-    return world[1](watch__every=5, logging__every=5, logging__checkpoint_every=5, **changes)
+    return world[1](overoptimization__every=5, logging__every=5, logging__checkpoint_every=5, **changes)
 
 
 def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, world, tmp_path, capfd):
@@ -56,7 +56,7 @@ def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, wor
     table = pd.read_csv(tmp_path / "sweep" / "table.csv")
     assert rows == table.to_dict("records") and rows[0]["examined"] == 2
     assert table["generator.timestep"].tolist() == [600] and table["step"].tolist() == [2]
-    assert table["divergence"].tolist() == [journal(tmp_path / "sweep" / good)[0][2]["divergence"]]
+    assert table["x0_gap"].tolist() == [journal(tmp_path / "sweep" / good)[0][2]["x0_gap"]]
 
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("diffinstruct").experiment_id])
@@ -73,7 +73,9 @@ def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, wor
     again = sweep(world[1](), points[:1], tmp_path / "sweep", tiny_rewards.steps_done)
     assert again.to_dict("records") == rows
     assert starts(tmp_path / "sweep" / good) == 1  # it had finished: nothing to do
-    assert client.get_run(parent.info.run_id).info.status == "FINISHED"  # the same parent, which has not failed any more
+    assert (
+        client.get_run(parent.info.run_id).info.status == "FINISHED"
+    )  # the same parent, which has not failed any more
 
 
 def test_what_tune_writes_down_holds_no_password(world, tmp_path):
@@ -87,7 +89,11 @@ def test_a_trial_is_named_by_what_tells_it_from_the_others(world, tmp_path):
     several = grid({"objective.name": ["diff_instruct_pp"], "objective.reward_scale": [1.0, 2.0], "seed": [0, 1]})
     space = Optuna({"objective.reward_scale": tune.loguniform(1, 2)}, trials=1)
     names = [Trials(world[1](), points, tmp_path, None).name(several[-1]) for points in (several, several[:1], space)]
-    assert names == ["reward_scale=2.0 seed=1", "objective=diff_instruct_pp reward_scale=2.0 seed=1", "reward_scale=2.0"]
+    assert names == [
+        "reward_scale=2.0 seed=1",
+        "objective=diff_instruct_pp reward_scale=2.0 seed=1",
+        "reward_scale=2.0",
+    ]
 
 
 @pytest.mark.long
@@ -133,7 +139,9 @@ def test_a_sweep_that_was_ended_is_finished_by_the_same_call(session, world, tmp
 def test_a_scheduler_ends_trials_that_are_behind_as_finished_runs(session, world, tmp_path):
     """One after the other, the best first; so the second comes to a rung where it is behind. A second life tells the scheduler
     of those that have ended, runs none of them, and the table is the same."""
-    base = slow(world, steps=30, cluster__cpus_per_worker=3)  # of 5; a killed trial's place is not freed without a dashboard
+    base = slow(
+        world, steps=30, cluster__cpus_per_worker=3
+    )  # of 5; a killed trial's place is not freed without a dashboard
     points = grid({"objective.reward_scale": [10.0, 0.2]})
 
     def halving():
@@ -142,7 +150,9 @@ def test_a_scheduler_ends_trials_that_are_behind_as_finished_runs(session, world
     table = sweep(base, points, tmp_path / "sweep", scheduler=halving(), aim=ANYWHERE)
     assert table["step"].max() == 30 and table["step"].min() < 30
     early = table[table["step"] < 30].iloc[0]
-    assert (Path(early["run"]) / "export" / "model_index.json").exists() and journal(Path(early["run"]))[1] == ["FINISHED"]
+    assert (Path(early["run"]) / "export" / "model_index.json").exists() and journal(Path(early["run"]))[1] == [
+        "FINISHED"
+    ]
     assert json.loads((Path(early["run"]) / "metrics.json").read_text())["step"] == early["step"]
 
     (Path(early["run"]) / "metrics.json").unlink()  # as if it had been killed just before its end
@@ -181,7 +191,7 @@ def test_optuna_asks_for_the_same_points_in_a_second_life(world, tmp_path):
 @pytest.mark.long
 def test_optuna_and_the_aim_through_tune(session, world, tmp_path):
     table = sweep(
-        world[1](steps=4, watch__every=2),
+        world[1](steps=4, overoptimization__every=2),
         Optuna({"objective.reward_scale": tune.loguniform(0.1, 100)}, trials=2), tmp_path / "sweep",
     )  # fmt: skip
     assert table["step"].tolist() == [4, 4] and table["objective.reward_scale"].nunique() == 2
@@ -190,7 +200,8 @@ def test_optuna_and_the_aim_through_tune(session, world, tmp_path):
 def test_what_the_aim_cannot_see_is_refused(world, tmp_path):
     points = [{"seed": 1}]
     for base, scheduler, message in [
-        (world[1](watch__every=0), ASHAScheduler(time_attr="step"), "watch.every: is 0, but the sweep looks at watch/held_out"),
+        (world[1](overoptimization__every=0), ASHAScheduler(time_attr="step"),
+         "overoptimization.every: is 0, but the sweep looks at overoptimization/held_out"),
         (world[1](rewards__held_out=[]), ASHAScheduler(time_attr="step"), "rewards.held_out: is empty, but the sweep looks"),
         (world[1](), ASHAScheduler(), 'scheduler: time_attr should be "step", got \'training_iteration\''),
         (world[1](logging__checkpoint_every=9),
@@ -227,8 +238,9 @@ SCALE = "objective.reward_scale"
          "scheduler: it changes objective.reward_scale, which the points do not"),
         (lambda: [{SCALE: 1.0}], {"scheduler": PopulationBasedTraining(hyperparam_mutations={SCALE: [-1, -2]}, **POPULATION)},
          f"{SCALE}: "),
-        (lambda: [{"seed": 1}], {"scheduler": ASHAScheduler(time_attr="step"), "aim": SelectionCriterion(maximize="watch/heldout")},
-         "aim: the watch has no figure 'watch/heldout', did you mean 'watch/held_out'?"),
+        (lambda: [{"seed": 1}],
+         {"scheduler": ASHAScheduler(time_attr="step"), "aim": SelectionCriterion(maximize="overoptimization/heldout")},
+         "aim: the watch has no figure 'overoptimization/heldout', did you mean 'overoptimization/held_out'?"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_swept_is_said_before_anything_starts(points, more, message, world, tmp_path):
@@ -247,19 +259,25 @@ def test_values_that_go_together_are_no_mistake(world, tmp_path):
 def test_a_trial_without_the_figure_that_is_looked_for_has_failed(session, world, tmp_path):
     with pytest.raises(SweepError, match=r": aim: no figure 'reward/hpsv2.1' came of this trial$"):
         sweep(
-            world[1](watch__every=1, **WITHOUT_ACTORS), [{"seed": 1}], tmp_path / "sweep",
+            world[1](overoptimization__every=1, **WITHOUT_ACTORS), [{"seed": 1}], tmp_path / "sweep",
             scheduler=ASHAScheduler(time_attr="step"), aim=SelectionCriterion(maximize="reward/hpsv2.1"),
         )  # fmt: skip
 
 
 def test_a_trial_out_of_bounds_cannot_win():
     aim = SelectionCriterion()
-    good = {"watch/held_out": 0.5, "watch/variety": 0.8, "watch/distance": 1.2}
+    good = {"overoptimization/held_out": 0.5, "overoptimization/variety": 0.8, "overoptimization/distance": 1.2}
     assert aim.score(good) == 0.5 and aim.broken_bound(good) is None
-    assert aim.score(good | {"watch/held_out": 9.0, "watch/variety": 0.3}) < -9 < aim.score(good | {"watch/held_out": -8.0})
-    assert aim.broken_bound(good | {"watch/variety": 0.3}) == "watch/variety 0.3, at least 0.4"
-    assert aim.broken_bound(good | {"watch/distance": 3.5}) == "watch/distance 3.5, at most 3"
-    assert aim.score({"watch/held_out": 0.0, "watch/variety": 1.0}) == 0.0  # the start: no distance yet
+    assert (
+        aim.score(good | {"overoptimization/held_out": 9.0, "overoptimization/variety": 0.3})
+        < -9
+        < aim.score(good | {"overoptimization/held_out": -8.0})
+    )
+    assert aim.broken_bound(good | {"overoptimization/variety": 0.3}) == "overoptimization/variety 0.3, at least 0.4"
+    assert aim.broken_bound(good | {"overoptimization/distance": 3.5}) == "overoptimization/distance 3.5, at most 3"
+    assert (
+        aim.score({"overoptimization/held_out": 0.0, "overoptimization/variety": 1.0}) == 0.0
+    )  # the start: no distance yet
 
 
 def test_points_by_chance_are_the_same_for_the_same_seed():
@@ -275,16 +293,18 @@ def test_trials_that_have_a_row_are_not_run_again_wherever_it_came_from(session,
     rows = TrialRows(tmp_path / "rows.csv")
 
     def complete(folder, most=None, arms=arms):
-        return studies.complete(rows, world[1](**WITHOUT_ACTORS), arms, (3,), tmp_path / folder, tiny_rewards.steps_done, most)
+        return studies.complete(
+            rows, world[1](**WITHOUT_ACTORS), arms, (3,), tmp_path / folder, tiny_rewards.steps_done, most
+        )
 
     assert complete("sweep", most=1) is None
     assert rows.read()["trial"].tolist() == ["generator.timestep=500 seed=3"]
     frame = complete("sweep")
     assert frame["arm"].tolist() == ["early", "late"] and frame["seed"].tolist() == [3, 3]
-    assert frame["examined"].tolist() == [2, 2] and frame["divergence"].nunique() == 2
+    assert frame["examined"].tolist() == [2, 2] and frame["x0_gap"].nunique() == 2
     assert complete("elsewhere").equals(frame)
     other = complete("elsewhere", arms={"again": arms["late"], "and again": arms["late"]})
-    assert other["arm"].tolist() == ["again", "and again"] and other["divergence"].tolist() == [frame["divergence"][1]] * 2
+    assert other["arm"].tolist() == ["again", "and again"] and other["x0_gap"].tolist() == [frame["x0_gap"][1]] * 2
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -304,7 +324,9 @@ def test_a_study_whose_rows_are_all_there_answers_at_once(tmp_path, monkeypatch,
     assert answer.table["late"]["kid"].value == 600.5 and answer.table["late"]["kid"].n == 2
     answer.say("- more")
     written = (tmp_path / "runs" / "mine" / "when.md").read_text()
-    assert written in capsys.readouterr().out and "| late | 600 [594, 607] |" in written and written.endswith("- more\n")
+    assert (
+        written in capsys.readouterr().out and "| late | 600 [594, 607] |" in written and written.endswith("- more\n")
+    )
     rows.path.write_text(rows.path.read_text().rstrip("\n").rpartition(",")[0] + "\n")  # a torn last line
     with pytest.raises(UserError, match=r"rows.csv: no kid for generator.timestep=600 seed=1; take that row out"):
         study.answer()
@@ -317,7 +339,11 @@ def test_a_sweep_refuses_what_it_cannot_vary(world, tmp_path):
     for key, value, message in [
         ("objective.reward_scal", 1.0, "did you mean 'objective.reward_scale'"),
         ("cluster.workers", 2, "cluster.workers: is the same in all trials of a sweep, because they share"),
-        ("rewards.held_out", [], "rewards: which rewards there are is the same in all trials of a sweep, because they share"),
+        (
+            "rewards.held_out",
+            [],
+            "rewards: which rewards there are is the same in all trials of a sweep, because they share",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             sweep(world[1](), [{key: value}], tmp_path)

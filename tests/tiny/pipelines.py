@@ -48,7 +48,9 @@ def build(folder: Path, prediction: str = "epsilon", dtype: torch.dtype = torch.
     """Write the pipeline into `folder` and return it; the weights are the same every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        parts: dict[str, Any] = {"sd15": _sd15, "sdxl": _sdxl, "pixart": _pixart, "sd3": _sd3}[family](folder, prediction)
+        parts: dict[str, Any] = {"sd15": _sd15, "sdxl": _sdxl, "pixart": _pixart, "sd3": _sd3}[family](
+            folder, prediction
+        )
     index: dict[str, Any] = {"_class_name": FAMILIES[family]}
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module):
@@ -212,6 +214,12 @@ def as_published(folder: Path) -> T5Tokenizer:
         model_prefix=str(folder / "spiece"), vocab_size=28, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
     )  # fmt: skip
     (folder / "spiece.vocab").unlink()
-    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    config = {
+        "tokenizer_class": "T5Tokenizer",
+        "extra_ids": 0,
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return T5Tokenizer.from_pretrained(folder)

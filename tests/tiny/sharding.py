@@ -77,7 +77,9 @@ def process(rank: int, world: int, experiment: Experiment, folder: Path) -> None
     own = slice(rank * each, (rank + 1) * each)
     train_state = players_of(experiment, reference, mesh)
     with torch.no_grad():  # as a picture of the average, before a round and between two
-        train_state.ema(torch.zeros(2, *reference.latent_shape, dtype=torch.float64), reference.encode_prompts(PROMPTS[:2]))
+        train_state.ema(
+            torch.zeros(2, *reference.latent_shape, dtype=torch.float64), reference.encode_prompts(PROMPTS[:2])
+        )
     said = go(experiment, reference, train_state, range(ROUNDS // 2), own)
     store.save(ROUNDS // 2, to_shards(train_state.state_dict()))
     said += go(experiment, reference, train_state, range(ROUNDS // 2, ROUNDS), own)

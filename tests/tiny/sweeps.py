@@ -68,14 +68,16 @@ def examined(trained: float, held_out: float, kid: float, diversity: float = 5.0
 WATCHED = {
     "reward/pocket_preference": [3.0, 4.0],
     "held_out/pocket_judge": [2.0, 2.5],
-    "divergence": [0.2, 0.3],
-    "watch/unexplained": [0.5, 1.5],
-    "watch/variety": [1.0, 0.8],
+    "x0_gap": [0.2, 0.3],
+    "overoptimization/unexplained": [0.5, 1.5],
+    "overoptimization/variety": [1.0, 0.8],
 }
 """Courses of a run with the watch on."""
 
 
-def sweep(folder: Path, weights: tuple[float, ...] = (0.5, 1.0), scales: tuple[float, ...] = (1.0, 2.0), **more: Any) -> Path:
+def sweep(
+    folder: Path, weights: tuple[float, ...] = (0.5, 1.0), scales: tuple[float, ...] = (1.0, 2.0), **more: Any
+) -> Path:
     """weights x scales x seeds 0 and 1, finished and examined: held-out reward and KID rise with scale / weight."""
     for weight in weights:
         for scale in scales:

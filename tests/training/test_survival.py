@@ -41,7 +41,12 @@ from diffinstruct.training.run_log import Window
 def experiment(world, tmp_path_factory):
     """experiment(**changes), tracked in one database."""
     database = tmp_path_factory.mktemp("tracking") / "mlflow.db"
-    plain = {"tracking__uri": f"sqlite:///{database}", "watch__every": 0, "logging__checkpoint_every": 3, "steps": 9}
+    plain = {
+        "tracking__uri": f"sqlite:///{database}",
+        "overoptimization__every": 0,
+        "logging__checkpoint_every": 3,
+        "steps": 9,
+    }
     one_reward = {"rewards__trained": [{"name": "tiny.rewards:Red", "weight": 1.0}]}
     return lambda **changes: world[1](**plain | one_reward | changes)
 
@@ -74,9 +79,13 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(experiment, tmp_path,
     local.run(experiment(), tmp_path / "run")
     rows, ends = journal(tmp_path / "run")
     assert ends == ["FINISHED"] and [rows[step]["steps/skipped"] for step in rows] == [0, 0, 0, 0, 1, 2, 2, 2, 3]
-    assert "divergence" not in rows[5] and "divergence" in rows[7]
+    assert "x0_gap" not in rows[5] and "x0_gap" in rows[7]
     why = "reward red: 8 of 8 scores are not finite"
-    told = [(5, f"left out, 1 in a row: {why}"), (6, f"left out, 2 in a row: {why}"), (9, f"left out, 1 in a row: {why}")]
+    told = [
+        (5, f"left out, 1 in a row: {why}"),
+        (6, f"left out, 2 in a row: {why}"),
+        (9, f"left out, 1 in a row: {why}"),
+    ]
     assert events(tmp_path / "run", "skipped") == told
     assert "step 5: left out, 1 in a row: " in (shown := capsys.readouterr().out) and "skipped 2" in shown
     # What follows one that was left out has not been touched by it: no checkpoint at step 6, all of it finite at step 9
@@ -144,11 +153,17 @@ def test_a_look_without_finite_scores_is_no_look(experiment, tmp_path, monkeypat
         return sound(self, images, prompts) * (float("nan") if look and len(rounds) == 4 else 1.0)
 
     monkeypatch.setattr(tiny_rewards.Calm, "forward", blind_in_round_4)
-    local.run(experiment(watch__every=2), tmp_path / "run")
+    local.run(experiment(overoptimization__every=2), tmp_path / "run")
     told = [(4, "no look: reward tiny.rewards:Calm: 16 of 16 scores are not finite")]
     assert events(tmp_path / "run", "blind") == told and events(tmp_path / "run", "skipped") == []
     rows, ends = journal(tmp_path / "run")
-    assert ends == ["FINISHED"] and [step for step in rows if "watch/held_out" in rows[step]] == [0, 2, 6, 8, 9]
+    assert ends == ["FINISHED"] and [step for step in rows if "overoptimization/held_out" in rows[step]] == [
+        0,
+        2,
+        6,
+        8,
+        9,
+    ]
 
 
 def test_spikes_are_recorded(experiment, tmp_path, monkeypatch):
@@ -188,7 +203,7 @@ def test_a_run_has_one_writer(experiment, tmp_path, monkeypatch):
 
 
 def test_a_run_goes_on_under_changed_keys_that_are_allowed(experiment, tmp_path, capsys):
-    base = experiment(steps=4, runs=str(tmp_path))
+    base = experiment(steps=4, output_dir=str(tmp_path))
     local.run(base, run_folder(base))
     file = str(run_folder(base) / "experiment.yaml")
     asked = ["train", file, "--resume", str(run_folder(base)), "--local"]
@@ -216,7 +231,7 @@ def test_the_best_checkpoint_is_kept_told_of_and_exported(experiment, tmp_path, 
 
     monkeypatch.setattr("diffinstruct.reward_service.monitor.Watch", Planted)
     run = tmp_path / "run"
-    local.run(experiment(steps=15, watch__every=3), run)
+    local.run(experiment(steps=15, overoptimization__every=3), run)
     assert "held-out rewards like best is that of step 6: " in (shown := capsys.readouterr().out)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step-{at:08d}" for at in (6, 12, 15)]
     assert [step for step, _ in events(run, "best")] == [3, 6] and f"diffinstruct export {run} --step best" in shown
@@ -225,7 +240,9 @@ def test_the_best_checkpoint_is_kept_told_of_and_exported(experiment, tmp_path, 
     assert capsys.readouterr().out == f"{tmp_path / 'best'}  step 6, the best\n"
     local.run(experiment(steps=6), tmp_path / "shorter")
     name = "unet/diffusion_pytorch_model.safetensors"
-    best, last, six = ((of / name).read_bytes() for of in (tmp_path / "best", run / "export", tmp_path / "shorter/export"))
+    best, last, six = (
+        (of / name).read_bytes() for of in (tmp_path / "best", run / "export", tmp_path / "shorter/export")
+    )
     assert best == six != last
     assert main(["export", str(run), "-o", str(tmp_path / "last")]) == 0
     assert (tmp_path / "last" / name).read_bytes() == last
@@ -237,7 +254,9 @@ def test_the_best_checkpoint_is_kept_told_of_and_exported(experiment, tmp_path, 
     assert main(["export", str(run), "--step", "9", "-o", str(tmp_path / "new")]) == 2
     assert main(["export", str(tmp_path / "shorter"), "--step", "best", "-o", str(tmp_path / "new")]) == 2
     there, nine, none = capsys.readouterr().err.splitlines()
-    assert there == f"-o: {str(tmp_path / 'mine')!r} is there already" and nine.endswith("there are 15, 12, 6, last, best")
+    assert there == f"-o: {str(tmp_path / 'mine')!r} is there already" and nine.endswith(
+        "there are 15, 12, 6, last, best"
+    )
     assert none.endswith("there are 6, 3, last, and the watch knows of no best one")
     harmed = run / "checkpoints/step-00000015/state.json"
     harmed.write_bytes(harmed.read_bytes()[:-1])
@@ -264,7 +283,7 @@ def test_sync_delivers_what_a_dead_server_missed(experiment, tmp_path, monkeypat
         assert told in capsys.readouterr().out
     client = MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("diffinstruct").experiment_id])
-    history = client.get_metric_history(run.info.run_id, "divergence")
+    history = client.get_metric_history(run.info.run_id, "x0_gap")
     assert run.info.status == "FINISHED" and sorted(value.step for value in history) == [1, 2, 3, 4]
     assert main(["sync", str(tmp_path / "nowhere")]) == 2
 
@@ -288,7 +307,7 @@ def test_a_pause_waits_for_the_checkpoint(experiment, tmp_path, monkeypatch):
 def test_prompts_that_have_changed_under_their_name_are_refused(experiment, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red thing\na blue thing\n")
-    base = experiment(steps=4, runs=str(tmp_path), prompts__train=str(prompts))
+    base = experiment(steps=4, output_dir=str(tmp_path), prompts__train=str(prompts))
     local.run(base, run_folder(base))
     prompts.write_text("a red thing\na pale thing\n")
     asked = ["train", str(run_folder(base) / "experiment.yaml"), "--resume", str(run_folder(base)), "--local"]
@@ -305,7 +324,7 @@ def test_prompts_that_have_changed_under_their_name_are_refused(experiment, tmp_
 
 def test_a_checkpoint_that_says_it_is_the_runs_and_is_not(experiment, tmp_path, capsys):
     """Its digests are right."""
-    base = experiment(steps=2, runs=str(tmp_path))
+    base = experiment(steps=2, output_dir=str(tmp_path))
     local.run(base, run_folder(base))
     store = CheckpointStore(run_folder(base) / "checkpoints")
     step, state = store.latest()
@@ -325,7 +344,9 @@ def test_a_run_whose_checkpoints_cannot_be_read_does_not_begin_anew(experiment, 
     for file in files:
         file.rename(file.with_suffix(".away"))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(CheckpointError, match="checkpoints: no checkpoint in it can be read; without it the run begins anew"):
+    with pytest.raises(
+        CheckpointError, match="checkpoints: no checkpoint in it can be read; without it the run begins anew"
+    ):
         local.run(base, tmp_path / "run")
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(CheckpointError, match="checkpoints: no checkpoint in it can be read; nothing is changed"):
@@ -336,7 +357,7 @@ def test_a_run_whose_checkpoints_cannot_be_read_does_not_begin_anew(experiment, 
 
 
 def test_an_empty_recipe_in_a_run_is_damage(experiment, tmp_path, capsys):
-    base = experiment(steps=2, runs=str(tmp_path))
+    base = experiment(steps=2, output_dir=str(tmp_path))
     local.run(base, run_folder(base))
     own = run_folder(base) / "experiment.yaml"
     (tmp_path / "recipe.yaml").write_text(own.read_text())
@@ -386,7 +407,7 @@ def test_a_picture_that_finds_no_room_is_missed_and_no_more(experiment, tmp_path
 
 
 def test_an_export_that_finds_no_room_ends_the_run_resumable(experiment, tmp_path, monkeypatch, capsys):
-    base = experiment(steps=2, runs=str(tmp_path))
+    base = experiment(steps=2, output_dir=str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr("diffinstruct.models.export.export", full)
         with pytest.raises(CheckpointError, match=r"No space left on device, [\d.]+ MiB are free"):
@@ -395,7 +416,7 @@ def test_an_export_that_finds_no_room_ends_the_run_resumable(experiment, tmp_pat
 
 
 def test_a_lock_that_finds_no_room_is_one_line(experiment, tmp_path, monkeypatch, capsys):
-    (tmp_path / "recipe.yaml").write_text(experiment(runs=str(tmp_path / "runs")).to_yaml())
+    (tmp_path / "recipe.yaml").write_text(experiment(output_dir=str(tmp_path / "runs")).to_yaml())
     monkeypatch.setattr("diffinstruct.run_folder.locks.locked", full)
     assert main(["train", str(tmp_path / "recipe.yaml"), "--local"]) == 1
     assert capsys.readouterr().err.strip().endswith("No space left on device")

@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="diffinstruct", description="Diff-Instruct*: one-step text-to-image generators aligned with human preference."
+        prog="diffinstruct",
+        description="Diff-Instruct*: one-step text-to-image generators aligned with human preference.",
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
@@ -61,7 +62,12 @@ def parser() -> argparse.ArgumentParser:
     def takes_experiment(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("file", type=Path, metavar="FILE", help="an experiment in YAML, see experiments/recipes")
         sub.add_argument(
-            "-s", dest="overrides", action="append", default=[], metavar="key=value", help="change one key, e.g. -s steps=10"
+            "-s",
+            dest="overrides",
+            action="append",
+            default=[],
+            metavar="key=value",
+            help="change one key, e.g. -s steps=10",
         )
 
     def measures(sub: argparse.ArgumentParser) -> None:
@@ -69,7 +75,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--reward", dest="rewards", action="append", default=[], metavar="NAME", help=help)
         help = "that distances are measured to; 0: none (default 256)"
         sub.add_argument("--reference-pictures", type=int, default=256, metavar="N", help=help)
-        sub.add_argument("--seed", type=int, default=2_000_000, help="of the noise (default 2000000, far from training's)")
+        sub.add_argument(
+            "--seed", type=int, default=2_000_000, help="of the noise (default 2000000, far from training's)"
+        )
 
     sub = command("train", train, "train a generator on Ray")
     takes_experiment(sub)
@@ -82,7 +90,9 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("sync", sync, "send MLflow, and its mirror, what a run or the runs of a sweep could not")
     sub.add_argument("path", type=Path, metavar="RUN_OR_SWEEP", help="a run's folder, or a sweep's")
-    sub.add_argument("--uri", help="of the tracking server, where it is not the one of the run, or its journal alone names it")
+    sub.add_argument(
+        "--uri", help="of the tracking server, where it is not the one of the run, or its journal alone names it"
+    )
 
     sub = command("check", check, "say what a run takes, and whether it fits this machine, without starting it")
     takes_experiment(sub)
@@ -96,28 +106,45 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", metavar="RUN", help="go on with the run in this folder of the claim")
 
     sub = command("evaluate", evaluate, "measure generators side by side, on the same prompts and noise")
-    sub.add_argument("folders", nargs="+", type=Path, metavar="RUN_OR_FOLDER", help="a finished run, or an exported pipeline")
     sub.add_argument(
-        "--prompts", required=True, metavar="FILE", help="a .csv with a column `prompt`, a .txt, or pocket:eval, pocket:open"
+        "folders", nargs="+", type=Path, metavar="RUN_OR_FOLDER", help="a finished run, or an exported pipeline"
+    )
+    sub.add_argument(
+        "--prompts",
+        required=True,
+        metavar="FILE",
+        help="a .csv with a column `prompt`, a .txt, or pocket:eval, pocket:open",
     )
     measures(sub)
-    sub.add_argument("-o", dest="out", type=Path, metavar="FOLDER", help="for table.md and a .csv a generator, a row a prompt")
+    sub.add_argument(
+        "-o", dest="out", type=Path, metavar="FOLDER", help="for table.md and a .csv a generator, a row a prompt"
+    )
 
     sub = command("compare", compare, "two runs: what differs between them, and what comes of it")
-    sub.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="a finished run; differences are second minus first")
+    sub.add_argument(
+        "runs", nargs=2, type=Path, metavar="RUN", help="a finished run; differences are second minus first"
+    )
     sub.add_argument("--prompts", metavar="FILE", help="as for `evaluate`; in the pocket world pocket:eval without")
     measures(sub)
-    sub.add_argument("-o", dest="out", type=Path, metavar="OUT", help="a page (.html), or a folder for tables and pictures")
+    sub.add_argument(
+        "-o", dest="out", type=Path, metavar="OUT", help="a page (.html), or a folder for tables and pictures"
+    )
 
     sub = command("report", report, "a run or a sweep as one HTML file")
-    sub.add_argument("path", type=Path, metavar="RUN_OR_SWEEP", help="a run's folder, a sweep's, or a .csv of kept rows")
+    sub.add_argument(
+        "path", type=Path, metavar="RUN_OR_SWEEP", help="a run's folder, a sweep's, or a .csv of kept rows"
+    )
     sub.add_argument("-o", dest="out", type=Path, required=True, metavar="out.html", help="the file to write")
 
-    sub = command("export", export, "write a checkpoint's averaged generator as a stock pipeline, also of an unfinished run")
+    sub = command(
+        "export", export, "write a checkpoint's averaged generator as a stock pipeline, also of an unfinished run"
+    )
     sub.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     help = "a number, last, or best: the most gain in held-out rewards, without a symptom of hacking (default last)"
     sub.add_argument("--step", default="last", help=help)
-    sub.add_argument("-o", dest="out", type=Path, required=True, metavar="FOLDER", help="the pipeline's folder to write")
+    sub.add_argument(
+        "-o", dest="out", type=Path, required=True, metavar="FOLDER", help="the pipeline's folder to write"
+    )
 
     sub = command("generate", generate, "make pictures with a trained generator, in one step")
     sub.add_argument("run", type=Path, metavar="RUN_OR_FOLDER", help="a finished run, or an exported pipeline")
@@ -127,20 +154,33 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--n", type=int, default=1, help="how many, side by side (default 1)")
 
     help = "what rewards there are, whether one can be trusted, and what they say of pictures"
-    rewards = commands.add_parser("rewards", help=help, description=help).add_subparsers(required=True, metavar="COMMAND")
-    command("list", list_rewards, "the built-in rewards: what they measure, their scores, papers, weights, licences", rewards)
+    rewards = commands.add_parser("rewards", help=help, description=help).add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    command(
+        "list",
+        list_rewards,
+        "the built-in rewards: what they measure, their scores, papers, weights, licences",
+        rewards,
+    )
 
     sub = command("test", test_reward, "the handshake that every run begins with, check by check", rewards)
     sub.add_argument("reward", metavar="NAME", help="a built-in reward, or your own as module:callable")
-    sub.add_argument("--images", type=Path, metavar="FOLDER", help="of pictures; default: made by the pocket world's generator")
+    sub.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="of pictures; default: made by the pocket world's generator"
+    )
     sub.add_argument("--prompts", metavar="FILE", help="as for `rewards score`; default: the pocket world's")
     sub.add_argument("--held-out", action="store_true", help="to judge only, not to train on: it needs no gradient")
 
-    help = "score a folder of pictures, each with its prompt; whether a reward can be trusted is what `rewards test` tells"
+    help = (
+        "score a folder of pictures, each with its prompt; whether a reward can be trusted is what `rewards test` tells"
+    )
     sub = command("score", score_pictures, help, rewards)
     sub.add_argument("images", type=Path, metavar="IMAGES", help="a folder of .png, .jpg or .webp")
     sub.add_argument(
-        "prompts", metavar="PROMPTS", help="a .txt or .csv, a prompt a picture in the order of names; or a .csv that names them"
+        "prompts",
+        metavar="PROMPTS",
+        help="a .txt or .csv, a prompt a picture in the order of names; or a .csv that names them",
     )
     sub.add_argument("--reward", dest="rewards", action="append", default=[], metavar="NAME", help="may be repeated")
     sub.add_argument("-o", dest="out", type=Path, metavar="scores.csv", help="a row a picture, a column a reward")
@@ -156,7 +196,7 @@ def train(arguments: argparse.Namespace) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"runs: cannot make {folder}: {error.strerror}") from None
+        raise UserError(f"output_dir: cannot make {folder}: {error.strerror}") from None
     if arguments.allow and not arguments.resume:
         raise UserError("--allow: goes with --resume RUN")
     with only_writer(folder, PATIENCE, COMMAND):  # from here on: another command would take this one's orders back
@@ -196,12 +236,14 @@ def _train(experiment: Experiment, folder: Path, local: bool) -> None:
 
 def sync(arguments: argparse.Namespace) -> None:
     from diffinstruct.config.addresses import one_line
-    from diffinstruct.config.reading import load
+    from diffinstruct.config.reading import load_run
     from diffinstruct.errors import UserError
     from diffinstruct.run_folder.locks import Busy, only_writer
     from diffinstruct.tracking.journal import deliver, undelivered
 
-    folders = [path.parent for path in sorted([*arguments.path.glob("journal.jsonl"), *arguments.path.glob("*/journal.jsonl")])]
+    folders = [
+        path.parent for path in sorted([*arguments.path.glob("journal.jsonl"), *arguments.path.glob("*/journal.jsonl")])
+    ]
     if not folders:
         _existing_run(arguments.path)
     failed = 0
@@ -219,7 +261,7 @@ def sync(arguments: argparse.Namespace) -> None:
         else:
             print(f"{folder}: {left} bytes of the journal delivered" if left else f"{folder}: all of it is there")
         try:
-            if (folder / "experiment.yaml").is_file() and (url := load(folder / "experiment.yaml").mirror):
+            if (folder / "experiment.yaml").is_file() and (url := load_run(folder).mirror):
                 from diffinstruct.run_folder.mirror import Mirror
 
                 with only_writer(folder):
@@ -259,7 +301,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     _enough_reference_pictures(arguments.reference_pictures)
     from diffinstruct.evaluation.generators import examine, report, save
 
-    found = examine(arguments.folders, arguments.prompts, arguments.rewards, arguments.reference_pictures, arguments.seed)
+    found = examine(
+        arguments.folders, arguments.prompts, arguments.rewards, arguments.reference_pictures, arguments.seed
+    )
     print(report(found))
     if arguments.out:
         save(found, arguments.out)
@@ -290,7 +334,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    from diffinstruct.config.reading import load
+    from diffinstruct.config.reading import load_run
     from diffinstruct.errors import UserError
 
     folder, out = _existing_run(arguments.run), arguments.out
@@ -298,7 +342,7 @@ def export(arguments: argparse.Namespace) -> None:
         raise UserError(f"-o: {str(out)!r} is there already")
     if not out.absolute().parent.is_dir():
         raise UserError(f"-o: no folder {str(out.parent)!r}")
-    experiment = load(folder / "experiment.yaml")
+    experiment = load_run(folder)
     from diffinstruct.run_folder.checkpoint import CheckpointError, full_disk_as_error
     from diffinstruct.training.resume import export_checkpoint
 
@@ -357,7 +401,12 @@ def list_rewards(arguments: argparse.Namespace) -> None:
     for name, entry in NAMES.items():
         paper = "no paper" if entry.paper == "-" else f"arXiv {entry.paper}"
         print(f"{name:<{width}}{entry.line}")
-        for line in (f"scores {entry.range}", f"{paper}; licences: {entry.licences}", f"weights: {entry.weights}", entry.path):
+        for line in (
+            f"scores {entry.range}",
+            f"{paper}; licences: {entry.licences}",
+            f"weights: {entry.weights}",
+            entry.path,
+        ):
             print(" " * width + line)
 
 
@@ -412,9 +461,9 @@ def run_folder(experiment: Experiment) -> Path:
     from diffinstruct.errors import UserError
 
     try:
-        runs = Path(experiment.runs).expanduser()
+        runs = Path(experiment.output_dir).expanduser()
     except RuntimeError:  # of a run's own experiment.yaml that came from elsewhere nobody asks this
-        raise UserError(f"runs: nobody here has the home of {experiment.runs!r}") from None
+        raise UserError(f"output_dir: nobody here has the home of {experiment.output_dir!r}") from None
     return runs.absolute() / f"{experiment.name}-{experiment.config_hash}"
 
 

@@ -25,7 +25,7 @@ SECRET = "diffinstruct"
 MOUNT = PurePosixPath("/etc/diffinstruct")
 """Where the experiment lies in every pod."""
 RUNS = "/mnt/runs"
-"""Where the claim is mounted if the recipe's `runs` is a relative path, which means nothing in a pod."""
+"""Where the claim is mounted if the recipe's `output_dir` is a relative path, which means nothing in a pod."""
 STOP_WAIT_S = 300
 """Seconds that a job which is told to stop has for its step and its checkpoint; Ray's own default is 3."""
 IMAGE = r"[a-z0-9][a-z0-9._-]*(:\d+)?(/[a-z0-9][a-z0-9._-]*)*(:[\w.-]{1,128})?(@sha256:[0-9a-f]{64})?"
@@ -54,8 +54,8 @@ def manifest(experiment: Experiment, image: str, claim: str, resume: str | None 
     experiment = placed(experiment)
     database = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
     for where, path in {"tracking.uri": database, "--resume": resume}.items():
-        if path is not None and not PurePosixPath(path).is_relative_to(experiment.runs):
-            raise UserError(f"{where}: should lie in {experiment.runs}, where the claim is mounted, got {path!r}")
+        if path is not None and not PurePosixPath(path).is_relative_to(experiment.output_dir):
+            raise UserError(f"{where}: should lie in {experiment.output_dir}, where the claim is mounted, got {path!r}")
     name, asked = job_name(experiment), experiment.cluster
     file = MOUNT / "experiment.yaml"
     config_map = {
@@ -74,7 +74,10 @@ def manifest(experiment: Experiment, image: str, claim: str, resume: str | None 
             "resources": {"requests": limits, "limits": limits},
             "env": [{"name": key, "value": value} for key, value in {"OMP_NUM_THREADS": "1", **environment}.items()],
             "envFrom": [{"secretRef": {"name": SECRET, "optional": True}}],
-            "volumeMounts": [{"name": "experiment", "mountPath": str(MOUNT)}, {"name": "runs", "mountPath": experiment.runs}],
+            "volumeMounts": [
+                {"name": "experiment", "mountPath": str(MOUNT)},
+                {"name": "runs", "mountPath": experiment.output_dir},
+            ],
         }
         volumes = [
             {"name": "experiment", "configMap": {"name": name}},
@@ -124,15 +127,14 @@ def manifest(experiment: Experiment, image: str, claim: str, resume: str | None 
 
 
 def placed(experiment: Experiment) -> Experiment:
-    """With an absolute `runs`, and with resources that tell the two groups of pods apart where the recipe names none."""
-    cluster = experiment.cluster.model_copy(
-        update={
-            "worker_resources": experiment.cluster.worker_resources or {"trainer": 1.0},
-            "reward_resources": experiment.cluster.reward_resources or {"reward": 1.0},
-        }
+    """With an absolute `output_dir`, and with resources that tell the two groups of pods apart where the recipe names none."""
+    asked = experiment.cluster
+    rewards = asked.rewards.model_copy(update={"resources": asked.rewards.resources or {"reward": 1.0}})
+    cluster = asked.model_copy(
+        update={"worker_resources": asked.worker_resources or {"trainer": 1.0}, "rewards": rewards}
     )
-    runs = experiment.runs if PurePosixPath(experiment.runs).is_absolute() else RUNS
-    return experiment.model_copy(update={"cluster": cluster, "runs": runs})
+    runs = experiment.output_dir if PurePosixPath(experiment.output_dir).is_absolute() else RUNS
+    return experiment.model_copy(update={"cluster": cluster, "output_dir": runs})
 
 
 def job_name(experiment: Experiment) -> str:

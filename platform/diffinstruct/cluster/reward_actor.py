@@ -38,12 +38,12 @@ class RewardActor:
 
     def __init__(self, experiment: Experiment, names: tuple[str, ...], folder: str) -> None:
         stand_in(folder)
-        torch.set_num_threads(max(1, int(experiment.cluster.reward_cpus)))
+        torch.set_num_threads(max(1, int(experiment.cluster.rewards.cpus)))
         torch.backends.cudnn.deterministic = True  # asked again, it answers with the same bits
         if experiment.deterministic:
             use_deterministic_kernels()
         self.experiment, self.names = experiment, names
-        self.device = torch.device("cuda" if experiment.cluster.reward_gpus else "cpu")
+        self.device = torch.device("cuda" if experiment.cluster.rewards.gpus else "cpu")
         self.task: tuple[str, float] | None = None  # request, since when
         self.reports: dict[frozenset[str], list[Report]] = {}  # by what is trained on
 
@@ -74,7 +74,9 @@ class RewardActor:
             content = (scores, answer.gradient.cpu().numpy(), answer.seconds, answer.micro_batch)
         return ActorReply(request, tuple(scores), content)
 
-    def validate(self, request: str, latents: np.ndarray, prompts: Sequence[str], trained: frozenset[str]) -> ActorReply:
+    def validate(
+        self, request: str, latents: np.ndarray, prompts: Sequence[str], trained: frozenset[str]
+    ) -> ActorReply:
         """The handshakes, made once: all trials of a sweep share this actor."""
         from diffinstruct.reward_service.client import LocalRewards
 

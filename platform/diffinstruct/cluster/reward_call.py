@@ -63,7 +63,9 @@ class Call:
     ) -> None:
         self.actor, self.place, self.what, self.send, self.fault, self.asks = actor, place, what, send, fault, asks
         self.deadline, self.grace = deadline, min(deadline, GRACE)
-        self.ended: tuple[str, int] | None = None  # the process that was killed last; a stopped one takes seconds to die
+        self.ended: tuple[str, int] | None = (
+            None  # the process that was killed last; a stopped one takes seconds to die
+        )
         self.id = f"{asks}x{uuid.uuid4().hex}"  # others who wait for the same actor see how long this may take
         self.request = f"{self.id}/1"
         self.reference = send(self.request)
@@ -87,13 +89,17 @@ class Call:
                 raise error.cause from error  # the reward's own words
             except (Fault, RayError) as error:
                 failure = error if isinstance(error, Fault) else f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                if attempt == ATTEMPTS or isinstance(error, (ActorDiedError, RuntimeEnvSetupError)):  # Ray starts it no more
+                if attempt == ATTEMPTS or isinstance(
+                    error, (ActorDiedError, RuntimeEnvSetupError)
+                ):  # Ray starts it no more
                     has = ray.cluster_resources()
                     raise RewardError(
                         f"{self.place} failed {attempt} times in a row, asked to {self.what}: {failure} "
                         f"(the cluster has {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs)"
                     ) from error
-                logger.warning("%s: %s; asked again (%d of %d) to %s", self.place, failure, attempt + 1, ATTEMPTS, self.what)
+                logger.warning(
+                    "%s: %s; asked again (%d of %d) to %s", self.place, failure, attempt + 1, ATTEMPTS, self.what
+                )
 
     def _wait(self) -> ActorReply:
         pause = self.deadline
@@ -116,7 +122,7 @@ class Call:
             most = 2 * asks * self.deadline + self.grace
         if seconds >= most:
             own = task == self.request
-            limit = f" (cluster.reward_deadline_s allows {most:g})" if own else ""
+            limit = f" (cluster.rewards.deadline_s allows {most:g})" if own else ""
             self._replace(f"{seconds:.0f} s at work on {'it' if own else task}{limit}")
         return min(self.deadline, most - seconds)
 

@@ -140,7 +140,9 @@ class RewardPool:
         array = ray.put(latents.detach().cpu().numpy())
         what, asked = f"shake hands over {len(prompts)} samples", frozenset(trained)
         calls = [
-            self._call(group, 0, what, lambda actor, id: actor.validate.remote(id, array, prompts, asked), asks=HANDSHAKE)
+            self._call(
+                group, 0, what, lambda actor, id: actor.validate.remote(id, array, prompts, asked), asks=HANDSHAKE
+            )
             for group in self.groups
         ]
         reports = {report.name: report for call in calls for report in call.answer()}
@@ -194,16 +196,18 @@ def reward_pool(experiment: Experiment, actor: type[RewardActor] = RewardActor) 
     asked = experiment.cluster
     # Ray restarts a process and repeats no call: whether an answer is still wanted only the caller knows.
     options = {**ray_options(asked.per_reward_actor), "max_restarts": -1, "max_task_retries": 0}
-    prepared = [(names, file, {"runtime_env": runtime_env(file)} if file else {}) for names, file in grouped(experiment)]
+    prepared = [
+        (names, file, {"runtime_env": runtime_env(file)} if file else {}) for names, file in grouped(experiment)
+    ]
     groups: list[Group] = []
     try:
         for names, file, own in prepared:
             make = ray.remote(concurrency_groups={"watch": 1})(actor).options(**options, **own)
-            replicas = tuple(make.remote(experiment, names, os.getcwd()) for _ in range(asked.reward_replicas))
+            replicas = tuple(make.remote(experiment, names, os.getcwd()) for _ in range(asked.rewards.replicas))
             groups.append(Group(names, replicas, file))
-        declared = "".join(f", {amount:g} {name}" for name, amount in asked.reward_resources.items())
-        needs = f"of {asked.reward_cpus:g} CPUs, {asked.reward_gpus:g} GPUs{declared}"
-        pool = RewardPool(experiment.rewards.names, tuple(groups), asked.reward_deadline_s, needs)
+        declared = "".join(f", {amount:g} {name}" for name, amount in asked.rewards.resources.items())
+        needs = f"of {asked.rewards.cpus:g} CPUs, {asked.rewards.gpus:g} GPUs{declared}"
+        pool = RewardPool(experiment.rewards.names, tuple(groups), asked.rewards.deadline_s, needs)
         pool.load()
         yield pool
     finally:
@@ -215,10 +219,12 @@ def reward_pool(experiment: Experiment, actor: type[RewardActor] = RewardActor) 
 def grouped(experiment: Experiment) -> list[tuple[tuple[str, ...], str | None]]:
     """Which rewards share actors, and the file of their runtime environment, if they have one of their own. Names are in the
     order of `experiment.rewards.names`; reward_replicas actors stand for each group."""
-    environments = experiment.cluster.reward_environments
+    environments = experiment.cluster.rewards.environments
     placed = {name for environment in environments for name in environment.rewards}
     groups = [(set(experiment.rewards.names) - placed, None)] + [(set(e.rewards), e.runtime_env) for e in environments]
-    return [(tuple(name for name in experiment.rewards.names if name in names), file) for names, file in groups if names]
+    return [
+        (tuple(name for name in experiment.rewards.names if name in names), file) for names, file in groups if names
+    ]
 
 
 def runtime_env(file: str) -> dict[str, Any]:
@@ -244,4 +250,4 @@ def runtime_env(file: str) -> dict[str, Any]:
 
 
 def _unusable(file: str, why: str) -> UserError:
-    return UserError(f"cluster.reward_environments: {file}: {why}")
+    return UserError(f"cluster.rewards.environments: {file}: {why}")

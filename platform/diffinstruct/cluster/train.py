@@ -141,7 +141,9 @@ def embed(experiment: Experiment) -> None:
         if not missing:
             return
         parts = min(experiment.cluster.workers, -(-len(missing) // PROMPTS_A_TASK))
-        print(f"prompt embeddings: {len(missing)} to make in {experiment.prompts.embeddings}, {parts} tasks", flush=True)
+        print(
+            f"prompt embeddings: {len(missing)} to make in {experiment.prompts.embeddings}, {parts} tasks", flush=True
+        )
         ray.get([ray.remote(make).options(**of_worker).remote(missing[i::parts]) for i in range(parts)])
     except RayTaskError as error:
         raise final_error(error) or error from None
@@ -172,7 +174,10 @@ def train_loop(
             worker = replace(worker, mesh=init_device_mesh(collective_device(), (world,)))
         else:
             worker = replace(worker, wrap=DistributedDataParallel)
-    with (folder / OUTPUT).open("a", buffering=1) if rank == 0 else nullcontext(sys.stdout) as output, redirect_stdout(output):
+    with (
+        (folder / OUTPUT).open("a", buffering=1) if rank == 0 else nullcontext(sys.stdout) as output,
+        redirect_stdout(output),
+    ):
         if isinstance(pool, RewardPool):
             pool = replace(pool, first=rank)  # workers do not all queue for the same actor
         return train(experiment, folder, pool, worker, parent)

@@ -27,12 +27,12 @@ from diffinstruct.config.sections import (
 )
 from diffinstruct.errors import did_you_mean
 
-WHEREABOUTS: Mapping[str, set[str] | bool] = {
-    "runs": True,
+WHEREABOUTS: Mapping[str, Any] = {
+    "output_dir": True,
     "mirror": True,
     "tracking": True,
     "prompts": {"embeddings"},
-    "cluster": {"worker_resources", "reward_resources"},
+    "cluster": {"worker_resources": True, "rewards": {"resources"}},
 }
 """Sections and keys that say where a run is kept and on which machines it is placed: no part of what it computes."""
 CHANGEABLE = frozenset(
@@ -40,13 +40,16 @@ CHANGEABLE = frozenset(
         *("steps", "global_batch_size", "micro_batch_size", "precision", "activation_checkpointing", "compile"),
         *("deterministic", "device"),
         *(f"generator.{key}" for key in ("learning_rate", "betas", "weight_decay", "max_grad_norm", "ema_decay")),
-        *(f"score_network.{key}" for key in ("learning_rate", "betas", "weight_decay", "max_grad_norm", "updates_per_step")),
+        *(
+            f"score_network.{key}"
+            for key in ("learning_rate", "betas", "weight_decay", "max_grad_norm", "updates_per_step")
+        ),
         *(f"objective.{key}" for key in ("regularization_weight", "reward_scale")),
-        *("prompts.train", "prompts.grid", "prompts.column", "rewards.micro_batch", "watch.on_hacking"),
+        *("prompts.train", "prompts.grid", "prompts.column", "rewards.micro_batch_size", "overoptimization.on_alarm"),
         *(f"logging.{key}" for key in ("every", "grid_every", "grid_prompts", "checkpoint_every")),
-        *(f"cluster.{key}" for key in ("workers", "use_gpu", "cpus_per_worker", "reward_replicas")),
-        *(f"cluster.{key}" for key in ("reward_cpus", "reward_gpus", "reward_deadline_s", "reward_place")),
-        "cluster.reward_environments",
+        *(f"cluster.{key}" for key in ("workers", "use_gpu", "cpus_per_worker", "rewards.replicas")),
+        *(f"cluster.{key}" for key in ("rewards.cpus", "rewards.gpus", "rewards.deadline_s", "rewards.placement")),
+        "cluster.rewards.environments",
     }
 )
 """Keys that may have another value from some step of a run on, where its user allows it. All others say what the run is: other
@@ -59,7 +62,9 @@ class Experiment(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
         "pocket", description="of the run, part of its folder's name (ours)"
     )
-    seed: int = Field(0, ge=0, le=10**9, description="z, t, eps and prompts are functions of (seed, step, sample index) (ours)")
+    seed: int = Field(
+        0, ge=0, le=10**9, description="z, t, eps and prompts are functions of (seed, step, sample index) (ours)"
+    )
     steps: Count = Field(100, description="alternating rounds (ours)")
     global_batch_size: Samples = Field(32, description="samples per round over all workers (ours)")
     micro_batch_size: Samples | None = Field(
@@ -76,7 +81,8 @@ class Experiment(Section):
         "less memory, and of di_star's 12 forward passes' worth of work 5 more (ours)",
     )
     compile: bool = Field(
-        False, description="torch.compile of generator, score network and reference: minutes at the start, faster rounds (ours)"
+        False,
+        description="torch.compile of generator, score network and reference: minutes at the start, faster rounds (ours)",
     )
     deterministic: bool = Field(
         False,
@@ -90,11 +96,11 @@ class Experiment(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     rewards: RewardsConfig = RewardsConfig()
     prompts: PromptsConfig = PromptsConfig()
-    watch: OveroptimizationConfig = OveroptimizationConfig()
+    overoptimization: OveroptimizationConfig = OveroptimizationConfig()
     logging: LoggingConfig = LoggingConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
-    runs: Text = Field("runs", description="folder of run folders, relative to where the command is typed (ours)")
+    output_dir: Text = Field("runs", description="folder of run folders, relative to where the command is typed (ours)")
     mirror: Text | None = Field(
         None,
         description="URL in an object store, such as s3://bucket/runs, that gets a copy of each checkpoint and of the rest of "
@@ -111,7 +117,9 @@ class Experiment(Section):
         kind, separator, place = value.partition("://")
         known = [name for name in available_protocols() if name not in NO_STORES]
         if not separator or kind not in known:
-            raise broken_rule("should begin with s3://, gs://, az:// or what else fsspec knows", did_you_mean(kind, known))
+            raise broken_rule(
+                "should begin with s3://, gs://, az:// or what else fsspec knows", did_you_mean(kind, known)
+            )
         if "::" in value or not place.strip("/"):
             raise broken_rule("should name one bucket or folder")
         shown = re.sub(r"^abfs://[^/@:]+@", "abfs://", quote_uri(value))  # container@account is how Azure says it
@@ -125,25 +133,29 @@ class Experiment(Section):
     @classmethod
     def _keeps_activations(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("activation_checkpointing"):
-            raise broken_rule("should be false with activation_checkpointing: torch.compile knows no role that is played again")
+            raise broken_rule(
+                "should be false with activation_checkpointing: torch.compile knows no role that is played again"
+            )
         return value
 
     @field_validator("generator")
     @classmethod
     def _same_world(cls, value: GeneratorConfig, info: ValidationInfo) -> GeneratorConfig:
         reference = info.data.get("reference", ReferenceConfig())
-        if value.start == "pocket-distilled" and reference.model != "pocket":
+        if value.init_from == "pocket-distilled" and reference.model != "pocket":
             raise mistake_at(
-                "start", value.start, broken_rule(f"belongs to the pocket world, but reference.model is {reference.model!r}")
+                "init_from",
+                value.init_from,
+                broken_rule(f"belongs to the pocket world, but reference.model is {reference.model!r}"),
             )
         return value
 
     @field_validator("generator")
     @classmethod
     def _start_of_an_adapter(cls, value: GeneratorConfig) -> GeneratorConfig:
-        if value.start_rank and (not value.lora_rank or value.start == "reference"):
-            why = "start is the reference" if value.lora_rank else "lora_rank is 0"
-            raise mistake_at("start_rank", value.start_rank, broken_rule(f"should be 0 where {why}"))
+        if value.init_rank and (not value.lora_rank or value.init_from == "reference"):
+            why = "init_from is the reference" if value.lora_rank else "lora_rank is 0"
+            raise mistake_at("init_rank", value.init_rank, broken_rule(f"should be 0 where {why}"))
         return value
 
     @field_validator("rewards")
@@ -151,7 +163,9 @@ class Experiment(Section):
     def _something_to_climb(cls, value: RewardsConfig, info: ValidationInfo) -> RewardsConfig:
         objective = info.data.get("objective", ObjectiveConfig(reward_scale=0.0))
         if not value.trained and (objective.reward_scale or objective.name == "reward_only"):
-            raise mistake_at("trained", [], broken_rule("should name a reward (only objective.reward_scale 0 goes without)"))
+            raise mistake_at(
+                "trained", [], broken_rule("should name a reward (only objective.reward_scale 0 goes without)")
+            )
         return value
 
     @field_validator("cluster")
@@ -169,7 +183,9 @@ class Experiment(Section):
     def _whole_networks(cls, value: ClusterConfig, info: ValidationInfo) -> ClusterConfig:
         adapted = [key for key in ("generator", "score_network") if key in info.data and info.data[key].lora_rank]
         if value.fully_shard and value.workers == 1:
-            raise mistake_at("fully_shard", True, broken_rule("should be false with one worker: there is nobody to share with"))
+            raise mistake_at(
+                "fully_shard", True, broken_rule("should be false with one worker: there is nobody to share with")
+            )
         if value.fully_shard and adapted:
             raise mistake_at(
                 "fully_shard", True, broken_rule(f"should be false with {adapted[0]}.lora_rank: adapters fit every GPU")
@@ -181,28 +197,34 @@ class Experiment(Section):
     def _environments_of_rewards(cls, value: ClusterConfig, info: ValidationInfo) -> ClusterConfig:
         known = info.data["rewards"].names if "rewards" in info.data else ()
         placed: set[str] = set()
-        for i, environment in enumerate(value.reward_environments):
+        for i, environment in enumerate(value.rewards.environments):
             for name in environment.rewards:
                 if known and name not in known:
                     hint = did_you_mean(name, known)
-                    raise mistake_at("reward_environments", name, broken_rule(f"item {i} names no reward of this run", hint))
+                    raise mistake_at(
+                        ("rewards", "environments"), name, broken_rule(f"item {i} names no reward of this run", hint)
+                    )
                 if name in placed:
                     raise mistake_at(
-                        "reward_environments", name, broken_rule("a reward has one environment, this one is named twice")
+                        ("rewards", "environments"),
+                        name,
+                        broken_rule("a reward has one environment, this one is named twice"),
                     )
                 placed.add(name)
-        if placed and value.reward_place == "process":
+        if placed and value.rewards.placement == "process":
             raise mistake_at(
-                "reward_place", "process", broken_rule("should be 'actor' where cluster.reward_environments names rewards")
+                ("rewards", "placement"),
+                "process",
+                broken_rule("should be 'actor' where cluster.rewards.environments names rewards"),
             )
         return value
 
     @property
     def reward_actors(self) -> int:
         """How many the Ray runner starts: replicas of a group for each environment, and of one for all other rewards."""
-        apart = [name for environment in self.cluster.reward_environments for name in environment.rewards]
-        groups = len(self.cluster.reward_environments) + (len(self.rewards.names) > len(apart))
-        return 0 if self.cluster.reward_place == "process" else self.cluster.reward_replicas * groups
+        apart = [name for environment in self.cluster.rewards.environments for name in environment.rewards]
+        groups = len(self.cluster.rewards.environments) + (len(self.rewards.names) > len(apart))
+        return 0 if self.cluster.rewards.placement == "process" else self.cluster.rewards.replicas * groups
 
     @property
     def config_hash(self) -> str:

@@ -21,16 +21,20 @@ def broken_rule(what: str, hint: str = "") -> PydanticCustomError:
     return PydanticCustomError("rule", "{what}", {"what": what, "hint": hint})
 
 
-def mistake_at(key: str | int, value: object, error: PydanticCustomError) -> ValidationError:
+def mistake_at(key: str | int | tuple[str | int, ...], value: object, error: PydanticCustomError) -> ValidationError:
     """The same, said of one key or item of what is under validation."""
-    return ValidationError.from_exception_data("section", [InitErrorDetails(type=error, loc=(key,), input=value)])
+    return ValidationError.from_exception_data(
+        "section", [InitErrorDetails(type=error, loc=key if isinstance(key, tuple) else (key,), input=value)]
+    )
 
 
 def no_repeats(names: Iterable[str], taken: Iterable[str]) -> None:
     seen = set(taken)
     for i, name in enumerate(names):
         if name in seen:
-            raise mistake_at(i, name, broken_rule("is named twice: a reward is either trained on or held out, and once"))
+            raise mistake_at(
+                i, name, broken_rule("is named twice: a reward is either trained on or held out, and once")
+            )
         seen.add(name)
 
 
@@ -42,7 +46,9 @@ def _known_reward(name: str) -> str:
 
 def _known_distance(name: str) -> str:
     if name not in DISTANCES and ":" not in name:
-        raise broken_rule(f"should be {' or '.join(map(repr, DISTANCES))} or 'module:attribute'", did_you_mean(name, DISTANCES))
+        raise broken_rule(
+            f"should be {' or '.join(map(repr, DISTANCES))} or 'module:attribute'", did_you_mean(name, DISTANCES)
+        )
     return name
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +26,12 @@ Loc = tuple[str | int, ...]
 """The keys and indices that lead to a value: ("rewards", "trained", 0, "weight")."""
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
+def load_run(folder: Path) -> Experiment:
+    """The experiment of a run's folder; keys of the version before this one are read by their new names."""
+    return load(folder / "experiment.yaml", upgrade=True)
+
+
+def load(path: str | Path, overrides: Iterable[str] = (), upgrade: bool = False) -> Experiment:
     """The experiment of a YAML file with `a.b=value` overrides, whose values are YAML too.
 
     Raises ConfigErrors with every mistake, one line each: `file:line: key: what, got ..., did you mean ...`. The file of
@@ -33,6 +39,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
     """
     source = _Source()
     source.read_file(Path(path))
+    if upgrade:
+        _rename_old_keys(source.values)
     for override in overrides:
         source.override(override)
     try:
@@ -46,10 +54,48 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
     raise ConfigErrors([line for _, line in sorted(source.mistakes, key=lambda mistake: mistake[0])])
 
 
+RENAMED = {
+    "reference.cfg_scale": "reference.guidance_scale",
+    "generator.start": "generator.init_from",
+    "generator.start_rank": "generator.init_rank",
+    "score_network.space": "score_network.loss_weighting",
+    "objective.space": "objective.weighting",
+    "rewards.micro_batch": "rewards.micro_batch_size",
+    "watch.every": "overoptimization.every",
+    "watch.on_hacking": "overoptimization.on_alarm",
+    "watch": "overoptimization",
+    "cluster.reward_replicas": "cluster.rewards.replicas",
+    "cluster.reward_cpus": "cluster.rewards.cpus",
+    "cluster.reward_gpus": "cluster.rewards.gpus",
+    "cluster.reward_deadline_s": "cluster.rewards.deadline_s",
+    "cluster.reward_place": "cluster.rewards.placement",
+    "cluster.reward_environments": "cluster.rewards.environments",
+    "cluster.reward_resources": "cluster.rewards.resources",
+    "runs": "output_dir",
+}
+"""Keys of version 0.1 and what they are called now; guidance_scale is cfg_scale + 1."""
 MOST_VALUES = 100_000
 """In one configuration."""
 LARGEST = 4 << 20
 """Bytes of one configuration."""
+
+
+def _rename_old_keys(values: dict[str, Any]) -> None:
+    for old, new in RENAMED.items():
+        *sections, key = old.split(".")
+        section = reduce(lambda found, name: found.get(name, {}) if isinstance(found, dict) else {}, sections, values)
+        if not sections or not isinstance(section, dict) or key not in section:
+            continue
+        value = section.pop(key)
+        if key == "cfg_scale" and isinstance(value, int | float):
+            value += 1
+        *sections, key = new.split(".")
+        target = reduce(lambda found, name: found.setdefault(name, {}), sections, values)
+        target[key] = value
+    if values.get("watch") == {}:
+        del values["watch"]
+    if "runs" in values:
+        values["output_dir"] = values.pop("runs")
 
 
 class _Loader(yaml.SafeLoader):
@@ -138,7 +184,9 @@ class _Source:
     def _construct(self, loader: _Loader, node: yaml.Node, loc: Loc, place: Callable[[int], tuple[int, str]]) -> Any:
         self._values_read += 1
         if self._values_read > MOST_VALUES:  # ten aliases of ten aliases of ... are few lines
-            raise yaml.MarkedYAMLError(problem=f"more than {MOST_VALUES} values, with aliases", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"more than {MOST_VALUES} values, with aliases", problem_mark=node.start_mark
+            )
         if isinstance(node, yaml.SequenceNode):
             for i, item in enumerate(node.value):
                 self.places[*loc, i] = place(item.start_mark.line + 1)
@@ -150,7 +198,11 @@ class _Source:
                 value = loader.construct_object(node)
                 repr(value)  # more digits than Python prints are a ValueError here, if they are hexadecimal ones
                 return value
-            except (ValueError, LookupError, AttributeError):  # it looks like a date and is none, or says that it is one
+            except (
+                ValueError,
+                LookupError,
+                AttributeError,
+            ):  # it looks like a date and is none, or says that it is one
                 what = f"{_short(node.value)} is no {node.tag.rpartition(':')[2]}"
                 raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark) from None
         values = {}
@@ -205,6 +257,9 @@ def _describe(kind: str, mistake: Any) -> str:
     """What is wrong in words, what was got, and the nearest name that would be right."""
     loc, got, context = mistake["loc"], f", got {_short(mistake['input'])}", mistake.get("ctx", {})
     match kind:
+        case "extra_forbidden" if new := RENAMED.get(_dotted(loc)):
+            plus = ", whose value is cfg_scale + 1" * (loc[-1] == "cfg_scale")
+            return f"unknown key, it is now {new!r}{plus}"
         case "extra_forbidden":
             here = did_you_mean(loc[-1], _known(loc[:-1]).model_fields)
             elsewhere = [key for key in _keys(Experiment) if key.rpartition(".")[2] == loc[-1]]

@@ -29,8 +29,8 @@ from diffinstruct.config.fields import (
 from diffinstruct.errors import did_you_mean
 
 RAYS_OWN = {
-    "CPU": "cpus_per_worker and reward_cpus ask for CPUs",
-    "GPU": "use_gpu and reward_gpus ask for GPUs",
+    "CPU": "cpus_per_worker and rewards.cpus ask for CPUs",
+    "GPU": "use_gpu and rewards.gpus ask for GPUs",
     "memory": "memory is not counted",
     "object_store_memory": "memory is not counted",
 }
@@ -43,12 +43,15 @@ class ReferenceConfig(Section):
     model: Text = Field(
         "pocket", description="diffusers folder, hub id or hub id@commit, or 'pocket', the built-in world (ours)"
     )
-    cfg_scale: NotNegative = Field(
-        2.0,
-        description="guidance of the reference; 0 is none, diffusers' guidance_scale is 1 + this (the paper; ours)",
+    guidance_scale: float = Field(
+        3.0,
+        ge=1,
+        description="classifier-free guidance of the reference, as diffusers': 1 is none; the paper's scale is this less 1 "
+        "(the paper; ours)",
     )
     guidance: Literal["in", "out"] = Field(
-        "in", description="where guidance enters: inside the divergence, or beside it as one more reward (the paper; in)"
+        "in",
+        description="where guidance enters: inside the divergence, or beside it as one more reward (the paper; in)",
     )
 
 
@@ -68,17 +71,19 @@ class OptimizerConfig(Section):
 class GeneratorConfig(OptimizerConfig):
     """The one-step network z -> x0."""
 
-    start: Text = Field(
+    init_from: Text = Field(
         "pocket-distilled",
         description="initial weights: 'pocket-distilled', 'reference', a diffusers folder, hub id or hub id@commit, or a "
         ".safetensors file (ours)",
     )
-    start_rank: Rank = Field(
+    init_rank: Rank = Field(
         0,
         description="with lora_rank, of a start that is not the reference: 0 keeps it as a second frozen network, else its "
         "difference from the reference is kept at this rank, and what that loses is said (ours)",
     )
-    timestep: int = Field(625, ge=0, description="the t it is fed, index into the reference's schedule (v1 of the paper: 625)")
+    timestep: int = Field(
+        625, ge=0, description="the t it is fed, index into the reference's schedule (v1 of the paper: 625)"
+    )
     input_scale: Literal["unit", "sigma"] = Field(
         "unit", description="what it is fed: z ~ N(0, I) as it is (DMD2's way), or sigma_T z (SiD's)"
     )
@@ -94,15 +99,18 @@ class ScoreNetworkConfig(OptimizerConfig):
     """The network that follows the generator's own distribution (the paper's TA)."""
 
     learning_rate: LearningRate = Field(
-        2e-4, description="of Adam, per update (left open; ours, kept by open_choices: neither half nor twice is better)"
+        2e-4,
+        description="of Adam, per update (left open; ours, kept by open_choices: neither half nor twice is better)",
     )
     updates_per_step: Count = Field(
         1,
         description="denoising updates before each generator update (K_TA; left open; ours, kept by open_choices: 2 and 4 are "
         "not better and cost more)",
     )
-    reuse_sample: bool = Field(True, description="the generator's update goes on with the sample of the score phase (ours)")
-    space: Literal["x0", "eps", "v"] = Field(
+    reuse_sample: bool = Field(
+        True, description="the generator's update goes on with the sample of the score phase (ours)"
+    )
+    loss_weighting: Literal["x0", "eps", "v"] = Field(
         "eps",
         description="whose squared error it learns from: lambda(t) (left open; neighbours' choice, kept by open_choices: x0 "
         "and v are not better)",
@@ -125,11 +133,11 @@ class ObjectiveConfig(Section):
     huber_c: Positive = Field(
         0.1,
         le=1e6,
-        description="pseudo-Huber's c per square root of a dimension, in the units of `space` (left open; ours, kept by "
+        description="pseudo-Huber's c per square root of a dimension, in the units of `weighting` (left open; ours, kept by "
         "open_choices: neither 0.03 nor 0.3 is better)",
     )
     sid_alpha: float = Field(1.0, description="SiD's alpha, of sid (SiD: 1 to 1.2)")
-    space: Literal["x0", "eps", "v", "score"] = Field(
+    weighting: Literal["x0", "eps", "v", "score"] = Field(
         "x0",
         description="in which differences of predictions are measured: w(t) (left open; ours, kept by open_choices: eps and v "
         "are not better)",
@@ -151,7 +159,9 @@ class ObjectiveConfig(Section):
     t_log_mean: float = Field(
         -0.5, ge=-20, le=20, description="mean of the log-normal law (Karras et al. 2022, for data of unit variance)"
     )
-    t_log_std: float = Field(1.2, ge=1e-3, le=1e3, description="standard deviation of the log-normal law (Karras et al. 2022)")
+    t_log_std: float = Field(
+        1.2, ge=1e-3, le=1e3, description="standard deviation of the log-normal law (Karras et al. 2022)"
+    )
     t_min: int = Field(20, ge=0, description="lowest t drawn, index into the schedule (neighbours' choice; ours)")
     t_max: int = Field(980, description="t is drawn below this (neighbours' choice; ours)")
 
@@ -195,8 +205,9 @@ class RewardsConfig(Section):
         description="std: each trained reward is divided by its standard deviation over 64 pictures of the starting generator "
         "(ours)",
     )
-    micro_batch: Samples = Field(
-        16, description="samples that go through decoder and rewards at once; halved where memory does not hold them (ours)"
+    micro_batch_size: Samples = Field(
+        16,
+        description="samples that go through decoder and rewards at once; halved where memory does not hold them (ours)",
     )
 
     @field_validator("trained")
@@ -225,7 +236,9 @@ class PromptsConfig(Section):
         description="'pocket:<split>', a .csv, .jsonl, .parquet or .txt file, or 'datasets:<hub id or folder>:<split>' (ours)",
     )
     grid: Text = Field("pocket:grid", description="the prompts of the picture grid, in the same form (ours)")
-    column: Text = Field("prompt", description="of both, which holds the prompts; a .txt and the pocket world have one (ours)")
+    column: Text = Field(
+        "prompt", description="of both, which holds the prompts; a .txt and the pocket world have one (ours)"
+    )
     embeddings: Text | None = Field(
         None,
         description="folder of prompt embeddings, which all machines see: what is missing there is made before the training, "
@@ -244,8 +257,10 @@ class PromptsConfig(Section):
 class OveroptimizationConfig(Section):
     """Whether the reward is being hacked: it rises, and what it stands for does not."""
 
-    every: int = Field(10, ge=0, description="steps between two looks at 64 pictures of the averaged generator; 0: none (ours)")
-    on_hacking: Literal["warn", "stop", "lower_scale"] = Field(
+    every: int = Field(
+        10, ge=0, description="steps between two looks at 64 pictures of the averaged generator; 0: none (ours)"
+    )
+    on_alarm: Literal["warn", "stop", "lower_scale"] = Field(
         "warn",
         description="what an alarm does beside being written down: nothing, end the run there as if it were finished, or halve "
         "objective.reward_scale from there on (ours)",
@@ -268,6 +283,45 @@ class RewardEnvironmentConfig(Section):
     runtime_env: Text = Field(description="a Ray runtime environment, a YAML file as of `ray job submit --runtime-env`")
 
 
+def declared_by_nodes(value: dict[str, float]) -> dict[str, float]:
+    """Amounts of resources that nodes declare; raises for Ray's own, for odd names and for odd amounts."""
+    for name, amount in value.items():
+        if name in RAYS_OWN:
+            raise mistake_at(name, amount, broken_rule(f"should be a resource that nodes declare ({RAYS_OWN[name]})"))
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]*", name):
+            raise mistake_at(name, amount, broken_rule("should be named in letters, digits, '.', '_', ':' and '-'"))
+        if amount > 1 and amount % 1:
+            raise mistake_at(name, amount, broken_rule("should be a whole number where it is above 1"))
+    return value
+
+
+class RewardActorsConfig(Section):
+    """Where rewards are computed on Ray, and what one reward actor asks for."""
+
+    replicas: Count = Field(1, description="reward actors, each with its own decoder and reward models (ours)")
+    cpus: NotNegative = Field(1.0, description="CPUs per reward actor, fractions allowed; 0 leaves it uncounted (ours)")
+    gpus: NotNegative = Field(0.0, description="GPUs per reward actor, fractions allowed (ours)")
+    deadline_s: Positive = Field(300.0, description="seconds after which a silent reward actor is replaced (ours)")
+    placement: Literal["auto", "actor", "process"] = Field(
+        "auto",
+        description="where rewards are computed: in reward actors, in the training process, or where the first rounds show "
+        "that they hold them up less (ours)",
+    )
+    environments: tuple[RewardEnvironmentConfig, ...] = Field(
+        (),
+        strict=False,
+        description="rewards in actors with a runtime environment of their own: {rewards, runtime_env} (ours)",
+    )
+    resources: dict[Text, Positive] = Field(
+        {}, description="per reward actor, of resources that nodes declare: name -> amount, fractions allowed (ours)"
+    )
+
+    @field_validator("resources")
+    @classmethod
+    def _declared_by_nodes(cls, value: dict[str, float]) -> dict[str, float]:
+        return declared_by_nodes(value)
+
+
 class ClusterConfig(Section):
     """What the Ray runner asks for; `--local` ignores it."""
 
@@ -279,36 +333,15 @@ class ClusterConfig(Section):
         "fine-tuning of what one GPU does not hold (ours)",
     )
     cpus_per_worker: Count = Field(1, description="CPUs per training process (ours)")
-    reward_replicas: Count = Field(1, description="reward actors, each with its own decoder and reward models (ours)")
-    reward_cpus: NotNegative = Field(1.0, description="CPUs per reward actor, fractions allowed; 0 leaves it uncounted (ours)")
-    reward_gpus: NotNegative = Field(0.0, description="GPUs per reward actor, fractions allowed (ours)")
-    reward_deadline_s: Positive = Field(300.0, description="seconds after which a silent reward actor is replaced (ours)")
-    reward_place: Literal["auto", "actor", "process"] = Field(
-        "auto",
-        description="where rewards are computed: in reward actors, in the training process, or where the first rounds show "
-        "that they hold them up less (ours)",
-    )
-    reward_environments: tuple[RewardEnvironmentConfig, ...] = Field(
-        (), strict=False, description="rewards in actors with a runtime environment of their own: {rewards, runtime_env} (ours)"
-    )
+    rewards: RewardActorsConfig = RewardActorsConfig()
     worker_resources: dict[Text, Positive] = Field(
         {}, description="per training process, of resources that nodes declare: name -> amount (ours)"
     )
-    reward_resources: dict[Text, Positive] = Field(
-        {}, description="per reward actor, of resources that nodes declare: name -> amount, fractions allowed (ours)"
-    )
 
-    @field_validator("worker_resources", "reward_resources")
+    @field_validator("worker_resources")
     @classmethod
     def _declared_by_nodes(cls, value: dict[str, float]) -> dict[str, float]:
-        for name, amount in value.items():
-            if name in RAYS_OWN:
-                raise mistake_at(name, amount, broken_rule(f"should be a resource that nodes declare ({RAYS_OWN[name]})"))
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]*", name):
-                raise mistake_at(name, amount, broken_rule("should be named in letters, digits, '.', '_', ':' and '-'"))
-            if amount > 1 and amount % 1:
-                raise mistake_at(name, amount, broken_rule("should be a whole number where it is above 1"))
-        return value
+        return declared_by_nodes(value)
 
     @property
     def per_worker(self) -> dict[str, float]:
@@ -318,7 +351,7 @@ class ClusterConfig(Section):
     @property
     def per_reward_actor(self) -> dict[str, float]:
         """What one reward actor asks Ray for: resource -> amount."""
-        return {"CPU": self.reward_cpus, "GPU": self.reward_gpus} | self.reward_resources
+        return {"CPU": self.rewards.cpus, "GPU": self.rewards.gpus} | self.rewards.resources
 
 
 class TrackingConfig(Section):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffinstruct.config.reading import load
+from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError
 from diffinstruct.evaluation import generators
 from diffinstruct.evaluation.evaluate import Evaluation, compare
@@ -37,7 +37,11 @@ class Comparison:
         """Markdown: the keys, both runs' figures, the paired differences."""
         one, other = self.evaluations
         keys = "".join(f"| {key} | {before} | {now} |\n" for key, (before, now) in self.changes.items())
-        head = f"| key | {one} | {other} |\n| --- | --- | --- |\n{keys}" if keys else "Their configurations are the same.\n"
+        head = (
+            f"| key | {one} | {other} |\n| --- | --- | --- |\n{keys}"
+            if keys
+            else "Their configurations are the same.\n"
+        )
         return f"{head}\n{generators.report(self.evaluations)}"
 
     def page(self) -> str:
@@ -46,7 +50,14 @@ class Comparison:
         differences = compare(second, first)
         ours, theirs = first.summary(), second.summary()
         rows = [
-            (measure, figure.n, ours[measure], theirs[measure], figure, differences.get(measure.replace("reward/", "wins/")))
+            (
+                measure,
+                figure.n,
+                ours[measure],
+                theirs[measure],
+                figure,
+                differences.get(measure.replace("reward/", "wins/")),
+            )
             for measure, figure in differences.items()
             if not measure.startswith("wins/")
         ]
@@ -77,13 +88,15 @@ def compare_runs(
 
     Raises UserError for what `examine` does, and without prompts where the first run's reference is no pocket world.
     """
-    one, other = (load(folder / "experiment.yaml") for folder in folders)
+    one, other = (load_run(folder) for folder in folders)
     if prompts is None and one.reference.model != "pocket":
         raise UserError(f"--prompts: name some; {folders[0]} is of {one.reference.model!r}, which has none built in")
     found = generators.examine(folders, prompts or "pocket:eval", rewards, reference_pictures, seed)
     texts = next(iter(found.values())).table["prompt"].tolist()
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), SHOWN)).round().astype(int)).tolist()
-    pictures = {name: _pictures(folder / "export", texts, chosen, seed) for name, folder in zip(found, folders, strict=True)}
+    pictures = {
+        name: _pictures(folder / "export", texts, chosen, seed) for name, folder in zip(found, folders, strict=True)
+    }
     return Comparison(other.changes(one), found, [texts[i] for i in chosen], pictures)
 
 

@@ -51,7 +51,9 @@ class AttributeClassifier(nn.Module):
     def __init__(self, classes: dict[str, list[str]]) -> None:
         super().__init__()
         self.classes = classes
-        self.trunk = nn.Sequential(_block(3, 32), _block(32, 64, 2), _block(64, 96, 2), _block(96, 128, 2), _block(128, 128))
+        self.trunk = nn.Sequential(
+            _block(3, 32), _block(32, 64, 2), _block(64, 96, 2), _block(96, 128, 2), _block(128, 128)
+        )
         self.features = nn.Sequential(nn.Flatten(), nn.Linear(128 * 8 * 8, 256), nn.SiLU())
         self.heads = nn.ModuleDict({attribute: nn.Linear(256, len(names)) for attribute, names in classes.items()})
 

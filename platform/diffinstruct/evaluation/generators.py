@@ -14,7 +14,7 @@ import torch
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.prompts import read_prompts
-from diffinstruct.config.reading import load
+from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError
 from diffinstruct.evaluation.evaluate import Evaluation, compare, evaluate, image_features
 from diffinstruct.evaluation.features import AttributeClassifier, Examiner, FeaturesOnly
@@ -47,7 +47,7 @@ def examine(
     Raises UserError for what is neither run nor export, and where nothing says what to measure.
     """
     table = read_prompts(prompts)
-    runs = {folder: load(folder / "experiment.yaml") for folder in folders if (folder / "experiment.yaml").is_file()}
+    runs = {folder: load_run(folder) for folder in folders if (folder / "experiment.yaml").is_file()}
     exports = [_export_of(folder, runs.get(folder)) for folder in folders]
     first = next(iter(runs.values()), None)
     names = list(rewards) or ([r.name for r in first.rewards.trained] + list(first.rewards.held_out) if first else [])
@@ -63,7 +63,13 @@ def examine(
         print(f"measuring {name}: {len(table)} prompts", flush=True)
         try:
             found[name] = evaluate(
-                reference.sampler(generator), table, judges, examiner, own, noise_shape=reference.latent_shape, seed=seed
+                reference.sampler(generator),
+                table,
+                judges,
+                examiner,
+                own,
+                noise_shape=reference.latent_shape,
+                seed=seed,
             )
         except ValueError as error:  # a prompt table's attributes, or a reward that is not finite
             raise UserError(f"{folder}: {error}") from None
@@ -100,7 +106,9 @@ def _examiner(run: Experiment | None, judges: Mapping[str, RewardModel], device:
     for reward in reversed(list(judges.values())):  # held-out ones come last: better than what was trained on
         if callable(features := getattr(reward, "features", None)):
             return FeaturesOnly(features)
-    raise UserError(f"--reward: none of {', '.join(judges)} has image features to measure distances with; add 'pickscore'")
+    raise UserError(
+        f"--reward: none of {', '.join(judges)} has image features to measure distances with; add 'pickscore'"
+    )
 
 
 @torch.no_grad()
@@ -114,7 +122,9 @@ def _reference_features(
     noise = torch.randn(len(texts), *reference.latent_shape, generator=generator).to(device)
     print(f"the reference makes {len(texts)} pictures in {STEPS} steps", flush=True)
     made = [
-        reference.decode(reference.sample(texts[i : i + BATCH], noise[i : i + BATCH], STEPS, 1 + run.reference.cfg_scale))
+        reference.decode(
+            reference.sample(texts[i : i + BATCH], noise[i : i + BATCH], STEPS, 1 + run.reference.guidance_scale)
+        )
         for i in range(0, len(texts), BATCH)
     ]
     return image_features(examiner, torch.cat(made))

@@ -28,7 +28,7 @@ stays beside it, a constant, or None."""
 LawOfT = Callable[[Tensor], Tensor]
 """Uniform numbers in [0, 1) [B] -> t [B]: a law by its quantiles, so that t is drawn by sample and not by batch."""
 
-SPACES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "x0": lambda alpha, sigma: alpha.new_ones(()),
     "eps": lambda alpha, sigma: alpha / sigma,
     "v": lambda alpha, sigma: 1 / sigma,
@@ -62,9 +62,9 @@ class Schedule:
         alpha, sigma = self.at(t, x0)
         return alpha * x0 + sigma * eps
 
-    def scale(self, space: str, t: Tensor, like: Tensor) -> Tensor:
+    def scale(self, weighting: str, t: Tensor, like: Tensor) -> Tensor:
         """m_t of a space, shaped to broadcast against `like`."""
-        return SPACES[space](*self.at(t, like))
+        return WEIGHTINGS[weighting](*self.at(t, like))
 
     def x0_from(self, prediction: str, output: Tensor, xt: Tensor, t: Tensor) -> Tensor:
         """x0_hat from a network's output; `prediction` is diffusers' name of what the network predicts."""
@@ -88,7 +88,7 @@ def per_sample_sum(x: Tensor) -> Tensor:
 
 
 def denoising_loss(
-    denoiser: Denoiser, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, c: Conditions, space: str = "eps"
+    denoiser: Denoiser, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, c: Conditions, weighting: str = "eps"
 ) -> Tensor:
     """[B]: the score network's loss, ||m_t (x0_hat - x0)||^2 averaged over dimensions (arXiv 2410.20898).
 
@@ -97,7 +97,7 @@ def denoising_loss(
     generator's graph.
     """
     x0_hat = denoiser(schedule.diffuse(x0, t, eps), t, c)
-    return (schedule.scale(space, t, x0) * (x0_hat - x0)).pow(2).flatten(1).mean(1)
+    return (schedule.scale(weighting, t, x0) * (x0_hat - x0)).pow(2).flatten(1).mean(1)
 
 
 def uniform_t(t_min: int, t_max: int) -> LawOfT:

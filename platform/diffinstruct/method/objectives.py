@@ -5,13 +5,13 @@
 Legend. x0 [B, ...] the generator's sample, carrying gradient; t [B]; eps [B, ...]; f = score network's x0 prediction,
 r = the reference's, guided if guidance is inside; g = the guidance that stays beside it, or None; e = f - r.
 k_t = alpha_t / sigma_t^2, so y = s_psi - s_ref = k_t e. m_t is the scale of the space where differences are measured
-(`diffusion.SPACES`): choosing the space is choosing w(t). Both networks' *parameters* are constants here.
+(`diffusion.WEIGHTINGS`): choosing the weighting is choosing w(t). Both networks' *parameters* are constants here.
 
 Reduction, the same for all: sum over a sample's dimensions; the caller takes the mean over the global batch. Reward scale and
 regularization weight are to be read against that sum. Equal coefficients mean nothing across objectives: each pulls with its
 own strength, so compare them at equal distance to the reference.
 
-Each returns the loss [B] and its record, per sample: "divergence", the mean of e^2 over dimensions (of x0 predictions in
+Each returns the loss [B] and its record, per sample: "x0_gap", the mean of e^2 over dimensions (of x0 predictions in
 all objectives, so that one plot compares them), "reference_error", mean|x0 - r|, and what else it has to tell.
 """
 
@@ -45,7 +45,7 @@ def diff_instruct_star(
     score_network: Denoiser,
     reference: GuidedReference,
     schedule: Schedule,
-    space: str,
+    weighting: str,
     distance: Distance,
 ) -> Loss:
     """DI* (arXiv 2410.20898); with reward scale 0 SIM (arXiv 2410.16794). Its gradient in theta is that of the score-based
@@ -60,7 +60,7 @@ def diff_instruct_star(
 
     "x0" with the pseudo-Huber distance is the published form with c_t = c k_t and w_t = 1 / k_t.
     """
-    xt, m = schedule.diffuse(x0, t, eps), schedule.scale(space, t, x0)
+    xt, m = schedule.diffuse(x0, t, eps), schedule.scale(weighting, t, x0)
     f, (r, g) = score_network(xt, t, c), reference(xt, t, c)
     y = m * (f - r)
     loss = -per_sample_sum(distance.gradient(y) * m * (f - x0))
@@ -76,7 +76,7 @@ def diff_instruct(
     score_network: Denoiser,
     reference: GuidedReference,
     schedule: Schedule,
-    space: str,
+    weighting: str,
 ) -> Loss:
     """Diff-Instruct (arXiv 2305.18455), the integral KL divergence; with a reward Diff-Instruct++ (arXiv 2410.18881).
 
@@ -84,7 +84,7 @@ def diff_instruct(
 
     No gradient flows through the networks: that is the method. "x0" is w_t = sigma_t^2 / alpha_t, DMD's.
     """
-    xt, m = schedule.diffuse(x0, t, eps), schedule.scale(space, t, x0)
+    xt, m = schedule.diffuse(x0, t, eps), schedule.scale(weighting, t, x0)
     with torch.no_grad():
         f, (r, g) = score_network(xt, t, c), reference(xt, t, c)
     return per_sample_sum(m * (f - r) * xt) + _beside(g, m, xt), _record(f, r, x0)
@@ -106,7 +106,7 @@ def sid(
     score_network: Denoiser,
     reference: GuidedReference,
     schedule: Schedule,
-    space: str,
+    weighting: str,
     alpha: float,
 ) -> Loss:
     """SiD, score identity distillation (arXiv 2404.04057).
@@ -116,7 +116,7 @@ def sid(
     Gradient flows through both networks, not through the normaliser. Without that, 2 L measured in scores has the gradient of
     E||y||^2 with the law of x_t held fixed at alpha 1 (SIM with the squared distance), of the whole Fisher divergence at 0.5.
     """
-    xt, m = schedule.diffuse(x0, t, eps), schedule.scale(space, t, x0)
+    xt, m = schedule.diffuse(x0, t, eps), schedule.scale(weighting, t, x0)
     f, (r, g) = score_network(xt, t, c), reference(xt, t, c)
     loss = per_sample_sum(m * (r - f) * m * ((r - x0) - alpha * (r - f))) + _beside(g, m, xt)
     record = _record(f, r, x0)
@@ -124,19 +124,21 @@ def sid(
 
 
 def _beside(g: Tensor | None, m: Tensor, xt: Tensor) -> Tensor | float:
-    """Guidance OUT (arXiv 2410.20898): - cfg_scale w_t < sg[s_ref(c) - s_ref(null)], x_t >, w_t = m_t / k_t."""
+    """Guidance OUT (arXiv 2410.20898): - (guidance_scale - 1) w_t < sg[s_ref(c) - s_ref(null)], x_t >, w_t = m_t / k_t."""
     return 0.0 if g is None else -per_sample_sum(m * g * xt)
 
 
 def _record(f: Tensor, r: Tensor, x0: Tensor) -> dict[str, Tensor]:
     """Constants [B]. "reference_error", how far the sample is from what the reference makes of it, divides DMD and SiD."""
     return {
-        "divergence": (f - r).detach().pow(2).flatten(1).mean(1),
+        "x0_gap": (f - r).detach().pow(2).flatten(1).mean(1),
         "reference_error": (x0 - r).detach().abs().flatten(1).mean(1).clamp(min=1e-5),
     }
 
 
-def objective(name: str, *, schedule: Schedule, space: str, distance: Distance, sid_alpha: float) -> Objective | None:
+def objective(
+    name: str, *, schedule: Schedule, weighting: str, distance: Distance, sid_alpha: float
+) -> Objective | None:
     """The objective of a configuration. None trains on the reward alone (ReFL and DRaFT-1 on a one-step model)."""
     known: dict[str, Callable[..., Loss] | None] = {
         "di_star": partial(diff_instruct_star, distance=distance),
@@ -148,4 +150,4 @@ def objective(name: str, *, schedule: Schedule, space: str, distance: Distance, 
         "reward_only": None,
     }
     chosen = known[name]
-    return partial(chosen, schedule=schedule, space=space) if chosen else None
+    return partial(chosen, schedule=schedule, weighting=weighting) if chosen else None

@@ -47,7 +47,7 @@ class StepConfig:
     reward_scale: float
     score_updates: int  # the paper's K_TA
     reuse_sample: bool  # the score network learns on the generator's own sample instead of drawing fresh ones
-    score_space: str  # whose squared error the score network learns from: lambda(t)
+    score_weighting: str  # whose squared error the score network learns from: lambda(t)
     law_of_t: LawOfT  # of both players
     generator_max_grad_norm: float
     score_max_grad_norm: float
@@ -169,7 +169,9 @@ def alternating_round(
         ),
     }
     train_state.generator_optimizer.step()
-    update_ema(train_state.ema, unwrapped(train_state.generator), min(config.ema_decay, (1 + noise.step) / (10 + noise.step)))
+    update_ema(
+        train_state.ema, unwrapped(train_state.generator), min(config.ema_decay, (1 + noise.step) / (10 + noise.step))
+    )
     return metrics
 
 
@@ -195,7 +197,9 @@ def score_update(
             if z is not None:
                 with torch.no_grad():
                     x0 = unwrapped(train_state.generator)(z[part], own)
-            each = denoising_loss(train_state.score_network, schedule, x0, t[part], eps[part], own, config.score_space)
+            each = denoising_loss(
+                train_state.score_network, schedule, x0, t[part], eps[part], own, config.score_weighting
+            )
             finite.check("the score network's loss", each, part)
             loss = each.mean() * (len(each) / len(sample)) * finite.factor
         loss.backward()
@@ -213,7 +217,12 @@ def score_update(
 
 
 def _regularizer(
-    train_state: TrainState, config: StepConfig, objective: Objective, noise: NoiseStreams, sample: Tensor, c: Conditions
+    train_state: TrainState,
+    config: StepConfig,
+    objective: Objective,
+    noise: NoiseStreams,
+    sample: Tensor,
+    c: Conditions,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """regularization_weight times the loss's gradient at the sample, and per sample what the objective has to tell."""
     t, eps = noise.t(noise.GENERATOR + 1, config.law_of_t), noise.normal(noise.GENERATOR + 2)

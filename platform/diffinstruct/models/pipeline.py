@@ -190,15 +190,17 @@ class Reference:
     def check_start(self, start: str) -> str:
         """Where a start's weights lie; whether they fit, as far as they need not be read. Raises UserError as `network`."""
         source = {"reference": self.source, "pocket-distilled": str(POCKET / "generator")}.get(start, start)
-        refuse_missing("generator.start", source)
+        refuse_missing("generator.init_from", source)
         if Path(source).is_file():
-            only_safetensors("generator.start", Path(source))
+            only_safetensors("generator.init_from", Path(source))
             return source
-        config = read_source(self._network_class.load_config, source, key="generator.start", subfolder=self._subfolder(source))
+        config = read_source(
+            self._network_class.load_config, source, key="generator.init_from", subfolder=self._subfolder(source)
+        )
         for key in self.family.shape:
             if config.get(key) != self._config.get(key):
                 raise UserError(
-                    f"generator.start: {start} does not fit the reference {self.source}: "
+                    f"generator.init_from: {start} does not fit the reference {self.source}: "
                     f"{key} is {config.get(key)}, not {self._config.get(key)}"
                 )
         return source
@@ -234,7 +236,9 @@ class Reference:
         """
         config = self.vae.config
         scaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        return (self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].to(latents.dtype) * 0.5 + 0.5).clamp(0, 1)
+        return (self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].to(latents.dtype) * 0.5 + 0.5).clamp(
+            0, 1
+        )
 
     def sampler(self, generator: OneStepGenerator) -> Callable[[list[str], Tensor], Tensor]:
         """(prompts, noise [B, C, H, W]) -> images [B, 3, H', W'] in [0, 1], of a one-step generator, without gradient."""
@@ -274,7 +278,7 @@ class Reference:
     def sample(self, prompts: list[str], z: Tensor, steps: int = 50, guidance_scale: float = 1.0) -> Tensor:
         """The reference's own latents, by deterministic DDIM or Euler steps of its flow, from z [B, C, H, W] ~ N(0, I).
 
-        `guidance_scale` is diffusers', 1 + the method's cfg_scale; at 1 or below the sampling is plain conditional.
+        `guidance_scale` is diffusers'; at 1 or below the sampling is plain conditional.
         """
         guided = guidance_scale > 1
         c = self.encode_prompts(prompts)
@@ -322,12 +326,12 @@ class Reference:
         if not Path(source).is_file():
             return self._part(self._network_class, source, self._subfolder(source), dtype, device)
         network = self._weightless()
-        weights = read_source(load_file, source, key="generator.start")
+        weights = read_source(load_file, source, key="generator.init_from")
         if weights.keys() == network.state_dict().keys():
             try:
                 network.load_state_dict(weights, assign=True)
             except RuntimeError as error:
-                said = f"generator.start: {source} does not fit the reference {self.source}: {message_lines(error)[-1]}"
+                said = f"generator.init_from: {source} does not fit the reference {self.source}: {message_lines(error)[-1]}"
                 raise UserError(said) from None
         elif hasattr(self._network_class, "from_single_file"):
             with quiet():
@@ -338,11 +342,13 @@ class Reference:
                     network = convert(str(Path(source).absolute()))
                 except Exception as error:  # the converters look for what they know and fall over what they do not
                     raise UserError(
-                        f"generator.start: {source} holds no {self.family.network}: {message_lines(error)[-1]}"
+                        f"generator.init_from: {source} holds no {self.family.network}: {message_lines(error)[-1]}"
                     ) from None
         else:
             odd = min(weights.keys() ^ network.state_dict().keys())
-            raise UserError(f"generator.start: {source} holds no {self.family.network}: only one of the two has {odd!r}")
+            raise UserError(
+                f"generator.init_from: {source} holds no {self.family.network}: only one of the two has {odd!r}"
+            )
         # nn.Module's own `to`: diffusers' warns of what does not concern these models
         return nn.Module.to(network, device, dtype).requires_grad_(True).eval()
 
@@ -402,7 +408,9 @@ def load_reference(
     for part, classes in wanted.items():
         _, found = entry if isinstance(entry := index.get(part), list | tuple) and len(entry) == 2 else (None, entry)
         if found not in classes:
-            raise UserError(f"reference.model: the {part} of {model} is a {found}, not a {' or '.join(classes)}; {SUPPORTED}")
+            raise UserError(
+                f"reference.model: the {part} of {model} is a {found}, not a {' or '.join(classes)}; {SUPPORTED}"
+            )
     try:
         return Reference(source, index, dtype, device, activation_checkpointing, embeddings, decoder_dtype)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

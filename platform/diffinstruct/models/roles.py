@@ -65,16 +65,16 @@ def make_roles(experiment: Experiment, reference: Reference, materialize: Materi
     average: nn.Module
     if of.lora_rank:
         shared, frozen_adapters = base, tuple[str, ...]()
-        if of.start != "reference" and of.start_rank:
-            error = base.add_difference(START, network(of.start), of.start_rank)
+        if of.init_from != "reference" and of.init_rank:
+            error = base.add_difference(START, network(of.init_from), of.init_rank)
             frozen_adapters = (START,)
-        elif of.start != "reference":
-            shared = base_of(of.start)
+        elif of.init_from != "reference":
+            shared = base_of(of.init_from)
         shared.add(GENERATOR, of.lora_rank, experiment.seed)
         shared.add(AVERAGE, of.lora_rank, experiment.seed)
         trained, average = shared.role(GENERATOR, frozen_adapters), shared.role(AVERAGE, frozen_adapters)
     else:
-        trained, average = network(of.start), network(of.start)
+        trained, average = network(of.init_from), network(of.init_from)
     if score.lora_rank:
         base.add(SCORE, score.lora_rank, experiment.seed + 1)
     assistant = base.role(SCORE) if score.lora_rank else network()

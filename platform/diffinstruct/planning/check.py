@@ -57,7 +57,12 @@ class ModelMemory:
 
     @property
     def row(self) -> str:
-        sizes = [self.weights, self.weights * self.trained, 2 * self.weights * self.trained, self.weights * self.averaged]
+        sizes = [
+            self.weights,
+            self.weights * self.trained,
+            2 * self.weights * self.trained,
+            self.weights * self.averaged,
+        ]
         cells = [f"{self.parameters / 1e6:.2f}", *(_mib(size) if size else "-" for size in sizes)]
         cells += [str(passes) if passes else "-" for passes in (self.forwards, self.backwards)]
         return f"{self.name:<24}" + "".join(f"{cell:>12}" for cell in cells)
@@ -88,8 +93,10 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     make_step_config(experiment, reference.schedule)  # refuses what only the schedule can tell
     generator, score = experiment.generator, experiment.score_network
     k = score.updates_per_step if experiment.objective.name != "reward_only" else 0
-    guided = (k > 0) * (1 + (experiment.reference.cfg_scale != 0))  # conditional and null
-    through = int(experiment.objective.name in ("di_star", "sim", "sid"))  # gradient to the networks' inputs; KL has none
+    guided = (k > 0) * (1 + (experiment.reference.guidance_scale != 0))  # conditional and null
+    through = int(
+        experiment.objective.name in ("di_star", "sim", "sid")
+    )  # gradient to the networks' inputs; KL has none
     reference.one_step(nn.Identity(), generator.timestep)  # refuses a timestep that its schedule has not
     network = sum(p.numel() for p in reference.empty_network().parameters())
     held_frozen = frozen.itemsize * network
@@ -115,15 +122,15 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         ModelMemory("reference", network, held_frozen, forwards=guided, backwards=guided * through),
     ]
     spread = list(worker)
-    if generator.lora_rank and generator.start != "reference":
+    if generator.lora_rank and generator.init_from != "reference":
         second = ModelMemory("generator's base", network, held_frozen)
-        start = player("start", generator.start_rank) if generator.start_rank else second
+        start = player("start", generator.init_rank) if generator.init_rank else second
         worker.append(start)
     if experiment.prompts.embeddings is None:
         for name, encoder in reference.empty_encoders().items():
             worker.append(ModelMemory(name.replace("_", " "), *_count(encoder)))
     trained = [reward.name for reward in experiment.rewards.trained]
-    apart = [name for environment in experiment.cluster.reward_environments for name in environment.rewards]
+    apart = [name for environment in experiment.cluster.rewards.environments for name in environment.rewards]
     uncounted, models = {}, dict[str, RewardModel]()
     actor = [ModelMemory("decoder", *_count(reference.empty_decoder()), forwards=1, backwards=1)]
     for name in (name for name in experiment.rewards.names if name not in apart):  # those may not even import here
@@ -135,7 +142,9 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
                 raise
             uncounted[name] = shorten(str(error.__cause__), 96, placeholder=" ...")
             models |= {name: _brightness} if name in trained else {}
-    libraries = psutil.Process().memory_info().rss - sum(role.weights for role in actor[1:])  # nothing else is loaded yet
+    libraries = psutil.Process().memory_info().rss - sum(
+        role.weights for role in actor[1:]
+    )  # nothing else is loaded yet
     try:
         judging = footprint.of_rewards(experiment, reference, models)
     except Exception as error:  # they may be anybody's, and do with numbers what cannot be done without
@@ -149,8 +158,8 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     asked, actors = experiment.cluster, experiment.reward_actors
     if not actors:  # each training process has the rewards itself
         worker, actor = [*worker, *actor], []
-    cpus = asked.workers * asked.cpus_per_worker + actors * asked.reward_cpus
-    gpus = asked.workers * asked.use_gpu + actors * asked.reward_gpus
+    cpus = asked.workers * asked.cpus_per_worker + actors * asked.rewards.cpus
+    gpus = asked.workers * asked.use_gpu + actors * asked.rewards.gpus
     have_cpus, have_gpus = os.cpu_count() or 1, torch.cuda.device_count()
     if network > 10**8:  # operation by operation, as python goes
         print("check: going through a round without content, some minutes", file=sys.stderr, flush=True)
@@ -159,14 +168,17 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     held = [role.memory / (shares if role in spread else 1) for role in worker]
     # Of the largest block, weights of this one and the next, and its gradient, in the arithmetic's precision and in fp32
     gathered = largest_block(reference.empty_network()) * (10 if experiment.precision == "bf16" else 16) * (shares > 1)
-    per_worker, per_actor = sum(held) + gathered + training.passing, sum(role.memory for role in actor) + judging.passing
+    per_worker, per_actor = (
+        sum(held) + gathered + training.passing,
+        sum(role.memory for role in actor) + judging.passing,
+    )
     in_ram = asked.workers * (per_worker + libraries) * (not asked.use_gpu)
-    in_ram += actors * (per_actor + libraries) * (asked.reward_gpus == 0)
+    in_ram += actors * (per_actor + libraries) * (asked.rewards.gpus == 0)
     flops = float(asked.workers * training.flops)
-    flops += judging.flops * experiment.global_batch_size / experiment.rewards.micro_batch * (actors > 0)
+    flops += judging.flops * experiment.global_batch_size / experiment.rewards.micro_batch_size * (actors > 0)
     checkpoint = sum(role.weights * (3 * role.trained + role.averaged) for role in worker)
     in_ram += checkpoint  # the copy that is written while training goes on
-    runs = Path(experiment.runs).absolute()
+    runs = Path(experiment.output_dir).absolute()
     free = shutil.disk_usage(next(folder for folder in (runs, *runs.parents) if folder.exists())).free
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     lines = [
@@ -181,11 +193,11 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         f"in all {_flop(flops)}, {_flop(flops / experiment.global_batch_size)} a sample",
         f"payload    {_mib(experiment.global_batch_size * per_sample * (actors > 0))} of latents to the reward actors a step, "
         "as much back",
-        f"placement  {asked.workers} x {asked.cpus_per_worker} + {actors} x {asked.reward_cpus:g} = {cpus:g} "
+        f"placement  {asked.workers} x {asked.cpus_per_worker} + {actors} x {asked.rewards.cpus:g} = {cpus:g} "
         f"CPUs and {gpus:g} GPUs; this machine has {have_cpus} and {have_gpus}",
         *(
             f"{'':<11}{count} x {amount:g} = {count * amount:g} {name}, which nodes have to declare"
-            for count, declared in ((asked.workers, asked.worker_resources), (actors, asked.reward_resources))
+            for count, declared in ((asked.workers, asked.worker_resources), (actors, asked.rewards.resources))
             for name, amount in declared.items()
         ),
         f"memory     training process {_mib(per_worker)}: {_mib(sum(held))} held"
@@ -193,17 +205,19 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         + (f", {_mib(gathered)} of a block that is whole" if gathered else "")
         + f", {_mib(training.passing)} that comes and goes in a round",
         *(
-            [f"           reward actor {_mib(per_actor)}: {_mib(per_actor - judging.passing)} and {_mib(judging.passing)}"]
+            [
+                f"           reward actor {_mib(per_actor)}: {_mib(per_actor - judging.passing)} and {_mib(judging.passing)}"
+            ]
             if actors
             else []
         ),
         f"           in main memory {_mib(in_ram)}, with {_mib(libraries)} of libraries a process and {_mib(checkpoint)} of a "
         f"checkpoint's copy; this machine has {_mib(ram)}",
-        f"disk       a checkpoint {_mib(checkpoint)}, {KEPT} at a time; {_mib(free)} free for {experiment.runs}",
+        f"disk       a checkpoint {_mib(checkpoint)}, {KEPT} at a time; {_mib(free)} free for {experiment.output_dir}",
     ]
     problem = None
     try:
-        reference.check_start(shapes(generator.start))
+        reference.check_start(shapes(generator.init_from))
     except UserError as error:  # it is often still to be made, and nothing above depends on it
         return "\n".join(lines), str(error)
     if cpus > have_cpus or gpus > have_gpus:
@@ -213,10 +227,10 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     elif in_ram > ram:
         problem = f"memory: takes {_mib(in_ram)}, this machine has {_mib(ram)}"
     elif KEPT * checkpoint > free:
-        problem = f"runs: {KEPT} checkpoints take {_mib(KEPT * checkpoint)}, {experiment.runs} has {_mib(free)} free"
+        problem = f"output_dir: {KEPT} checkpoints take {_mib(KEPT * checkpoint)}, {experiment.output_dir} has {_mib(free)} free"
     elif have_gpus:
         of_gpu = torch.cuda.get_device_properties(0).total_memory
-        on_gpu = max(per_worker * asked.use_gpu, per_actor * (asked.reward_gpus > 0))
+        on_gpu = max(per_worker * asked.use_gpu, per_actor * (asked.rewards.gpus > 0))
         if on_gpu > of_gpu:
             problem = f"memory: one process takes {_mib(on_gpu)}, a GPU here has {_mib(of_gpu)}"
     return "\n".join(lines), problem

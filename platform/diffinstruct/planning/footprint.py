@@ -35,7 +35,9 @@ aten = torch.ops.aten
 FORMULAS = {  # torch knows the GPUs' kernels alone
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[aten._scaled_dot_product_flash_attention_backward],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
 }
 
 
@@ -53,7 +55,9 @@ class Footprint:
         return self.peak - self.held
 
 
-def of_training(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel] | None = None) -> Footprint:
+def of_training(
+    experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel] | None = None
+) -> Footprint:
     """Of a process that trains, with whole networks and without text encoders; with rewards, if it computes them itself. Their
     own weights are not counted, the decoder's are."""
     of_worker = experiment.global_batch_size // experiment.cluster.workers
@@ -75,7 +79,10 @@ def of_training(experiment: Experiment, reference: Reference, rewards: Mapping[s
         train_state = make_train_state(experiment, roles, null, lambda module: module)
         send = _judge(experiment, reference, decoder, rewards) if rewards is not None else _nobody
         c = {key: value.expand(samples, *value.shape[1:]).clone() for key, value in null.items()}
-        for optimizer in (train_state.generator_optimizer, train_state.score_optimizer):  # what the round before has left
+        for optimizer in (
+            train_state.generator_optimizer,
+            train_state.score_optimizer,
+        ):  # what the round before has left
             for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
                 weight.grad = torch.empty_like(weight)
             optimizer.step()
@@ -90,12 +97,14 @@ def of_rewards(experiment: Experiment, reference: Reference, rewards: Mapping[st
     decoder = reference.empty_decoder()
     with _counting() as count:
         send = _judge(experiment, reference, decoder, rewards)
-        held, samples = count.live, experiment.rewards.micro_batch
+        held, samples = count.live, experiment.rewards.micro_batch_size
         send(torch.empty(samples, *reference.latent_shape), [""] * samples)
         return Footprint(held, count.peak, count.flops)
 
 
-def _judge(experiment: Experiment, reference: Reference, decoder: nn.Module, rewards: Mapping[str, RewardModel]) -> Send:
+def _judge(
+    experiment: Experiment, reference: Reference, decoder: nn.Module, rewards: Mapping[str, RewardModel]
+) -> Send:
     reference.vae = _fill(decoder.requires_grad_(False), {})
     if reference.activation_checkpointing:
         reference.vae.enable_gradient_checkpointing()
@@ -103,7 +112,7 @@ def _judge(experiment: Experiment, reference: Reference, decoder: nn.Module, rew
     weights = {reward.name: reward.weight for reward in experiment.rewards.trained if reward.name in rewards}
 
     def send(latents: Tensor, prompts: Sequence[str]) -> Collect:
-        answer = judged(latents, prompts, RewardRequest(weights, experiment.rewards.micro_batch))
+        answer = judged(latents, prompts, RewardRequest(weights, experiment.rewards.micro_batch_size))
         return lambda: answer
 
     return send

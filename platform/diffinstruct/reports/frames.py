@@ -27,7 +27,7 @@ import pandas as pd
 from filelock import FileLock
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.reading import load
+from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError, nearest_file
 from diffinstruct.statistics import Estimate, Summary, over_seeds
 from diffinstruct.tracking.journal import COMMIT
@@ -88,7 +88,9 @@ class TrialRows:
         new = pd.DataFrame([{KEY: trial, "commit": "unknown", "at": f"{pd.Timestamp.now(tz='UTC'):%Y-%m-%d}", **row}])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(self.path.name + ".tmp")
-        with FileLock(self.path.with_name(f".{self.path.name}.lock")):  # studies that share the file may run side by side
+        with FileLock(
+            self.path.with_name(f".{self.path.name}.lock")
+        ):  # studies that share the file may run side by side
             pd.concat([self.read(), new], ignore_index=True).to_csv(temporary, index=False, float_format="%.6g")
             os.replace(temporary, self.path)
 
@@ -192,7 +194,9 @@ def measures(frame: pd.DataFrame) -> Measures:
     if "rewards.trained" in frame:
         trained = [reward["name"] for value in frame["rewards.trained"].dropna() for reward in json.loads(value)]
     else:  # kept rows, whose first columns are training's
-        rewards = [str(column) for column in frame if str(column).startswith("reward/") and not _is_bound(str(column), frame)]
+        rewards = [
+            str(column) for column in frame if str(column).startswith("reward/") and not _is_bound(str(column), frame)
+        ]
         trained = [name for column in rewards if (name := _reward(column)) not in held_out]
 
     def first(*columns: str) -> str | None:
@@ -202,15 +206,15 @@ def measures(frame: pd.DataFrame) -> Measures:
     return Measures(
         first(*(f"reward/{name}" for name in trained[:1])),
         first(*(f"{kind}/{name}" for name in held_out[:1] for kind in ("reward", "held_out"))),
-        first("kid", "divergence"),
-        first("diversity", "watch/variety"),
+        first("kid", "x0_gap"),
+        first("diversity", "overoptimization/variety"),
     )
 
 
 def swept(frame: pd.DataFrame) -> list[str]:
     """The keys of the configuration that differ between runs, in the configuration's order, but for the seed and for where runs
     are kept. A row without a key, as older rows are, differs from those that have one."""
-    aside = {"seed", "name", "runs", "tracking", "cluster"}
+    aside = {"seed", "name", "output_dir", "tracking", "cluster"}
     keys = [key for key in Experiment().to_params() if key in frame and key.partition(".")[0] not in aside]
     keys = [key for key in keys if key != "prompts.embeddings"]
     return [key for key in keys if frame[key].nunique(dropna=False) > 1]
@@ -248,13 +252,13 @@ def pareto_front(points: pd.DataFrame, up: str, down: str) -> pd.DataFrame:
 def reward_gap(frame: pd.DataFrame) -> tuple[pd.Series, str]:
     """How much more the trained reward has gained than the held-out ones, for each row, and in which unit.
 
-    In spreads, as the hacking watch counts gains from the start (`watch/unexplained`), where all finished runs have that. Else
-    in standard deviations over the finished runs: each reward less its mean, divided by its deviation, trained minus held-out;
-    that compares the runs of one sweep with each other and says nothing of any of them alone.
+    In within-prompt standard deviations of the start (`overoptimization/unexplained`), where all finished runs have that.
+    Else in standard deviations over the finished runs: each reward less its mean, divided by its deviation, trained minus
+    held-out; that compares the runs of one sweep with each other and says nothing of any of them alone.
     """
     done = frame["status"] == "finished"
-    if "watch/unexplained" in frame and frame.loc[done, "watch/unexplained"].notna().all():
-        return frame["watch/unexplained"], "spreads of the start's scores"
+    if "overoptimization/unexplained" in frame and frame.loc[done, "overoptimization/unexplained"].notna().all():
+        return frame["overoptimization/unexplained"], "spreads of the start's scores"
     of = measures(frame)
     if of.trained is None or of.held_out is None:
         return pd.Series(np.nan, frame.index), "standard deviations over the sweep"
@@ -312,8 +316,11 @@ def _run(folder: Path) -> dict[str, Any]:
         "reason": last.get("reason") if "finish" in last else torn,
         "commit": ran_with(records),
         "step": max((record["step"] for record in measured), default=0),
-        "alarm": min((record["step"] for record in records if record.get("event") == "hacking"), default=np.nan),
-        **load(folder / "experiment.yaml").to_params(),
+        "alarm": min(
+            (record["step"] for record in records if record.get("event") in ("overoptimization", "hacking")),
+            default=np.nan,
+        ),
+        **load_run(folder).to_params(),
     }
     for record in measured:
         row |= record["metrics"]

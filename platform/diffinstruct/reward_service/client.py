@@ -28,7 +28,9 @@ def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:
         with quiet():
             reward = reward_models.load(name)
     except (Exception, SystemExit) as error:  # a script that is taken for a reward may end the program
-        raise UserError(f"rewards: cannot load {name!r}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"rewards: cannot load {name!r}: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
     if not callable(reward):
         raise UserError(f"rewards: {name!r} makes a {type(reward).__name__}, which is not callable")
     return reward.to(device) if isinstance(reward, nn.Module) else reward
@@ -62,9 +64,14 @@ class LocalRewards:
         return lambda: answer
 
     def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
-        with torch.no_grad():  # one at a time: so many as a handshake takes need not fit a GPU's memory while they are decoded
+        with (
+            torch.no_grad()
+        ):  # one at a time: so many as a handshake takes need not fit a GPU's memory while they are decoded
             images = torch.cat([self.rewards.decode(latent) for latent in latents.split(1)])
-        return [validate_reward(name, reward, images, prompts, name in trained) for name, reward in self.rewards.models.items()]
+        return [
+            validate_reward(name, reward, images, prompts, name in trained)
+            for name, reward in self.rewards.models.items()
+        ]
 
 
 def _raise(error: Exception) -> NoReturn:
@@ -85,12 +92,14 @@ class RewardClient:
     in_process: makes the rewards in this process, for a run that has no actors or is better off without.
     """
 
-    def __init__(self, experiment: Experiment, actors: RewardBackend | None, in_process: Callable[[], LocalRewards]) -> None:
+    def __init__(
+        self, experiment: Experiment, actors: RewardBackend | None, in_process: Callable[[], LocalRewards]
+    ) -> None:
         self.experiment, self.actors, self.in_process = experiment, actors, in_process
-        self.micro_batch = experiment.rewards.micro_batch
+        self.micro_batch = experiment.rewards.micro_batch_size
         self.scales = {reward.name: 1.0 for reward in experiment.rewards.trained}
-        self.place = "process" if actors is None else experiment.cluster.reward_place  # "auto" until it is settled
-        if self.place == "auto" and experiment.cluster.reward_environments:
+        self.place = "process" if actors is None else experiment.cluster.rewards.placement  # "auto" until it is settled
+        if self.place == "auto" and experiment.cluster.rewards.environments:
             self.place = "actor"  # what a package of the same name scores in this environment is another reward
         self._service: RewardBackend | None = None
         self._held_up: list[float] = []  # seconds a round, while the place is not decided
@@ -146,7 +155,9 @@ class RewardClient:
             scores = self.score(latents, prompts)().scores
             self.scales = {name: scores[name].double().std().item() for name in self.scales}
             if flat := [name for name, scale in self.scales.items() if scale == 0]:
-                raise RewardError(f"reward {flat[0]}: the same score for {len(latents)} pictures, nothing to normalize by")
+                raise RewardError(
+                    f"reward {flat[0]}: the same score for {len(latents)} pictures, nothing to normalize by"
+                )
 
     def settle(self, agree: Callable[[int], int]) -> str | None:
         """Where the rewards are computed from now on, once enough rounds have been seen; a line that says why, or None.

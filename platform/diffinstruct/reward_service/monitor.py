@@ -40,7 +40,7 @@ VARIETY = 0.4
 DISTANCE = 3.0
 """Times what it was at the first look after the start."""
 
-METRICS = tuple(f"watch/{name}" for name in ("trained", "held_out", "unexplained", "variety", "distance"))
+METRICS = tuple(f"overoptimization/{name}" for name in ("trained", "held_out", "unexplained", "variety", "distance"))
 """What `Watch.figures` may hold."""
 
 BLIND = (
@@ -65,7 +65,7 @@ class Probe:
     variety: float
     """Mean distance between the latents of one prompt's pictures."""
     distance: float
-    """The metric "divergence", mean of the rounds since the last look; NaN where there is none."""
+    """The metric "x0_gap", mean of the rounds since the last look; NaN where there is none."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,12 @@ class ProbeHistory:
 
     def __init__(self) -> None:
         self.best: dict[str, Any] = {}  # "step" and "held_out", of the look at a checkpoint that has gained most there
-        self._start: dict[str, Any] = {}  # the first look's scores and variety; "distance", of the first look that has one
-        self._highest: dict[str, dict[str, Any]] = {}  # held-out reward -> step and scores of the look with the highest mean
+        self._start: dict[
+            str, Any
+        ] = {}  # the first look's scores and variety; "distance", of the first look that has one
+        self._highest: dict[
+            str, dict[str, Any]
+        ] = {}  # held-out reward -> step and scores of the look with the highest mean
         self._standing: list[str] = []  # symptoms that have been told of and have not gone away
         self._figures: dict[str, float] = {}
 
@@ -93,10 +97,17 @@ class ProbeHistory:
         kept: there is a checkpoint of that step. Of those without any symptom the best has the highest held-out gain.
         """
         if look.trained.ndim != 1 or len(look.trained) % NOISES or len(look.trained) < 2 * NOISES:
-            raise ValueError(f"a look has {NOISES} pictures of each of several prompts, got scores {list(look.trained.shape)}")
+            raise ValueError(
+                f"a look has {NOISES} pictures of each of several prompts, got scores {list(look.trained.shape)}"
+            )
         if not self._start:
             held_out = {name: scores.tolist() for name, scores in look.held_out.items()}
-            self._start = {"trained": look.trained.tolist(), "held_out": held_out, "variety": look.variety, "distance": None}
+            self._start = {
+                "trained": look.trained.tolist(),
+                "held_out": held_out,
+                "variety": look.variety,
+                "distance": None,
+            }
         if self._start["distance"] is None and math.isfinite(look.distance):
             self._start["distance"] = look.distance
         for name, scores in look.held_out.items():
@@ -117,7 +128,7 @@ class ProbeHistory:
     def figures(self) -> dict[str, float]:
         """Of the last look: gains in spreads (held_out: the mean of the held-out rewards), variety and distance as multiples of
         what they were; those that there are."""
-        return {f"watch/{name}": value for name, value in self._figures.items()}
+        return {f"overoptimization/{name}": value for name, value in self._figures.items()}
 
     def _compare(self, look: Probe) -> dict[str, float]:
         figures = {"trained": gain(self._start["trained"], look.trained)}
@@ -172,7 +183,11 @@ class ProbeHistory:
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._start, self._highest, self._standing = dict(state["start"]), dict(state["highest"]), list(state["standing"])
+        self._start, self._highest, self._standing = (
+            dict(state["start"]),
+            dict(state["highest"]),
+            list(state["standing"]),
+        )
         self.best = dict(state["best"])
 
 
@@ -201,7 +216,9 @@ class OveroptimizationMonitor:
     A look is sent before a round and collected after it: the rewards score it meanwhile.
     """
 
-    def __init__(self, experiment: Experiment, reference: Reference, prompts: Sequence[str], jury: RewardClient) -> None:
+    def __init__(
+        self, experiment: Experiment, reference: Reference, prompts: Sequence[str], jury: RewardClient
+    ) -> None:
         self.experiment, self.reference, self.jury = experiment, reference, jury
         self.held_out = experiment.rewards.held_out
         self.watch = ProbeHistory()
@@ -227,7 +244,9 @@ class OveroptimizationMonitor:
 
         def collect() -> tuple[dict[str, float], Alarm | None]:
             scores = {name: score.double().cpu() for name, score in answer().scores.items()}
-            trained = sum((weight * scores[name] for name, weight in weights.items()), torch.zeros(len(latents)).double())
+            trained = sum(
+                (weight * scores[name] for name, weight in weights.items()), torch.zeros(len(latents)).double()
+            )
             held_out = {name: scores[name].numpy() for name in self.held_out}
             alarm = self.watch.observe(Probe(step, trained.numpy(), held_out, variety(latents), distance), kept)
             return self.watch.figures(), alarm

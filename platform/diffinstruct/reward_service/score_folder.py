@@ -45,13 +45,18 @@ def pictures_with_prompts(folder: Path, prompts: str | Path) -> pd.DataFrame:
     names, table, everything = _names(folder), read_prompts(prompts), read_prompts(prompts, empty=True)
     if "image" in table:
         for name in table["image"]:
-            if not (isinstance(name, str) and os.path.isfile(folder / name)):  # which has no error for a name that is too long
+            if not (
+                isinstance(name, str) and os.path.isfile(folder / name)
+            ):  # which has no error for a name that is too long
                 raise UserError(f"{prompts}: no picture {name!r} in {folder}{did_you_mean(name, names)}")
         left = set(names) - set(table["image"])
         empty = left & {name for name in everything["image"] if isinstance(name, str)}
         for some, why in ((empty, "have an empty prompt"), (left - empty, "are not named")):
             if some:
-                print(f"{len(some)} of {len(names)} pictures in {folder} {why} in {prompts} and are not scored", flush=True)
+                print(
+                    f"{len(some)} of {len(names)} pictures in {folder} {why} in {prompts} and are not scored",
+                    flush=True,
+                )
         return table[["image", *table.columns.drop("image")]]
     for column in table.columns.drop("prompt"):
         cells = (cell for cell in table[column] if isinstance(cell, str))
@@ -89,7 +94,9 @@ def score(folder: Path, table: pd.DataFrame, names: Sequence[str]) -> pd.DataFra
 def summary(table: pd.DataFrame, names: Sequence[str]) -> str:
     """A line for each reward: mean over the pictures and its 95 % interval."""
     width = max(map(len, names))
-    return "\n".join(f"{name:<{width}}  {bootstrap_mean(table[name], SEED)}  of {len(table)} pictures" for name in names)
+    return "\n".join(
+        f"{name:<{width}}  {bootstrap_mean(table[name], SEED)}  of {len(table)} pictures" for name in names
+    )
 
 
 def save(table: pd.DataFrame, path: Path) -> None:
@@ -162,7 +169,9 @@ def _names(folder: Path) -> list[str]:
     """Of the pictures in `folder`, in natural order."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder{nearest_file(folder, '*')}")
-    found = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    found = [
+        path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    ]
     if not found:
         raise UserError(f"{folder}: no pictures in it ({', '.join(SUFFIXES)})")
     return sorted(found, key=lambda name: ([_natural(part) for part in re.split(r"(\d+)", name)], name))
@@ -175,7 +184,7 @@ def _natural(part: str) -> tuple[int, str]:
 def _pictures_of_the_start(texts: list[str], device: torch.device) -> Tensor:
     start = Experiment().generator
     reference = load_reference("pocket", device=device)
-    generator = reference.generator(start.timestep, start.start, start.input_scale)
+    generator = reference.generator(start.timestep, start.init_from, start.input_scale)
     noise = torch.randn(len(texts), *reference.latent_shape, generator=torch.Generator().manual_seed(SEED))
     return reference.sampler(generator)(texts, noise)
 

@@ -38,7 +38,16 @@ from diffinstruct.run_folder.locks import FULL, locked
 from diffinstruct.run_folder.state_tree import State, decode, encode
 
 TREE, MANIFEST = "state.json", "manifest.json"
-UNREADABLE = (OSError, ValueError, LookupError, OverflowError, TypeError, AttributeError, RecursionError, SafetensorError)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    OverflowError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    SafetensorError,
+)
 """What a file raises that is not as it was written."""
 
 logger = logging.getLogger(__name__)
@@ -259,7 +268,9 @@ def _read(step: int, path: Path, crew: Ranks, keys: Sequence[str] = ()) -> Any:
                 raise CheckpointError(f"{TREE}: it is of {document['files']} files, {MANIFEST} of {len(manifest) - 1}")
             writers = Ranks(world=document["files"])
             files = writers.files()
-            own = files[crew.rank : crew.rank + 1] if writers.world == crew.world else files  # another one reads the others
+            own = (
+                files[crew.rank : crew.rank + 1] if writers.world == crew.world else files
+            )  # another one reads the others
 
             @cache
             def tensors(name: str) -> Any:

@@ -16,16 +16,16 @@ OUTSIDE = -100.0
 
 @dataclass(frozen=True)
 class SelectionCriterion:
-    """Names of figures: of a run's last metrics, of its last look (`watch/...`), of its examination.
+    """Names of figures: of a run's last metrics, of its last look (`overoptimization/...`), of its examination.
 
-    maximize: the held-out reward. down: the distance, for a search with two objectives. floors, ceilings: bounds; a trial that breaks
-    one is worth nothing, however high its reward. A figure that is not there (yet) bounds nothing.
+    maximize: the held-out reward. minimize: the distance, for a search with two objectives. floors, ceilings: bounds; a
+    trial that breaks one is worth nothing, however high its reward. A figure that is not there (yet) bounds nothing.
     """
 
-    maximize: str = "watch/held_out"
-    minimize: str = "divergence"
-    floors: Mapping[str, float] = field(default_factory=lambda: {"watch/variety": VARIETY})
-    ceilings: Mapping[str, float] = field(default_factory=lambda: {"watch/distance": DISTANCE})
+    maximize: str = "overoptimization/held_out"
+    minimize: str = "x0_gap"
+    floors: Mapping[str, float] = field(default_factory=lambda: {"overoptimization/variety": VARIETY})
+    ceilings: Mapping[str, float] = field(default_factory=lambda: {"overoptimization/distance": DISTANCE})
 
     def violations(self, figures: Mapping[str, float]) -> dict[str, float]:
         """By how much each bound is broken; not above 0 where it is kept."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import ValidationError
-from ray.tune.search.random_points import Categorical, Domain
+from ray.tune.search.sample import Categorical, Domain
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError, did_you_mean
@@ -51,7 +51,9 @@ def random_points(space: Space, n: int, seed: int = 0) -> list[Point]:
 def check_domains(space: Space) -> None:
     for key, domain in space.items():
         if not isinstance(domain, Domain):
-            raise UserError(f"{key}: should be a domain of Tune's, as tune.uniform(0, 1) or tune.choice([...]), got {domain!r}")
+            raise UserError(
+                f"{key}: should be a domain of Tune's, as tune.uniform(0, 1) or tune.choice([...]), got {domain!r}"
+            )
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,9 @@ class StudyResult:
         self.say(f"- noise of training seeds, standard deviation: {told} ({freedom} degrees of freedom)")
         for arm in (arm for arm in self.table if arm != recipe):
             paired = {key: paired_by_seed(self.rows, "arm", arm, recipe, key, of) for key, of in noise.items()}
-            self.say(f"- {arm}, minus {recipe}: " + ", ".join(f"{measures[key]} {figure}" for key, figure in paired.items()))
+            self.say(
+                f"- {arm}, minus {recipe}: " + ", ".join(f"{measures[key]} {figure}" for key, figure in paired.items())
+            )
 
     def draw(self, x: str | None = None, y: str | None = None) -> None:
         """Draw the Pareto front of the arms, and heat maps over two keys of the configuration; publish them with the table."""
@@ -78,7 +80,7 @@ class StudyResult:
 
     def publish(self, *figures: Path) -> None:
         """Table, rows and figures into a run of MLflow's."""
-        uri = tracking_uri(self.base.tracking.uri, Path(self.base.runs))
+        uri = tracking_uri(self.base.tracking.uri, Path(self.base.output_dir))
         rows = self.text.with_suffix(".csv")
         self.rows.to_csv(rows, index=False)
         publish(uri, self.base.tracking.experiment, self.text.with_suffix(""), self.text, rows, *figures)
@@ -106,8 +108,12 @@ class Study:
     def main(self) -> StudyResult | None:
         """The command line of an experiment: run what is missing; with every row there, print the table and leave it in the
         folder of the runs. None while rows are missing."""
-        parser = argparse.ArgumentParser(description=self.question, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--smoke", action="store_true", help="first and last arm, 1 seed, 2 steps, few prompts examined")
+        parser = argparse.ArgumentParser(
+            description=self.question, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument(
+            "--smoke", action="store_true", help="first and last arm, 1 seed, 2 steps, few prompts examined"
+        )
         parser.add_argument("--trials", type=int, metavar="N", help="run at most N of those that are missing")
         asked = parser.parse_args()
         if asked.trials is not None and asked.trials < 0:
@@ -148,7 +154,9 @@ class Study:
             return None
         for measure in self.measures:
             if (gap := frame[measure].isna()).any():
-                raise UserError(f"{rows.path}: no {measure} for {frame[KEY][gap].iloc[0]}; take that row out to run it again")
+                raise UserError(
+                    f"{rows.path}: no {measure} for {frame[KEY][gap].iloc[0]}; take that row out to run it again"
+                )
         unsaid = {key: value for key, value in base.to_params().items() if key in frame and value is not None}
         frame = frame.fillna(unsaid)  # what a row does not change is as in the recipe
         table = by_seed(frame, "arm", [*self.measures])
@@ -200,4 +208,4 @@ def trial_name(point: Point) -> str:
 
 
 def _folder(base: Experiment) -> Path:
-    return Path(base.runs).absolute() / base.name
+    return Path(base.output_dir).absolute() / base.name

@@ -47,7 +47,9 @@ class Trials:
     Raises UserError for points that do not fit `base` or each other.
     """
 
-    def __init__(self, base: Experiment, points: Sequence[Point] | Optuna, folder: Path, examine: Examine | None) -> None:
+    def __init__(
+        self, base: Experiment, points: Sequence[Point] | Optuna, folder: Path, examine: Examine | None
+    ) -> None:
         self.base, self.points, self.folder, self.examine = base, points, folder, examine
         self.ledger = folder / "trials.jsonl"
         self.known: dict[int, tuple[Point, str]] = {}  # number -> point, name of the run's folder
@@ -61,7 +63,9 @@ class Trials:
         for i, listed_point in enumerate(listed):
             if not isinstance(listed_point, Mapping):
                 raise UserError(f"sweep: point {i} should be a mapping of dotted keys, got {listed_point!r}")
-            point = {key: value.item() if isinstance(value, np.generic) else value for key, value in listed_point.items()}
+            point = {
+                key: value.item() if isinstance(value, np.generic) else value for key, value in listed_point.items()
+            }
             experiment = self.checked(point)
             if experiment.config_hash in (run for _, run in self.known.values()):
                 raise UserError(f"sweep: two trials have the same configuration, the second is {dict(point)}")
@@ -76,7 +80,7 @@ class Trials:
         for key in point:
             if key.split(".")[0] == "cluster" or key == "reference.model":
                 raise UserError(f"{key}: {SHARED}")
-            if key.split(".")[0] in ("runs", "tracking", "name"):
+            if key.split(".")[0] in ("output_dir", "tracking", "name"):
                 raise UserError(f"{key}: is the sweep's, its trials have the same")
         experiment = changed(self.base, point)
         if set(experiment.rewards.names) != set(self.base.rewards.names):
@@ -249,7 +253,7 @@ class Trial:
         if self.aim is None:
             return
         asked = [self.aim.maximize, *[self.aim.minimize] * isinstance(self.trials.points, Optuna)]
-        bounds = [key for key in (*self.aim.floors, *self.aim.ceilings) if not key.startswith("watch/")]
+        bounds = [key for key in (*self.aim.floors, *self.aim.ceilings) if not key.startswith("overoptimization/")]
         if missing := next((key for key in asked + bounds if key not in figures), None):
             raise UserError(f"aim: no figure {missing!r} came of this trial{did_you_mean(missing, figures)}")
 
@@ -277,7 +281,11 @@ class Trial:
         lineage = hashlib.sha256(f"{before.name} {donor['run']}".encode()).hexdigest()[:6]
         run = f"{experiment.config_hash}-{lineage}"
         step = take_over(experiment, self.trials.folder / run, self.trials.folder / donor["run"])
-        close(before, self.trials.experiment(i), Paused(f"went on as {run} with the weights of {donor['run']} at step {step}"))
+        close(
+            before,
+            self.trials.experiment(i),
+            Paused(f"went on as {run} with the weights of {donor['run']} at step {step}"),
+        )
         self.trials.add(i, point, run)
 
 
@@ -293,7 +301,7 @@ class Reports:
         for _, end, record in records(self.journal, self.offset):
             self.offset = end
             metrics = record.get("metrics", {})
-            looked = {key: value for key, value in metrics.items() if key.startswith("watch/")}
+            looked = {key: value for key, value in metrics.items() if key.startswith("overoptimization/")}
             self.watched |= looked
             if len(metrics) > len(looked):
                 yield {"step": record["step"], **metrics, **self.watched}

@@ -170,7 +170,9 @@ def _tuned(
         trials.base = trials.base.tracked_at(uri)
         Trial(trials, config, pool, where, parent, aim, population, started_in).run()
 
-    logging.getLogger("ray.tune.tune").setLevel(logging.ERROR)  # how to go on from Tune's own state, which is cleared away
+    logging.getLogger("ray.tune.tune").setLevel(
+        logging.ERROR
+    )  # how to go on from Tune's own state, which is cleared away
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other would put its table in the place of our lines
 
     def stop(trial: Any) -> None:
@@ -195,7 +197,9 @@ def _tuned(
     ).fit()
     trials.read()
     errors = {}
-    for result, of in zip(results, results._experiment_analysis.trials, strict=True):  # a result alone does not say whose it is
+    for result, of in zip(
+        results, results._experiment_analysis.trials, strict=True
+    ):  # a result alone does not say whose it is
         if result.error:
             errors[trials.number(of.trial_id, of.config)] = final_error(result.error) or result.error
     return {i: error for i, error in errors.items() if not isinstance(error, Paused)}
@@ -252,7 +256,9 @@ class Progress(TrialProgressCallback):
         super().__init__()
         self.trials, self.ended, self.on_row = trials, ended, on_row
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         """The journal has it."""
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -272,18 +278,23 @@ class Progress(TrialProgressCallback):
 
 def _check_probes(trials: Trials, aim: SelectionCriterion, scheduler: TrialScheduler | None) -> None:
     """Raises UserError where the aim's figures would never come, or a scheduler would count something else than steps."""
-    looks = [key for key in (aim.maximize, aim.minimize, *aim.floors, *aim.ceilings) if key.startswith("watch/")]
+    looks = [
+        key for key in (aim.maximize, aim.minimize, *aim.floors, *aim.ceilings) if key.startswith("overoptimization/")
+    ]
     if unknown := next((key for key in looks if key not in METRICS), None):
         raise UserError(f"aim: the watch has no figure {unknown!r}{did_you_mean(unknown, METRICS)}")
     for i in trials.known or [None]:
         experiment = trials.base if i is None else trials.experiment(i)
-        if looks and not experiment.watch.every:
-            raise UserError(f"watch.every: is 0, but the sweep looks at {looks[0]}")
-        if aim.maximize == "watch/held_out" and not experiment.rewards.held_out:
-            raise UserError("rewards.held_out: is empty, but the sweep looks at watch/held_out")
+        if looks and not experiment.overoptimization.every:
+            raise UserError(f"overoptimization.every: is 0, but the sweep looks at {looks[0]}")
+        if aim.maximize == "overoptimization/held_out" and not experiment.rewards.held_out:
+            raise UserError("rewards.held_out: is empty, but the sweep looks at overoptimization/held_out")
     if (counts := getattr(scheduler, "_time_attr", "step")) != "step":
         raise UserError(f'scheduler: time_attr should be "step", got {counts!r}, which starts anew when a trial does')
-    if isinstance(scheduler, PopulationBasedTraining) and len({tuple(point) for point, _ in trials.known.values()}) != 1:
+    if (
+        isinstance(scheduler, PopulationBasedTraining)
+        and len({tuple(point) for point, _ in trials.known.values()}) != 1
+    ):
         raise UserError("sweep: the points of a population all change the same keys")
     if isinstance(scheduler, PopulationBasedTraining):
         point, changes = trials.point(0), scheduler._hyperparam_mutations

@@ -178,7 +178,9 @@ class Tracker:
     def _append(self, record: dict[str, Any]) -> None:
         line = self._separator + json.dumps({"time": int(time.time() * 1000), **record}).encode() + b"\n"
         try:
-            written = os.write(self._file, line)  # one write: lines of two processes do not mix, a kill loses at most one
+            written = os.write(
+                self._file, line
+            )  # one write: lines of two processes do not mix, a kill loses at most one
             why = "it took a part of it"
         except OSError as error:
             written, why = 0, str(error)
@@ -213,7 +215,9 @@ class Tracker:
             self._finishing.wait(pause)
 
 
-def deliver(run_folder: Path | str, uri: str | None = None, status: str | None = None, reason: str | None = None) -> None:
+def deliver(
+    run_folder: Path | str, uri: str | None = None, status: str | None = None, reason: str | None = None
+) -> None:
     """Sends what a run's journal still holds; nothing if there is nothing. Raises whatever keeps it from arriving.
 
     `uri` where it is not the one the run began with (a password in a URI is not stored), or nobody but the journal names

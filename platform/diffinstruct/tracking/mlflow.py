@@ -93,7 +93,9 @@ class MlflowDelivery:
         asked = load(recipe).tracking.uri if recipe.is_file() else None
         if named != asked:
             there = redact(tracking_uri(asked, self.folder.parent))
-            raise UserError(f"{self.journal}: uri: {named!r} is not where the run would be tracked, {there!r}: --uri decides")
+            raise UserError(
+                f"{self.journal}: uri: {named!r} is not where the run would be tracked, {there!r}: --uri decides"
+            )
         return named
 
     def pump(self, everything: bool) -> bool:

@@ -64,7 +64,9 @@ LAST_DAY = 253_402_300_800_000
 
 def _is_record(record: Any) -> bool:
     """Whether it has what its readers ask for without looking; of other files' lines they ask nothing."""
-    if not isinstance(record, dict) or not all(isinstance(record[key], TYPES[key]) for key in record.keys() & TYPES.keys()):
+    if not isinstance(record, dict) or not all(
+        isinstance(record[key], TYPES[key]) for key in record.keys() & TYPES.keys()
+    ):
         return False
     start = record.get("start", {})
     numbers = [x for kind in ("metrics", "examined") for x in record.get(kind, {}).values()]

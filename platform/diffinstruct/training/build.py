@@ -69,12 +69,14 @@ def make_train_state(
     def adam(module: nn.Module, of: Any) -> torch.optim.Optimizer:
         options = {"lr": of.learning_rate, "betas": of.betas, "weight_decay": of.weight_decay}
         weights = list(module.parameters())
-        return torch.optim.AdamW(weights, fused=weights[0].is_cuda or None, **options)  # one kernel, and no copies on the way
+        return torch.optim.AdamW(
+            weights, fused=weights[0].is_cuda or None, **options
+        )  # one kernel, and no copies on the way
 
     return TrainState(
         generator=wrap(roles.generator),
         score_network=wrap(roles.score_network),
-        reference=guided(roles.reference, null, experiment.reference.cfg_scale, experiment.reference.guidance),
+        reference=guided(roles.reference, null, experiment.reference.guidance_scale, experiment.reference.guidance),
         ema=roles.average,
         generator_optimizer=adam(roles.generator, experiment.generator),
         score_optimizer=adam(roles.score_network, experiment.score_network),
@@ -89,19 +91,21 @@ def make_step_config(experiment: Experiment, schedule: Schedule) -> StepConfig:
     try:
         chosen = distance(e.distance, e.huber_c)
     except (Exception, SystemExit) as error:  # whatever somebody's module raises
-        raise UserError(f"objective.distance: {e.distance!r} is no pair (d, d'): {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"objective.distance: {e.distance!r} is no pair (d, d'): {' '.join(str(error).split())}"
+        ) from None
     law_of_t = (
         uniform_t(e.t_min, e.t_max)
         if e.t_law == "uniform"
         else log_normal_t(schedule, e.t_log_mean, e.t_log_std, e.t_min, e.t_max)
     )
     return StepConfig(
-        objective=objective(e.name, schedule=schedule, space=e.space, distance=chosen, sid_alpha=e.sid_alpha),
+        objective=objective(e.name, schedule=schedule, weighting=e.weighting, distance=chosen, sid_alpha=e.sid_alpha),
         regularization_weight=e.regularization_weight,
         reward_scale=e.reward_scale,
         score_updates=experiment.score_network.updates_per_step,
         reuse_sample=experiment.score_network.reuse_sample,
-        score_space=experiment.score_network.space,
+        score_weighting=experiment.score_network.loss_weighting,
         law_of_t=law_of_t,
         generator_max_grad_norm=experiment.generator.max_grad_norm,
         score_max_grad_norm=experiment.score_network.max_grad_norm,

@@ -27,7 +27,7 @@ def heed(verdict: int, settings: StepConfig, step: int, output: Output | None) -
     if output and verdict != GO_ON:
         halved = f"reward_scale is {settings.reward_scale:g} from here on"
         what = halved if verdict == LOWER_SCALE else "the run ends here, as if it were finished"
-        output.said(step, "on_hacking", f"watch.on_hacking: {what}")
+        output.said(step, "on_hacking", f"overoptimization.on_alarm: {what}")
     return settings, verdict == STOP
 
 

@@ -131,11 +131,13 @@ def _train(
     try:
         if not stopped and done < experiment.steps:
             if output and done == 0 and roles.start_error is not None:
-                output.said(0, "start", f"generator.start_rank: {roles.start_error:.1%} of the start's difference is lost")
+                output.said(
+                    0, "start", f"generator.init_rank: {roles.start_error:.1%} of the start's difference is lost"
+                )
             validate_rewards(reference, train_state, prompts, jury, grid, done, output)
         while not stopped and at < experiment.steps:
             step, at = at, at + 1
-            looks = experiment.watch.every > 0 and step % experiment.watch.every == 0
+            looks = experiment.overoptimization.every > 0 and step % experiment.overoptimization.every == 0
             latents = watcher.pictures(train_state.ema) if looks else None
             regular = step > 0 and step % experiment.logging.checkpoint_every == 0 and not skips.in_a_row
             look = watcher.look(step, latents, regular) if output and latents is not None else None
@@ -165,7 +167,7 @@ def _train(
                 for spike in window.add(metrics):
                     if output:
                         output.said(at, "spike", spike)
-                watcher.note(metrics.get("divergence"))
+                watcher.note(metrics.get("x0_gap"))
             if looks:
                 verdict = output.looked(step, look, watcher.watch) if output and look else GO_ON
                 settings, stopped = heed(worker.least(verdict), settings, at, output)
@@ -178,7 +180,7 @@ def _train(
             last, paused = stopped or at == experiment.steps, order == signals.PAUSE
             if order == signals.STOP and output:
                 output.said(at, "stopped", "the run ends here: it was told to stop")
-            if last and experiment.watch.every:
+            if last and experiment.overoptimization.every:
                 latents = watcher.pictures(train_state.ema)
                 if output:
                     output.looked(at, watcher.look(at, latents, kept=True), watcher.watch)
@@ -236,7 +238,7 @@ def validate_rewards(
     if output:
         for report in jury.validate(latents, few):
             output.said(done, f"reward.{report.name}", str(report))
-        if output.experiment.watch.every and not output.experiment.rewards.held_out:
-            output.said(done, "watch", BLIND)
+        if output.experiment.overoptimization.every and not output.experiment.rewards.held_out:
+            output.said(done, "overoptimization.blind", BLIND)
     if done == 0:
         jury.measure_scales(latents, few)

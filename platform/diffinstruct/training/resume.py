@@ -45,7 +45,9 @@ def newest(
     if state.get("prompts") != of_prompts:
         source = experiment.prompts.train
         how = "with those that it was begun with the run goes on, with these under --resume RUN --allow prompts.train"
-        raise UserError(f"prompts.train: the prompts of {source} have changed since step {step} of {store.folder}; {how}")
+        raise UserError(
+            f"prompts.train: the prompts of {source} have changed since step {step} of {store.folder}; {how}"
+        )
     return step, state
 
 
@@ -86,7 +88,9 @@ def export_checkpoint(experiment: Experiment, folder: Path, which: str, out: Pat
             print(error, file=sys.stderr)
     _check_state(store.folder, experiment, store.part(step, "format"), store.part(step, "experiment"))
     average = make_roles(experiment, open_reference(experiment, torch.device("cpu"))).average
-    average.load_state_dict({name: value.own if isinstance(value, TensorShard) else value for name, value in weights.items()})
+    average.load_state_dict(
+        {name: value.own if isinstance(value, TensorShard) else value for name, value in weights.items()}
+    )
     export(experiment.reference.model, average, out)
     return step, step == best
 
@@ -128,7 +132,9 @@ def change(experiment: Experiment, folder: Path, keys: Collection[str]) -> int |
     step, state = found
     if step > experiment.steps:
         raise UserError(f"steps: should be at least the {step} that are done, got {experiment.steps}")
-    if state.get("experiment") == experiment.config_hash and state.get("prompts") == digest(training_prompts(experiment)):
+    if state.get("experiment") == experiment.config_hash and state.get("prompts") == digest(
+        training_prompts(experiment)
+    ):
         keep_configuration(experiment, folder)
         return None
     own: dict[str, Any] = {"stopped": False}
@@ -136,8 +142,8 @@ def change(experiment: Experiment, folder: Path, keys: Collection[str]) -> int |
         own["reward_scale"] = experiment.objective.reward_scale
     if any(key.startswith("prompts.") for key in keys):  # looks are compared picture by picture
         own["watcher"] = {"watch": ProbeHistory().state_dict(), "divergences": []}
-    if "rewards.micro_batch" in keys:
-        own["jury"] = state["jury"] | {"micro_batch": experiment.rewards.micro_batch}
+    if "rewards.micro_batch_size" in keys:
+        own["jury"] = state["jury"] | {"micro_batch": experiment.rewards.micro_batch_size}
     store.save(step, _made_one_of(experiment, state) | own)
     keep_configuration(experiment, folder)
     return step

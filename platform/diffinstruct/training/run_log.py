@@ -150,7 +150,7 @@ class Output:
         line = (
             f"step {step}/{self.experiment.steps}"
             + "".join(f"  {key} {metrics[key]:.4g}" for key in metrics if key.startswith(("reward/", "held_out/")))
-            + (f"  divergence {metrics['divergence']:.4g}" if "divergence" in metrics else "")
+            + (f"  divergence {metrics['x0_gap']:.4g}" if "x0_gap" in metrics else "")
             + (f"  {metrics[speed]:.1f} images/s" if speed in metrics else "")
             + (f"  skipped {metrics['steps/skipped']:.0f}" if metrics["steps/skipped"] else "")
             + f"  ETA {int(left // 60)}:{int(left % 60):02d}"
@@ -182,8 +182,8 @@ class Output:
             self.tracker.event(step, "best", f"of the checkpoints so far: {gained}")
         if alarm is None:
             return GO_ON
-        self.said(step, "hacking", f"reward hacking: {alarm.line}")
-        return {"warn": GO_ON, "lower_scale": LOWER_SCALE, "stop": STOP}[self.experiment.watch.on_hacking]
+        self.said(step, "overoptimization", f"reward over-optimization: {alarm.line}")
+        return {"warn": GO_ON, "lower_scale": LOWER_SCALE, "stop": STOP}[self.experiment.overoptimization.on_alarm]
 
     @torch.no_grad()
     def grid(self, step: int, columns: Sequence[Tensor]) -> None:
