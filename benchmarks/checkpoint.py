@@ -2,11 +2,13 @@
 
     python benchmarks/checkpoint.py [--pairs 24] [--mib 64 256]
 
-The state is that of a run: two networks, an average, two Adams, in fp32 tensors of a U-Net's sizes. Both ways take turns, and
-rounds of arithmetic (matrix products in this process) follow until the checkpoint is there. Judged is the wall time for which
-the training is held: by `save`, or by `start` and each `settle`; median of the ratio over pairs, 95 % bootstrap interval. What
-the rounds meanwhile take longer than undisturbed ones is told beside it: thread and rounds share the machine's cores. Exit
-status 1 where the bound is exceeded.
+The state is that of a run: two networks, an average, two Adams, in fp32 tensors of a U-Net's sizes. Both ways take
+turns, and rounds of arithmetic (matrix products in this process) follow until the checkpoint is there. Judged is the
+wall time for which
+the training is held: by `save`, or by `start` and each `settle`; median of the ratio over pairs, 95 % bootstrap
+interval. What
+the rounds meanwhile take longer than undisturbed ones is told beside it: thread and rounds share the machine's cores.
+Exit status 1 where the bound is exceeded.
 """
 
 from __future__ import annotations

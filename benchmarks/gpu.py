@@ -1,14 +1,16 @@
-"""What a round costs on a GPU: the package's own round on networks of real size with random weights, nothing downloaded.
+"""What a round costs on a GPU: the package's own round on networks of real size with random weights, nothing
+downloaded.
 
     PYTHONPATH=platform:. python benchmarks/gpu.py              # one GPU, under 9 minutes; needs neither ray nor mlflow
     PYTHONPATH=platform:. python benchmarks/gpu.py --smoke      # the same rows, tiny networks on the CPU: no figures
 
-SD 1.5 at 512 px and SDXL at 1024 px, arithmetic in bf16; the reward is the decoder and a mean of pixels, so that it costs what
-a decoder costs. Batch sizes double until memory ends. What is compiled, compared or KL takes the batch that was fastest.
+SD 1.5 at 512 px and SDXL at 1024 px, arithmetic in bf16; the reward is the decoder and a mean of pixels, so that it
+costs what a decoder costs. Batch sizes double until memory ends. What is compiled, compared or KL takes the batch that
+was fastest.
 
-A round's work is counted on the meta device without checkpointing: what is computed again does not count. MFU is that work,
-decoder included, per second over the device's dense bf16 peak. Prints tables for RESULTS.md; exits with 1 where a floor is
-missed or anything but memory fails.
+A round's work is counted on the meta device without checkpointing: what is computed again does not count. MFU is that
+work, decoder included, per second over the device's dense bf16 peak. Prints tables for RESULTS.md; exits with 1 where a
+floor is missed or anything but memory fails.
 """
 
 from __future__ import annotations
@@ -162,7 +164,8 @@ class World:
 
     @property
     def networks(self) -> list[Any]:
-        """diffusers' own, of generator, score network and reference: one and the same where they are adapters over it."""
+        """diffusers' own, of generator, score network and reference: one and the same where they are adapters over
+        it."""
         train_state: list[Any] = [self.roles.generator.denoiser, self.roles.score_network, self.roles.reference]
         networks = (player.network for player in train_state)
         return [network.base.network if isinstance(network, Role) else network for network in networks]

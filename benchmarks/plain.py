@@ -165,7 +165,8 @@ def plain(parts: Parts) -> Iterator[None]:
 
 
 def textbook(parts: Parts) -> Iterator[None]:
-    """The same, but: a fresh sample for each phase, the reference asked twice, decoder and reward in the generator's graph."""
+    """The same, but: a fresh sample for each phase, the reference asked twice, decoder and reward in the generator's
+    graph."""
     e = parts.e
     for parts.step in itertools.count():
         chosen, c, null = parts.chosen()

@@ -2,12 +2,15 @@
 
     python benchmarks/rewards.py [all | overlap batching tower latents gradient] [-s key=value ...]
 
-    overlap   a Ray Train worker and one reward actor with the recipe's rewards; a sleep in the actor stretches each answer to a
-              share of the window: the time between the sample's departure and the moment its gradient is needed. Rounds of
-              each share and rounds that ask nobody take turns. Hidden is (latency - exposed) / min(latency, window)
-    batching  one question of micro-batches against a question for each sample, at one actor: with the recipe's rewards, whose
+    overlap   a Ray Train worker and one reward actor with the recipe's rewards; a sleep in the actor stretches each
+    answer to a
+              share of the window: the time between the sample's departure and the moment its gradient is needed. Rounds
+              of each share and rounds that ask nobody take turns. Hidden is (latency - exposed) / min(latency, window)
+    batching  one question of micro-batches against a question for each sample, at one actor: with the recipe's rewards,
+    whose
               arithmetic takes its time either way, and with one that takes next to none; the bound is on the latter
-    tower     CPU time of two rewards that share decoder and image tower, as in one actor, and of two with their own, as in two
+    tower     CPU time of two rewards that share decoder and image tower, as in one actor, and of two with their own, as
+    in two
     latents   there and back through Ray: latents against the pixels they decode to, at the size of Stable Diffusion 1.5
     gradient  an actor's answer against one graph from latents to the weighted sum of the rewards
 
@@ -273,7 +276,8 @@ def tower(overrides: list[str]) -> bool:
 
 
 class Echo:
-    """What an actor's call costs beside its work: as many numbers come back as a gradient, and none of them is shared."""
+    """What an actor's call costs beside its work: as many numbers come back as a gradient, and none of them is
+    shared."""
 
     def back(self, array: np.ndarray) -> np.ndarray:
         return array.copy()

@@ -8,8 +8,9 @@
 
 `run.train` runs as ever, with journal, MLflow, pictures and checkpoints. Where a round hands its sample to the rewards
 it is stopped, and every other time each loop does two rounds of its own from there to there: ours, plain, plain, ours.
-Ours is charged with all that the process burns in its turn, and with the tracker's thread in anybody's (it delivers late); a
-loop with its own thread. The textbook's generator is examined beside ours after as many rounds of the same prompts.
+Ours is charged with all that the process burns in its turn, and with the tracker's thread in anybody's (it delivers
+late); a loop with its own thread. The textbook's generator is examined beside ours after as many rounds of the same
+prompts.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ LOOPS = {"plain": plain, "textbook": textbook}
 
 
 class Meter:
-    """Called at each hand-over of a run. CPU seconds of round k: `ours[k]`, those of each loop, and `beside[k]`, the tracker's
-    during the latter; `tracked[k]` is what the tracker had burnt before. Made in the driver, used in the process that
-    trains."""
+    """Called at each hand-over of a run. CPU seconds of round k: `ours[k]`, those of each loop, and `beside[k]`, the
+    tracker's during the latter; `tracked[k]` is what the tracker had burnt before. Made in the driver, used in the
+    process that trains."""
 
     def __init__(self, experiment: Experiment, folder: Path, loops: Sequence[str], actors: Sequence[int] = ()) -> None:
         self.experiment, self.folder, self.loops, self.actors = experiment, folder, loops, actors

@@ -2,12 +2,15 @@
 
     python benchmarks/sweep.py [all | overhead asha tracking] [-s key=value ...]
 
-    overhead  three trials one after the other under Tune, and three plain runs in a row in the same Ray, in turn: seconds
-              each. They are as short as can be, and equal to the last digit; a plain run makes its own reward actor, the
-              trials share one
-    asha      a grid of regularization weights and reward scales to its end, and the same grid under ASHA: steps of all trials
+    overhead  three trials one after the other under Tune, and three plain runs in a row in the same Ray, in turn:
+    seconds
+              each. They are as short as can be, and equal to the last digit; a plain run makes its own reward actor,
+              the trials share one
+    asha      a grid of regularization weights and reward scales to its end, and the same grid under ASHA: steps of all
+    trials
               until the held-out reward (score of the default aim) is as high as the grid's best, over the grid's steps
-    tracking  eight trials at once, each logging every round, into one sqlite file: is every value of every journal in MLflow,
+    tracking  eight trials at once, each logging every round, into one sqlite file: is every value of every journal in
+    MLflow,
               once, and has nobody found the database locked?
 
 -s changes the recipe, pocket_study.yaml. Intervals are 95 %, Student's, over turns.

@@ -1,4 +1,5 @@
-"""Build the pocket world from scratch: pictures, tokenizer, diffusion model, preference models, judges of truth, prompts.
+"""Build the pocket world from scratch: pictures, tokenizer, diffusion model, preference models, judges of truth,
+prompts.
 
     python experiments/build_pocket_world.py --work runs/pocket_world            every stage, in order
     python experiments/build_pocket_world.py --work runs/pocket_world unet       one stage
@@ -113,7 +114,8 @@ def held_out(kind: str, subject: str, colour: str, background: str) -> bool:
 
 
 def render(kind: str, subject: str, colour: str, background: str, mouth: str, rng: random.Random) -> np.ndarray:
-    """One uint8 [64, 64, 3] picture; what the caption does not name (eyes, cheeks, pot shape, horns) is drawn by `rng`."""
+    """One uint8 [64, 64, 3] picture; what the caption does not name (eyes, cheeks, pot shape, horns) is drawn by
+    `rng`."""
     import resvg_py
     from dicebear import Avatar
     from PIL import Image
@@ -161,7 +163,8 @@ def _style(name: str) -> object:
 
 # ------------------------------------------------------------------------------------------------ stages
 def stage_render(work: Path) -> None:
-    """renders.npy uint8 [N, 64, 64, 3] and renders.csv; the first N_HELD_OUT_RENDERS show only held-out combinations."""
+    """renders.npy uint8 [N, 64, 64, 3] and renders.csv; the first N_HELD_OUT_RENDERS show only held-out
+    combinations."""
     rng = random.Random(0)
     combos = list(itertools.product(SUBJECTS, COLOURS, BACKGROUNDS))
     train = [c for c in combos if not held_out(*c[0], *c[1:])]
@@ -297,7 +300,8 @@ def make_tokenizer(work: Path) -> CLIPTokenizer:
 
 
 def learned_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges until every word is one piece, the most frequent pair first, ties by the alphabet. (The `tokenizers`
+    """Byte-pair merges until every word is one piece, the most frequent pair first, ties by the alphabet. (The
+    `tokenizers`
     package breaks ties by chance: a build that was interrupted would go on with other token numbers.)"""
     split = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     merges = []
@@ -412,8 +416,10 @@ def stage_unet(work: Path, steps: int = 4_400, batch: int = 32) -> None:
     averages = [*ema_unet.parameters(), *ema_text.parameters()]
     optimizer = torch.optim.AdamW(parameters, 8e-4, betas=(0.9, 0.99), weight_decay=0.01)
     acp = make_scheduler().alphas_cumprod
-    # Faces are a tenth of the latents and carry all of the mouth: in the last third they count six times. Not before: under
-    # such weights from the start the model never learned to read backgrounds and bodies. (Each element's own optimum, the
+    # Faces are a tenth of the latents and carry all of the mouth: in the last third they count six times. Not before:
+    # under
+    # such weights from the start the model never learned to read backgrounds and bodies. (Each element's own optimum,
+    # the
     # posterior mean, is the same under any weights.)
     face = torch.ones(16, 16)
     face[9:16, 5:11] = 6
@@ -448,7 +454,8 @@ def stage_unet(work: Path, steps: int = 4_400, batch: int = 32) -> None:
 def save_pipeline(
     work: Path, unet: UNet2DConditionModel, text: CLIPTextModel, tokenizer: CLIPTokenizer, scale: float
 ) -> None:
-    """A stock StableDiffusionPipeline folder in fp16; the latents' unit variance is the autoencoder's scaling factor."""
+    """A stock StableDiffusionPipeline folder in fp16; the latents' unit variance is the autoencoder's scaling
+    factor."""
     from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
     vae = AutoencoderTiny.from_pretrained(work / "pipeline" / "vae")
@@ -471,7 +478,8 @@ def blurred(x: Tensor) -> Tensor:
 
 
 def decoded(work: Path, count: int = 4000) -> Tensor:
-    """uint8 [count, 3, 64, 64]: the first training pictures through the autoencoder with noisy latents, as samples look."""
+    """uint8 [count, 3, 64, 64]: the first training pictures through the autoencoder with noisy latents, as samples
+    look."""
     from diffusers import AutoencoderTiny
 
     path = work / "decoded.npy"
@@ -602,7 +610,8 @@ def train_preference(
         "background": list(BACKGROUNDS),
         "mouth": list(MOUTHS),
     }
-    # Choices alone teach the towers colours long before mouths: while they learn, each also names what it sees and reads.
+    # Choices alone teach the towers colours long before mouths: while they learn, each also names what it sees and
+    # reads.
     model = CLIPModel(config)
     sees = nn.ModuleDict({a: nn.Linear(128, len(names)) for a, names in classes.items()})
     reads = nn.ModuleDict({a: nn.Linear(128, len(names) + 1) for a, names in classes.items()})
@@ -682,8 +691,8 @@ def stage_judge(work: Path, steps: int = 1000) -> None:
 
 
 def stage_prompts(work: Path) -> None:
-    """prompts.csv. train: combinations seen in training, with and without a face; eval: held-out combinations with their
-    face; open: face-free, held-out combinations first, then two attributes only; grid: eight to look at."""
+    """prompts.csv. train: combinations seen in training, with and without a face; eval: held-out combinations with
+    their face; open: face-free, held-out combinations first, then two attributes only; grid: eight to look at."""
     rng = random.Random(3)
     rows = []
 
@@ -726,7 +735,8 @@ def stage_package(work: Path) -> None:
 
 
 def stage_reference(work: Path) -> None:
-    """The reference at 50 guided steps: what distances are measured to, its own examination, the quality of the world."""
+    """The reference at 50 guided steps: what distances are measured to, its own examination, the quality of the
+    world."""
     from diffinstruct.evaluation.evaluate import image_features
     from diffinstruct.evaluation.features import AttributeClassifier
     from diffinstruct.evaluation.pocket import examination_prompts, examine, store_reference_examination

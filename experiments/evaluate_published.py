@@ -3,14 +3,15 @@
     python experiments/evaluate_published.py PROMPTS [MODEL ...] [-o FOLDER] [--column NAME] [--seed N] [--batch N]
     python experiments/evaluate_published.py --smoke
 
-MODEL is the name of a published generator, a finished run or an exported folder; without any, all published ones. Each makes
-one picture a prompt, in one step, all from the same noise. Published are networks: as in their authors' notebook one pipeline
-carries them all, here SDXL's own, at 1024 px and timestep 399. Prints every figure with its 95 % interval over prompts and, in
-round brackets, the paper's (arXiv 2410.20898); writes FOLDER/table.csv. FOLDER/NAME.csv has a row a prompt and is kept: what is
-scored is not scored again.
+MODEL is the name of a published generator, a finished run or an exported folder; without any, all published ones. Each
+makes one picture a prompt, in one step, all from the same noise. Published are networks: as in their authors' notebook
+one pipeline carries them all, here SDXL's own, at 1024 px and timestep 399. Prints every figure with its 95 % interval
+over prompts and, in round brackets, the paper's (arXiv 2410.20898); writes FOLDER/table.csv. FOLDER/NAME.csv has a row
+a prompt and
+is kept: what is scored is not scored again.
 
-The paper's figures are of the 1,632 Parti prompts, HPSv2.1 of its own benchmark's 3,200: give those for that column. Which CLIP
-and which aesthetic predictor it has is not known here; ours are the rewards clip_score and aesthetic_v2.
+The paper's figures are of the 1,632 Parti prompts, HPSv2.1 of its own benchmark's 3,200: give those for that column.
+Which CLIP and which aesthetic predictor it has is not known here; ours are the rewards clip_score and aesthetic_v2.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def opened(model: str, protocol: Protocol, folder: Path) -> tuple[Reference, One
 def scores(
     models: Sequence[str], protocol: Protocol, prompts: pd.DataFrame, folder: Path, seed: int, batch: int
 ) -> dict[str, Any]:
-    """By the name of each model its table, a row a prompt, a column a reward; what lies in `folder` is not made again."""
+    """By the name of each model its table, a row a prompt, a column a reward; what lies in `folder` is not made
+    again."""
     judges: dict[str, Any] = {}
     found: dict[str, pd.DataFrame] = {}
     for model in models:

@@ -1,10 +1,11 @@
-"""How much guidance should the reference have, and does the reward care? guidance_scale against held-out preference and distance.
+"""How much guidance should the reference have, and does the reward care? guidance_scale against held-out preference and
+distance.
 
     python experiments/guidance.py [--smoke] [--trials N]
 
-Guidance inside the divergence, DI* at reward scale 2, guidance_scale from 1 (plain conditional) to 7. Budget: 5 arms x 2 seeds on
-the pocket world, 60 rounds each, one row a trial in docs/results/pocket_study.csv. Prints the table and each arm
-minus the recipe's, and draws the Pareto front.
+Guidance inside the divergence, DI* at reward scale 2, guidance_scale from 1 (plain conditional) to 7. Budget: 5 arms x
+2 seeds on the pocket world, 60 rounds each, one row a trial in docs/results/pocket_study.csv. Prints the table and each
+arm minus the recipe's, and draws the Pareto front.
 """
 
 from __future__ import annotations

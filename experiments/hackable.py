@@ -15,11 +15,11 @@ FAINT = 0.02
 
 
 class Hackable(nn.Module):
-    """The built-in preference plus a bonus for texture, how much neighbouring pixels differ, in the left and right eighths of a
-    picture. Images [B, 3, H, W] in [0, 1] -> scores [B].
+    """The built-in preference plus a bonus for texture, how much neighbouring pixels differ, in the left and right
+    eighths of a picture. Images [B, 3, H, W] in [0, 1] -> scores [B].
 
-    A preference learned from choices may well like rich backgrounds; there nothing is asked for by any prompt, so nothing but
-    the regulariser stands against more and more of it.
+    A preference learned from choices may well like rich backgrounds; there nothing is asked for by any prompt, so
+    nothing but the regulariser stands against more and more of it.
     """
 
     def __init__(self) -> None:

@@ -2,10 +2,9 @@
 
     python experiments/k_ta.py [--smoke] [--trials N]
 
-DI* at reward scale 2 with 1, 2, 4 and 8 score updates a round on the same sample; a round with 8 costs 2.75 times one with 1
-(33 forward passes worth against 12). Budget: 4 arms x 2 seeds on the pocket world, 60 rounds each, one row a trial in
-docs/results/pocket_study.csv. Prints the table and each arm minus the recipe's, and draws the Pareto
-front.
+DI* at reward scale 2 with 1, 2, 4 and 8 score updates a round on the same sample; a round with 8 costs 2.75 times one
+with 1 (33 forward passes worth against 12). Budget: 4 arms x 2 seeds on the pocket world, 60 rounds each, one row a
+trial in docs/results/pocket_study.csv. Prints the table and each arm minus the recipe's, and draws the Pareto front.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     python experiments/open_choices.py [--smoke] [--trials N]
 
-Varied: c, the space of the distance (w), the law of t, lambda, K_TA and both learning rates (so also how far the score network
-lags behind). Budget: 14 arms of DI* and 12 of Diff-Instruct++ (it has no c), 1 seed, 26 trials on the pocket world, one row
-each in docs/results/pocket_study.csv. Prints the table, and each arm minus the recipe; how much of a difference training seeds
-make is known from the trials of score_against_kl.py and paper_ablation.py that have several, so those come first.
+Varied: c, the space of the distance (w), the law of t, lambda, K_TA and both learning rates (so also how far the score
+network lags behind). Budget: 14 arms of DI* and 12 of Diff-Instruct++ (it has no c), 1 seed, 26 trials on the pocket
+world, one row each in docs/results/pocket_study.csv. Prints the table, and each arm minus the recipe; how much of a
+difference training seeds make is known from the trials of score_against_kl.py and paper_ablation.py that have several,
+so those come first.
 """
 
 from __future__ import annotations
@@ -93,8 +94,9 @@ def main() -> None:
 
 
 def noise_at_these_scales(measures: Sequence[str]) -> dict[str, tuple[float, int]]:
-    """How far seeds scatter in the recipe's kept trials with these objectives and scales that have three, in whatever study.
-    (With less reward they scatter more; longer ones share their first rounds with the others, so they do not count.)"""
+    """How far seeds scatter in the recipe's kept trials with these objectives and scales that have three, in whatever
+    study. (With less reward they scatter more; longer ones share their first rounds with the others, so they do not
+    count.)"""
     trials = TrialRows(STUDY.rows).read()
     if trials.empty:
         raise UserError(f"{STUDY.rows}: no trials to know the noise of seeds from; run score_against_kl.py first")

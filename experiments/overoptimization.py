@@ -2,11 +2,11 @@
 
     python experiments/overoptimization.py [--smoke] [--trials N]
 
-The pocket recipe, where nothing should be told of; the recipe with its reward scale times four and with the reward alone; and
-experiments/hackable.py, a reward that is planted to be hacked. A run's looks are kept (every 10 rounds, 64 pictures of training
-prompts), and its generator is examined at the end. Budget: 10 + 2 + 2 trials of 100 rounds on the pocket world, one row each in
-docs/results/overoptimization.csv and overoptimization_planted.csv (rewards differ, so does the recipe). `--trials` limits each
-group of them. Prints tables, a line a trial, and draws overoptimization.png.
+The pocket recipe, where nothing should be told of; the recipe with its reward scale times four and with the reward
+alone; and experiments/hackable.py, a reward that is planted to be hacked. A run's looks are kept (every 10 rounds, 64
+pictures of training prompts), and its generator is examined at the end. Budget: 10 + 2 + 2 trials of 100 rounds on the
+pocket world, one row each in docs/results/overoptimization.csv and overoptimization_planted.csv (rewards differ, so
+does the recipe). `--trials` limits each group of them. Prints tables, a line a trial, and draws overoptimization.png.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def course(trial: pd.Series, figure: str) -> pd.Series:
 
 
 def told(trial: pd.Series) -> str:
-    """When the held-out preference peaked, when the alarm came, and what share of the gain was lost by then and by the end."""
+    """When the held-out preference peaked, when the alarm came, and what share of the gain was lost by then and by the
+    end."""
     held_out, alarm = course(trial, "held_out"), trial["alarm"]
     peak = held_out.idxmax()
     if peak == 0:

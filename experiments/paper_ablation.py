@@ -2,8 +2,8 @@
 
     python experiments/paper_ablation.py [--smoke] [--trials N]
 
-Budget: 14 arms x 3 seeds, 42 trials on the pocket world, one row each in docs/results/pocket_study.csv. Prints the table,
-what each lever does by itself, and what the score-based divergence gains over KL, paired over seeds.
+Budget: 14 arms x 3 seeds, 42 trials on the pocket world, one row each in docs/results/pocket_study.csv. Prints the
+table, what each lever does by itself, and what the score-based divergence gains over KL, paired over seeds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from diffinstruct.sweeps.points import Point
 from diffinstruct.sweeps.study import Study
 
 HERE = Path(__file__).parent
-# A column's scales give the two divergences the same ratio of reward to regulariser at the sample, with guidance about 1/4 and
+# A column's scales give the two divergences the same ratio of reward to regulariser at the sample, with guidance about
+# 1/4 and
 # 1. Whether that is one distance from the reference only score_against_kl.py can say: read rows beside their KID.
 SCALES = {"score": ("di_star", {"little": 0.5, "much": 2.0}), "KL": ("diff_instruct_pp", {"little": 2.0, "much": 8.0})}
 
@@ -105,8 +106,8 @@ def gains(rows: pd.DataFrame, with_it: str, without: str) -> pd.Series:
 
 
 def outside_minus_inside(rows: pd.DataFrame, divergence: str) -> pd.DataFrame:
-    """Guidance outside minus inside at the former's KID, a row a seed. Inside is the path of all kept trials that vary nothing
-    but the reward scale."""
+    """Guidance outside minus inside at the former's KID, a row a seed. Inside is the path of all kept trials that vary
+    nothing but the reward scale."""
     (name, _), measures = SCALES[divergence], ("reward/pocket_judge", "diversity")
     kept, gained = TrialRows(STUDY.rows).read(), {}
     for _, outside in rows[rows["arm"] == f"{divergence}, guidance outside, much reward"].iterrows():

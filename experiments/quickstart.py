@@ -1,7 +1,8 @@
 """The main job: see a one-step generator become preferred. `make quickstart`, or `python experiments/quickstart.py`.
 
-Trains the pocket world's one-step generator twice, on the reward alone and with Diff-Instruct*, through Ray Train, reward
-actors and MLflow, then measures both beside what they started from. Writes table.md and grid.png into its run folder.
+Trains the pocket world's one-step generator twice, on the reward alone and with Diff-Instruct*, through Ray Train,
+reward actors and MLflow, then measures both beside what they started from. Writes table.md and grid.png into its run
+folder.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def main() -> None:
 
 
 def report(recipe: Experiment, trained: dict[str, Path], folder: Path) -> None:
-    """Measure the starting points and the trained generators on the same prompts and noise; print, and write to `folder`."""
+    """Measure the starting points and the trained generators on the same prompts and noise; print, and write to
+    `folder`."""
     import torch
 
     from diffinstruct.config.prompts import read_prompts

@@ -2,9 +2,10 @@
 
     python experiments/reward_against_regularization.py [--smoke] [--trials N]
 
-Where on the plane does the held-out preference peak, and where does it break? Under Adam mostly the ratio of the two matters:
-the grid has three ratios more than once, a canary for everything else. Budget: 3 x 3 points x 2 seeds, 18 trials of 60 rounds,
-one row each in docs/results/pocket_study.csv. Prints the table, and draws heat maps and the Pareto front.
+Where on the plane does the held-out preference peak, and where does it break? Under Adam mostly the ratio of the two
+matters: the grid has three ratios more than once, a canary for everything else. Budget: 3 x 3 points x 2 seeds, 18
+trials of 60 rounds, one row each in docs/results/pocket_study.csv. Prints the table, and draws heat maps and the Pareto
+front.
 """
 
 from __future__ import annotations

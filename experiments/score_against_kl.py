@@ -1,10 +1,12 @@
-"""Does the score-based divergence regularise better than KL? Held-out preference against distance as the reward scale grows.
+"""Does the score-based divergence regularise better than KL? Held-out preference against distance as the reward scale
+grows.
 
     python experiments/score_against_kl.py [--smoke] [--trials N]
 
-Equal coefficients mean nothing across objectives, equal distance from the reference does: DI* and Diff-Instruct++ each walk
-along their own reward scales, and the two paths are drawn in one plane. Budget: 2 objectives x 6 scales x 3 seeds, 36 trials on
-the pocket world, one row each in docs/results/pocket_study.csv. Prints the table and draws score_against_kl.png beside it.
+Equal coefficients mean nothing across objectives, equal distance from the reference does: DI* and Diff-Instruct++ each
+walk along their own reward scales, and the two paths are drawn in one plane. Budget: 2 objectives x 6 scales x 3 seeds,
+36 trials on the pocket world, one row each in docs/results/pocket_study.csv. Prints the table and draws
+score_against_kl.png beside it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 8.0)
-PATHS = {  # KL's pull at the sample has 3 to 4 times the norm (gradient_norm/sample_regularizer), so its scales are larger
+# KL's pull at the sample has 3 to 4 times the norm (gradient_norm/sample_regularizer), so its scales are larger
+PATHS = {
     "DI*": ("di_star", SCALES),
     "Diff-Instruct++": ("diff_instruct_pp", tuple(4 * scale for scale in SCALES)),
 }
@@ -48,8 +51,8 @@ STUDY = Study(
 
 
 KIDS = np.linspace(1.25, 2.25, 11)
-"""Distances to the reference that both paths pass with every seed, with trials near on either side; the difference between the
-paths is averaged over them."""
+"""Distances to the reference that both paths pass with every seed, with trials near on either side; the difference
+between the paths is averaged over them."""
 MINUS = f"{' minus '.join(PATHS)}, paired over seeds"
 
 

@@ -122,7 +122,8 @@ NAMES = {
 def load(name: str, **settings: object) -> nn.Module:
     """The reward of a short name of `NAMES`, or of an import path `module:callable`, called with `settings`.
 
-    Raises ValueError for a name that is neither, with the nearest one that exists, and for what wants arguments and gets none.
+    Raises ValueError for a name that is neither, with the nearest one that exists, and for what wants arguments and
+    gets none.
     """
     path = NAMES[name].path if name in NAMES else name
     module, colon, attribute = path.partition(":")
@@ -138,7 +139,8 @@ def load(name: str, **settings: object) -> nn.Module:
 
 
 def _refuse_what_takes_arguments(name: str, made_by: object) -> None:
-    """The usual mistake is to name the reward itself, a function of images and prompts, or a module that is made already."""
+    """The usual mistake is to name the reward itself, a function of images and prompts, or a module that is made
+    already."""
     called = made_by if isinstance(made_by, type) else getattr(made_by, "forward", made_by)
     try:
         inspect.signature(called).bind()  # type: ignore[arg-type]  # what cannot be called is a TypeError, too

@@ -30,8 +30,8 @@ TEXTS_KEPT = 65_536  # of 4 KB each for a ViT-H: 270 MB at most
 
 
 def bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, C, H, W] -> [B, C, *size], antialiased, differentiable. On a GPU the gradient of torch's own adds up in any order;
-    where deterministic kernels are asked for it is done as what it is, a matrix on either side."""
+    """[B, C, H, W] -> [B, C, *size], antialiased, differentiable. On a GPU the gradient of torch's own adds up in any
+    order; where deterministic kernels are asked for it is done as what it is, a matrix on either side."""
     if not torch.are_deterministic_algorithms_enabled():
         return F.interpolate(images, size, mode="bicubic", antialias=True)
     down, across = (_bicubic_rows(old, new).to(images) for old, new in zip(images.shape[-2:], size, strict=True))
@@ -176,8 +176,8 @@ NAMED = 3  # keys that do not fit, of each kind: of a wrong model it would be hu
 
 
 def _refuse_what_does_not_fit(model: str | Path, found: dict[str, Any]) -> None:
-    """transformers fills what is missing or of another shape with random numbers and leaves out what is too much. What it
-    passes over on purpose, such as position_ids, is in none of its lists."""
+    """transformers fills what is missing or of another shape with random numbers and leaves out what is too much. What
+    it passes over on purpose, such as position_ids, is in none of its lists."""
     missing = [f"{name} is missing" for name in sorted(found["missing_keys"])]
     spare = [f"{name} is left over" for name in sorted(found["unexpected_keys"])]
     shapes = [f"{name} has {list(has)} where {list(due)} is due" for name, has, due in sorted(found["mismatched_keys"])]
@@ -190,8 +190,8 @@ def _refuse_what_does_not_fit(model: str | Path, found: dict[str, Any]) -> None:
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of a folder or hub id. Raises ValueError where there is none: transformers would make one up that knows
-    no word."""
+    """The tokenizer of a folder or hub id. Raises ValueError where there is none: transformers would make one up that
+    knows no word."""
     from transformers import AutoTokenizer
 
     name, commit = at_commit(source)

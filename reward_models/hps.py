@@ -115,7 +115,8 @@ def open_clip_name(name: str) -> str:
 
 
 def open_clip_cut(name: str, tensor: Tensor) -> Tensor:
-    """What `CLIPModel` calls `name`, out of open_clip's tensor: queries, keys and values lie in one, projections across."""
+    """What `CLIPModel` calls `name`, out of open_clip's tensor: queries, keys and values lie in one, projections
+    across."""
     if name.endswith("_projection.weight"):
         return tensor.T
     if found := re.search(r"\.([qkv])_proj\.", name):

@@ -62,7 +62,8 @@ def image_reward(
     tokenizer: str | Path = "google-bert/bert-base-uncased@86b5e0934494bd15c9632b12f734a8a67f723594",
     config: BlipConfig | None = None,
 ) -> ImageReward:
-    """ImageReward v1.0. `weights`: a state dict, a file, or a folder or hub id with ImageReward.pt; `config` is BLIP-L's."""
+    """ImageReward v1.0. `weights`: a state dict, a file, or a folder or hub id with ImageReward.pt; `config` is
+    BLIP-L's."""
     state = read(weights, "ImageReward.pt")  # first: a file that is not there should not be missed a minute later
     reward = ImageReward(config or blip_large(), load_tokenizer(tokenizer))
     fill(reward, state, blip_name, unused=UNUSED)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 Weights = str | Path | Mapping[str, Tensor]
-"""A state dict, a local file, a local folder or a hub id (`owner/name@commit`) that holds it, or its https:// address."""
+"""A state dict, a local file, a local folder or a hub id (`owner/name@commit`) that holds it, or its https://
+address."""
 
 
 def at_commit(source: str | Path) -> tuple[str, str]:

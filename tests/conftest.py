@@ -28,7 +28,8 @@ LONG = ("test_tune", "test_experiments", "test_train", "test_attach", "test_node
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take minutes come first: `make test` has two processes, and neither is to wait for the other's last file."""
+    """Files that take minutes come first: `make test` has two processes, and neither is to wait for the other's last
+    file."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 

@@ -1,4 +1,5 @@
-"""benchmarks/gpu.py as far as a CPU goes: its rows, its count of the work, and that the loop beside ours does the same."""
+"""benchmarks/gpu.py as far as a CPU goes: its rows, its count of the work, and that the loop beside ours does the
+same."""
 
 import os
 import subprocess

@@ -29,7 +29,8 @@ def test_every_default_is_in_the_paper_index():
 
 
 def test_the_results_are_what_the_rows_say(tmp_path, monkeypatch, capsys):
-    """The studies' tables and the differences below them, computed again from the kept rows: these lines and no other."""
+    """The studies' tables and the differences below them, computed again from the kept rows: these lines and no
+    other."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("diffinstruct.tracking.journal.publish", lambda *arguments: None)
     monkeypatch.setattr("diffinstruct.sweeps.study.sweep", None)  # nothing is missing, so nothing is run

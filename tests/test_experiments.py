@@ -1,7 +1,7 @@
 """Every experiment trains: each file of experiments/ that is a study, with --smoke.
 
-One of them through Ray Tune; the others' trials one after the other in this process: what they ask and what they say differs,
-the sweep is the same.
+One of them through Ray Tune; the others' trials one after the other in this process: what they ask and what they say
+differs, the sweep is the same.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ class Estimate:
     seed: int | None = None
 
     def __str__(self) -> str:
-        """`value [low, high]`, with two significant digits of the interval's width; "?" where n is too small for one."""
+        """`value [low, high]`, with two significant digits of the interval's width; "?" where n is too small for
+        one."""
         width = self.high - self.low
         if not math.isfinite(width):
             return f"{self.value:.3f} [?]"
@@ -114,7 +115,8 @@ def paired_by_seed(
 ) -> Estimate:
     """one - other, over the seeds that both have: same start, same prompts and noise of every round.
 
-    noise: (sigma, degrees of freedom) of `seed_noise`, in place of the few differences' own spread: with it one seed has an
+    noise: (sigma, degrees of freedom) of `seed_noise`, in place of the few differences' own spread: with it one seed
+    has an
         interval too, as wide as if this pair were as noisy as those that sigma was taken from.
     """
     wide = frame[frame[by].isin([one, other])].pivot(index="seed", columns=by, values=measure).dropna()
@@ -127,16 +129,17 @@ def paired_by_seed(
 
 
 def at_distance(trials: pd.DataFrame, distance: str, at: ArrayLike, measures: Sequence[str]) -> dict[str, float]:
-    """Each measure where a path of trials is `at` that distance, the mean over several: between the two trials that are nearest
-    by distance. NaN where the path does not go that far, either way."""
+    """Each measure where a path of trials is `at` that distance, the mean over several: between the two trials that are
+    nearest by distance. NaN where the path does not go that far, either way."""
     path, wanted = trials.sort_values(distance), np.atleast_1d(np.asarray(at, np.float64))
     within = len(path) and path[distance].iloc[0] <= wanted.min() and wanted.max() <= path[distance].iloc[-1]
     return {key: float(np.interp(wanted, path[distance], path[key]).mean()) if within else np.nan for key in measures}
 
 
 def seed_noise(frame: pd.DataFrame, by: str, measure: str) -> tuple[float, int]:
-    """What is left of a measure when each arm's and each seed's own mean is taken away (two-way analysis of variance): its
-    standard deviation, and the degrees of freedom of that. Only seeds that all arms of more than one seed have count."""
+    """What is left of a measure when each arm's and each seed's own mean is taken away (two-way analysis of variance):
+    its standard deviation, and the degrees of freedom of that. Only seeds that all arms of more than one seed have
+    count."""
     wide = frame.pivot(index="seed", columns=by, values=measure)
     wide = wide.loc[:, wide.notna().sum() > 1].dropna()
     left = wide.sub(wide.mean(axis=0), axis=1)

@@ -1,12 +1,14 @@
-"""Kills what a run on Ray consists of, and goes on with the same call: it must end as if nothing had been, to the last bit.
+"""Kills what a run on Ray consists of, and goes on with the same call: it must end as if nothing had been, to the last
+bit.
 
     python tests/chaos/cluster.py [--only worker driver node notice]
 
-Runs of two workers, each a driver of its own with a cluster of three nodes on this machine: a head, and two that have place for
-one worker each, of which the second is not needed until the first is gone. Killed is, some steps after the first checkpoint,
-one worker (SIGKILL), the driver and with it its cluster (SIGKILL), a worker's node (all its processes at once), a worker's node
-after notice, as spot machines are taken away; and the worker again in a run with reward actors. Checkpoint and metrics of each
-are compared with those of an undisturbed run, and what was killed after notice may have lost no step. Exit status 1 if not.
+Runs of two workers, each a driver of its own with a cluster of three nodes on this machine: a head, and two that have
+place for one worker each, of which the second is not needed until the first is gone. Killed is, some steps after the
+first checkpoint, one worker (SIGKILL), the driver and with it its cluster (SIGKILL), a worker's node (all its processes
+at once), a worker's node after notice, as spot machines are taken away; and the worker again in a run with reward
+actors. Checkpoint and metrics of each are compared with those of an undisturbed run, and what was killed after notice
+may have lost no step. Exit status 1 if not.
 """
 
 from __future__ import annotations
@@ -51,8 +53,9 @@ def lose():
         from ray._raylet import GcsClient
         deadline = int(time.time() * 1000) + 60_000
         reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        print("drained", GcsClient(address=cluster.gcs_address).drain_node(node.node_id, reason, "spot", deadline), flush=True)
-        while not any('"preemption"' in line for line in (folder / "journal.jsonl").read_text().splitlines()):
+        print("drained", GcsClient(address=cluster.gcs_address).drain_node(node.node_id, reason, "spot", deadline),
+        flush=True) while not any('"preemption"' in line for line in (folder /
+        "journal.jsonl").read_text().splitlines()):
             time.sleep(0.1)
         time.sleep(2)
     cluster.remove_node(node, allow_graceful=False)

@@ -2,10 +2,10 @@
 
     python tests/chaos/configurations.py [--examples 10000] [--seed 0]
 
-Half of them are YAML files of known keys with values as the schema asks for, a few of which are then spoiled: another type,
-out of range, not finite, a key misspelt, a section that is a word. The other half are such files with bytes put in, taken out
-or cut off. Each wrong one has to be refused with status 2 and one line a mistake that names file, line and key; none may be
-accepted that the schema refuses, and nothing may ever end in a traceback. Exit status 1 if so.
+Half of them are YAML files of known keys with values as the schema asks for, a few of which are then spoiled: another
+type, out of range, not finite, a key misspelt, a section that is a word. The other half are such files with bytes put
+in, taken out or cut off. Each wrong one has to be refused with status 2 and one line a mistake that names file, line
+and key; none may be accepted that the schema refuses, and nothing may ever end in a traceback. Exit status 1 if so.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python tests/chaos/endurance.py [--steps 10000]
 
-Without Ray, with looks, rows of metrics, picture grids and checkpoints as often as a run of that length has them. After a tenth
-of the steps as a warm-up resident memory may grow by no more than 1 %, open files not at all, and there may be one checkpoint
-more than are kept. Exit status 1 if not.
+Without Ray, with looks, rows of metrics, picture grids and checkpoints as often as a run of that length has them. After
+a tenth of the steps as a warm-up resident memory may grow by no more than 1 %, open files not at all, and there may be
+one checkpoint more than are kept. Exit status 1 if not.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
-"""Puts NaN and infinities into a run of two processes, one at a time: none may ever reach a weight, an average, an optimizer.
+"""Puts NaN and infinities into a run of two processes, one at a time: none may ever reach a weight, an average, an
+optimizer.
 
     python tests/chaos/nonfinite.py [--injections 1000] [--sharded] [--seed 0]
 
-One run on the tiny pipeline, two processes that average their gradients (DDP on gloo; with --sharded FSDP2). In every other
-round one of the two, as drawn by the seed, gets a value that is not finite, somewhere on its way: prompt embeddings, sample,
-prediction of score network or reference, a weight's gradient, a reward's score, a reward's gradient. After each round both look
-at all that they hold. Both have to leave out each of these rounds and no other, and call its cause. Exit status 1 if not.
+One run on the tiny pipeline, two processes that average their gradients (DDP on gloo; with --sharded FSDP2). In every
+other
+round one of the two, as drawn by the seed, gets a value that is not finite, somewhere on its way: prompt embeddings,
+sample, prediction of score network or reference, a weight's gradient, a reward's score, a reward's gradient. After each
+round both look at all that they hold. Both have to leave out each of these rounds and no other, and call its cause.
+Exit status 1 if not.
 """
 
 from __future__ import annotations

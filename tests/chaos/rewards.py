@@ -2,9 +2,9 @@
 
     python tests/chaos/rewards.py [--kills 20] [--stops 5] [--seed 0]
 
-Two runs on the tiny pipeline, one undisturbed; in the other one the actor's process gets SIGKILL and SIGSTOP at moments drawn
-by the seed. Final checkpoint and all metrics but the times are compared. Exit status 1 if they differ, or if a disturbance
-that was planned has not come about.
+Two runs on the tiny pipeline, one undisturbed; in the other one the actor's process gets SIGKILL and SIGSTOP at moments
+drawn by the seed. Final checkpoint and all metrics but the times are compared. Exit status 1 if they differ, or if a
+disturbance that was planned has not come about.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ APART = 3
 
 
 def chaos(folder: Path, kills: int, stops: int, seed: int = 0) -> tuple[str, bool]:
-    """Both runs, in `folder`, in the Ray session that there is. Returns the line that says it all, and whether all is well."""
+    """Both runs, in `folder`, in the Ray session that there is. Returns the line that says it all, and whether all is
+    well."""
     from tiny import pipelines
 
     from diffinstruct.cluster.reward_pool import reward_pool

@@ -2,11 +2,12 @@
 
     python tests/chaos/run.py [--kills 50] [--mirror] [--seed 0]
 
-Two runs on the tiny pipeline without Ray, one undisturbed; the other one's process gets SIGKILL at moments drawn by the seed,
-before, within and after rounds, looks and saves. Runs that end before their time is up are followed by another one, until there
-have been so many kills. Final checkpoint, all metrics but the times, exported weights and what the tracker has are compared.
-With --mirror the run's whole folder goes with its process each time, and what is left is its copy in a store; then the tracker
-may have values twice, and those of a run that was lost before its first checkpoint. Exit status 1 if they differ.
+Two runs on the tiny pipeline without Ray, one undisturbed; the other one's process gets SIGKILL at moments drawn by the
+seed, before, within and after rounds, looks and saves. Runs that end before their time is up are followed by another
+one, until there have been so many kills. Final checkpoint, all metrics but the times, exported weights and what the
+tracker has are compared. With --mirror the run's whole folder goes with its process each time, and what is left is its
+copy in a store; then the tracker may have values twice, and those of a run that was lost before its first checkpoint.
+Exit status 1 if they differ.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def newest(run: Path) -> str:
 
 
 def tracked(uri: Any, name: str, lost: bool) -> list[str]:
-    """What the tracker has of a run and of the undisturbed one that is not the same: each value once, times excepted; of a run
-    whose journal was lost at times at least once, in the last of its runs."""
+    """What the tracker has of a run and of the undisturbed one that is not the same: each value once, times excepted;
+    of a run whose journal was lost at times at least once, in the last of its runs."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)

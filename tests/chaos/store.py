@@ -1,4 +1,5 @@
-"""Does the checkpoint store lose anything? Saves are killed at every system call that touches a file, meet a full disk at every
+"""Does the checkpoint store lose anything? Saves are killed at every system call that touches a file, meet a full disk
+at every
 size, and what was saved is damaged in every way: what is read then has to be a checkpoint that was written, to the bit.
 
     python tests/chaos/store.py [--flips 1000] [--seed 0]
@@ -78,7 +79,8 @@ def traced(folder: Path, *more: str) -> tuple[bool, list[str]]:
     CheckpointStore(folder).save(OLD, state(OLD))
     child = os.fork()
     if child == 0:
-        # strace counts each thread's calls by themselves. The writer's are made here in the same order, by the one thread.
+        # strace counts each thread's calls by themselves. The writer's are made here in the same order, by the one
+        # thread.
         _Thread.start, _Thread.join = _Thread.run, lambda thread: None  # type: ignore[assignment]
         os.kill(os.getpid(), signal.SIGSTOP)
         CheckpointStore(folder).save(NEW, state(NEW))
@@ -114,7 +116,8 @@ def kills(scratch: Path) -> Iterator[str]:
 
 
 def full_disks(scratch: Path) -> Iterator[str]:
-    """What a save does whose files may not be longer than so many bytes, for every number up to the one that is enough."""
+    """What a save does whose files may not be longer than so many bytes, for every number up to the one that is
+    enough."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     folder = scratch / "full"

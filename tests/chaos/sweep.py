@@ -1,10 +1,11 @@
-"""A sweep whose driver is killed at random points is finished by the same command, and its table is the undisturbed one's.
+"""A sweep whose driver is killed at random points is finished by the same command, and its table is the undisturbed
+one's.
 
     python tests/chaos/sweep.py [--kills 5] [--seed 0] [--keep FOLDER]
 
-Six trials of the tiny pipeline, two at a time, rounds slowed down by their reward. Each life of the driver is killed (SIGKILL,
-and with it its Ray) a random while after its first trial has begun or gone on. Then: no finished trial has been started again,
-every trial has one run in MLflow, and all of the table's figures but the times are equal.
+Six trials of the tiny pipeline, two at a time, rounds slowed down by their reward. Each life of the driver is killed
+(SIGKILL, and with it its Ray) a random while after its first trial has begun or gone on. Then: no finished trial has
+been started again, every trial has one run in MLflow, and all of the table's figures but the times are equal.
 """
 
 from __future__ import annotations

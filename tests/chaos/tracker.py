@@ -1,11 +1,13 @@
-"""Puts a bad line between runs and a real MLflow server: all that a run has measured must be there in the end, each value once.
+"""Puts a bad line between runs and a real MLflow server: all that a run has measured must be there in the end, each
+value once.
 
     python tests/chaos/tracker.py [--schedules 200] [--seed 0]
 
-Each schedule, drawn by the seed, is a sequence of times in which requests pass, are refused, are slow, are answered with 500
-before MLflow has seen them, or after it has done what they asked, or lose their answer on the way. A run measures meanwhile and
-ends; what it could not deliver `diffinstruct sync` does, on a line that is good again. The server's whole history of every key,
-the run's parameters, tags, state and picture are compared with what was measured. Exit status 1 if they differ.
+Each schedule, drawn by the seed, is a sequence of times in which requests pass, are refused, are slow, are answered
+with 500 before MLflow has seen them, or after it has done what they asked, or lose their answer on the way. A run
+measures meanwhile and ends; what it could not deliver `diffinstruct sync` does, on a line that is good again. The
+server's whole history of every key, the run's parameters, tags, state and picture are compared with what was measured.
+Exit status 1 if they differ.
 """
 
 from __future__ import annotations

@@ -107,7 +107,8 @@ COSTUMES = {of.__name__.strip("_"): of for of in PICKLES}
 
 
 def test_read_carelessly_they_would_leave_their_mark(tmp_path: Path) -> None:
-    """The one place that unpickles: bytes made by this file a line before, to show that the other tests' files are armed."""
+    """The one place that unpickles: bytes made by this file a line before, to show that the other tests' files are
+    armed."""
     for name in ("plain", "old_protocol"):
         pickle.loads(COSTUMES[name](tmp_path / name))  # noqa: S301
         assert (tmp_path / name).exists()

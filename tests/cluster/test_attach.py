@@ -55,7 +55,8 @@ def cluster():
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "platform", ROOT))),
         "RAY_AUTH_MODE": "token",
-        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",  # where `ray job` looks; by default that is port 8265
+        # where `ray job` looks; by default that is port 8265
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "RAY_worker_niceness": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         **BUSY,
@@ -87,7 +88,8 @@ def ray(shell, *arguments):
 
 
 def described(cluster):
-    """What a run says of it, as a pattern: Ray calls a machine by its name in the network, also where it was told 127.0.0.1."""
+    """What a run says of it, as a pattern: Ray calls a machine by its name in the network, also where it was told
+    127.0.0.1."""
     return rf"\S+:{cluster['CLUSTER'].partition(':')[2]}  dashboard {cluster['RAY_API_SERVER_ADDRESS']}"
 
 

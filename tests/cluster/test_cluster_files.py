@@ -1,4 +1,5 @@
-"""The cluster files: what `ray up` would say of them, and which machines the autoscaler would start; without a cloud."""
+"""The cluster files: what `ray up` would say of them, and which machines the autoscaler would start; without a
+cloud."""
 
 from __future__ import annotations
 
@@ -94,7 +95,8 @@ def test_the_autoscaler_does_not_fall_back_from_spot_as_the_file_says():
 # ------------------------------------------------------------------------------------------------- before a start
 @pytest.fixture
 def on_the_head(tmp_path, monkeypatch):
-    """As on the head of a cluster that `ray up` has just made: only the head is there. A function of the cluster file."""
+    """As on the head of a cluster that `ray up` has just made: only the head is there. A function of the cluster
+    file."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {HEAD: 1.0, "memory": 1e9}}])
 

@@ -1,7 +1,7 @@
 """A run as a manifest for KubeRay, held to the schema that Kubernetes itself would hold it to.
 
-data/ray.io_rayjobs.yaml.xz is ray-operator/config/crd/bases/ray.io_rayjobs.yaml of github.com/ray-project/kuberay, tag v1.7.0,
-as it is (Copyright the KubeRay authors, Apache-2.0).
+data/ray.io_rayjobs.yaml.xz is ray-operator/config/crd/bases/ray.io_rayjobs.yaml of github.com/ray-project/kuberay, tag
+v1.7.0, as it is (Copyright the KubeRay authors, Apache-2.0).
 """
 
 from __future__ import annotations

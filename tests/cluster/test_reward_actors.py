@@ -249,8 +249,8 @@ def test_callers_that_lose_an_actor_together_all_get_their_answers(pool, alone, 
 def test_another_questions_answer_is_refused_and_repeated_failure_an_error(
     session, world, decode, warnings, monkeypatch
 ):
-    """All names in one order, all rows, the very call: else it is asked again. Its process dies at each attempt: the run
-    stops, with all of it in one line."""
+    """All names in one order, all rows, the very call: else it is asked again. Its process dies at each attempt: the
+    run stops, with all of it in one line."""
     experiment = world(held_out=["Calm"])
     x0, terms = latents(3), terms_of(experiment)
     with reward_pool(experiment, tiny_actors.Strange) as pool:

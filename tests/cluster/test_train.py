@@ -1,4 +1,5 @@
-"""On Ray: workers against `local.py`, what dies and comes back. (Reward actors: test_reward_actors.py, sweeps: test_tune.py.)
+"""On Ray: workers against `local.py`, what dies and comes back. (Reward actors: test_reward_actors.py, sweeps:
+test_tune.py.)
 
 One Ray session for the module, one pair of reward actors for most of it.
 """
@@ -55,8 +56,8 @@ def test_one_worker_gives_the_numbers_of_local(pool, world, tmp_path):
     ids=["micro-batches", "sharded", "adapters"],
 )
 def test_two_workers_with_half_the_batch_each_have_the_gradient_of_one(pool, world, tmp_path, adapters, more):
-    """beta_1 is 0: the first moment that Adam keeps is the gradient itself. The players stand still, because Adam makes a
-    whole step of a gradient that is 0 but for rounding, and the order of sums is another with two workers."""
+    """beta_1 is 0: the first moment that Adam keeps is the gradient itself. The players stand still, because Adam makes
+    a whole step of a gradient that is 0 but for rounding, and the order of sums is another with two workers."""
     still = {"generator__learning_rate": 1e-12, "score_network__learning_rate": 1e-12, **adapters}
     local.run(world[1](**still), tmp_path / "local")
     fit(world[1](**still, **more, cluster__workers=2), tmp_path / "ray", pool, "")
@@ -78,7 +79,8 @@ def moments(optimizer):
 
 @pytest.mark.long
 def test_a_killed_worker_goes_on_from_the_checkpoint(session, world, tmp_path, capfd):
-    """The whole way through `run`: its own reward actor, its lines in the terminal, and the numbers of an unbroken run."""
+    """The whole way through `run`: its own reward actor, its lines in the terminal, and the numbers of an unbroken
+    run."""
     experiment = world[1](steps=30, logging__checkpoint_every=4)
     local.run(experiment, tmp_path / "local")
     folder = tmp_path / "ray"

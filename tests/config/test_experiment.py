@@ -233,7 +233,10 @@ cluster:
         ("steps: 010", "run.yaml:1: steps: should be a whole number, got '010'"),
         ("steps: -0_7", "run.yaml:1: steps: should be a whole number, got '-0_7'"),
         ("name: a/b", "run.yaml:1: name: should be letters, digits, '.', '_' and '-' only, got 'a/b'"),
-        ('runs: "a\\0b"', "run.yaml:1: output_dir: should hold no NUL byte: no file system takes it, got 'a\\x00b'"),
+        (
+            'output_dir: "a\\0b"',
+            "run.yaml:1: output_dir: should hold no NUL byte: no file system takes it, got 'a\\x00b'",
+        ),
         (
             "generator:\n  learning_rate: 1e39",
             "run.yaml:2: generator.learning_rate: should be less than or equal to 1, got 1e+39",

@@ -1,7 +1,9 @@
-"""Every objective against exact gradients on Gaussians, by quadrature, in mean and scale; planted bugs that must be caught.
+"""Every objective against exact gradients on Gaussians, by quadrature, in mean and scale; planted bugs that must be
+caught.
 
-Everything is one-dimensional and exact: generator x0 = mean + std z, score network = the posterior mean of that Gaussian
-(its parameters constants), reference = the posterior mean of another. The oracles differentiate the divergences themselves and
+Everything is one-dimensional and exact: generator x0 = mean + std z, score network = the posterior mean of that
+Gaussian (its parameters constants), reference = the posterior mean of another. The oracles differentiate the
+divergences themselves and
 share no line with the objectives: the score-based one, E_{x_t ~ p_sg[theta]} d(m_t / k_t (s_theta(x_t) - s_ref(x_t)));
 Fisher's, the same with the law of x_t moving too; KL's, from the formula for two Gaussians.
 """
@@ -92,7 +94,8 @@ def kullback_leibler(level, space, reference):
 
 
 def beside(level, space, reference):
-    """The gradient of - cfg_scale w_t E < sg[s_ref(c) - s_ref(null)], x_t >: of two Gaussians of one width, a constant pull."""
+    """The gradient of - cfg_scale w_t E < sg[s_ref(c) - s_ref(null)], x_t >: of two Gaussians of one width, a constant
+    pull."""
     alpha, sigma = level
     pull = alpha * (reference["mean"] - reference["null"]) / (alpha**2 * reference["std"] ** 2 + sigma**2)
     return torch.tensor([-reference["cfg"] * per_score(level, space) * alpha * pull, 0.0], dtype=torch.float64)
@@ -172,7 +175,8 @@ def test_di_star_has_the_gradient_of_the_score_divergence(level, distance_name, 
 
 
 def test_published_numbers_of_the_one_dimensional_example():
-    """Worked out apart from this code: at alpha 1 the gradient is (0.596, -0.496), at alpha 0.6 it is (0.540, -0.174)."""
+    """Worked out apart from this code: at alpha 1 the gradient is (0.596, -0.496), at alpha 0.6 it is (0.540,
+    -0.174)."""
     for level, wanted in [((1.0, 0.8), (0.596, -0.496)), ((0.6, 0.8), (0.540, -0.174))]:
         got = by_code(level, "score", PLAIN, configured("di_star", level, "score"))
         torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64), atol=6e-4, rtol=0)
@@ -231,7 +235,8 @@ def test_the_normaliser_divides_each_sample_by_its_own_error_and_is_a_constant(n
 @pytest.mark.parametrize("name", ORACLES)
 @pytest.mark.parametrize("level", LEVELS)
 def test_guidance_inside_and_outside(level, name, where):
-    """Inside: the divergence to the guided Gaussian. Outside: that to the plain one, and a pull. For KL they are one."""
+    """Inside: the divergence to the guided Gaussian. Outside: that to the plain one, and a pull. For KL they are
+    one."""
     reference = GUIDED | {"where": where}
     got = by_code(level, "x0", reference, configured(name, level, "x0"))
     close(got, ORACLES[name](level, "pseudo_huber", "x0", reference))
@@ -307,8 +312,8 @@ def function_of(objective_name):
 
 
 def rebuilt(original="", planted="", only_in=""):
-    """The page of the paper, its distances and its guidance as one namespace, with one piece of the source changed. Where
-    it stands in several functions, the one named `only_in` is meant."""
+    """The page of the paper, its distances and its guidance as one namespace, with one piece of the source changed.
+    Where it stands in several functions, the one named `only_in` is meant."""
     parts = [
         inspect.getsource(m)
         for m in (diffinstruct.method.distances, diffinstruct.method.guidance, diffinstruct.method.objectives)
@@ -405,7 +410,8 @@ def test_ones_own_pair_is_named_by_its_import_path():
 @pytest.mark.parametrize("space", ["x0", "eps", "v"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow_prediction"])
 def test_denoising_loss_has_its_value_and_is_least_at_the_posterior_mean(prediction, space):
-    """For affine denoisers xt -> gain xt + shift the expected loss is known; its gradient is 0 at the posterior mean alone."""
+    """For affine denoisers xt -> gain xt + shift the expected loss is known; its gradient is 0 at the posterior mean
+    alone."""
     alpha, sigma = level = (0.6, 0.4) if prediction == "flow_prediction" else (0.6, 0.8)
     schedule = schedule_of(level)
     z, eps = (v.reshape(-1, 1) for v in torch.meshgrid(NODES, NODES, indexing="ij"))

@@ -71,7 +71,8 @@ def test_uniform_t_is_uniform_and_never_reaches_its_end():
 @pytest.mark.parametrize(("t_min", "t_max"), [(20, 980), (0, 1000), (300, 301)])
 @pytest.mark.parametrize("schedule", [VARIANCE_PRESERVING, STRAIGHT], ids=["variance-preserving", "flow"])
 def test_log_normal_t_has_the_normals_probabilities(schedule, t_min, t_max):
-    """Each t has the share of the normal law between the midpoints to its neighbours in ln(sigma / alpha), cut and rescaled."""
+    """Each t has the share of the normal law between the midpoints to its neighbours in ln(sigma / alpha), cut and
+    rescaled."""
     mean, std = -0.5, 1.2
     t = log_normal_t(schedule, mean, std, t_min, t_max)(EVENLY)
     got = torch.bincount(t, minlength=1000).double() / len(t)

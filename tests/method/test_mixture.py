@@ -1,4 +1,5 @@
-"""The whole method where the truth is known: distilled from a Gaussian mixture, the generator has the mixture's moments."""
+"""The whole method where the truth is known: distilled from a Gaussian mixture, the generator has the mixture's
+moments."""
 
 import copy
 

@@ -141,7 +141,8 @@ def test_the_generators_gradient_is_that_of_one_graph(name):
 
 
 def test_two_halves_average_to_the_whole():
-    """Noise, t and prompts belong to a sample's index in the global batch; players that stand still keep the halves equal."""
+    """Noise, t and prompts belong to a sample's index in the global batch; players that stand still keep the halves
+    equal."""
     whole, left, right = (make_train_state(adam=False) for _ in range(3))
     settings = make_step_config(reuse_sample=False, score_updates=2)
     metrics = [

@@ -57,7 +57,8 @@ for folder in folders:
             pipe("a red hat", num_inference_steps=steps, guidance_scale=0.0, **more)
         except ValueError:
             refused.append(steps)
-    print(json.dumps({"class": type(pipe).__name__, "refused": refused, "safety": pipe.config.get("requires_safety_checker")}))
+    print(json.dumps({"class": type(pipe).__name__, "refused": refused, "safety":
+    pipe.config.get("requires_safety_checker")}))
 """
 
 

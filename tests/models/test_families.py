@@ -1,4 +1,5 @@
-"""Every family of pipelines against diffusers' own, and through a whole job: train, checkpoint, resume, export, generate."""
+"""Every family of pipelines against diffusers' own, and through a whole job: train, checkpoint, resume, export,
+generate."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def test_the_decoder_is_the_stock_pipelines(reference: Reference, stock: Any, fa
 
 
 def test_a_denoiser_is_exact_where_the_network_is(reference: Reference, family: str) -> None:
-    """Of a network that knows eps (or the velocity of the flow), x0_hat is x0 at every t, in the schedule's own terms."""
+    """Of a network that knows eps (or the velocity of the flow), x0_hat is x0 at every t, in the schedule's own
+    terms."""
     denoiser, x0, eps = reference.denoiser(), noise(3, 1), noise(3, 2)
     t = torch.tensor([30, 500, 900])
     denoiser.output = lambda xt, fed, c: eps if family != "sd3" else eps - x0  # type: ignore[method-assign]

@@ -93,8 +93,9 @@ def by_hand(roles: Roles, reference: Reference) -> Roles:
 
 @pytest.mark.parametrize("checkpointing", ["true"])
 def test_adapters_equal_their_merge(folder: Path, family: str, checkpointing: str) -> None:
-    """Values, and what a round computes: the gradient at the sample goes through score network and reference, that of the
-    generator through the third role, and with checkpointing all three are computed again while another role is played."""
+    """Values, and what a round computes: the gradient at the sample goes through score network and reference, that of
+    the generator through the third role, and with checkpointing all three are computed again while another role is
+    played."""
     free = ["generator.max_grad_norm=1e9", "score_network.max_grad_norm=1e9"]
     experiment = configured(folder, family, *RANKS, *free, f"activation_checkpointing={checkpointing}")
     reference = load_reference(str(folder), activation_checkpointing=checkpointing == "true")
@@ -137,7 +138,8 @@ def test_adapters_equal_their_merge(folder: Path, family: str, checkpointing: st
 
 
 def test_a_merge_is_on_the_files_own_weights(folder: Path, family: str) -> None:
-    """Also where the base is held in bf16, so that the adapter does to the published model what it does to the export."""
+    """Also where the base is held in bf16, so that the adapter does to the published model what it does to the
+    export."""
     reference = load_reference(str(folder))
     network: Any = make_roles(
         configured(folder, family, *RANKS, "precision=bf16"), reference
@@ -295,8 +297,8 @@ def test_bf16_holds_the_frozen_base_in_bf16_and_what_is_trained_in_fp32(folder: 
 
 @pytest.mark.long
 def test_compiled_networks_play_the_same_roles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch.compile takes for constant changes with the role, and it makes a version for each without giving up. (Its
-    backend here runs what it has traced as it is.)"""
+    """What torch.compile takes for constant changes with the role, and it makes a version for each without giving up.
+    (Its backend here runs what it has traced as it is.)"""
     monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)
     compile_ = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module: compile_(module, backend="eager"))

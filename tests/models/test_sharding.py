@@ -100,7 +100,8 @@ def test_what_one_process_cannot_read_none_takes(tmp_path) -> None:
 
 
 def test_a_sharded_flow_in_bf16_is_told_its_times_unrounded(tmp_path) -> None:
-    """All that is sharded is computed in bf16, so digits are lost; but fewer than with times in bf16, which has 8 bits."""
+    """All that is sharded is computed in bf16, so digits are lost; but fewer than with times in bf16, which has 8
+    bits."""
     reference = load_reference(str(pipelines.build(tmp_path / "sd3", family="sd3")))
     xt, t = (
         torch.randn(64, *reference.latent_shape, generator=torch.Generator().manual_seed(0)),

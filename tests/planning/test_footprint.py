@@ -1,6 +1,7 @@
 """What a round costs, counted by torch on the pocket world's U-Net, in forward passes of it (F).
 
-Generator: forward and backward 3. Score network: 3 an update, on a reused sample. Regulariser, guided: three forwards, and,
+Generator: forward and backward 3. Score network: 3 an update, on a reused sample. Regulariser, guided: three forwards,
+and,
 where gradient flows through the networks to their inputs, three backwards of that alone: 6, or 3 for KL.
 """
 

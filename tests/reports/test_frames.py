@@ -154,7 +154,8 @@ def test_a_difference_is_paired_by_seed_over_those_that_both_have():
 
 
 def test_the_noise_of_seeds_is_what_arms_and_seeds_leave():
-    """Arms and seeds shift as they like; a trial with one seed says nothing of noise. Checked against drawn sigma 0.3."""
+    """Arms and seeds shift as they like; a trial with one seed says nothing of noise. Checked against drawn sigma
+    0.3."""
     import pandas as pd
 
     rng = np.random.default_rng(1)

@@ -1,4 +1,5 @@
-"""A run and its rewards: the handshake before the first round, terms that are the run's state, looks, and what an alarm does.
+"""A run and its rewards: the handshake before the first round, terms that are the run's state, looks, and what an alarm
+does.
 
 Runs of the tiny pipeline in this process.
 """
@@ -87,7 +88,8 @@ def interrupt_after(monkeypatch, rounds):
     monkeypatch.setattr(loop, "alternating_round", round_)
 
 
-# ------------------------------------------------------------------------------------------------- before the first round
+# ------------------------------------------------------------------------------------------------- before the first
+# round
 def test_a_lying_reward_is_refused_before_the_first_round(world, tmp_path):
     experiment = world(rewards__trained=[{"name": "tiny.rewards:Drunk", "weight": 1.0}])
     with pytest.raises(RewardError, match=r"^reward tiny.rewards:Drunk: its scores are random"):

@@ -1,7 +1,8 @@
 """Rewards against their authors' own code: originals.json holds what it answered on the same tiny weights and images.
 
-What is compared is the arithmetic on the same float pixels. Where an original resizes with Pillow, which rounds to 8 bit,
-test_reward_models compares the resizing; hpsv2 resizes tensors, and its resizing and padding are compared here too.
+What is compared is the arithmetic on the same float pixels. Where an original resizes with Pillow, which rounds to 8
+bit, test_reward_models compares the resizing; hpsv2 resizes tensors, and its resizing and padding are compared here
+too.
 """
 
 import importlib

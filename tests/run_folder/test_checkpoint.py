@@ -285,7 +285,8 @@ def test_manifest_says_what_the_files_are(tmp_path: Path) -> None:
 
 
 def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written is the state as it was when the writing began; it is a checkpoint once it is settled, not before."""
+    """What is written is the state as it was when the writing began; it is a checkpoint once it is settled, not
+    before."""
     store, weights = CheckpointStore(tmp_path), torch.zeros(1000)
     may_write, write = threading.Event(), checkpoint.save_file
     monkeypatch.setattr(checkpoint, "save_file", lambda *of: may_write.wait(60) and write(*of))

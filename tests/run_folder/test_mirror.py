@@ -146,7 +146,8 @@ def test_a_run_that_is_to_end_at_once_copies_nothing_more(tmp_path, monkeypatch)
 
 
 def test_an_upload_that_breaks_off_anywhere_leaves_a_whole_one(tmp_path, monkeypatch):
-    """At every call that writes, in turn: what then comes back is the checkpoint before or the new one, never a part."""
+    """At every call that writes, in turn: what then comes back is the checkpoint before or the new one, never a
+    part."""
     came = []
     for at in itertools.count():
         MemoryFileSystem.store.clear()

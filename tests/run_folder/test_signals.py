@@ -42,7 +42,8 @@ def numbers(folder):
 
 
 def test_a_paused_run_goes_on_to_the_same_bits_and_metrics(world, tmp_path, monkeypatch):
-    """Paused between two rows of the journal and two checkpoints: the rounds since the last row count in the next one."""
+    """Paused between two rows of the journal and two checkpoints: the rounds since the last row count in the next
+    one."""
     experiment = world[1](steps=10, logging__every=4, logging__checkpoint_every=10, overoptimization__every=3)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     local.run(experiment, whole)

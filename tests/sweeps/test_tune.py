@@ -137,8 +137,8 @@ def test_a_sweep_that_was_ended_is_finished_by_the_same_call(session, world, tmp
 
 @pytest.mark.long
 def test_a_scheduler_ends_trials_that_are_behind_as_finished_runs(session, world, tmp_path):
-    """One after the other, the best first; so the second comes to a rung where it is behind. A second life tells the scheduler
-    of those that have ended, runs none of them, and the table is the same."""
+    """One after the other, the best first; so the second comes to a rung where it is behind. A second life tells the
+    scheduler of those that have ended, runs none of them, and the table is the same."""
     base = slow(
         world, steps=30, cluster__cpus_per_worker=3
     )  # of 5; a killed trial's place is not freed without a dashboard
@@ -288,7 +288,8 @@ def test_points_by_chance_are_the_same_for_the_same_seed():
 
 @pytest.mark.long
 def test_trials_that_have_a_row_are_not_run_again_wherever_it_came_from(session, world, tmp_path):
-    """A budget of one trial at a time; then the rows alone, in another folder, are enough, also for another study's arms."""
+    """A budget of one trial at a time; then the rows alone, in another folder, are enough, also for another study's
+    arms."""
     arms = {"early": {"generator.timestep": 500}, "late": {"generator.timestep": 600}}
     rows = TrialRows(tmp_path / "rows.csv")
 
@@ -355,8 +356,10 @@ def test_a_sweep_refuses_what_it_cannot_vary(world, tmp_path):
 
 @pytest.mark.long
 def test_a_population_takes_over_weights_and_keeps_its_lineage(session, world, tmp_path):
-    """The worse of two goes on with the other's weights, under a configuration and in a run of its own. The last of this file,
-    in a Ray with room: Tune kills who is taken over, and without a dashboard the place of a killed one is never free again."""
+    """The worse of two goes on with the other's weights, under a configuration and in a run of its own. The last of
+    this file,
+    in a Ray with room: Tune kills who is taken over, and without a dashboard the place of a killed one is never free
+    again."""
     session.shutdown()
     session.init(address="local", num_cpus=10, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
     base = slow(world, steps=30)

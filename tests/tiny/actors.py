@@ -9,8 +9,8 @@ from diffinstruct.reward_service import client, validation
 
 
 class Strange(RewardActor):
-    """Dies when a prompt says "die"; else its first three answers are to another call, for too few samples, and with the names
-    in another order."""
+    """Dies when a prompt says "die"; else its first three answers are to another call, for too few samples, and with
+    the names in another order."""
 
     answered = 0
 

@@ -67,7 +67,8 @@ def build(folder: Path, prediction: str = "epsilon", dtype: torch.dtype = torch.
 
 
 def experiment(folder: Path, **sections: Any) -> Experiment:
-    """A run on the tiny pipeline, which is built in `folder` beside its prompts, and tracked there; sections as in a recipe."""
+    """A run on the tiny pipeline, which is built in `folder` beside its prompts, and tracked there; sections as in a
+    recipe."""
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"a {colour} thing\n" for colour in ("red", "blue", "pale", "dark")))
     content = {

@@ -24,8 +24,8 @@ def run(
     grids: tuple[int, ...] = (),
     edge: int = 8,
 ) -> Path:
-    """A run that measured `courses` at steps 10, 20, ...; `end` None: it has not ended. An examination is value by measure, its
-    interval half a unit to either side."""
+    """A run that measured `courses` at steps 10, 20, ...; `end` None: it has not ended. An examination is value by
+    measure, its interval half a unit to either side."""
     folder.mkdir(parents=True)
     (folder / "empty.yaml").write_text("{}")
     experiment = load(folder / "empty.yaml", [f"{key}={value}" for key, value in overrides.items()])

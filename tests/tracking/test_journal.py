@@ -331,7 +331,8 @@ def test_two_that_meet_mlflow_at_once_make_one_run(tmp_path: Path, uri: str, mon
 
 
 def test_what_breaks_in_a_run_that_was_ended_by_hand_is_no_failure(tmp_path: Path, uri: str) -> None:
-    """Ctrl-C in the driver, and a worker that loses its reward actors meanwhile, in either order; until it starts again."""
+    """Ctrl-C in the driver, and a worker that loses its reward actors meanwhile, in either order; until it starts
+    again."""
 
     def status() -> str:
         return client_of(uri).get_run(tracker.run_id).info.status
@@ -573,7 +574,8 @@ def test_files_are_published_in_a_run_of_their_own(tmp_path: Path, uri: str) -> 
 
 
 def test_a_death_while_the_tables_are_made_spoils_nothing(tmp_path: Path) -> None:
-    """MLflow's migration takes seconds and cannot be mended: a killed first run must not keep the next from its database."""
+    """MLflow's migration takes seconds and cannot be mended: a killed first run must not keep the next from its
+    database."""
     uri = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
     code = """
 import os, signal, sys, threading, time

@@ -25,8 +25,8 @@ PATIENCE = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0, or 2 where the user has to mend something (said on stderr). A run that breaks off
-    and a reward that fails or is refused end with 1."""
+    """Run one command; the exit status: 0, or 2 where the user has to mend something (said on stderr). A run that
+    breaks off and a reward that fails or is refused end with 1."""
     arguments = parser().parse_args(argv)
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)  # where a reward of one's own may lie; `python -m diffinstruct` has it there already

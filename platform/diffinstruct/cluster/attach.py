@@ -41,8 +41,8 @@ def warn_of_passing_copy(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- cluster
 @contextmanager
 def attached() -> Iterator[str]:
-    """Ray, and a word on where it is: the cluster of RAY_ADDRESS (a submitted job has it too), or one of our own, which ends
-    with the block. Never a bare `ray.init()`: it joins whatever cluster this machine happens to have.
+    """Ray, and a word on where it is: the cluster of RAY_ADDRESS (a submitted job has it too), or one of our own, which
+    ends with the block. Never a bare `ray.init()`: it joins whatever cluster this machine happens to have.
     """
     if ray.is_initialized():
         yield described()
@@ -114,7 +114,8 @@ def check_fits(experiment: Experiment) -> None:
 
 
 def most_nodes() -> list[tuple[Mapping[str, float], int]] | None:
-    """(resources, how many) of the cluster's nodes, with those that its autoscaler may start; None where nobody knows yet."""
+    """(resources, how many) of the cluster's nodes, with those that its autoscaler may start; None where nobody knows
+    yet."""
     there = [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
     file = Path("~/ray_bootstrap_config.yaml").expanduser()  # the head of a cluster that `ray up` has made has it
     if file.exists():
@@ -127,7 +128,8 @@ def most_nodes() -> list[tuple[Mapping[str, float], int]] | None:
 
 
 def stand_in(folder: str) -> None:
-    """Make relative paths mean what they meant to the driver; on a machine that has no such folder they mean nothing."""
+    """Make relative paths mean what they meant to the driver; on a machine that has no such folder they mean
+    nothing."""
     with suppress(FileNotFoundError):
         os.chdir(folder)
 

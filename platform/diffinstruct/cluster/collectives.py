@@ -37,7 +37,8 @@ def gather(value: Any) -> list[Any]:
 
 
 def leaving() -> bool:
-    """Whether a node with a worker on it has been told to go, as spot machines are; a collective call, of Ray's alpha API."""
+    """Whether a node with a worker on it has been told to go, as spot machines are; a collective call, of Ray's alpha
+    API."""
     return ray.train.get_preemption_info() is not None
 
 

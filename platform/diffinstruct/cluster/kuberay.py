@@ -1,8 +1,8 @@
 """A run as a manifest for KubeRay: the experiment, and a RayJob whose pods are what its cluster section asks for.
 
-A pod holds one process, or as many as share one GPU. The two groups of pods declare a resource each, so that no reward actor
-takes a training process's place. Nothing secret stands in the manifest: KubeRay makes the cluster's token, and a Secret that
-need not exist holds variables like MLFLOW_TRACKING_URI and HF_TOKEN.
+A pod holds one process, or as many as share one GPU. The two groups of pods declare a resource each, so that no reward
+actor takes a training process's place. Nothing secret stands in the manifest: KubeRay makes the cluster's token, and a
+Secret that need not exist holds variables like MLFLOW_TRACKING_URI and HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def manifest(experiment: Experiment, image: str, claim: str, resume: str | None 
 
 
 def placed(experiment: Experiment) -> Experiment:
-    """With an absolute `output_dir`, and with resources that tell the two groups of pods apart where the recipe names none."""
+    """With an absolute `output_dir`, and with resources that tell the two groups of pods apart where the recipe names
+    none."""
     asked = experiment.cluster
     rewards = asked.rewards.model_copy(update={"resources": asked.rewards.resources or {"reward": 1.0}})
     cluster = asked.model_copy(

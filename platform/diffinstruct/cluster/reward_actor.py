@@ -24,8 +24,8 @@ LOADING = "loading"
 
 # ------------------------------------------------------------------------------------------------------ the actor
 class ActorReply(NamedTuple):
-    """To the call with the id `request`. `rewards`: their names, in order; `content`: Scores, its tensors as arrays, or what
-    else was asked for."""
+    """To the call with the id `request`. `rewards`: their names, in order; `content`: Scores, its tensors as arrays, or
+    what else was asked for."""
 
     request: str
     rewards: tuple[str, ...]
@@ -33,8 +33,8 @@ class ActorReply(NamedTuple):
 
 
 class RewardActor:
-    """One replica: the rewards of `names` behind a decoder of their own. Models load when first needed, so what is wrong with
-    them reaches the caller as it is."""
+    """One replica: the rewards of `names` behind a decoder of their own. Models load when first needed, so what is
+    wrong with them reaches the caller as it is."""
 
     def __init__(self, experiment: Experiment, names: tuple[str, ...], folder: str) -> None:
         stand_in(folder)

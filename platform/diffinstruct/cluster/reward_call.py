@@ -31,7 +31,8 @@ STARTING = 1800.0
 ATTEMPTS = 5
 """So often a question is asked before its caller gives up."""
 GRACE = 10.0
-"""Seconds in which a process that is alive says what it does, however hard it works; less where the deadline is shorter."""
+"""Seconds in which a process that is alive says what it does, however hard it works; less where the deadline is
+shorter."""
 
 
 # ------------------------------------------------------------------------------------------------------ one call
@@ -45,7 +46,8 @@ class Call:
     Args:
         place: says which actor it is.
         what: says what was asked for.
-        deadline: seconds that the actor may work on one question; waiting for its turn behind other callers is no fault.
+        deadline: seconds that the actor may work on one question; waiting for its turn behind other callers is no
+        fault.
         asks: how many questions' time it may take.
         send: request id -> the reference of the Answer.
         fault: what is wrong with an Answer to it; raises Fault.
@@ -71,7 +73,8 @@ class Call:
         self.reference = send(self.request)
 
     def answer(self) -> Any:
-        """The answer's content. Raises what the actor raised, or RewardError, one line, when all attempts have failed."""
+        """The answer's content. Raises what the actor raised, or RewardError, one line, when all attempts have
+        failed."""
         attempt = 0
         while True:
             attempt += 1
@@ -142,7 +145,8 @@ class Call:
         try:
             return ray.get(self.actor.doing.remote(), timeout=self.grace)
         except GetTimeoutError:
-            # One that waits for resources, for its environment or for its imports is silent, too; or the question went to
+            # One that waits for resources, for its environment or for its imports is silent, too; or the question went
+            # to
             # a process that is no more.
             if before == self._process() != self.ended and before[0] == "ALIVE":
                 self._replace(f"silent for {self.grace:g} s")

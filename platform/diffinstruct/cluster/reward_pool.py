@@ -1,12 +1,14 @@
 """Reward actors: the decoder and the reward models in processes of their own, asked as if they were in ours.
 
-Latents go there, scores and the gradient at the latents come back, as numpy arrays (several times quicker through Ray than
-torch tensors). The actors are created by the driver, outside of any trial, and die with its job; every training worker gets
-their handles. One call is whole micro-batches of one caller, so an answer's bits depend on nobody else's questions.
+Latents go there, scores and the gradient at the latents come back, as numpy arrays (several times quicker through Ray
+than torch tensors). The actors are created by the driver, outside of any trial, and die with its job; every training
+worker gets their handles. One call is whole micro-batches of one caller, so an answer's bits depend on nobody else's
+questions.
 
-Whatever befalls an actor has an outcome: a process that died is restarted by Ray, one that is stopped or hangs is killed and
-restarted, and the caller asks again, because scoring is a pure function. An answer counts once, and only if it is to the very
-question. After ATTEMPTS failures in a row the caller gets a RewardError; no failure ever becomes a score.
+Whatever befalls an actor has an outcome: a process that died is restarted by Ray, one that is stopped or hangs is
+killed and restarted, and the caller asks again, because scoring is a pure function. An answer counts once, and only if
+it is to the very question. After ATTEMPTS failures in a row the caller gets a RewardError; no failure ever becomes a
+score.
 """
 
 from __future__ import annotations
@@ -217,8 +219,8 @@ def reward_pool(experiment: Experiment, actor: type[RewardActor] = RewardActor) 
 
 
 def grouped(experiment: Experiment) -> list[tuple[tuple[str, ...], str | None]]:
-    """Which rewards share actors, and the file of their runtime environment, if they have one of their own. Names are in the
-    order of `experiment.rewards.names`; reward_replicas actors stand for each group."""
+    """Which rewards share actors, and the file of their runtime environment, if they have one of their own. Names are
+    in the order of `experiment.rewards.names`; reward_replicas actors stand for each group."""
     environments = experiment.cluster.rewards.environments
     placed = {name for environment in environments for name in environment.rewards}
     groups = [(set(experiment.rewards.names) - placed, None)] + [(set(e.rewards), e.runtime_env) for e in environments]

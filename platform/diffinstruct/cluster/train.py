@@ -71,8 +71,8 @@ def fit(
     where: str,
     parent: Parent | None = None,
 ) -> Result:
-    """One TorchTrainer; callable from a driver or from a trial. Without a `pool` each worker computes its rewards itself.
-    `where` is said in the run's first and last line.
+    """One TorchTrainer; callable from a driver or from a trial. Without a `pool` each worker computes its rewards
+    itself. `where` is said in the run's first and last line.
 
     Raises what the workers raised, if it is one of FINAL, else Ray's own error; either way the run can be resumed.
     """
@@ -117,7 +117,8 @@ def fit(
 
 
 def embed(experiment: Experiment) -> None:
-    """Make the prompt embeddings that a run's folder of them lacks, in tasks of a worker's size, as many as it has workers."""
+    """Make the prompt embeddings that a run's folder of them lacks, in tasks of a worker's size, as many as it has
+    workers."""
     if experiment.prompts.embeddings is None:
         return
     started_in = os.getcwd()
@@ -186,7 +187,8 @@ def train_loop(
 # ------------------------------------------------------------------------------------------------------ terminal
 @contextmanager
 def shown(path: Path) -> Iterator[None]:
-    """Print what is appended to `path` during the block; on a terminal each line of progress replaces the one before."""
+    """Print what is appended to `path` during the block; on a terminal each line of progress replaces the one
+    before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     ended = threading.Event()

@@ -52,8 +52,8 @@ CHANGEABLE = frozenset(
         "cluster.rewards.environments",
     }
 )
-"""Keys that may have another value from some step of a run on, where its user allows it. All others say what the run is: other
-networks, another objective, other rewards are another run."""
+"""Keys that may have another value from some step of a run on, where its user allows it. All others say what the run
+is: other networks, another objective, other rewards are another run."""
 
 
 class Experiment(Section):
@@ -221,7 +221,8 @@ class Experiment(Section):
 
     @property
     def reward_actors(self) -> int:
-        """How many the Ray runner starts: replicas of a group for each environment, and of one for all other rewards."""
+        """How many the Ray runner starts: replicas of a group for each environment, and of one for all other
+        rewards."""
         apart = [name for environment in self.cluster.rewards.environments for name in environment.rewards]
         groups = len(self.cluster.rewards.environments) + (len(self.rewards.names) > len(apart))
         return 0 if self.cluster.rewards.placement == "process" else self.cluster.rewards.replicas * groups
@@ -238,7 +239,8 @@ class Experiment(Section):
         return {k: (then[k], now[k]) for k in now if then[k] != now[k]}
 
     def without_secrets(self) -> Experiment:
-        """The same without a tracking server's address that holds a password or a query, which came from the environment."""
+        """The same without a tracking server's address that holds a password or a query, which came from the
+        environment."""
         uri = self.tracking.uri
         return self if uri is None or redact(uri) == uri else self.tracked_at(None)
 

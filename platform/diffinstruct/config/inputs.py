@@ -1,4 +1,5 @@
-"""What a run reads from elsewhere, looked for before anything heavy is imported: its prompts, the modules of its rewards."""
+"""What a run reads from elsewhere, looked for before anything heavy is imported: its prompts, the modules of its
+rewards."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from diffinstruct.errors import UserError
 
 
 def check_inputs(experiment: Experiment) -> None:
-    """Raises UserError for prompts that cannot be read, a reward whose module is nowhere, a mirror whose package is missing."""
+    """Raises UserError for prompts that cannot be read, a reward whose module is nowhere, a mirror whose package is
+    missing."""
     for key in ("train", "grid"):
         try:
             read_prompts(getattr(experiment.prompts, key), column=experiment.prompts.column)

@@ -34,8 +34,8 @@ def load_run(folder: Path) -> Experiment:
 def load(path: str | Path, overrides: Iterable[str] = (), upgrade: bool = False) -> Experiment:
     """The experiment of a YAML file with `a.b=value` overrides, whose values are YAML too.
 
-    Raises ConfigErrors with every mistake, one line each: `file:line: key: what, got ..., did you mean ...`. The file of
-    an override is `-s`.
+    Raises ConfigErrors with every mistake, one line each: `file:line: key: what, got ..., did you mean ...`. The file
+    of an override is `-s`.
     """
     source = _Source()
     source.read_file(Path(path))

@@ -1,5 +1,5 @@
-"""Two runs side by side, `diffinstruct compare`: which keys differ between them, and what comes of it, paired over prompts and
-noise. Differences are the second run minus the first."""
+"""Two runs side by side, `diffinstruct compare`: which keys differ between them, and what comes of it, paired over
+prompts and noise. Differences are the second run minus the first."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Comparison:
-    """changes: key -> (the first run's value, the second's), where they differ. evaluations: name -> what it did, the first run
-    first. pictures: name -> those of `prompts`, made of the noise that was measured."""
+    """changes: key -> (the first run's value, the second's), where they differ. evaluations: name -> what it did, the
+    first run first. pictures: name -> those of `prompts`, made of the noise that was measured."""
 
     changes: Mapping[str, tuple[Any, Any]]
     evaluations: Mapping[str, Evaluation]
@@ -72,7 +72,8 @@ class Comparison:
         )
 
     def save(self, out: Path) -> None:
-        """A page, where `out` ends in .html; else a folder: `table.md`, `pictures.png`, a .csv a run with a row a prompt."""
+        """A page, where `out` ends in .html; else a folder: `table.md`, `pictures.png`, a .csv a run with a row a
+        prompt."""
         if out.suffix == ".html":
             page.save(out, self.page())
             return

@@ -40,7 +40,8 @@ def examine(
 ) -> dict[str, Evaluation]:
     """Every figure of the generators in `folders`, by the folder's name.
 
-    prompts: a prompt set, see `read_prompts`; columns named like the truth's attributes are checked against the pictures.
+    prompts: a prompt set, see `read_prompts`; columns named like the truth's attributes are checked against the
+    pictures.
     rewards: names; none means those of the first run among the folders.
     reference_pictures: how many the reference makes, of the first prompts and other noise; 0 leaves distances out. The
         reference, and its guidance, are those of the first run.

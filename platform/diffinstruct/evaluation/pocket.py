@@ -1,7 +1,8 @@
 """The built-in world's examination: its prompts, its ground truth, its judges, and the reference's own stored result.
 
-756 prompts: 500 of held-out combinations with the face named, 256 with the face left open. Every generator gets the same
-noise. Distances are measured to 378 pictures that the reference made of every second prompt, 50 guided steps, other noise.
+756 prompts: 500 of held-out combinations with the face named, 256 with the face left open. Every generator gets the
+same noise. Distances are measured to 378 pictures that the reference made of every second prompt, 50 guided steps,
+other noise.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def examination_prompts() -> pd.DataFrame:
 
 
 def examine(sample: Sampler, reference_features: np.ndarray | None = None, every: int = 1) -> Evaluation:
-    """Every figure of one generator. `reference_features` [m, F] replaces the stored ones, for who makes them anew. `every`: on
-    every n-th prompt only, to see that it works."""
+    """Every figure of one generator. `reference_features` [m, F] replaces the stored ones, for who makes them anew.
+    `every`: on every n-th prompt only, to see that it works."""
     from reward_models import load
 
     if reference_features is None:

@@ -1,10 +1,11 @@
 """The forward process and the one face of every network: `Denoiser`, from a noisy sample to its clean prediction.
 
     x_t = alpha_t x0 + sigma_t eps                       (forward process, arXiv 2410.20898)
-    score(x_t) = -(x_t - alpha_t x0_hat) / sigma_t^2     so a difference of scores is alpha_t / sigma_t^2 times one of x0_hat
+    score(x_t) = -(x_t - alpha_t x0_hat) / sigma_t^2     so a difference of scores is alpha_t / sigma_t^2 times one of
+    x0_hat
 
-Flow matching is the case alpha_t = 1 - t, sigma_t = t. Shapes: samples x0, xt, eps [B, ...]; t [B] whole numbers into the
-schedule.
+Flow matching is the case alpha_t = 1 - t, sigma_t = t. Shapes: samples x0, xt, eps [B, ...]; t [B] whole numbers into
+the schedule.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ Conditions = dict[str, Tensor]
 """What the networks are conditioned on, batch first: {"prompt_embeds": [B, L, D], ...}."""
 
 Denoiser = Callable[[Tensor, Tensor, Conditions], Tensor]
-"""(xt [B, ...], t [B], conditions) -> x0_hat [B, ...]. Every network, of whatever parametrisation, is adapted to this."""
+"""(xt [B, ...], t [B], conditions) -> x0_hat [B, ...]. Every network, of whatever parametrisation, is adapted to
+this."""
 
 GuidedReference = Callable[[Tensor, Tensor, Conditions], tuple[Tensor, Tensor | None]]
 """(xt, t, conditions) -> (r, g), each like xt: the x0 prediction that a divergence compares with, and the guidance that
@@ -34,14 +36,15 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "v": lambda alpha, sigma: 1 / sigma,
     "score": lambda alpha, sigma: alpha / sigma**2,
 }
-"""Where a difference is measured: m_t(alpha, sigma) turns one of x0 predictions into one of x0, of eps (up to sign), of v
-(a flow's velocity eps - x0 as well), of scores. Choosing it is choosing a weight of t: see `objectives`, `denoising_loss`."""
+"""Where a difference is measured: m_t(alpha, sigma) turns one of x0 predictions into one of x0, of eps (up to sign), of
+v (a flow's velocity eps - x0 as well), of scores. Choosing it is choosing a weight of t: see `objectives`,
+`denoising_loss`."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """alpha_t and sigma_t of every t, two vectors [T], noise growing with t. `timesteps` [T]: what networks are fed for t,
-    where that is not t itself (flows take 1000 sigma_t)."""
+    """alpha_t and sigma_t of every t, two vectors [T], noise growing with t. `timesteps` [T]: what networks are fed for
+    t, where that is not t itself (flows take 1000 sigma_t)."""
 
     alphas: Tensor
     sigmas: Tensor
@@ -92,9 +95,9 @@ def denoising_loss(
 ) -> Tensor:
     """[B]: the score network's loss, ||m_t (x0_hat - x0)||^2 averaged over dimensions (arXiv 2410.20898).
 
-    lambda(t), which the paper leaves open, is chosen as the space whose error is squared: "eps" is ||eps_hat - eps||^2, that
-    is the x0 error weighted by the signal-to-noise ratio. `x0` is a constant here: the caller passes samples cut from the
-    generator's graph.
+    lambda(t), which the paper leaves open, is chosen as the space whose error is squared: "eps" is ||eps_hat - eps||^2,
+    that is the x0 error weighted by the signal-to-noise ratio. `x0` is a constant here: the caller passes samples cut
+    from the generator's graph.
     """
     x0_hat = denoiser(schedule.diffuse(x0, t, eps), t, c)
     return (schedule.scale(weighting, t, x0) * (x0_hat - x0)).pow(2).flatten(1).mean(1)
@@ -106,7 +109,8 @@ def uniform_t(t_min: int, t_max: int) -> LawOfT:
 
 
 def log_normal_t(schedule: Schedule, mean: float, std: float, t_min: int, t_max: int) -> LawOfT:
-    """ln(sigma_t / alpha_t) ~ N(mean, std^2), cut to t in [t_min, t_max) (the law of Karras et al. 2022, arXiv 2206.00364)."""
+    """ln(sigma_t / alpha_t) ~ N(mean, std^2), cut to t in [t_min, t_max) (the law of Karras et al. 2022, arXiv
+    2206.00364)."""
     ratio = (schedule.sigmas.double() / schedule.alphas.double()).log().cpu()
     edges = torch.cat([(ratio[1:] + ratio[:-1]) / 2, ratio[-1:] + 1])  # t stands for what is nearest to its ratio
     normal = torch.distributions.Normal(mean, std)

@@ -1,4 +1,5 @@
-"""Distances between two scores: a pair (d, d'), the divergence's integrand and what its gradient needs (arXiv 2410.20898).
+"""Distances between two scores: a pair (d, d'), the divergence's integrand and what its gradient needs (arXiv
+2410.20898).
 
 Shapes: y [B, ...]; d(y) [B], d'(y) [B, ...], the gradient of d at y. Norms run over a whole sample.
 """
@@ -13,14 +14,16 @@ from torch import Tensor
 
 
 class Distance(NamedTuple):
-    """Any pair of callables of these shapes is a distance, as long as `gradient` is differentiable in y: DI* needs that."""
+    """Any pair of callables of these shapes is a distance, as long as `gradient` is differentiable in y: DI* needs
+    that."""
 
     value: Callable[[Tensor], Tensor]  # d, [B, ...] -> [B]; recorded, never differentiated
     gradient: Callable[[Tensor], Tensor]  # d', [B, ...] -> [B, ...]
 
 
 def pseudo_huber(c: float) -> Distance:
-    """d(y) = sqrt(||y||^2 + C^2) - C and d'(y) = y / sqrt(||y||^2 + C^2), with C^2 = c^2 * dimensions (the paper's choice).
+    """d(y) = sqrt(||y||^2 + C^2) - C and d'(y) = y / sqrt(||y||^2 + C^2), with C^2 = c^2 * dimensions (the paper's
+    choice).
 
     `c` is per square root of a dimension, so one value serves samples of any size; it is in the units of y. Gradient
     flows through the denominator too: without it this is another objective.
@@ -44,7 +47,8 @@ squared = Distance(value=lambda y: y.flatten(1).pow(2).sum(1), gradient=lambda y
 
 
 def distance(name: str, huber_c: float) -> Distance:
-    """The distance of a configuration: "pseudo_huber", "squared", or the import path `module:attribute` of a Distance."""
+    """The distance of a configuration: "pseudo_huber", "squared", or the import path `module:attribute` of a
+    Distance."""
     if name == "pseudo_huber":
         return pseudo_huber(huber_c)
     if name == "squared":

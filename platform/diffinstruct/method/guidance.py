@@ -1,4 +1,5 @@
-"""Classifier-free guidance of the reference, inside the divergence or beside it (guidance IN and OUT of arXiv 2410.20898)."""
+"""Classifier-free guidance of the reference, inside the divergence or beside it (guidance IN and OUT of arXiv
+2410.20898)."""
 
 from __future__ import annotations
 

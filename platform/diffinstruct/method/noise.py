@@ -12,7 +12,8 @@ from diffinstruct.method.diffusion import LawOfT
 
 @dataclass(frozen=True)
 class NoiseStreams:
-    """The randomness of one round, drawn for the *global* batch and then sliced: the number of workers changes no number."""
+    """The randomness of one round, drawn for the *global* batch and then sliced: the number of workers changes no
+    number."""
 
     seed: int
     step: int

@@ -10,10 +10,12 @@ from torch import Tensor
 
 
 class NonFinite(RuntimeError):
-    """The gradient of `player` is not finite: its update was left out, and with it the rest of the round. All workers raise it.
+    """The gradient of `player` is not finite: its update was left out, and with it the rest of the round. All workers
+    raise it.
 
     player: "score network" or "generator".
-    cause: the first thing that was not finite on this worker, with the prompts it belongs to; None where all was well here, up
+    cause: the first thing that was not finite on this worker, with the prompts it belongs to; None where all was well
+    here, up
         to the gradient itself.
     """
 

@@ -7,9 +7,9 @@ r = the reference's, guided if guidance is inside; g = the guidance that stays b
 k_t = alpha_t / sigma_t^2, so y = s_psi - s_ref = k_t e. m_t is the scale of the space where differences are measured
 (`diffusion.WEIGHTINGS`): choosing the weighting is choosing w(t). Both networks' *parameters* are constants here.
 
-Reduction, the same for all: sum over a sample's dimensions; the caller takes the mean over the global batch. Reward scale and
-regularization weight are to be read against that sum. Equal coefficients mean nothing across objectives: each pulls with its
-own strength, so compare them at equal distance to the reference.
+Reduction, the same for all: sum over a sample's dimensions; the caller takes the mean over the global batch. Reward
+scale and regularization weight are to be read against that sum. Equal coefficients mean nothing across objectives: each
+pulls with its own strength, so compare them at equal distance to the reference.
 
 Each returns the loss [B] and its record, per sample: "x0_gap", the mean of e^2 over dimensions (of x0 predictions in
 all objectives, so that one plot compares them), "reference_error", mean|x0 - r|, and what else it has to tell.
@@ -48,13 +48,13 @@ def diff_instruct_star(
     weighting: str,
     distance: Distance,
 ) -> Loss:
-    """DI* (arXiv 2410.20898); with reward scale 0 SIM (arXiv 2410.16794). Its gradient in theta is that of the score-based
-    divergence, the law of x_t held fixed:
+    """DI* (arXiv 2410.20898); with reward scale 0 SIM (arXiv 2410.16794). Its gradient in theta is that of the
+    score-based divergence, the law of x_t held fixed:
 
         L = - w_t < d'(y), s_psi(x_t) - grad log q(x_t | x0) >
 
-    Gradient flows through x_t into f *and* r, and through the distance's denominator; cutting it there silently gives a KL
-    method. The right factor is k_t (f - x0). Measured in a space, with d_t(y) = d(m_t y / k_t) and w_t = 1:
+    Gradient flows through x_t into f *and* r, and through the distance's denominator; cutting it there silently gives a
+    KL method. The right factor is k_t (f - x0). Measured in a space, with d_t(y) = d(m_t y / k_t) and w_t = 1:
 
         L = - < d'(m_t e), m_t (f - x0) >
 
@@ -113,8 +113,9 @@ def sid(
 
         L = < m_t (r - f), m_t [(r - x0) - alpha (r - f)] > / mean|x0 - r|
 
-    Gradient flows through both networks, not through the normaliser. Without that, 2 L measured in scores has the gradient of
-    E||y||^2 with the law of x_t held fixed at alpha 1 (SIM with the squared distance), of the whole Fisher divergence at 0.5.
+    Gradient flows through both networks, not through the normaliser. Without that, 2 L measured in scores has the
+    gradient of E||y||^2 with the law of x_t held fixed at alpha 1 (SIM with the squared distance), of the whole Fisher
+    divergence at 0.5.
     """
     xt, m = schedule.diffuse(x0, t, eps), schedule.scale(weighting, t, x0)
     f, (r, g) = score_network(xt, t, c), reference(xt, t, c)
@@ -124,12 +125,14 @@ def sid(
 
 
 def _beside(g: Tensor | None, m: Tensor, xt: Tensor) -> Tensor | float:
-    """Guidance OUT (arXiv 2410.20898): - (guidance_scale - 1) w_t < sg[s_ref(c) - s_ref(null)], x_t >, w_t = m_t / k_t."""
+    """Guidance OUT (arXiv 2410.20898): - (guidance_scale - 1) w_t < sg[s_ref(c) - s_ref(null)], x_t >, w_t = m_t /
+    k_t."""
     return 0.0 if g is None else -per_sample_sum(m * g * xt)
 
 
 def _record(f: Tensor, r: Tensor, x0: Tensor) -> dict[str, Tensor]:
-    """Constants [B]. "reference_error", how far the sample is from what the reference makes of it, divides DMD and SiD."""
+    """Constants [B]. "reference_error", how far the sample is from what the reference makes of it, divides DMD and
+    SiD."""
     return {
         "x0_gap": (f - r).detach().pow(2).flatten(1).mean(1),
         "reference_error": (x0 - r).detach().abs().flatten(1).mean(1).clamp(min=1e-5),

@@ -9,8 +9,8 @@ import torch
 
 
 def use_deterministic_kernels() -> None:
-    """From here on this process computes the same bits from the same numbers on a GPU, too, and an operation that cannot raises
-    RuntimeError. Before its first matrix product: cuBLAS asks for its workspace then."""
+    """From here on this process computes the same bits from the same numbers on a GPU, too, and an operation that
+    cannot raises RuntimeError. Before its first matrix product: cuBLAS asks for its workspace then."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

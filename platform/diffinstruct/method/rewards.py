@@ -1,8 +1,8 @@
 """Rewards at the latents: decode, score, and the gradient of the score with respect to the latents.
 
-The contract of a reward model: images [B, 3, H, W] float in [0, 1] and prompts list[str] -> scores [B], higher is better.
-`LatentRewards` is that, moved to where the generator's samples live. It runs in the trainer's process or in a reward actor;
-both are asked through `Send`, so the step cannot tell which.
+The contract of a reward model: images [B, 3, H, W] float in [0, 1] and prompts list[str] -> scores [B], higher is
+better. `LatentRewards` is that, moved to where the generator's samples live. It runs in the trainer's process or in a
+reward actor; both are asked through `Send`, so the step cannot tell which.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ class NotFinite(RewardError):
 class RewardRequest:
     """What a caller wants of the rewards.
 
-    weights: name -> its weight in the sum whose gradient is wanted; every other reward is scored and no more. None of them: no
+    weights: name -> its weight in the sum whose gradient is wanted; every other reward is scored and no more. None of
+    them: no
         gradient is computed.
-    micro_batch: rows that go through decoder and rewards at once. Rows in batches of another size differ in the last bits, so
+    micro_batch: rows that go through decoder and rewards at once. Rows in batches of another size differ in the last
+    bits, so
         the caller fixes it: answers are reproducible, and memory is bounded.
     """
 
@@ -42,9 +44,9 @@ class RewardRequest:
 
 @dataclass(frozen=True)
 class Scores:
-    """`scores`: each reward's own [B]. `gradient`, like the latents: d(sum_b sum_i weight_i r_i) / d latents, so row b is
-    sample b's own gradient whatever the batch. `seconds`: what computing it took. `micro_batch`: the rows that went at once,
-    fewer than asked for where memory did not hold them."""
+    """`scores`: each reward's own [B]. `gradient`, like the latents: d(sum_b sum_i weight_i r_i) / d latents, so row b
+    is sample b's own gradient whatever the batch. `seconds`: what computing it took. `micro_batch`: the rows that went
+    at once, fewer than asked for where memory did not hold them."""
 
     scores: dict[str, Tensor]
     gradient: Tensor
@@ -60,8 +62,8 @@ Send = Callable[[Tensor, Sequence[str]], Collect]
 class LatentRewards:
     """Decoder and rewards in one process. A pure function of latents, prompts and terms: asking twice is harmless.
 
-    A reward that has a `tower` and a `head` (see `reward_models`) is head(tower.features(images), prompts); rewards with one
-    and the same tower share its features.
+    A reward that has a `tower` and a `head` (see `reward_models`) is head(tower.features(images), prompts); rewards
+    with one and the same tower share its features.
 
     Args:
         decode: latents [B, ...] -> images [B, 3, H, W] in [0, 1], differentiable.
@@ -126,8 +128,8 @@ class LatentRewards:
 def scored(
     name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str], seen: dict[int, Tensor] | None = None
 ) -> Tensor:
-    """The reward's scores [B], finite. It gets images of its own: what it writes into them no other reward sees. One that errs
-    is refused by name and never becomes a 0.
+    """The reward's scores [B], finite. It gets images of its own: what it writes into them no other reward sees. One
+    that errs is refused by name and never becomes a 0.
 
     seen: features of the same images by their tower's id; those of this reward's tower are used, or added.
     """

@@ -1,17 +1,18 @@
 """One alternating round of Diff-Instruct* (arXiv 2410.20898): torch only, knows neither Ray nor MLflow.
 
-Everything that wants something of the generator says so as a gradient at its sample x0. The regulariser and the rewards are
-computed on detached leaves, wherever that is cheapest, and the generator's graph is walked once:
+Everything that wants something of the generator says so as a gradient at its sample x0. The regulariser and the rewards
+are computed on detached leaves, wherever that is cheapest, and the generator's graph is walked once:
 
     x0 = g_theta(z, c)  --detached-->  rewards (elsewhere, meanwhile)
     K_TA times:  score network learns to denoise x0
     x0.backward((regularization_weight * g_reg - reward_scale * g_reward) / batch),  clip, Adam, EMA
 
-Nothing that is not finite reaches a weight. What one worker finds, be it in its sample, a loss or a reward, makes its gradient
-NaN; gradients are averaged over the workers, so all of them see it, leave the update out and raise NonFinite at the same place.
+Nothing that is not finite reaches a weight. What one worker finds, be it in its sample, a loss or a reward, makes its
+gradient NaN; gradients are averaged over the workers, so all of them see it, leave the update out and raise NonFinite
+at the same place.
 
-What does not fit memory at once goes through the networks in micro-batches. Then there is no graph to keep: x0 is drawn without
-one, and the generator goes forward once more for each micro-batch's backward pass.
+What does not fit memory at once goes through the networks in micro-batches. Then there is no graph to keep: x0 is drawn
+without one, and the generator goes forward once more for each micro-batch's backward pass.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class StepConfig:
 
 @dataclass
 class TrainState:
-    """The roles of the method and their optimizers. `generator` and `score_network` may be wrapped for data parallelism."""
+    """The roles of the method and their optimizers. `generator` and `score_network` may be wrapped for data
+    parallelism."""
 
     generator: nn.Module  # (z [B, ...], c) -> x0 [B, ...]
     score_network: nn.Module  # a Denoiser, trained on generated samples only
@@ -251,7 +253,8 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def _clipped(player: nn.Module, max_norm: float, step: int, name: str, finite: FiniteCheck) -> float:
-    """Clip and return the norm from before. Gradients are already averaged over the workers: all of them raise, or none."""
+    """Clip and return the norm from before. Gradients are already averaged over the workers: all of them raise, or
+    none."""
     whole = nn.utils.clip_grad_norm_(player.parameters(), max_norm)
     norm = (whole.full_tensor() if isinstance(whole, DTensor) else whole).item()
     if not math.isfinite(norm):
@@ -269,6 +272,7 @@ def _rows(c: Conditions, part: slice) -> Conditions:
 
 
 def _accumulating(player: nn.Module) -> AbstractContextManager:
-    """A backward pass whose gradients wait for the last micro-batch's before they meet the other workers'. Sharded ones meet
+    """A backward pass whose gradients wait for the last micro-batch's before they meet the other workers'. Sharded ones
+    meet
     them at once: to wait, each worker would hold the whole gradient."""
     return player.no_sync() if isinstance(player, DistributedDataParallel) else nullcontext()

@@ -49,9 +49,9 @@ pipe("a prompt", num_inference_steps=1, guidance_scale=0.0).images[0]
 def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
     """Write `generator` with the other parts of the reference `model` as a folder of its stock pipeline; returns it.
 
-    Everything is stored in the generator's own dtype, so that the pictures are the trainer's; adapters are merged into the
-    network they are on, in fp32, and lie beside it in `lora/` for `load_lora_weights` where the pipeline knows that. The
-    folder appears whole or not at all, and replaces one that is already there.
+    Everything is stored in the generator's own dtype, so that the pictures are the trainer's; adapters are merged into
+    the network they are on, in fp32, and lie beside it in `lora/` for `load_lora_weights` where the pipeline knows
+    that. The folder appears whole or not at all, and replaces one that is already there.
     """
     folder = Path(folder).absolute()
     trained: Any = generator.denoiser.network
@@ -86,7 +86,8 @@ def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
 
 
 def load_export(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Reference, OneStepGenerator]:
-    """Open what `export` wrote: the pipeline's other parts, and its one-step generator. It needs nothing else of its run.
+    """Open what `export` wrote: the pipeline's other parts, and its one-step generator. It needs nothing else of its
+    run.
 
     Raises UserError for a pipeline that is no one-step generator of ours.
     """

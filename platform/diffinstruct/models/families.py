@@ -1,5 +1,6 @@
-"""What differs between families of text-to-image pipelines. Each answers the same four questions: which parts there are, what
-a prompt and the null prompt become, and how the network is called. To add one, add its class and a line in FAMILIES.
+"""What differs between families of text-to-image pipelines. Each answers the same four questions: which parts there
+are, what a prompt and the null prompt become, and how the network is called. To add one, add its class and a line in
+FAMILIES.
 
 Prompts are encoded by diffusers' own pipelines, so that a network is conditioned on what it was trained on.
 
@@ -39,7 +40,8 @@ class StableDiffusion:
         *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
         *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
     )
-    """Endings of the names of the layers that adapters belong to (the choice of DMD2's one-step SDXL; arXiv 2405.14867)."""
+    """Endings of the names of the layers that adapters belong to (the choice of DMD2's one-step SDXL; arXiv
+    2405.14867)."""
 
     @staticmethod
     def encode(pipeline: Any, prompt: str, device: torch.device | str) -> Conditions:
@@ -53,7 +55,8 @@ class StableDiffusion:
 
     @staticmethod
     def blank(network: Any, tokens: int) -> Conditions:
-        """The shapes of one prompt's conditions, for a network of this configuration and a CLIP that sees so many tokens."""
+        """The shapes of one prompt's conditions, for a network of this configuration and a CLIP that sees so many
+        tokens."""
         return {"prompt_embeds": torch.zeros(1, tokens, network.cross_attention_dim)}
 
     @staticmethod
@@ -63,8 +66,8 @@ class StableDiffusion:
 
 
 class StableDiffusionXL(StableDiffusion):
-    """SDXL: a U-Net, two CLIP text encoders whose hidden states lie side by side, the second's pooled state, and the picture's
-    size as "time ids" (original size, crop, target size; not cropped, here)."""
+    """SDXL: a U-Net, two CLIP text encoders whose hidden states lie side by side, the second's pooled state, and the
+    picture's size as "time ids" (original size, crop, target size; not cropped, here)."""
 
     pipeline = "StableDiffusionXLPipeline"
     texts: ClassVar[Mapping[str, str]] = {

@@ -56,8 +56,9 @@ class SharedBase:
             layer._active_adapter = self.active_adapters
 
     def add_difference(self, adapter: str, other: nn.Module, rank: int) -> float:
-        """An adapter that makes this network as much like `other` as its rank allows; the share of the difference, in the
-        Frobenius norm over all weights, that it does not hold (what no adapter reaches, as biases and norms, included)."""
+        """An adapter that makes this network as much like `other` as its rank allows; the share of the difference, in
+        the Frobenius norm over all weights, that it does not hold (what no adapter reaches, as biases and norms,
+        included)."""
         whole, lost = 0.0, 0.0
         target = dict(other.named_parameters())
         for name, parameter in _own(dict(self.network.named_parameters())):
@@ -93,8 +94,8 @@ class SharedBase:
             self.active_adapters[:] = before
 
     def _checkpoint(self, block: Any, *inputs: Any) -> Any:
-        """A block whose activations are computed again in the backward pass, which is the role's own whatever role the network
-        plays by then."""
+        """A block whose activations are computed again in the backward pass, which is the role's own whatever role the
+        network plays by then."""
         names = tuple(self.active_adapters)
         return checkpoint(
             block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self.with_adapters(names))
@@ -102,7 +103,8 @@ class SharedBase:
 
 
 class Role(nn.Module):
-    """A shared network in one role, called as the network itself. Its parameters and its state are its own adapter's alone."""
+    """A shared network in one role, called as the network itself. Its parameters and its state are its own adapter's
+    alone."""
 
     def __init__(self, base: SharedBase, adapter: str | None, frozen_adapters: tuple[str, ...]) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
 """A pretrained text-to-image diffusion model as the method needs it: schedule, denoisers, one-step generators, decoder.
 
 `load_reference` reads a diffusers pipeline part by part and loads each part when it is first asked for: a reward actor
-that only decodes never holds a network. Which parts there are and how they are called is `families`. Nothing here unpickles:
-weights are safetensors, the rest is JSON and text.
+that only decodes never holds a network. Which parts there are and how they are called is `families`. Nothing here
+unpickles: weights are safetensors, the rest is JSON and text.
 
-Shapes: B samples; latents and noise [B, C, H, W] in the network's units (the decoder's, shifted and scaled); t [B]; images
-[B, 3, H', W'] in [0, 1]; conditions batch first.
+Shapes: B samples; latents and noise [B, C, H, W] in the network's units (the decoder's, shifted and scaled); t [B];
+images [B, 3, H', W'] in [0, 1]; conditions batch first.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class Reference:
         size = self._config["sample_size"]
         self.latent_shape = (self._config["in_channels"], *((size, size) if isinstance(size, int) else size))
         self.embeddings = Embeddings(embeddings, self._encoder()) if embeddings else None
-        # Prompt sets are finite: a run meets each prompt many times. 1,000 embeddings of SD1.5 are 0.24 GB in fp32. What is on
+        # Prompt sets are finite: a run meets each prompt many times. 1,000 embeddings of SD1.5 are 0.24 GB in fp32.
+        # What is on
         # disk the system caches.
         self._embedding = self._stored if embeddings else lru_cache(maxsize=1000)(self._embed)
 
@@ -171,7 +172,8 @@ class Reference:
     ) -> Any:
         """A fresh network of the reference's shape.
 
-        start: "reference", "pocket-distilled", a folder or hub id that holds a network of the reference's class or a pipeline
+        start: "reference", "pocket-distilled", a folder or hub id that holds a network of the reference's class or a
+        pipeline
             with one, or a .safetensors file of its weights, named as diffusers or as the model's authors do.
         dtype, device: the reference's, if not said; on "meta" without weights, but with its buffers.
         Raises UserError for a start that is not there or does not fit the reference.
@@ -188,7 +190,8 @@ class Reference:
         return network
 
     def check_start(self, start: str) -> str:
-        """Where a start's weights lie; whether they fit, as far as they need not be read. Raises UserError as `network`."""
+        """Where a start's weights lie; whether they fit, as far as they need not be read. Raises UserError as
+        `network`."""
         source = {"reference": self.source, "pocket-distilled": str(POCKET / "generator")}.get(start, start)
         refuse_missing("generator.init_from", source)
         if Path(source).is_file():
@@ -206,8 +209,8 @@ class Reference:
         return source
 
     def denoiser(self, network: nn.Module | None = None) -> NetworkDenoiser:
-        """A network as a Denoiser; a fresh copy of the reference's own, trainable, if none is given. What it predicts is taken
-        for what the reference's predicts (epsilon, v, sample, flow)."""
+        """A network as a Denoiser; a fresh copy of the reference's own, trainable, if none is given. What it predicts
+        is taken for what the reference's predicts (epsilon, v, sample, flow)."""
         network = self.network() if network is None else network
         return NetworkDenoiser(network, self.family, self.schedule, self.prediction, self._pixels_per_latent)
 
@@ -216,7 +219,8 @@ class Reference:
         return self.one_step(self.network(start), timestep, input_scale)
 
     def one_step(self, network: nn.Module, timestep: int, input_scale: InputScale = "unit") -> OneStepGenerator:
-        """A network as a one-step generator at T, an index into the schedule. Raises UserError for one outside of it."""
+        """A network as a one-step generator at T, an index into the schedule. Raises UserError for one outside of
+        it."""
         last = len(self.schedule.alphas) - 1
         if not 0 <= timestep <= last:
             raise UserError(f"generator.timestep: got {timestep}, the schedule has 0 to {last}")
@@ -241,7 +245,8 @@ class Reference:
         )
 
     def sampler(self, generator: OneStepGenerator) -> Callable[[list[str], Tensor], Tensor]:
-        """(prompts, noise [B, C, H, W]) -> images [B, 3, H', W'] in [0, 1], of a one-step generator, without gradient."""
+        """(prompts, noise [B, C, H, W]) -> images [B, 3, H', W'] in [0, 1], of a one-step generator, without
+        gradient."""
 
         @torch.no_grad()
         def sample(prompts: list[str], z: Tensor) -> Tensor:
@@ -297,7 +302,8 @@ class Reference:
 
     @torch.no_grad()
     def _embed(self, prompt: str | None) -> Conditions:
-        # Quiet: a prompt that is cut off would be told of at every worker. Not in the precision of whoever asks first, either.
+        # Quiet: a prompt that is cut off would be told of at every worker. Not in the precision of whoever asks first,
+        # either.
         with quiet(), torch.autocast(torch.device(self.device).type, enabled=False):
             if prompt is NULL:
                 return self.family.null(self._encoding, self.device)
@@ -353,7 +359,8 @@ class Reference:
         return nn.Module.to(network, device, dtype).requires_grad_(True).eval()
 
     def _subfolder(self, source: str) -> str:
-        """Where in a folder or hub repository the network is: under its part's name in a pipeline, at the top otherwise."""
+        """Where in a folder or hub repository the network is: under its part's name in a pipeline, at the top
+        otherwise."""
         try:
             name, revision = pinned(source)
             self._network_class.load_config(name, subfolder=self.family.part, **revision)
@@ -384,11 +391,12 @@ def load_reference(
     embeddings: Path | None = None,
     decoder_dtype: torch.dtype | None = None,
 ) -> Reference:
-    """Open "pocket" (the built-in world), a diffusers pipeline's folder, hub id or hub id@commit, or a .safetensors file that
-    holds a whole pipeline in its authors' layout; its parts load when used.
+    """Open "pocket" (the built-in world), a diffusers pipeline's folder, hub id or hub id@commit, or a .safetensors
+    file that holds a whole pipeline in its authors' layout; its parts load when used.
 
     dtype: of every part, whatever the files hold.
-    activation_checkpointing: networks and decoder keep their blocks' inputs alone and compute the rest again when they are
+    activation_checkpointing: networks and decoder keep their blocks' inputs alone and compute the rest again when they
+    are
         differentiated.
     embeddings: a folder of prompt embeddings (`embeddings.Embeddings`), from which prompts are then read.
     decoder_dtype: of the decoder, if another.

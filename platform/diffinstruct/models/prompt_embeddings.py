@@ -36,7 +36,8 @@ class Embeddings:
         return [prompt for prompt in dict.fromkeys(prompts) if not self._file(prompt).exists()]
 
     def read(self, prompt: str | None) -> Conditions:
-        """The conditions of one prompt, batch size 1, on the CPU. Raises UserError for one that is not there or damaged."""
+        """The conditions of one prompt, batch size 1, on the CPU. Raises UserError for one that is not there or
+        damaged."""
         file = self._file(prompt)
         try:
             return load_file(file)
@@ -64,7 +65,8 @@ class Embeddings:
 
 
 def digest(files: Iterable[Path]) -> str:
-    """12 hex digits for the content of files, by their names. Of those larger than WHOLE (a T5 has 10 GB) the size and SAMPLES
+    """12 hex digits for the content of files, by their names. Of those larger than WHOLE (a T5 has 10 GB) the size and
+    SAMPLES
     blocks spread over them count: two trainings differ everywhere."""
     of = hashlib.sha256()
     for path in sorted(files):

@@ -1,9 +1,9 @@
 """The roles of the method as modules: full copies of the pretrained network, or adapters over one frozen base.
 
-With adapters (LoRA, arXiv 2106.09685) one network plays several roles: the reference is the base alone, the generator, its
-average and the score network are the base with an adapter each. Changing roles changes which adapters the layers add; it copies
-nothing, and it leaves `requires_grad` as it is. (peft's own `set_adapter` does not: called between the generator's forward and
-backward pass it would make the generator's gradient 0 without a word.)
+With adapters (LoRA, arXiv 2106.09685) one network plays several roles: the reference is the base alone, the generator,
+its average and the score network are the base with an adapter each. Changing roles changes which adapters the layers
+add; it copies nothing, and it leaves `requires_grad` as it is. (peft's own `set_adapter` does not: called between the
+generator's forward and backward pass it would make the generator's gradient 0 without a word.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ GENERATOR, AVERAGE, SCORE, START = "generator", "average", "score", "start"
 @dataclass(frozen=True)
 class Roles:
     """`generator` and `score_network` are trained, `reference` and `average` (of the generator, in fp32) are not.
-    `start_error`: what a low-rank start has lost, as a share of its difference from the reference; None for an exact one."""
+    `start_error`: what a low-rank start has lost, as a share of its difference from the reference; None for an exact
+    one."""
 
     generator: OneStepGenerator
     score_network: NetworkDenoiser
@@ -37,7 +38,8 @@ class Roles:
 
 
 Materialize = Callable[[Callable[[str | None], nn.Module]], nn.Module]
-"""How a process keeps a network: what is given loads it onto a device (None: the reference's; "meta": without weights)."""
+"""How a process keeps a network: what is given loads it onto a device (None: the reference's; "meta": without
+weights)."""
 
 
 def unsharded(load: Callable[[str | None], nn.Module]) -> nn.Module:
@@ -46,7 +48,8 @@ def unsharded(load: Callable[[str | None], nn.Module]) -> nn.Module:
 
 
 def make_roles(experiment: Experiment, reference: Reference, materialize: Materialize = unsharded) -> Roles:
-    """As the configuration asks for: `lora_rank` 0 is a full copy in fp32. What is frozen is in the arithmetic's precision."""
+    """As the configuration asks for: `lora_rank` 0 is a full copy in fp32. What is frozen is in the arithmetic's
+    precision."""
     of, score, error = experiment.generator, experiment.score_network, None
     frozen = frozen_dtype(experiment.precision)
 

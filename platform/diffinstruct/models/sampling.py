@@ -18,7 +18,8 @@ EVALUATION_SEED = 1_000_000
 def probe_inputs(
     reference: Reference, prompts: Sequence[str], n: int, seed: int, noises: int = 1
 ) -> tuple[list[str], Tensor]:
-    """n of the prompts, drawn by `seed` (again and again where there are fewer), and noise [n * noises, ...] for them."""
+    """n of the prompts, drawn by `seed` (again and again where there are fewer), and noise [n * noises, ...] for
+    them."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(prompts), generator=generator) for _ in range(-(-n // len(prompts)))])
     noise = torch.randn(n * noises, *reference.latent_shape, generator=generator)

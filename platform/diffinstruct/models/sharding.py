@@ -1,10 +1,11 @@
 """Networks that are spread over the training processes (FSDP2, `fully_shard`), for what one GPU does not hold.
 
-Each process keeps its rows of every weight, and with them of gradients, Adam states and average; a block's weights are whole
-for as long as the block computes. A forward pass is then a collective call: all processes make it, also for pictures that one
-alone looks at.
+Each process keeps its rows of every weight, and with them of gradients, Adam states and average; a block's weights are
+whole for as long as the block computes. A forward pass is then a collective call: all processes make it, also for
+pictures that one alone looks at.
 
-A file's weights are read by one process, into main memory, and dealt out from there; the others never hold a whole network.
+A file's weights are read by one process, into main memory, and dealt out from there; the others never hold a whole
+network.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def sharded(load: Callable[[str], nn.Module], mesh: DeviceMesh, precision: str) 
     for module in blocks(network):
         # A flow's times are floats: where they come in, nothing is rounded
         of = replace(policy, cast_forward_inputs=module is not network)
-        # The root as well: a picture without gradient would leave its weights whole, and the next update meet both kinds
+        # The root as well: a picture without gradient would leave its weights whole, and the next update meet both
+        # kinds
         fully_shard(module, mesh=mesh, mp_policy=of, reshard_after_forward=True)
     placed = {}
     for name, parameter in network.named_parameters():
@@ -45,15 +47,16 @@ def sharded(load: Callable[[str], nn.Module], mesh: DeviceMesh, precision: str) 
 
 
 def blocks(network: Any) -> list[nn.Module]:
-    """The parts whose weights are gathered together, inner ones first; the network itself, for what is in none, last."""
+    """The parts whose weights are gathered together, inner ones first; the network itself, for what is in none,
+    last."""
     found = [module for module in network.modules() if type(module).__name__ in network._no_split_modules]
     return [*reversed(found), network]
 
 
 @torch.no_grad()
 def gathered(network: nn.Module, whole: nn.Module) -> nn.Module:
-    """`whole`, which comes without weights, with those of a sharded network, on the CPU. All processes call it, the first one
-    gets the weights."""
+    """`whole`, which comes without weights, with those of a sharded network, on the CPU. All processes call it, the
+    first one gets the weights."""
     first = torch.distributed.get_rank() == 0
     weights = {}
     for name, tensor in network.state_dict().items():

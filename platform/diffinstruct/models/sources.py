@@ -32,11 +32,11 @@ class PipelineIndex(ConfigMixin):
 
 
 def unpacked(file: Path) -> Path:
-    """The pipeline's folder that diffusers makes of a file that holds all of it, in the file's precision. It is kept beside
-    what is downloaded, under the file's name and content.
+    """The pipeline's folder that diffusers makes of a file that holds all of it, in the file's precision. It is kept
+    beside what is downloaded, under the file's name and content.
 
-    What the file does not hold (configuration, tokenizers) is that of the model that diffusers takes it to be a version of.
-    Raises UserError for a file that holds none, and for a folder that cannot be written.
+    What the file does not hold (configuration, tokenizers) is that of the model that diffusers takes it to be a version
+    of. Raises UserError for a file that holds none, and for a folder that cannot be written.
     """
     from diffusers.loaders.single_file_utils import fetch_diffusers_config  # takes a second, for what is rare
 

@@ -1,8 +1,8 @@
 """What a run takes, said before it starts: memory and passes of each role, payloads, placement.
 
 Counted on the pipeline's configuration files, without its weights: those of the usual hub models lie in `shapes/`, as
-published, for that needs no network. Of the rewards on the models themselves. What a round holds and does beside is counted by
-`footprint`.
+published, for that needs no network. Of the rewards on the models themselves. What a round holds and does beside is
+counted by `footprint`.
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     training = footprint.of_training(experiment, reference, None if actors else models)
     shares = asked.workers if asked.fully_shard else 1
     held = [role.memory / (shares if role in spread else 1) for role in worker]
-    # Of the largest block, weights of this one and the next, and its gradient, in the arithmetic's precision and in fp32
+    # Of the largest block, weights of this one and the next, and its gradient, in the arithmetic's precision and in
+    # fp32
     gathered = largest_block(reference.empty_network()) * (10 if experiment.precision == "bf16" else 16) * (shares > 1)
     per_worker, per_actor = (
         sum(held) + gathered + training.passing,

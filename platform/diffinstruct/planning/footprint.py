@@ -1,7 +1,7 @@
 """What a round takes, counted by running it: the training's own step on tensors that have shapes and no content.
 
-Memory is what tensors hold at once, to the byte; what kernels use inside themselves and what an allocator keeps in reserve come
-on top. Work is what torch's own formulas say of each product, recomputation included.
+Memory is what tensors hold at once, to the byte; what kernels use inside themselves and what an allocator keeps in
+reserve come on top. Work is what torch's own formulas say of each product, recomputation included.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ FORMULAS = {  # torch knows the GPUs' kernels alone
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of one process. `held`: bytes between two rounds. `peak`: the most bytes at once, those included. `flops`: of a round."""
+    """Of one process. `held`: bytes between two rounds. `peak`: the most bytes at once, those included. `flops`: of a
+    round."""
 
     held: int
     peak: int
@@ -58,8 +59,8 @@ class Footprint:
 def of_training(
     experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel] | None = None
 ) -> Footprint:
-    """Of a process that trains, with whole networks and without text encoders; with rewards, if it computes them itself. Their
-    own weights are not counted, the decoder's are."""
+    """Of a process that trains, with whole networks and without text encoders; with rewards, if it computes them
+    itself. Their own weights are not counted, the decoder's are."""
     of_worker = experiment.global_batch_size // experiment.cluster.workers
     # One micro-batch after another takes what two take, but for latents
     samples = min(of_worker, 2 * experiment.micro_batch_size) if experiment.micro_batch_size else of_worker
@@ -142,8 +143,8 @@ def _counting() -> Iterator[_Count]:
 
 
 class _Count(TorchDispatchMode):
-    """The bytes of all tensors that are there, and the work done. A number that the program asks a tensor for is 1/2: finite,
-    positive, below 1."""
+    """The bytes of all tensors that are there, and the work done. A number that the program asks a tensor for is 1/2:
+    finite, positive, below 1."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""Runs as tables: kept rows of finished trials, a sweep's folder as one frame, figures over training seeds, the Pareto front.
+"""Runs as tables: kept rows of finished trials, a sweep's folder as one frame, figures over training seeds, the Pareto
+front.
 
-An experiment that takes hours is interrupted; what it knows already must not be. Each finished trial adds its row, and a trial
-whose row is there is not run again, on this machine or another.
+An experiment that takes hours is interrupted; what it knows already must not be. Each finished trial adds its row, and
+a trial whose row is there is not run again, on this machine or another.
 
 A measure with an interval is four columns everywhere: `x`, `x.low`, `x.high` (95 %) and `x.n`.
 """
@@ -59,7 +60,8 @@ KEY = "trial"
 
 
 class TrialRows:
-    """A CSV file of finished trials: column `trial` names them, `commit` the code, `at` the day; the rest is the trial's."""
+    """A CSV file of finished trials: column `trial` names them, `commit` the code, `at` the day; the rest is the
+    trial's."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -105,15 +107,15 @@ def flat(summary: Summary) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------------- runs as a frame
 def load_sweep(path: Path | str) -> pd.DataFrame:
-    """One row a run. `path`: a sweep's folder, whose folders with an experiment.yaml are the runs; a run's folder; or a CSV of
-    kept rows, each of which is a finished trial.
+    """One row a run. `path`: a sweep's folder, whose folders with an experiment.yaml are the runs; a run's folder; or a
+    CSV of kept rows, each of which is a finished trial.
 
-    Columns: `run` (its folder; in a CSV the trial's name), `status` ("finished", "failed", "unfinished"), `reason` (why it
-    ended otherwise), `commit` (of the code), `step` (rounds it has measured), `alarm` (step of the first alarm of reward
-    hacking), every dotted key of its configuration, its last metrics, what was found on examination. A CSV has those that were
-    kept. NaN: does not apply.
-    A measure of which any run has an interval holds examined values alone: training's metric of the same name is another thing.
-    Raises UserError in one line for a path that holds no run, and for a file in it that cannot be read.
+    Columns: `run` (its folder; in a CSV the trial's name), `status` ("finished", "failed", "unfinished"), `reason` (why
+    it ended otherwise), `commit` (of the code), `step` (rounds it has measured), `alarm` (step of the first alarm of
+    reward hacking), every dotted key of its configuration, its last metrics, what was found on examination. A CSV has
+    those that were kept. NaN: does not apply.
+    A measure of which any run has an interval holds examined values alone: training's metric of the same name is
+    another thing. Raises UserError in one line for a path that holds no run, and for a file in it that cannot be read.
     """
     path = Path(path)
     if path.suffix == ".csv":
@@ -150,8 +152,8 @@ def planned(path: Path) -> int | None:
 
 
 def learning_curves(path: Path | str) -> pd.DataFrame:
-    """Every metric at every step of the runs in a folder, from their journals: columns `run`, `step`, `key`, `value`. Where a
-    resumed run measured a step again, the later value."""
+    """Every metric at every step of the runs in a folder, from their journals: columns `run`, `step`, `key`, `value`.
+    Where a resumed run measured a step again, the later value."""
     values = {
         (str(folder), record["step"], key): value
         for folder in run_folders(path)
@@ -187,8 +189,8 @@ class Measures:
 
 
 def measures(frame: pd.DataFrame) -> Measures:
-    """What a frame's runs are judged by: the examined measure if any run has it, else the training's last. Of several trained,
-    or held-out, rewards the first counts."""
+    """What a frame's runs are judged by: the examined measure if any run has it, else the training's last. Of several
+    trained, or held-out, rewards the first counts."""
     intervals = with_intervals(frame)
     held_out = [str(column).partition("/")[2] for column in frame if str(column).startswith("held_out/")]
     if "rewards.trained" in frame:
@@ -212,8 +214,8 @@ def measures(frame: pd.DataFrame) -> Measures:
 
 
 def swept(frame: pd.DataFrame) -> list[str]:
-    """The keys of the configuration that differ between runs, in the configuration's order, but for the seed and for where runs
-    are kept. A row without a key, as older rows are, differs from those that have one."""
+    """The keys of the configuration that differ between runs, in the configuration's order, but for the seed and for
+    where runs are kept. A row without a key, as older rows are, differs from those that have one."""
     aside = {"seed", "name", "output_dir", "tracking", "cluster"}
     keys = [key for key in Experiment().to_params() if key in frame and key.partition(".")[0] not in aside]
     keys = [key for key in keys if key != "prompts.embeddings"]
@@ -221,9 +223,9 @@ def swept(frame: pd.DataFrame) -> list[str]:
 
 
 def points(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row for each configuration among the finished runs: the swept keys, `runs` (a tuple of their names), and each of
-    `measures` with its interval. Of several training seeds: the mean and Student's interval over them; of one: the run's own
-    interval over prompts, if it was examined."""
+    """One row for each configuration among the finished runs: the swept keys, `runs` (a tuple of their names), and each
+    of `measures` with its interval. Of several training seeds: the mean and Student's interval over them; of one: the
+    run's own interval over prompts, if it was examined."""
     keys, wanted, done = swept(frame), measures(frame).titles(), frame[frame["status"] == "finished"]
     found = []
     for _, group in done.groupby(keys or np.zeros(len(done)), sort=False, dropna=False):
@@ -240,8 +242,8 @@ def points(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def pareto_front(points: pd.DataFrame, up: str, down: str) -> pd.DataFrame:
-    """Those of `points` that no other beats: none has as much of `up` and as little of `down`, and more or less of one of them.
-    In the order of `down`; a row that lacks one of the two is not on the front."""
+    """Those of `points` that no other beats: none has as much of `up` and as little of `down`, and more or less of one
+    of them. In the order of `down`; a row that lacks one of the two is not on the front."""
     known = points.dropna(subset=[up, down])
     more, less = known[up].to_numpy(np.float64), known[down].to_numpy(np.float64)
     no_worse = (more >= more[:, None]) & (less <= less[:, None])  # [i, j]: j than i
@@ -252,9 +254,10 @@ def pareto_front(points: pd.DataFrame, up: str, down: str) -> pd.DataFrame:
 def reward_gap(frame: pd.DataFrame) -> tuple[pd.Series, str]:
     """How much more the trained reward has gained than the held-out ones, for each row, and in which unit.
 
-    In within-prompt standard deviations of the start (`overoptimization/unexplained`), where all finished runs have that.
-    Else in standard deviations over the finished runs: each reward less its mean, divided by its deviation, trained minus
-    held-out; that compares the runs of one sweep with each other and says nothing of any of them alone.
+    In within-prompt standard deviations of the start (`overoptimization/unexplained`), where all finished runs have
+    that.
+    Else in standard deviations over the finished runs: each reward less its mean, divided by its deviation, trained
+    minus held-out; that compares the runs of one sweep with each other and says nothing of any of them alone.
     """
     done = frame["status"] == "finished"
     if "overoptimization/unexplained" in frame and frame.loc[done, "overoptimization/unexplained"].notna().all():
@@ -268,8 +271,8 @@ def reward_gap(frame: pd.DataFrame) -> tuple[pd.Series, str]:
 
 
 def described(row: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """A configuration in the words of the swept `keys`: "reward_scale 2, t_law uniform". What the row lacks is passed over; one
-    that lacks all is "the recipe"."""
+    """A configuration in the words of the swept `keys`: "reward_scale 2, t_law uniform". What the row lacks is passed
+    over; one that lacks all is "the recipe"."""
     said = short(keys)
     return ", ".join(f"{said[key]} {plain(row[key])}" for key in keys if not pd.isna(row[key])) or "the recipe"
 

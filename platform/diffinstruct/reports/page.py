@@ -1,7 +1,7 @@
 """A run or a sweep as one HTML file to send to a colleague: `diffinstruct report`.
 
-The file needs nothing else: figures and pictures are in it, there is no script. It stays under MOST_BYTES because pictures are
-shrunk to EDGE and every list has an end; what is left out is said where it is missing.
+The file needs nothing else: figures and pictures are in it, there is no script. It stays under MOST_BYTES because
+pictures are shrunk to EDGE and every list has an end; what is left out is said where it is missing.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Pictures:
 
 
 def write(path: Path, out: Path) -> None:
-    """The report of what `load_sweep` reads at `path` into `out`. Raises UserError where it cannot be read or written."""
+    """The report of what `load_sweep` reads at `path` into `out`. Raises UserError where it cannot be read or
+    written."""
     frame = load_sweep(path)
     is_run = path.suffix != ".csv" and (path / "experiment.yaml").is_file()
     save(out, of_run(path, frame.iloc[0]) if is_run else of_sweep(path, frame))

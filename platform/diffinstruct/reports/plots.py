@@ -1,7 +1,7 @@
 """Figures of runs and sweeps, each a function that writes a PNG. What they draw are the frames of `results`.
 
-Pictures come from the grids that runs leave in `images/`: rows are prompts; the columns are the starting generator, then the
-current one on the same noise and on more.
+Pictures come from the grids that runs leave in `images/`: rows are prompts; the columns are the starting generator,
+then the current one on the same noise and on more.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def canvas(path: Path, height: float) -> Iterator[Figure]:
 
 # -------------------------------------------------------------------------------------------------------- sweeps
 def pareto(points: pd.DataFrame, of: Measures, keys: Sequence[str], path: Path) -> dict[str, str]:
-    """Held-out reward against distance, a mark a configuration (`results.points`), its intervals as bars, the front as a line.
-    Above it pictures of those on the front whose run has some, beside the start. Colours and marks are the swept `keys`, where
-    there are one or two. Returns which configuration each letter names. Raises ValueError where one of the two measures is
-    missing."""
+    """Held-out reward against distance, a mark a configuration (`results.points`), its intervals as bars, the front as
+    a line. Above it pictures of those on the front whose run has some, beside the start. Colours and marks are the
+    swept `keys`, where there are one or two. Returns which configuration each letter names. Raises ValueError where one
+    of the two measures is missing."""
     up, down, titles = of.held_out, of.distance, of.titles()
     if up is None or down is None:
         raise ValueError("a Pareto front takes a held-out reward and a distance")
@@ -103,8 +103,10 @@ def pareto(points: pd.DataFrame, of: Measures, keys: Sequence[str], path: Path) 
 
 
 def heat_maps(frame: pd.DataFrame, of: Measures, x: str, y: str, path: Path) -> None:
-    """Trained and held-out reward, distance, diversity, and the gap between the two rewards (`results.reward_gap`) over two
-    swept keys. A cell is the mean over the finished runs there, training seeds and whatever else varies, and says its value."""
+    """Trained and held-out reward, distance, diversity, and the gap between the two rewards (`results.reward_gap`) over
+    two swept keys. A cell is the mean over the finished runs there, training seeds and whatever else varies, and says
+    its
+    value."""
     (gap, unit), said = reward_gap(frame), short([x, y])
     panels = {title: frame[measure] for measure, title in of.titles().items()}
     if gap.notna().any():
@@ -125,7 +127,8 @@ def heat_maps(frame: pd.DataFrame, of: Measures, x: str, y: str, path: Path) -> 
 
 def curves(values: pd.DataFrame, frame: pd.DataFrame, titles: Mapping[str, str], path: Path) -> None:
     """The course of the metrics `titles` (key -> title), a panel each, from `results.learning_curves`. A line is one
-    configuration of `frame`: the mean over training seeds, in a band from lowest to highest. A cross: a run's first alarm."""
+    configuration of `frame`: the mean over training seeds, in a band from lowest to highest. A cross: a run's first
+    alarm."""
     keys = swept(frame)
     groups = [group for _, group in frame.groupby(keys or np.zeros(len(frame)), sort=False, dropna=False)]
     firsts = pd.DataFrame([group.iloc[0] for group in groups])
@@ -197,8 +200,9 @@ def cells(grid: Path) -> list[list[Image.Image]]:
 
 # --------------------------------------------------------------------------------------------------------- parts
 def _encoding(rows: pd.DataFrame, keys: Sequence[str], marks: int) -> tuple[list[Look], dict[str, Look]]:
-    """How each configuration is drawn, and the legend of that. Of one or two keys, the one with more values is the colour, the
-    other the mark, of which there are `marks`. Otherwise each row has a colour, or none has where they are too many."""
+    """How each configuration is drawn, and the legend of that. Of one or two keys, the one with more values is the
+    colour, the other the mark, of which there are `marks`. Otherwise each row has a colour, or none has where they are
+    too many."""
     factors = {key: pd.factorize(rows[key], sort=True, use_na_sentinel=False) for key in keys}
     by = sorted(keys, key=lambda key: -len(factors[key][1]))
     if not 1 <= len(by) <= 2 or (len(by) == 2 and len(factors[by[1]][1]) > marks):
@@ -230,7 +234,8 @@ def _bar(point: pd.Series, measure: str) -> np.ndarray | None:
 
 
 def _spread(path: np.ndarray, most: int) -> list[int]:
-    """The numbers of at most `most` points of a path [n, 2], its two ends among them, that lie apart along it as the drawing
+    """The numbers of at most `most` points of a path [n, 2], its two ends among them, that lie apart along it as the
+    drawing
     shows it: where many points lie together one stands for them."""
     steps = np.diff(path, axis=0) / np.where(np.ptp(path, axis=0) > 0, np.ptp(path, axis=0), 1)
     along = np.concatenate([[0], np.hypot(*steps.T).cumsum()])

@@ -21,7 +21,8 @@ from diffinstruct.reward_service.validation import Report, refuse, validate_rewa
 
 
 def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:
-    """A reward by its short name or import path, on `device`. Raises UserError: it may be anybody's code that fails to load."""
+    """A reward by its short name or import path, on `device`. Raises UserError: it may be anybody's code that fails to
+    load."""
     import reward_models
 
     try:
@@ -86,8 +87,8 @@ def make_rewards(names: Sequence[str], decode: Callable[[Tensor], Tensor], devic
 class RewardClient:
     """The rewards as a run asks them.
 
-    What it has found out on the way is the run's state: the micro-batch that memory holds, the scales of the rewards, and where
-    they are computed. A resumed run asks on the same terms, so it gets the same bits.
+    What it has found out on the way is the run's state: the micro-batch that memory holds, the scales of the rewards,
+    and where they are computed. A resumed run asks on the same terms, so it gets the same bits.
 
     in_process: makes the rewards in this process, for a run that has no actors or is better off without.
     """
@@ -144,13 +145,15 @@ class RewardClient:
         return lambda: self._collected(answer)
 
     def validate(self, latents: Tensor, prompts: Sequence[str]) -> list[Report]:
-        """The handshake with all rewards, on pictures of the starting generator. Raises RewardError, a line for each fault."""
+        """The handshake with all rewards, on pictures of the starting generator. Raises RewardError, a line for each
+        fault."""
         reports = self.service.validate(latents, prompts, [reward.name for reward in self.experiment.rewards.trained])
         refuse(reports)
         return reports
 
     def measure_scales(self, latents: Tensor, prompts: Sequence[str]) -> None:
-        """`rewards.normalize`: the standard deviations of the trained rewards over pictures of the starting generator."""
+        """`rewards.normalize`: the standard deviations of the trained rewards over pictures of the starting
+        generator."""
         if self.experiment.rewards.normalize == "std" and self.scales:
             scores = self.score(latents, prompts)().scores
             self.scales = {name: scores[name].double().std().item() for name in self.scales}

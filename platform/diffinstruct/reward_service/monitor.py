@@ -1,11 +1,12 @@
 """The hacking watch: does the trained reward rise while what it stands for does not?
 
-A reward is a proxy: optimised far enough it rises on while held-out rewards and variety fall (Gao et al. 2022, "Scaling laws
-for reward model overoptimization", arXiv 2210.10760). The watch sees the averaged generator's pictures now and then, always of
-the same prompts and noise, and compares them with those of the start and of its best look. It is arithmetic on the looks seen
-and nothing else, so a resumed run alarms as the uninterrupted one would.
+A reward is a proxy: optimised far enough it rises on while held-out rewards and variety fall (Gao et al. 2022, "Scaling
+laws for reward model overoptimization", arXiv 2210.10760). The watch sees the averaged generator's pictures now and
+then, always of the same prompts and noise, and compares them with those of the start and of its best look. It is
+arithmetic on the looks seen and nothing else, so a resumed run alarms as the uninterrupted one would.
 
-Gains are counted in spreads: the standard deviation, at the start, of the scores of one prompt's pictures. How scores differ
+Gains are counted in spreads: the standard deviation, at the start, of the scores of one prompt's pictures. How scores
+differ
 from prompt to prompt is no matter: the generator cannot choose its prompts, and a planted flaw hides behind it.
 """
 
@@ -33,8 +34,8 @@ NOISES = 4
 UNEXPLAINED = 3.0
 """Spreads that the trained reward has gained more than the held-out ones."""
 FALL, FALL_ERRORS, FALL_LEAST = 0.25, 4.0, 0.3
-"""A held-out reward has fallen from its best look by this share of its gain, this many standard errors, and these spreads,
-while the trained reward has gained these spreads since the start."""
+"""A held-out reward has fallen from its best look by this share of its gain, this many standard errors, and these
+spreads, while the trained reward has gained these spreads since the start."""
 VARIETY = 0.4
 """Share of the start's."""
 DISTANCE = 3.0
@@ -92,7 +93,8 @@ class ProbeHistory:
         self._figures: dict[str, float] = {}
 
     def observe(self, look: Probe, kept: bool = False) -> Alarm | None:
-        """The alarm of a symptom that was not there at the look before, one at a time. Raises ValueError for a broken look.
+        """The alarm of a symptom that was not there at the look before, one at a time. Raises ValueError for a broken
+        look.
 
         kept: there is a checkpoint of that step. Of those without any symptom the best has the highest held-out gain.
         """
@@ -126,8 +128,8 @@ class ProbeHistory:
         return Alarm(look.step, new, symptoms[new])
 
     def figures(self) -> dict[str, float]:
-        """Of the last look: gains in spreads (held_out: the mean of the held-out rewards), variety and distance as multiples of
-        what they were; those that there are."""
+        """Of the last look: gains in spreads (held_out: the mean of the held-out rewards), variety and distance as
+        multiples of what they were; those that there are."""
         return {f"overoptimization/{name}": value for name, value in self._figures.items()}
 
     def _compare(self, look: Probe) -> dict[str, float]:
@@ -202,7 +204,8 @@ def within_prompt_std(scores: Any) -> float:
 
 
 def gain(start: Any, scores: np.ndarray) -> float:
-    """In spreads of the start; 0 where nothing has risen. NaN where the start's scores of each prompt are all alike, as those
+    """In spreads of the start; 0 where nothing has risen. NaN where the start's scores of each prompt are all alike, as
+    those
     of a reward that says yes or no may be: there is nothing to count in."""
     risen, unit = float(np.mean(scores) - np.mean(start)), within_prompt_std(start)
     if not risen:
@@ -236,8 +239,8 @@ class OveroptimizationMonitor:
         return sample_latents(self.experiment, self.reference, generator, self.noise, self.prompts)
 
     def look(self, step: int, latents: Tensor, kept: bool) -> Callable[[], tuple[dict[str, float], Alarm | None]]:
-        """At `pictures` after `step` rounds, of which there is a checkpoint or not; collecting gives metrics and, maybe, an
-        alarm."""
+        """At `pictures` after `step` rounds, of which there is a checkpoint or not; collecting gives metrics and,
+        maybe, an alarm."""
         weights, answer = self.jury.terms.weights, self.jury.score(latents, self.prompts)
         distance = sum(self.divergences) / len(self.divergences) if self.divergences else float("nan")
         self.divergences = []

@@ -39,8 +39,10 @@ SEED = 0
 def pictures_with_prompts(folder: Path, prompts: str | Path) -> pd.DataFrame:
     """The prompts' table with a first column `image`, file names in `folder`.
 
-    A table that has a column `image` says itself which prompt belongs to which picture; otherwise there is one prompt for each
-    picture, in the order of names, numbers by value: 2.png comes before 10.png. Raises UserError where they do not match.
+    A table that has a column `image` says itself which prompt belongs to which picture; otherwise there is one prompt
+    for each
+    picture, in the order of names, numbers by value: 2.png comes before 10.png. Raises UserError where they do not
+    match.
     """
     names, table, everything = _names(folder), read_prompts(prompts), read_prompts(prompts, empty=True)
     if "image" in table:
@@ -74,8 +76,8 @@ def pictures_with_prompts(folder: Path, prompts: str | Path) -> pd.DataFrame:
 
 
 def score(folder: Path, table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """The table with a column of scores for each reward. Raises UserError for a picture that cannot be read, RewardError with
-    the name of a reward that fails."""
+    """The table with a column of scores for each reward. Raises UserError for a picture that cannot be read,
+    RewardError with the name of a reward that fails."""
     device = _device()
     rewards = LatentRewards(lambda images: images, {name: load_reward(name, device) for name in names})
     paths, texts = [folder / name for name in table["image"]], table["prompt"].tolist()
@@ -111,9 +113,9 @@ def save(table: pd.DataFrame, path: Path) -> None:
 
 
 def validate(name: str, folder: Path | None, prompts: str | Path | None, trained: bool) -> Report:
-    """The handshake with one reward. Without a folder, the pocket world's one-step generator makes the pictures; without
-    prompts, its own stand in, for nothing in the handshake asks whether they fit. Of a folder, the pictures of the first one's
-    size are taken, 64 at most."""
+    """The handshake with one reward. Without a folder, the pocket world's one-step generator makes the pictures;
+    without prompts, its own stand in, for nothing in the handshake asks whether they fit. Of a folder, the pictures of
+    the first one's size are taken, 64 at most."""
     device = _device()
     if folder and prompts:
         table = pictures_with_prompts(folder, prompts)

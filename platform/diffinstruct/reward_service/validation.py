@@ -1,10 +1,11 @@
 """The handshake: what a reward has to show before anything is trained on it, or judged by it.
 
-A reward that breaks its contract seldom crashes: training goes on, towards something else. So each is asked first, on a few
-pictures, whether it does what a reward is taken for: one finite score a picture; the same for the same question, whatever was
-asked before and whatever stands beside it in the batch; dependent on the picture; and, where it is trained on, with the
-gradient of that score and of no other. What breaks the contract is a fault and ends the run; what is merely unusual is a
-remark.
+A reward that breaks its contract seldom crashes: training goes on, towards something else. So each is asked first, on a
+few
+pictures, whether it does what a reward is taken for: one finite score a picture; the same for the same question,
+whatever was asked before and whatever stands beside it in the batch; dependent on the picture; and, where it is trained
+on, with the gradient of that score and of no other. What breaks the contract is a fault and ends the run; what is
+merely unusual is a remark.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ BATCH = 16
 MARGIN = 0.1
 """Difference quotients are taken on pictures in [MARGIN, 1 - MARGIN]: beyond black and white a reward may clamp."""
 STEPS = (0.01, 0.04, 0.0025, 0.0006)
-"""Of the difference quotients, in the units of a picture. The small are for rewards that bend, the large for noisy ones."""
+"""Of the difference quotients, in the units of a picture. The small are for rewards that bend, the large for noisy
+ones."""
 WRONG = 0.1
 """The share of a change in score by which the gradient may miss it. A sign is off by 2, a factor of 2 by 1/2."""
 HALF = 1e-4
@@ -47,8 +49,10 @@ class Report:
 
     faults: a line each, with the reward's name; none for one that can be trusted.
     remarks: what is unusual and no fault.
-    checks: what was looked at -> what was seen, in words, in the order of looking. After some faults nothing else can be told.
-    figures: low, high, mean, std of the scores; pictures_per_second; memory (bytes by which the peak grew); gradient_error
+    checks: what was looked at -> what was seen, in words, in the order of looking. After some faults nothing else can
+    be told.
+    figures: low, high, mean, std of the scores; pictures_per_second; memory (bytes by which the peak grew);
+    gradient_error
         (share of a change in score that the gradient missed, the worst).
     """
 
@@ -67,10 +71,11 @@ class Report:
 
 
 def validate_reward(name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str], trained: bool) -> Report:
-    """Put `reward` to the test on images [B, 3, H, W] in [0, 1] and their prompts. trained: whether it needs a gradient.
+    """Put `reward` to the test on images [B, 3, H, W] in [0, 1] and their prompts. trained: whether it needs a
+    gradient.
 
-    The first 64 are scored; the other checks take four of them. Fewer than four are filled up with dimmed copies. The state of
-    torch's and Python's random numbers is left as it was.
+    The first 64 are scored; the other checks take four of them. Fewer than four are filled up with dimmed copies. The
+    state of torch's and Python's random numbers is left as it was.
     """
     images, texts = images.detach()[:PICTURES], list(prompts)[:PICTURES]
     while len(images) < FEW:
@@ -164,8 +169,8 @@ class _Validation:
         return f"{len(self.first)} pictures got {len(self.first)} scores, {str(scores.dtype).removeprefix('torch.')}"
 
     def range(self) -> str:
-        """Of a held-out reward too, one score for all pictures is a fault: it judges nothing, and cannot be told from a reward
-        that swallows its own errors."""
+        """Of a held-out reward too, one score for all pictures is a fault: it judges nothing, and cannot be told from a
+        reward that swallows its own errors."""
         images, texts = self.all_images, self.all_texts
         began = time.perf_counter()
         rows = [slice(i, i + self.batch) for i in range(0, len(images), self.batch)]
@@ -266,7 +271,8 @@ class _Validation:
         return "scores follow their pictures to other rows"
 
     def sight(self) -> str:
-        """Other pictures under the same prompts get other scores. Other prompts need not matter: some rewards rate beauty."""
+        """Other pictures under the same prompts get other scores. Other prompts need not matter: some rewards rate
+        beauty."""
         if not _off(self._ask(self._others, self.texts), self.first) and not self._sees_some():
             raise self._fault("it does not look at the pictures: others under the same prompts get the same scores")
         if not _off(self._ask(self.images, self._other_texts), self.first):
@@ -282,8 +288,8 @@ class _Validation:
 
     # ---------------------------------------------------------------------------------------------- gradients
     def gradient(self) -> str:
-        """There is one, finite, and each picture's is its own score's: with weights w_b, row b of the gradient is w_b times
-        what it is with ones, unless other rows' scores have a part in it."""
+        """There is one, finite, and each picture's is its own score's: with weights w_b, row b of the gradient is w_b
+        times what it is with ones, unless other rows' scores have a part in it."""
         images = self._inside
         with torch.enable_grad():
             graded = scored(self.name, self.reward, images.clone().requires_grad_(), list(self.texts), {})
@@ -317,9 +323,9 @@ class _Validation:
     def slope(self) -> str:
         """The gradient against central differences: along itself, and along coarse and fine random directions.
 
-        Of each row, direction and step, the change in score per unit of the step is compared with what the gradient says. A
-        step counts where the change stands out of the scores' rounding; the best of the steps that count is taken, since a
-        reward may bend within the large one.
+        Of each row, direction and step, the change in score per unit of the step is compared with what the gradient
+        says. A step counts where the change stands out of the scores' rounding; the best of the steps that count is
+        taken, since a reward may bend within the large one.
         """
         images, gradient = self._inside, self.own_gradient
         directions = self._directions(gradient)
@@ -383,8 +389,8 @@ class _Validation:
         return gradient
 
     def _directions(self, gradient: Tensor) -> list[Tensor]:
-        """Of [B, 3, H, W] and at most 1 in a pixel. Of several random ones, a row gets that along which its gradient says most:
-        along one by chance at right angles to it, rounding would be compared with rounding."""
+        """Of [B, 3, H, W] and at most 1 in a pixel. Of several random ones, a row gets that along which its gradient
+        says most: along one by chance at right angles to it, rounding would be compared with rounding."""
         draws = torch.Generator().manual_seed(0)
         batch, channels, height, width = gradient.shape
 

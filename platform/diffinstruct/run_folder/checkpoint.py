@@ -4,12 +4,12 @@
                            state.json            the state's tree; {"$tensor": name} stands where a tensor was
                            manifest.json         sha256 and size of the files
 
-Where the networks are spread over several processes each writes a file of its own, tensors-00000-of-00008.safetensors, with its
-rows of the tensors that are spread. They are dealt out anew to however many processes read them.
+Where the networks are spread over several processes each writes a file of its own, tensors-00000-of-00008.safetensors,
+with its rows of the tensors that are spread. They are dealt out anew to however many processes read them.
 
-A checkpoint is written beside its place, from a copy of the state and by a thread, flushed to the disk, and renamed into it: it
-is there whole or not at all. Reading compares the digests first (safetensors alone loads a flipped byte silently), names what
-is broken, and takes the one before. No pickles.
+A checkpoint is written beside its place, from a copy of the state and by a thread, flushed to the disk, and renamed
+into it: it is there whole or not at all. Reading compares the digests first (safetensors alone loads a flipped byte
+silently), names what is broken, and takes the one before. No pickles.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ class _Pending:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. `folder` holds the `step-...` folders and nothing else; one process or crew writes to it."""
+    """The checkpoints of one run. `folder` holds the `step-...` folders and nothing else; one process or crew writes to
+    it."""
 
     def __init__(self, folder: Path | str, keep: int = 2, crew: Ranks = Ranks()) -> None:
         self.folder = Path(folder).absolute()
@@ -121,14 +122,13 @@ class CheckpointStore:
         return self.folder / f"step-{step:08d}"
 
     def start(self, step: int, state: State, best: int | None = None) -> None:
-        """Copies `state` (dicts, lists, tuples of tensors, Rows, numbers, strings, None; keys str or int), and leaves writing
-        the copy to a thread; `settle` makes it a checkpoint. Waits for the one before. Of a crew all call it: each writes its
-        Rows, what else there is is the first one's.
+        """Copies `state` (dicts, lists, tuples of tensors, Rows, numbers, strings, None; keys str or int), and leaves
+        writing the copy to a thread; `settle` makes it a checkpoint. Waits for the one before. Of a crew all call it:
+        each writes its Rows, what else there is is the first one's.
 
-        The newest `keep` stay, and that of the step `best`. Those *after* `step` go too: whoever writes an earlier step could
-        not use them, or has started over.
-        Raises CheckpointError when the disk does not take it (the checkpoints before stay as they are), TypeError for a
-        value that has no place in a checkpoint.
+        The newest `keep` stay, and that of the step `best`. Those *after* `step` go too: whoever writes an earlier step
+        could not use them, or has started over. Raises CheckpointError when the disk does not take it (the checkpoints
+        before stay as they are), TypeError for a value that has no place in a checkpoint.
         """
         self.settle(wait=True)
         tree, tensors = encode(state, self._copies)
@@ -160,8 +160,8 @@ class CheckpointStore:
             self._pending = _Pending(step, need, _Thread(write), (end,))
 
     def settle(self, wait: bool = False) -> None:
-        """See to what was started: once it is written it is a checkpoint, and the newest ones are kept. A collective call of a
-        crew. Raises as `start` does."""
+        """See to what was started: once it is written it is a checkpoint, and the newest ones are kept. A collective
+        call of a crew. Raises as `start` does."""
         pending = self._pending
         if pending is None or not self.crew.least(int(wait or not pending.thread.is_alive())):
             return
@@ -212,8 +212,9 @@ class CheckpointStore:
         ) from failure
 
     def latest(self) -> tuple[int, State] | None:
-        """(step, state) of the newest whole checkpoint, tensors on the CPU, or None; one that is being written is waited for. A
-        broken one is reported. Of a crew all call it, and what one of them cannot read none of them takes."""
+        """(step, state) of the newest whole checkpoint, tensors on the CPU, or None; one that is being written is
+        waited for. A broken one is reported. Of a crew all call it, and what one of them cannot read none of them
+        takes."""
         self.settle(wait=True)
         step = sys.maxsize
         while (step := self.crew.least(next((at for at, _ in self._newest_first() if at < step), -1))) >= 0:
@@ -228,8 +229,8 @@ class CheckpointStore:
         return list(dict.fromkeys(at for at, _ in self._newest_first()))
 
     def part(self, step: int, *keys: str) -> Any:
-        """What a checkpoint's state has under these keys, one inside the other, and of its files those alone that it takes.
-        Raises CheckpointError where it cannot be read."""
+        """What a checkpoint's state has under these keys, one inside the other, and of its files those alone that it
+        takes. Raises CheckpointError where it cannot be read."""
         path = next((path for at, path in self._newest_first() if at == step), self.folder / f"step-{step:08d}")
         try:
             return _read(step, path, self.crew, keys)
@@ -251,8 +252,8 @@ class CheckpointStore:
 
 
 def _read(step: int, path: Path, crew: Ranks, keys: Sequence[str] = ()) -> Any:
-    """The state in `path`, or what it has under `keys`; of tensors that are spread this process's rows. Raises CheckpointError
-    with the reason if any part of it is not what was written."""
+    """The state in `path`, or what it has under `keys`; of tensors that are spread this process's rows. Raises
+    CheckpointError with the reason if any part of it is not what was written."""
     try:
         _own(path / MANIFEST)
         with ExitStack() as open_files:
@@ -315,7 +316,8 @@ def reading(path: Path) -> Iterator[bytes]:
 
 
 def verify(path: Path) -> None:
-    """Raises CheckpointError where a checkpoint's files are not what its manifest says, or that is not as it was written."""
+    """Raises CheckpointError where a checkpoint's files are not what its manifest says, or that is not as it was
+    written."""
     try:
         _own(path / MANIFEST)
         said = (path / MANIFEST).read_bytes()
@@ -373,8 +375,8 @@ def _free(path: Path) -> int:
 
 @contextmanager
 def full_disk_as_error(folder: Path) -> Iterator[None]:
-    """In the block, which writes to `folder`, a disk that is full, or a quota, is a CheckpointError in one line, whichever file
-    it was that found out."""
+    """In the block, which writes to `folder`, a disk that is full, or a quota, is a CheckpointError in one line,
+    whichever file it was that found out."""
     try:
         yield
     except (OSError, SafetensorError) as error:

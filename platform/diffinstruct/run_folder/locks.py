@@ -1,4 +1,5 @@
-"""Who may write to a run's folder, and which checkpoint is being read: locks that end with the process that holds them."""
+"""Who may write to a run's folder, and which checkpoint is being read: locks that end with the process that holds
+them."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def only_writer(folder: Path, patience: float = 0.0, name: str = LOCK) -> Iterat
 
 
 def locked(file: IO[Any], shared: bool = False) -> bool:
-    """Whether the file is locked now, for as long as it is open. Where a disk knows no locks there is nothing to wait for."""
+    """Whether the file is locked now, for as long as it is open. Where a disk knows no locks there is nothing to wait
+    for."""
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,11 +1,13 @@
 """A run's copy in an object store: where machines go with their disks, the same command goes on from there.
 
-    <mirror>/<run>/checkpoints/step-00000100/...   the checkpoint's files; its manifest.json comes last and says: it is all here
-                   journal.jsonl, images/, ...     what else the run's folder holds, as it was before that checkpoint came
+    <mirror>/<run>/checkpoints/step-00000100/...   the checkpoint's files; its manifest.json comes last and says: it is
+    all here
+                   journal.jsonl, images/, ...     what else the run's folder holds, as it was before that checkpoint
+                   came
 
-The folder stays what a run works with, and the truth: a thread follows it and copies what is new. While the store takes nothing
-the run goes on. Of what comes back checkpoints are read against their digests, like any other, and names that do not belong to
-a run are left where they are.
+The folder stays what a run works with, and the truth: a thread follows it and copies what is new. While the store takes
+nothing the run goes on. Of what comes back checkpoints are read against their digests, like any other, and names that
+do not belong to a run are left where they are.
 """
 
 from __future__ import annotations
@@ -60,8 +62,9 @@ class Mirror:
         ] = {}  # of the folder's other files: when they were written, and their size
 
     def push(self) -> None:
-        """Copy what the store has not, and clear away there what the folder has no more. What is damaged here is left out, and
-        stays there as it is. Raises CheckpointError for a folder that is behind its copy, such as an old disk's."""
+        """Copy what the store has not, and clear away there what the folder has no more. What is damaged here is left
+        out, and stays there as it is. Raises CheckpointError for a folder that is behind its copy, such as an old
+        disk's."""
         steps, there = self.store.steps(), self._there()
         if behind := [step for step in there if step > max(steps, default=-1) and self._manifest(step) is not None]:
             raise CheckpointError(f"{self.folder} lacks step {max(behind)} of {self.url}: the run's command brings it")
@@ -76,8 +79,9 @@ class Mirror:
                 self._clear(step)
 
     def pull(self) -> int | None:
-        """Bring checkpoints and journal here, where the store's newest whole checkpoint is newer than the folder's; its step,
-        or None. One that is damaged is named and left out; UserError where that leaves none at all, there and here."""
+        """Bring checkpoints and journal here, where the store's newest whole checkpoint is newer than the folder's; its
+        step, or None. One that is damaged is named and left out; UserError where that leaves none at all, there and
+        here."""
         is_whole = cache(self._is_whole)  # all of it is read for that
         here = next((step for step in self.store.steps() if is_whole(step)), -1)
         there = [(step, manifest) for step in self._there() if (manifest := self._manifest(step)) is not None]
@@ -209,10 +213,11 @@ def _names_in(manifest: bytes) -> list[str]:
 
 @contextmanager
 def mirrored(url: str | None, folder: Path) -> Iterator[None]:
-    """Bring what a run's mirror has more than its folder, and keep it up to date during the block and at its end; nothing
-    without a url.
+    """Bring what a run's mirror has more than its folder, and keep it up to date during the block and at its end;
+    nothing without a url.
 
-    Raises UserError where the store cannot be asked and the folder has no checkpoint: a run would start over that has begun.
+    Raises UserError where the store cannot be asked and the folder has no checkpoint: a run would start over that has
+    begun.
     """
     if url is None:
         yield

@@ -1,4 +1,5 @@
-"""What a run can be told while it runs. An order is a file in its folder, since whoever gives it may be on another machine.
+"""What a run can be told while it runs. An order is a file in its folder, since whoever gives it may be on another
+machine.
 
 <run>/pause   finish the step, save, end; the same command goes on from there
 <run>/stop    finish the step, end here as if this had been the last one
@@ -40,8 +41,8 @@ def clear(folder: Path) -> None:
 
 @contextmanager
 def on_sigterm(pause: Callable[[], None]) -> Iterator[None]:
-    """During the block a first SIGTERM (`ray job stop`, a scheduler's notice) calls `pause`, a second one ends the program at
-    once. Only the main thread can hear of signals; elsewhere nothing changes."""
+    """During the block a first SIGTERM (`ray job stop`, a scheduler's notice) calls `pause`, a second one ends the
+    program at once. Only the main thread can hear of signals; elsewhere nothing changes."""
 
     def heard(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)

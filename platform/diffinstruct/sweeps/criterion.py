@@ -1,4 +1,5 @@
-"""What a sweep looks for: as much held-out reward as can be had within bounds on diversity and on distance to the reference.
+"""What a sweep looks for: as much held-out reward as can be had within bounds on diversity and on distance to the
+reference.
 
 Never the trained reward: that one rises anyway, and a search that looks at it finds the trial that hacks it best.
 """

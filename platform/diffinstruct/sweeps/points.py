@@ -35,7 +35,8 @@ def grid(space: Mapping[str, Sequence[Any]]) -> list[Point]:
 
 
 def random_points(space: Space, n: int, seed: int = 0) -> list[Point]:
-    """`n` different points by chance, the same ones for the same seed. Raises UserError for a space that has not so many."""
+    """`n` different points by chance, the same ones for the same seed. Raises UserError for a space that has not so
+    many."""
     check_domains(space)
     random, points = np.random.RandomState(seed), list[Point]()
     for _ in range(100 * n):
@@ -58,9 +59,9 @@ def check_domains(space: Space) -> None:
 
 @dataclass(frozen=True)
 class Optuna:
-    """`trials` points that Optuna's TPE sampler asks for, each knowing the results before it: the aim's `up` as large and its
-    `down` as small as can be, within the aim's bounds. With one trial at a time the same seed gives the same points,
-    interrupted or not; with several they depend on which ends first."""
+    """`trials` points that Optuna's TPE sampler asks for, each knowing the results before it: the aim's `up` as large
+    and its `down` as small as can be, within the aim's bounds. With one trial at a time the same seed gives the same
+    points, interrupted or not; with several they depend on which ends first."""
 
     space: Space
     trials: int

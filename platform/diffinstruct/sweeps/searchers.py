@@ -46,7 +46,8 @@ class Listed(Searcher):
 
 
 class Asking(Listed):
-    """Hands out the points that Optuna asks for. Those of an earlier life first: it is told at once what they came to."""
+    """Hands out the points that Optuna asks for. Those of an earlier life first: it is told at once what they came
+    to."""
 
     def __init__(self, trials: Trials, aim: SelectionCriterion) -> None:
         super().__init__(trials, [i for i in trials.known if not trials.finished(i)])
@@ -64,7 +65,8 @@ class Asking(Listed):
                 self._tell(i, trials.row(i))
 
     def _ask(self, i: int) -> Point:
-        # A sampler of its own for each point: what it draws depends on the trials before, not on when the sweep was started.
+        # A sampler of its own for each point: what it draws depends on the trials before, not on when the sweep was
+        # started.
         self.study.sampler = optuna.samplers.TPESampler(
             seed=self.search.seed + i, constraints_func=lambda trial: trial.user_attrs.get("excess", [0.0])
         )

@@ -1,8 +1,8 @@
 """A question put to many trials: named arms of one recipe, each with several training seeds, and a table over seeds.
 
-What an experiment that takes hours has found must outlive its machine. A finished trial adds its row to a CSV file that is
-kept with the code, and a trial whose row is there is not run again, whichever of the recipe's studies ran it. The same command
-goes on where it was stopped.
+What an experiment that takes hours has found must outlive its machine. A finished trial adds its row to a CSV file that
+is kept with the code, and a trial whose row is there is not run again, whichever of the recipe's studies ran it. The
+same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class StudyResult:
             file.write(f"{text}\n")
 
     def differences(self, recipe: str, measures: Mapping[str, str]) -> None:
-        """Each arm minus `recipe` in `measures` (column -> what it is called), paired over seeds; the intervals come from what
-        training seeds scatter over all arms, since the few that one arm has say little. One seed says nothing."""
+        """Each arm minus `recipe` in `measures` (column -> what it is called), paired over seeds; the intervals come
+        from what training seeds scatter over all arms, since the few that one arm has say little. One seed says
+        nothing."""
         if self.rows["seed"].nunique() < 2:
             return
         noise = {key: seed_noise(self.rows, "arm", key) for key in measures}
@@ -64,7 +65,8 @@ class StudyResult:
             )
 
     def draw(self, x: str | None = None, y: str | None = None) -> None:
-        """Draw the Pareto front of the arms, and heat maps over two keys of the configuration; publish them with the table."""
+        """Draw the Pareto front of the arms, and heat maps over two keys of the configuration; publish them with the
+        table."""
         from diffinstruct.reports import plots
 
         frame = self.rows.rename(columns={KEY: "run"}).assign(status="finished")
@@ -92,9 +94,9 @@ SMOKE_EVERY = 30  # prompts of the examination, which takes longer than two step
 
 @dataclass(frozen=True)
 class Study:
-    """arms: name -> what it changes of `recipe`. measures: column of a trial's row -> what the table calls it. examine: as a
-    sweep's; with `every=n` it is content with every n-th prompt. rows: the CSV file of the recipe's finished trials, which its
-    studies share."""
+    """arms: name -> what it changes of `recipe`. measures: column of a trial's row -> what the table calls it. examine:
+    as a sweep's; with `every=n` it is content with every n-th prompt. rows: the CSV file of the recipe's finished
+    trials, which its studies share."""
 
     name: str
     question: str
@@ -106,8 +108,8 @@ class Study:
     rows: Path
 
     def main(self) -> StudyResult | None:
-        """The command line of an experiment: run what is missing; with every row there, print the table and leave it in the
-        folder of the runs. None while rows are missing."""
+        """The command line of an experiment: run what is missing; with every row there, print the table and leave it in
+        the folder of the runs. None while rows are missing."""
         parser = argparse.ArgumentParser(
             description=self.question, formatter_class=argparse.RawDescriptionHelpFormatter
         )
@@ -177,8 +179,10 @@ def complete(
     examine: Examine,
     most: int | None = None,
 ) -> pd.DataFrame | None:
-    """Run the trials, every arm with every seed, that have no row yet, `most` of them at most; all rows, or None while some are
-    missing. A row has what it changes of `base`, and what the trial's own row has but for its folder; `arm` is added here."""
+    """Run the trials, every arm with every seed, that have no row yet, `most` of them at most; all rows, or None while
+    some are missing. A row has what it changes of `base`, and what the trial's own row has but for its folder; `arm` is
+    added
+    here."""
     points: dict[str, Point] = {}
     wanted = []
     for seed, (arm, changes) in itertools.product(seeds, arms.items()):

@@ -88,7 +88,8 @@ class Trials:
         return experiment
 
     def check_space(self, space: Mapping[str, Any], point: Point) -> None:
-        """Raises UserError where what a search or a scheduler may make of `point` never is an experiment. Now and then is no
+        """Raises UserError where what a search or a scheduler may make of `point` never is an experiment. Now and then
+        is no
         mistake: some values only go with some others."""
         known = self.base.to_params()
         if unknown := next((key for key in space if key not in known), None):
@@ -155,8 +156,8 @@ class Trials:
             file.write(json.dumps(line) + "\n")
 
     def number(self, tune_id: str, config: Mapping[str, Any]) -> int:
-        """Ours, of a trial of Tune's. Its configuration has it at its first start only: one that takes over another's weights
-        is given that one's configuration."""
+        """Ours, of a trial of Tune's. Its configuration has it at its first start only: one that takes over another's
+        weights is given that one's configuration."""
         known = self.folder / "ray" / f"{tune_id}.number"
         if not known.exists():
             known.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +174,8 @@ class Trials:
         return changed(self.base, self.point(i))
 
     def finished(self, i: int) -> bool:
-        """Whether trial `i` has its row: metrics.json is the last thing that a run writes, examination.json that of a trial."""
+        """Whether trial `i` has its row: metrics.json is the last thing that a run writes, examination.json that of a
+        trial."""
         files = ["metrics.json"] + ["examination.json"] * bool(self.examine)
         return i in self.known and all((self.run(i) / name).exists() for name in files)
 
@@ -268,7 +270,8 @@ class Trial:
             tune.report({**figures, "score": self.aim.score(figures)}, checkpoint=checkpoint)
 
     def _join(self, i: int, point: Point) -> None:
-        """Find out who this trial is: itself, going on, or one that takes over another's weights under a new configuration."""
+        """Find out who this trial is: itself, going on, or one that takes over another's weights under a new
+        configuration."""
         from diffinstruct.training.resume import take_over
 
         if (told := tune.get_checkpoint()) is None:
@@ -290,7 +293,8 @@ class Trial:
 
 
 class Reports:
-    """A journal as Tune wants it: a report for each logged step, with the figures of the last look beside its metrics."""
+    """A journal as Tune wants it: a report for each logged step, with the figures of the last look beside its
+    metrics."""
 
     def __init__(self, journal: Path) -> None:
         self.journal, self.offset = journal, 0

@@ -1,11 +1,12 @@
 """A sweep: one Experiment made into many, each a run of its own under Ray Tune, with one set of reward actors for all.
 
-    <sweep>/<id>/           a trial's run; id is its configuration's hash, longer if it took over another trial's weights
+    <sweep>/<id>/           a trial's run; id is its configuration's hash, longer if it took over another trial's
+    weights
     <sweep>/trials.jsonl    what no list of points can tell again: what Optuna asked for, who took over whose weights
     <sweep>/journal.jsonl   the parent run's, as in every run's folder; table.csv, report.html: what came of it
 
-Tune decides which trial runs when. All that it hears of a trial is the trial's journal, so a trial that has ended in an earlier
-life of the sweep can be told once more, and Tune's own state is never read.
+Tune decides which trial runs when. All that it hears of a trial is the trial's journal, so a trial that has ended in an
+earlier life of the sweep can be told once more, and Tune's own state is never read.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ from diffinstruct.sweeps.searchers import Asking, Listed
 from diffinstruct.sweeps.trials import Examine, Trial, Trials
 
 DRIVER = {HEAD: 0.001}
-"""What a trial's own process asks for: a slot that every cluster has, on its head. If it took a CPU, trials could hold all of
-them and wait for ever for their workers'."""
+"""What a trial's own process asks for: a slot that every cluster has, on its head. If it took a CPU, trials could hold
+all of them and wait for ever for their workers'."""
 
 OnRow = Callable[[int, dict[str, Any]], None]
 """(number of the trial, its row), in the driver."""
@@ -69,14 +70,15 @@ def sweep(
 ) -> pd.DataFrame:
     """Run `base` once for each of `points`, as child runs of one MLflow run.
 
-    Returns one row a trial: its point, "run" (its folder, below `folder`), its last metrics, and what `examine` makes of it, in
-    a task of a worker's size. The same call again goes on: finished trials are not run twice, others continue from their
-    checkpoints, the same MLflow runs go on. `on_row` gets each row as soon as its trial has ended.
-    All trials that are known beforehand are checked before the first one starts. They share the reward actors of `base`:
-    weights may vary, and which rewards are held out, but neither their names nor reference.model nor what is asked of the
-    cluster.
+    Returns one row a trial: its point, "run" (its folder, below `folder`), its last metrics, and what `examine` makes
+    of it, in a task of a worker's size. The same call again goes on: finished trials are not run twice, others continue
+    from their checkpoints, the same MLflow runs go on. `on_row` gets each row as soon as its trial has ended. All
+    trials that are known beforehand are checked before the first one starts. They share the reward actors of `base`:
+    weights may vary, and which rewards are held out, but neither their names nor reference.model nor what is asked of
+    the cluster.
 
-    scheduler: one of Tune's, with time_attr="step" and no metric of its own: it compares the aim's score. Trials that it ends
+    scheduler: one of Tune's, with time_attr="step" and no metric of its own: it compares the aim's score. Trials that
+    it ends
         early (ASHAScheduler) are finished runs of fewer steps. Trials that take over another's weights
         (PopulationBasedTraining) are several runs; the last one makes the row.
     Raises SweepError if any trial failed, after all have ended; Paused after SIGTERM, KeyboardInterrupt after Ctrl-C.
@@ -277,7 +279,8 @@ class Progress(TrialProgressCallback):
 
 
 def _check_probes(trials: Trials, aim: SelectionCriterion, scheduler: TrialScheduler | None) -> None:
-    """Raises UserError where the aim's figures would never come, or a scheduler would count something else than steps."""
+    """Raises UserError where the aim's figures would never come, or a scheduler would count something else than
+    steps."""
     looks = [
         key for key in (aim.maximize, aim.minimize, *aim.floors, *aim.ceilings) if key.startswith("overoptimization/")
     ]

@@ -1,23 +1,28 @@
-"""The journal of a run, and its delivery to MLflow. Training writes a line to a file and goes on; a thread does the rest.
+"""The journal of a run, and its delivery to MLflow. Training writes a line to a file and goes on; a thread does the
+rest.
 
     <run>/journal.jsonl   one JSON object a line, appended, never rewritten; each has "time" (ms) and one of
                           "start": {...}   who the run is; another one at each resume
                           "metrics": {key: value}, "step": n        (Python's JSON: NaN and Infinity are kept as such)
                           "image": "images/....png", "key": ..., "step": n
-                          "event": kind, "step": n, "text": ...     (MLflow has the last of a kind in the tag event.<kind>)
-                                "back_to": n      steps after this one are measured once more, and count as then measured
+                          "event": kind, "step": n, "text": ...     (MLflow has the last of a kind in the tag
+                          event.<kind>)
+                                "back_to": n      steps after this one are measured once more, and count as then
+                                measured
                           "artifact": path                          (relative to the run's folder, in which it lies)
                           "finish": status, "reason": ...
-    <run>/journal.ack     how far MLflow has confirmed it: {"offset": bytes, "postponed": [offsets of pictures and files]}
+    <run>/journal.ack     how far MLflow has confirmed it: {"offset": bytes, "postponed": [offsets of pictures and
+    files]}
     <run>/mlflow.json     the MLflow run: uri, experiment_id, run_id
 
-What MLflow has not confirmed is sent again: by the thread, at the next start in the same folder, or by `deliver(folder)`.
-Sending twice changes nothing (a metric is the same row if key, step, time and value are the same; a picture that is
-there is not sent again), so everything arrives exactly once. A run that MLflow does not know (any more) is made anew
-and gets the whole journal.
+What MLflow has not confirmed is sent again: by the thread, at the next start in the same folder, or by
+`deliver(folder)`. Sending twice changes nothing (a metric is the same row if key, step, time and value are the same; a
+picture that is there is not sent again), so everything arrives exactly once. A run that MLflow does not know (any more)
+is made anew and gets the whole journal.
 
-MLflow turns inf into 1.8e308, so values that are not finite are not sent: the tag `nonfinite.<key>` holds the first such
-step, the journal the value. Parameters are write-once: where a resumed run differs, the tag `resumed.<key>` says how.
+MLflow turns inf into 1.8e308, so values that are not finite are not sent: the tag `nonfinite.<key>` holds the first
+such step, the journal the value. Parameters are write-once: where a resumed run differs, the tag `resumed.<key>` says
+how.
 """
 
 from __future__ import annotations
@@ -52,7 +57,8 @@ COMMIT = "mlflow.source.git.commit"
 
 
 class Parent(NamedTuple):
-    """Where in MLflow a run stands that is not by itself: under `run_id` (None: there was no answer), with the name `child`."""
+    """Where in MLflow a run stands that is not by itself: under `run_id` (None: there was no answer), with the name
+    `child`."""
 
     run_id: str | None
     child: str
@@ -116,7 +122,8 @@ class Tracker:
             self._append({"step": int(step), "metrics": fresh})
 
     def image(self, key: str, step: int, pixels: np.ndarray) -> None:
-        """Stores an image (uint8, [H, W, 3]) in the run's folder and journals it. One key has a step slider in MLflow."""
+        """Stores an image (uint8, [H, W, 3]) in the run's folder and journals it. One key has a step slider in
+        MLflow."""
         from PIL import Image
 
         if f"image:{key}" not in self._seen.get(step, ()):
@@ -134,7 +141,8 @@ class Tracker:
             self._append({"step": int(step), "event": kind, "text": text})
 
     def back_to(self, step: int, at: int, text: str) -> None:
-        """Journals that the run has gone back from `at` to an earlier step, and comes by the steps between once more."""
+        """Journals that the run has gone back from `at` to an earlier step, and comes by the steps between once
+        more."""
         self._forget(step)
         self._append({"step": int(at), "event": "back_to", "text": text, "back_to": int(step)})
 
@@ -142,12 +150,13 @@ class Tracker:
         self._seen = {of: keys for of, keys in self._seen.items() if of <= step}
 
     def artifact(self, path: Path | str) -> None:
-        """Journals a file, or a folder in the run's own, to be stored under its own name. It is read when it is delivered."""
+        """Journals a file, or a folder in the run's own, to be stored under its own name. It is read when it is
+        delivered."""
         self._append({"artifact": _kept(self.folder, Path(path))})
 
     def finish(self, status: str = "FINISHED", reason: str | None = None, hurry: bool = False) -> bool:
-        """Ends the run as FINISHED, FAILED or KILLED and waits a while (PATIENCE) for the delivery; whether all of it arrived.
-        In a `hurry`, since somebody has asked twice, for HURRY seconds.
+        """Ends the run as FINISHED, FAILED or KILLED and waits a while (PATIENCE) for the delivery; whether all of it
+        arrived. In a `hurry`, since somebody has asked twice, for HURRY seconds.
 
         What did not arrive is kept; one warning says how to deliver it.
         """
@@ -169,7 +178,8 @@ class Tracker:
 
     @property
     def url(self) -> str:
-        """The line to print: the run's page on a server (the server's, until the run is known), or how to open the file."""
+        """The line to print: the run's page on a server (the server's, until the run is known), or how to open the
+        file."""
         if self.uri.startswith("sqlite:"):
             return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
         page = f"/#/experiments/{self._delivery.experiment_id}/runs/{self._delivery.run_id}"
@@ -189,7 +199,8 @@ class Tracker:
         self._separator = b"" if written == len(line) else b"\n"
 
     def _deliver(self) -> None:
-        """The thread: deliver, pause, until the journal is finished and confirmed. While MLflow is away, ever more rarely."""
+        """The thread: deliver, pause, until the journal is finished and confirmed. While MLflow is away, ever more
+        rarely."""
         pause, away = INTERVAL, False
         while not self._complete:
             finishing = self._finishing.is_set()
@@ -220,8 +231,8 @@ def deliver(
 ) -> None:
     """Sends what a run's journal still holds; nothing if there is nothing. Raises whatever keeps it from arriving.
 
-    `uri` where it is not the one the run began with (a password in a URI is not stored), or nobody but the journal names
-    it. `status` ends a run that could not do so itself, such as a trial that a scheduler stopped.
+    `uri` where it is not the one the run began with (a password in a URI is not stored), or nobody but the journal
+    names it. `status` ends a run that could not do so itself, such as a trial that a scheduler stopped.
     """
     folder = Path(run_folder).absolute()
     if status and not _after_the_end(folder, status):
@@ -262,7 +273,8 @@ def _deliver_now(folder: Path, uri: str | None = None) -> None:
 
 
 def commit_of_code() -> dict[str, str]:
-    """The tag COMMIT, "-dirty" where files other than docs (a study's rows) differ; nothing where git knows of no commit."""
+    """The tag COMMIT, "-dirty" where files other than docs (a study's rows) differ; nothing where git knows of no
+    commit."""
     git = ["git", "-C", str(Path(__file__).parent)]
 
     def said(*command: str) -> str:
@@ -282,7 +294,8 @@ def _after_the_end(folder: Path, status: str) -> bool:
 
 
 def _kept(folder: Path, path: Path) -> str:
-    """How a run's journal names a file; one from elsewhere is copied first: a delivery reads nothing outside of the folder."""
+    """How a run's journal names a file; one from elsewhere is copied first: a delivery reads nothing outside of the
+    folder."""
     if not path.absolute().is_relative_to(folder):
         (folder / "files").mkdir(exist_ok=True)
         path = Path(shutil.copy(path, folder / "files"))

@@ -205,7 +205,8 @@ class MlflowDelivery:
 
 
 def _open(uri: str, experiment_name: str | None = None) -> tuple[Any, str | None]:
-    """(client, experiment id). One process at a time on an sqlite file: two that create its tables at once both fail."""
+    """(client, experiment id). One process at a time on an sqlite file: two that create its tables at once both
+    fail."""
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     from mlflow import MlflowClient
@@ -227,7 +228,8 @@ def _open(uri: str, experiment_name: str | None = None) -> tuple[Any, str | None
 
 @contextmanager
 def _alone(uri: str) -> Iterator[str | None]:
-    """Where artifacts of new experiments go, absolute, beside an sqlite file, which is locked. None: the server decides."""
+    """Where artifacts of new experiments go, absolute, beside an sqlite file, which is locked. None: the server
+    decides."""
     if (database := uri.removeprefix("sqlite:///")) == uri:
         yield None
         return
@@ -275,7 +277,8 @@ def _entities(
 
 
 def _send(client: Any, run_id: str | None, entities: list[Any], refused: set[str]) -> None:
-    """`log_batch` in pieces MLflow takes. What it refuses for good is narrowed down by halves, named once, and left out."""
+    """`log_batch` in pieces MLflow takes. What it refuses for good is narrowed down by halves, named once, and left
+    out."""
     from mlflow.exceptions import MlflowException
 
     if not entities:

@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 
 
 def read_journal(run_folder: Path | str) -> list[dict[str, Any]]:
-    """The records of a run's journal, in order. A line that cannot be read is left out, with a warning if it is a whole one."""
+    """The records of a run's journal, in order. A line that cannot be read is left out, with a warning if it is a whole
+    one."""
     journal = Path(run_folder) / "journal.jsonl"
     found = [(begin, end, record if "time" in record else {}) for begin, end, record in records(journal)]
     for begin in (begin for begin, end, record in found if not record and end > begin + 1):
@@ -23,7 +24,8 @@ def read_journal(run_folder: Path | str) -> list[dict[str, Any]]:
 
 
 def records(journal: Path, offset: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(first byte, byte after the end, record) of each complete line from `offset` on; {} for one that cannot be read."""
+    """(first byte, byte after the end, record) of each complete line from `offset` on; {} for one that cannot be
+    read."""
     if not journal.exists():
         return
     with journal.open("rb") as file:

@@ -45,7 +45,8 @@ def open_reference(experiment: Experiment, device: torch.device) -> Reference:
 
 
 def missing_embeddings(experiment: Experiment) -> list[str | None]:
-    """The prompts of a run (and the null prompt) that its folder of embeddings lacks; none where it has no such folder."""
+    """The prompts of a run (and the null prompt) that its folder of embeddings lacks; none where it has no such
+    folder."""
     if experiment.prompts.embeddings is None:
         return []
     prompts: list[str | None] = [NULL]
@@ -84,7 +85,8 @@ def make_train_state(
 
 
 def make_step_config(experiment: Experiment, schedule: Schedule) -> StepConfig:
-    """The configuration as the step wants it. Raises UserError for what does not fit the schedule or cannot be imported."""
+    """The configuration as the step wants it. Raises UserError for what does not fit the schedule or cannot be
+    imported."""
     e = experiment.objective
     if e.t_max > len(schedule.alphas):
         raise UserError(f"objective.t_max: got {e.t_max}, the reference's schedule has {len(schedule.alphas)} steps")

@@ -1,7 +1,8 @@
 """A run, whoever runs it: build the players of an Experiment, go round, and keep journal, pictures and checkpoints.
 
-`local.py` calls `train` once in this process, `cluster/train.py` once in each Ray Train worker; all that differs is handed in
-(where rewards are computed, how modules are wrapped, how numbers are averaged), so both give the same numbers.
+`local.py` calls `train` once in this process, `cluster/train.py` once in each Ray Train worker; all that differs is
+handed in (where rewards are computed, how modules are wrapped, how numbers are averaged), so both give the same
+numbers.
 """
 
 from __future__ import annotations
@@ -54,13 +55,15 @@ def train(
     worker: Worker = Worker(),  # noqa: B008
     parent: Parent | None = None,
 ) -> Result | None:
-    """Run or resume `experiment` in `folder`; the result on rank 0, None elsewhere. Without `actors` rewards are computed here.
+    """Run or resume `experiment` in `folder`; the result on rank 0, None elsewhere. Without `actors` rewards are
+    computed here.
 
-    A step with something in it that is not finite is left out and counted. After SKIPS of them in a row the run goes back to
-    its last checkpoint and on from there with other prompts and noise, once; if that comes to the same it raises NonFinite.
+    A step with something in it that is not finite is left out and counted. After SKIPS of them in a row the run goes
+    back to its last checkpoint and on from there with other prompts and noise, once; if that comes to the same it
+    raises NonFinite.
 
-    Raises NonFinite, RewardError or, where the disk is full, CheckpointError with the run resumable: weights on disk are from
-    the last checkpoint; UserError where another process is at work on the folder.
+    Raises NonFinite, RewardError or, where the disk is full, CheckpointError with the run resumable: weights on disk
+    are from the last checkpoint; UserError where another process is at work on the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with full_disk_as_error(folder):
@@ -227,8 +230,9 @@ def validate_rewards(
     done: int,
     output: Output | None,
 ) -> None:
-    """Before the first round from here: the handshake with the rewards on the generator's pictures, also in a resumed run,
-    whose rewards somebody may have mended meanwhile; of a new run the start's pictures, and the rewards' scales."""
+    """Before the first round from here: the handshake with the rewards on the generator's pictures, also in a resumed
+    run, whose rewards somebody may have mended meanwhile; of a new run the start's pictures, and the rewards'
+    scales."""
     if done == 0:
         columns = grid.columns(train_state.ema)
         if output:

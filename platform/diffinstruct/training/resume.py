@@ -27,9 +27,10 @@ def newest(
     store: CheckpointStore, experiment: Experiment, worker: Worker, of_prompts: str
 ) -> tuple[int, dict[str, Any] | None]:
     """The rounds already done and the run's state, of the newest good checkpoint; (0, None) where there is none. Raises
-    CheckpointError where workers see different ones, since their weights would differ from then on, and where there are some
-    and none can be read: a disk that does not answer for a moment is no reason to begin anew over them; UserError for one of
-    another configuration or other prompts."""
+    CheckpointError where workers see different ones, since their weights would differ from then on, and where there are
+    some
+    and none can be read: a disk that does not answer for a moment is no reason to begin anew over them; UserError for
+    one of another configuration or other prompts."""
     store.settle(wait=True)
     worker.least(0)  # now what the first one was writing is there for all
     found = store.latest()
@@ -63,10 +64,11 @@ def _check_state(folder: Path, experiment: Experiment, written: object, of: obje
 
 
 def export_checkpoint(experiment: Experiment, folder: Path, which: str, out: Path) -> tuple[int, bool]:
-    """Write the averaged generator of a checkpoint of `folder`, a run of `experiment`, as `export` does: of "last", the newest
-    that can be read, of "best", by the watch, or of a step. Its step, and whether it is the best.
+    """Write the averaged generator of a checkpoint of `folder`, a run of `experiment`, as `export` does: of "last", the
+    newest that can be read, of "best", by the watch, or of a step. Its step, and whether it is the best.
 
-    Raises UserError where there is no such checkpoint, or of another configuration; CheckpointError for one that is damaged.
+    Raises UserError where there is no such checkpoint, or of another configuration; CheckpointError for one that is
+    damaged.
     """
     from diffinstruct.models.export import export
 
@@ -105,9 +107,9 @@ def _best(store: CheckpointStore) -> int | None:
 
 
 def take_over(experiment: Experiment, folder: Path, donor: Path) -> int:
-    """Make `folder` a run of `experiment` that goes on from the newest checkpoint of another run, whose configuration may have
-    other values for all that is not its players' shapes; the step that it goes on from. Raises CheckpointError where there is
-    none."""
+    """Make `folder` a run of `experiment` that goes on from the newest checkpoint of another run, whose configuration
+    may have other values for all that is not its players' shapes; the step that it goes on from. Raises CheckpointError
+    where there is none."""
     found = CheckpointStore(donor / "checkpoints").latest()
     if found is None:
         raise CheckpointError(f"{donor}: no checkpoint whose weights could be taken over")
@@ -118,9 +120,10 @@ def take_over(experiment: Experiment, folder: Path, donor: Path) -> int:
 
 
 def change(experiment: Experiment, folder: Path, keys: Collection[str]) -> int | None:
-    """Make the newest checkpoint in `folder`, of a run with other values of these keys, one of `experiment`; its step, 0 where
-    there is none, and None where it is one already. The reward scale stays what the watch has made of it, unless it is among
-    the keys. Raises UserError for fewer steps than are done, CheckpointError where there are checkpoints and none can be read.
+    """Make the newest checkpoint in `folder`, of a run with other values of these keys, one of `experiment`; its step,
+    0 where there is none, and None where it is one already. The reward scale stays what the watch has made of it,
+    unless it is among the keys. Raises UserError for fewer steps than are done, CheckpointError where there are
+    checkpoints and none can be read.
     """
     store = CheckpointStore(folder / "checkpoints", keep=1)  # older ones stay the other configuration's
     found = store.latest()
@@ -158,7 +161,8 @@ def keep_configuration(experiment: Experiment, folder: Path) -> None:
 
 
 def _made_one_of(experiment: Experiment, state: dict[str, Any]) -> dict[str, Any]:
-    """The state of another configuration's checkpoint, with this one's optimizers; what was the best there is not here."""
+    """The state of another configuration's checkpoint, with this one's optimizers; what was the best there is not
+    here."""
     state["watcher"]["watch"]["best"] = {}
     for optimizer, of in (("generator_optimizer", experiment.generator), ("score_optimizer", experiment.score_network)):
         for group in state["players"][optimizer]["param_groups"]:

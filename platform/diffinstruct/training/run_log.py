@@ -76,7 +76,8 @@ class Window:
         return mean
 
     def share(self, average: Callable[[Metrics], Metrics]) -> None:
-        """Make the rows those of all workers, so that whoever goes on with them, as whichever worker, has the same means. Each
+        """Make the rows those of all workers, so that whoever goes on with them, as whichever worker, has the same
+        means. Each
         row once: a mean of means has other last bits, and a save between two rows of the journal would show."""
         self.rows[self.shared :] = [average(row) for row in self.rows[self.shared :]]
         self.shared = len(self.rows)
@@ -90,8 +91,8 @@ class Window:
 
 
 class Grid:
-    """The pictures that show how a run goes. Rows are prompts; the first column is the starting generator, then the current one
-    on the same and on more noise."""
+    """The pictures that show how a run goes. Rows are prompts; the first column is the starting generator, then the
+    current one on the same and on more noise."""
 
     def __init__(self, experiment: Experiment, reference: Reference, start: nn.Module) -> None:
         table = read_prompts(experiment.prompts.grid, column=experiment.prompts.column)["prompt"].tolist()
@@ -170,7 +171,8 @@ class Output:
         self.tracker.back_to(step, lost, text)
 
     def looked(self, step: int, look: Callable[[], tuple[Metrics, Alarm | None]], watch: ProbeHistory) -> int:
-        """Keep what a look has seen; what follows from it. Rewards that have no finite score for its pictures see nothing."""
+        """Keep what a look has seen; what follows from it. Rewards that have no finite score for its pictures see
+        nothing."""
         try:
             figures, alarm = look()
         except NotFinite as error:
