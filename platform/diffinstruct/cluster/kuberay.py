@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import dataclass
 from importlib.metadata import version
 from math import ceil
 from pathlib import PurePosixPath
@@ -46,67 +47,23 @@ def manifest(experiment: Experiment, image: str, claim: str, resume: str | None 
 
     Raises UserError for what Kubernetes would refuse.
     """
-    if not re.fullmatch(IMAGE, image):
-        raise UserError(f"--image: should be as registry.example/diffinstruct:1, got {image!r}")
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", claim) or len(claim) > 253:
-        raise UserError(f"--claim: should be small letters, digits, '-' and '.', got {claim!r}")
     uri = experiment.tracking.uri or ""
     experiment = placed(experiment)
-    database = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
-    for where, path in {"tracking.uri": database, "--resume": resume}.items():
-        if path is not None and not PurePosixPath(path).is_relative_to(experiment.output_dir):
-            raise UserError(f"{where}: should lie in {experiment.output_dir}, where the claim is mounted, got {path!r}")
-    name, asked = job_name(experiment), experiment.cluster
-    file = MOUNT / "experiment.yaml"
+    _check_names(image, claim)
+    _check_paths(experiment.output_dir, uri, resume)
+    name, cluster, file = job_name(experiment), experiment.cluster, MOUNT / "experiment.yaml"
     config_map = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": name},
         "data": {file.name: experiment.to_yaml()},
     }
-
-    def pods(kind: str, cpus: int, gpus: int, declared: dict[str, float], **environment: str) -> dict[str, Any]:
-        """Of one group: what `ray start` is told, and the template."""
-        limits = {"cpu": str(cpus)} | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
-        container = {
-            "name": kind,
-            "image": image,
-            "resources": {"requests": limits, "limits": limits},
-            "env": [{"name": key, "value": value} for key, value in {"OMP_NUM_THREADS": "1", **environment}.items()],
-            "envFrom": [{"secretRef": {"name": SECRET, "optional": True}}],
-            "volumeMounts": [
-                {"name": "experiment", "mountPath": str(MOUNT)},
-                {"name": "runs", "mountPath": experiment.output_dir},
-            ],
-        }
-        volumes = [
-            {"name": "experiment", "configMap": {"name": name}},
-            {"name": "runs", "persistentVolumeClaim": {"claimName": claim}},
-        ]
-        template = {"terminationGracePeriodSeconds": STOP_WAIT_S, "containers": [container], "volumes": volumes}
-        # KubeRay puts the value into a shell's command line as it is.
-        start = {"resources": shlex.quote(json.dumps(declared))} if declared else {}
-        return {"rayStartParams": start, "template": {"spec": template}}
-
-    def group(kind: str, processes: int, each: dict[str, float]) -> dict[str, Any]:
-        gpu = each.get("GPU", 0)
-        seats = min(processes, int(1 / gpu + 1e-9)) if 0 < gpu < 1 else 1
-        declared = {key: round(seats * amount, 4) for key, amount in each.items() if key not in ("CPU", "GPU")}
-        count = ceil(processes / seats)
-        cpus = max(1, ceil(seats * each["CPU"]))  # a process that is not counted works all the same
-        return {
-            "groupName": kind,
-            "replicas": count,
-            "minReplicas": count,
-            "maxReplicas": count,
-            **pods(kind, cpus, ceil(seats * gpu - 1e-9), declared),
-        }
-
-    head = pods("head", HEAD_CPUS, 0, {}, RAY_JOB_STOP_WAIT_TIME_S=str(STOP_WAIT_S))
+    pods = Pods(name, image, claim, experiment.output_dir)
+    head = pods.of("head", HEAD_CPUS, 0, {}, RAY_JOB_STOP_WAIT_TIME_S=str(STOP_WAIT_S))
     head["rayStartParams"] = {"num-cpus": "0"}
-    groups = [group("trainer", asked.workers, asked.per_worker)]
+    groups = [pods.group("trainer", cluster.workers, cluster.per_worker)]
     if experiment.reward_actors:
-        groups.append(group("reward", experiment.reward_actors, asked.per_reward_actor))
+        groups.append(pods.group("reward", experiment.reward_actors, cluster.per_reward_actor))
     command = ["python", "-m", "diffinstruct", "train", str(file), *(["--resume", resume] if resume else [])]
     job = {
         "apiVersion": "ray.io/v1",
@@ -124,6 +81,61 @@ def manifest(experiment: Experiment, image: str, claim: str, resume: str | None 
         },
     }
     return yaml.dump_all([config_map, job], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _check_names(image: str, claim: str) -> None:
+    if not re.fullmatch(IMAGE, image):
+        raise UserError(f"--image: should be as registry.example/diffinstruct:1, got {image!r}")
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", claim) or len(claim) > 253:
+        raise UserError(f"--claim: should be small letters, digits, '-' and '.', got {claim!r}")
+
+
+def _check_paths(output_dir: str, uri: str, resume: str | None) -> None:
+    database = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
+    for key, path in {"tracking.uri": database, "--resume": resume}.items():
+        if path is not None and not PurePosixPath(path).is_relative_to(output_dir):
+            raise UserError(f"{key}: should lie in {output_dir}, where the claim is mounted, got {path!r}")
+
+
+@dataclass(frozen=True)
+class Pods:
+    """Templates of the pods of one job; `name` is the job's and its ConfigMap's."""
+
+    name: str
+    image: str
+    claim: str
+    output_dir: str
+
+    def of(self, kind: str, cpus: int, gpus: int, resources: dict[str, float], **variables: str) -> dict[str, Any]:
+        """One group of pods: what `ray start` is told, and the template."""
+        limits = {"cpu": str(cpus)} | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
+        mounts = {"experiment": str(MOUNT), "runs": self.output_dir}
+        container = {
+            "name": kind,
+            "image": self.image,
+            "resources": {"requests": limits, "limits": limits},
+            "env": [{"name": key, "value": value} for key, value in {"OMP_NUM_THREADS": "1", **variables}.items()],
+            "envFrom": [{"secretRef": {"name": SECRET, "optional": True}}],
+            "volumeMounts": [{"name": volume, "mountPath": path} for volume, path in mounts.items()],
+        }
+        volumes = [
+            {"name": "experiment", "configMap": {"name": self.name}},
+            {"name": "runs", "persistentVolumeClaim": {"claimName": self.claim}},
+        ]
+        template = {"terminationGracePeriodSeconds": STOP_WAIT_S, "containers": [container], "volumes": volumes}
+        # KubeRay puts the value into a shell's command line as it is.
+        start = {"resources": shlex.quote(json.dumps(resources))} if resources else {}
+        return {"rayStartParams": start, "template": {"spec": template}}
+
+    def group(self, kind: str, processes: int, each: dict[str, float]) -> dict[str, Any]:
+        """A group with as many pods as the processes need; processes that share a GPU share a pod."""
+        gpu = each.get("GPU", 0)
+        per_pod = min(processes, int(1 / gpu + 1e-9)) if 0 < gpu < 1 else 1
+        resources = {key: round(per_pod * amount, 4) for key, amount in each.items() if key not in ("CPU", "GPU")}
+        count = ceil(processes / per_pod)
+        cpus = max(1, ceil(per_pod * each["CPU"]))  # a process that is not counted works all the same
+        replicas = dict.fromkeys(("replicas", "minReplicas", "maxReplicas"), count)
+        return {"groupName": kind, **replicas, **self.of(kind, cpus, ceil(per_pod * gpu - 1e-9), resources)}
 
 
 def placed(experiment: Experiment) -> Experiment:
