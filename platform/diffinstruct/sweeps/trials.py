@@ -192,16 +192,23 @@ class Trials:
         return pd.DataFrame(self.row(i) for i in range(self.count) if self.finished(i))
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What all trials of a sweep share: reward actors, the cluster's address, the parent run, the criterion."""
+
+    pool: RewardBackend | None
+    where: str
+    parent: str | None
+    aim: SelectionCriterion | None
+
+
 @dataclass
 class Trial:
     """One trial in a process of its own, from its configuration to its last report."""
 
     trials: Trials
     config: dict[str, Any]
-    pool: RewardBackend | None
-    where: str
-    parent: str | None
-    aim: SelectionCriterion | None
+    shared: Shared
     population: bool
     started_in: str
 
@@ -234,7 +241,7 @@ class Trial:
 
         def train() -> None:
             try:
-                fit(experiment, self.folder, self.pool, self.where, Parent(self.parent, name))
+                fit(experiment, self.folder, self.shared.pool, self.shared.where, Parent(self.shared.parent, name))
             except BaseException as error:
                 errors.append(error)
 
@@ -252,22 +259,26 @@ class Trial:
 
     def _look_for(self, figures: Mapping[str, float]) -> None:
         """Raises UserError where the end has come without a figure that the sweep looks for."""
-        if self.aim is None:
+        if self.shared.aim is None:
             return
-        asked = [self.aim.maximize, *[self.aim.minimize] * isinstance(self.trials.points, Optuna)]
-        bounds = [key for key in (*self.aim.floors, *self.aim.ceilings) if not key.startswith("overoptimization/")]
+        asked = [self.shared.aim.maximize, *[self.shared.aim.minimize] * isinstance(self.trials.points, Optuna)]
+        bounds = [
+            key
+            for key in (*self.shared.aim.floors, *self.shared.aim.ceilings)
+            if not key.startswith("overoptimization/")
+        ]
         if missing := next((key for key in asked + bounds if key not in figures), None):
             raise UserError(f"aim: no figure {missing!r} came of this trial{did_you_mean(missing, figures)}")
 
     def _report(self, figures: dict[str, float]) -> None:
         """Tell Tune. What a scheduler compares is not there before the first look."""
-        if self.aim is None or self.aim.maximize not in figures:
+        if self.shared.aim is None or self.shared.aim.maximize not in figures:
             return
         with tempfile.TemporaryDirectory() as folder:
             if self.population:  # whoever takes over this trial's weights finds them by this; Tune only passes it on
                 (Path(folder) / "run.json").write_text(json.dumps({"trial": self.number, "run": self.folder.name}))
             checkpoint = tune.Checkpoint.from_directory(folder) if self.population else None
-            tune.report({**figures, "score": self.aim.score(figures)}, checkpoint=checkpoint)
+            tune.report({**figures, "score": self.shared.aim.score(figures)}, checkpoint=checkpoint)
 
     def _join(self, i: int, point: Point) -> None:
         """Find out who this trial is: itself, going on, or one that takes over another's weights under a new

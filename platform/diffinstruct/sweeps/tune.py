@@ -15,8 +15,9 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,10 +43,10 @@ from diffinstruct.sweeps.criterion import SelectionCriterion
 from diffinstruct.tracking.journal import Tracker
 
 if TYPE_CHECKING:
-    from diffinstruct.reward_service.client import RewardBackend
+    pass
 from diffinstruct.sweeps.points import Optuna, Point
 from diffinstruct.sweeps.searchers import Asking, Listed
-from diffinstruct.sweeps.trials import Examine, Trial, Trials
+from diffinstruct.sweeps.trials import Examine, Shared, Trial, Trials
 
 DRIVER = {HEAD: 0.001}
 """What a trial's own process asks for: a slot that every cluster has, on its head. If it took a CPU, trials could hold
@@ -78,75 +79,99 @@ def sweep(
     the cluster.
 
     scheduler: one of Tune's, with time_attr="step" and no metric of its own: it compares the aim's score. Trials that
-    it ends
-        early (ASHAScheduler) are finished runs of fewer steps. Trials that take over another's weights
+        it ends early (ASHAScheduler) are finished runs of fewer steps. Trials that take over another's weights
         (PopulationBasedTraining) are several runs; the last one makes the row.
     Raises SweepError if any trial failed, after all have ended; Paused after SIGTERM, KeyboardInterrupt after Ctrl-C.
     """
     folder = folder.absolute()
     base = base.tracked_at(tracking_uri(base.tracking.uri, folder.parent))
     trials = Trials(base, points, folder, examine)
-    if any(experiment.mirror for experiment in (base, *trials.experiments)):
-        raise UserError("mirror: is for single runs; what a sweep's trials leave lies in the sweep's folder")
     if scheduler or isinstance(points, Optuna):
         aim = aim or SelectionCriterion()
         _check_probes(trials, aim, scheduler)
-    for experiment in {of.model_dump_json(include={"prompts", "rewards"}): of for of in trials.experiments}.values():
-        check_inputs(experiment)
-    warn_of_passing_copy(folder)
-
+    _check_trials(trials)
     with attached() as where:
         check_fits(base)
-        for experiment in {of.model_dump_json(include={"prompts"}): of for of in trials.experiments}.values():
+        for experiment in _distinct(trials, {"prompts"}):
             embed(experiment)
         trials.open(keeps=isinstance(points, Optuna) or isinstance(scheduler, PopulationBasedTraining))
         signals.clear(folder)
         tags = {"sweep": folder, "trials": trials.count}
         parent = Tracker(base.tracking.uri, base.tracking.experiment, folder.name, folder, trials.varied, tags)
         print(f"sweep {folder}  {trials.count} trials  tracking {parent.url}  {where}\n{placement(base)}", flush=True)
-        status, reason = "KILLED", None
+        end = Outcome("KILLED")
         try:
             with (
                 reward_pool(base) if base.reward_actors else nullcontext() as pool,
                 signals.on_sigterm(lambda: signals.request(folder, signals.PAUSE)),
             ):
-                failures = _tuned(trials, pool, where, parent.run_id, scheduler, aim, on_row)
-            # Tune answers Ctrl-C by ending its trials and returning as if nothing had happened.
-            unfinished = [i for i in range(trials.count) if i not in failures and not trials.finished(i)]
-            paused = signals.requested(folder) == signals.PAUSE
-            why: BaseException = Paused(f"{len(unfinished)} of {trials.count} trials are unfinished in {folder}")
-            for i in unfinished:
-                if i in trials.known:
-                    close(trials.run(i), trials.experiment(i), why if paused else KeyboardInterrupt())
-            reason = "\n".join(f"{dict(trials.point(i))}: {error}" for i, error in sorted(failures.items()))
-            status = "KILLED" if unfinished else "FAILED" if failures else "FINISHED"
-            table = trials.table()
-            table.to_csv(folder / "table.csv", index=False)
-            parent.artifact(folder / "table.csv")
-            if len(table):
-                from diffinstruct.reports.page import write
-
-                write(folder, folder / "report.html")
-                parent.artifact(folder / "report.html")
+                failures = _run_trials(trials, Shared(pool, where, parent.run_id, aim), scheduler, on_row)
+            end = _outcome(trials, failures)
+            table = _kept_table(trials, parent)
         finally:
-            parent.finish(status, reason)
+            parent.finish(end.status, end.reason)
             shutil.rmtree(folder / "ray", ignore_errors=True)
-    if unfinished:
-        print(f"interrupted: {why}", flush=True)
-        raise why if paused else KeyboardInterrupt
-    if failures:
-        raise SweepError(reason)
+    if end.unfinished:
+        print(f"interrupted: {end.unfinished}", flush=True)
+        raise end.unfinished if end.paused else KeyboardInterrupt
+    if end.status == "FAILED":
+        raise SweepError(end.reason)
     return table
 
 
-def _tuned(
-    trials: Trials,
-    pool: RewardBackend | None,
-    where: str,
-    parent: str | None,
-    scheduler: TrialScheduler | None,
-    aim: SelectionCriterion | None,
-    on_row: OnRow,
+def _check_trials(trials: Trials) -> None:
+    """Raises UserError for what the trials read that is not there, and for a mirror."""
+    if any(experiment.mirror for experiment in (trials.base, *trials.experiments)):
+        raise UserError("mirror: is for single runs; what a sweep's trials leave lies in the sweep's folder")
+    for experiment in _distinct(trials, {"prompts", "rewards"}):
+        check_inputs(experiment)
+    warn_of_passing_copy(trials.folder)
+
+
+def _distinct(trials: Trials, sections: set[str]) -> Iterable[Experiment]:
+    """One experiment for each value that these sections have among the trials."""
+    return {experiment.model_dump_json(include=sections): experiment for experiment in trials.experiments}.values()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a sweep has ended; `reason`: the failed trials, a line each; `unfinished`: says how many trials are."""
+
+    status: str
+    reason: str | None = None
+    unfinished: Paused | None = None
+    paused: bool = False
+
+
+def _outcome(trials: Trials, failures: Mapping[int, BaseException]) -> Outcome:
+    """Close the MLflow runs of unfinished trials; Tune answers Ctrl-C by ending its trials and returning as if done."""
+    reason = "\n".join(f"{dict(trials.point(i))}: {error}" for i, error in sorted(failures.items()))
+    unfinished = [i for i in range(trials.count) if i not in failures and not trials.finished(i)]
+    if not unfinished:
+        return Outcome("FAILED" if failures else "FINISHED", reason)
+    paused = signals.requested(trials.folder) == signals.PAUSE
+    pause = Paused(f"{len(unfinished)} of {trials.count} trials are unfinished in {trials.folder}")
+    for i in unfinished:
+        if i in trials.known:
+            close(trials.run(i), trials.experiment(i), pause if paused else KeyboardInterrupt())
+    return Outcome("KILLED", reason, pause, paused)
+
+
+def _kept_table(trials: Trials, parent: Tracker) -> pd.DataFrame:
+    """The finished trials' rows, kept as table.csv and report.html in the sweep's folder and in its parent run."""
+    from diffinstruct.reports.page import write
+
+    table = trials.table()
+    table.to_csv(trials.folder / "table.csv", index=False)
+    parent.artifact(trials.folder / "table.csv")
+    if len(table):
+        write(trials.folder, trials.folder / "report.html")
+        parent.artifact(trials.folder / "report.html")
+    return table
+
+
+def _run_trials(
+    trials: Trials, shared: Shared, scheduler: TrialScheduler | None, on_row: OnRow
 ) -> dict[int, BaseException]:
     """Run what is missing under Tune; the errors of those that failed."""
     done = {i for i in range(trials.count) if trials.finished(i)}
@@ -158,36 +183,26 @@ def _tuned(
     todo = [i for i in trials.known if scheduler or i not in done]
     started_in, population = os.getcwd(), isinstance(scheduler, PopulationBasedTraining)
     uri = trials.base.tracking.uri
-    if population:  # Tune wants to hand out its points itself
-        keys = trials.point(todo[0])
-        told: dict[str, Any] = {key: tune.sample_from(partial(_value, trials, key)) for key in keys}
-        handed_out: dict[str, Any] = {"param_space": {"trial": tune.grid_search(todo), **told}}
-        searcher, samples = None, 1
-    else:
-        searcher = Asking(trials, aim) if aim and isinstance(trials.points, Optuna) else Listed(trials, todo)
-        handed_out, samples = {}, trials.count
 
     def trial(config: dict[str, Any]) -> None:
         stand_in(started_in)
         trials.base = trials.base.tracked_at(uri)
-        Trial(trials, config, pool, where, parent, aim, population, started_in).run()
-
-    logging.getLogger("ray.tune.tune").setLevel(
-        logging.ERROR
-    )  # how to go on from Tune's own state, which is cleared away
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other would put its table in the place of our lines
+        Trial(trials, config, shared, population, started_in).run()
 
     def stop(trial: Any) -> None:
         signals.request(trials.run(trials.number(trial.trial_id, trial.config)), signals.STOP)
 
+    # Tune would tell how to go on from its own state, which is cleared away
+    logging.getLogger("ray.tune.tune").setLevel(logging.ERROR)
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other would put its table in the place of our lines
+    space, search = _search(trials, todo, shared.aim, population)
     results = tune.Tuner(
         tune.with_resources(trial, DRIVER),
-        **handed_out,
+        param_space=space,
         tune_config=tune.TuneConfig(
-            num_samples=samples,
+            **search,
             max_concurrent_trials=at_once(trials.base),
-            search_alg=searcher,
-            scheduler=Gentle(scheduler, stop) if scheduler else None,
+            scheduler=StopByRequest(scheduler, stop) if scheduler else None,
             **({"metric": "score", "mode": "max"} if scheduler else {}),
         ),
         run_config=tune.RunConfig(
@@ -199,12 +214,23 @@ def _tuned(
     ).fit()
     trials.read()
     errors = {}
-    for result, of in zip(
-        results, results._experiment_analysis.trials, strict=True
-    ):  # a result alone does not say whose it is
+    # A result alone does not say whose it is.
+    for result, of in zip(results, results._experiment_analysis.trials, strict=True):
         if result.error:
             errors[trials.number(of.trial_id, of.config)] = final_error(result.error) or result.error
     return {i: error for i, error in errors.items() if not isinstance(error, Paused)}
+
+
+def _search(
+    trials: Trials, todo: list[int], aim: SelectionCriterion | None, population: bool
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Tune's parameter space and how it is searched; a population wants Tune to hand out its points itself."""
+    if population:
+        keys = trials.point(todo[0])
+        values: dict[str, Any] = {key: tune.sample_from(partial(_value, trials, key)) for key in keys}
+        return {"trial": tune.grid_search(todo), **values}, {"num_samples": 1}
+    searcher = Asking(trials, aim) if aim and isinstance(trials.points, Optuna) else Listed(trials, todo)
+    return None, {"num_samples": trials.count, "search_alg": searcher}
 
 
 def _value(trials: Trials, key: str, spec: Any) -> Any:
@@ -212,7 +238,7 @@ def _value(trials: Trials, key: str, spec: Any) -> Any:
     return trials.point(spec.config.trial)[key]
 
 
-class Gentle(TrialScheduler):
+class StopByRequest(TrialScheduler):
     """A scheduler whose STOP is an order to the trial's run, which then ends as a finished one, not its death."""
 
     def __init__(self, scheduler: TrialScheduler, stop: Callable[[Any], None]) -> None:
@@ -332,7 +358,8 @@ def placement(experiment: Experiment) -> str:
 
     kinds = {**asked.per_worker, **asked.per_reward_actor}
     return (
-        f"placement  {at_once(experiment)} trials at once, {asked.workers} workers each, {said(asked.per_worker)} a worker; "
+        f"placement  {at_once(experiment)} trials at once, {asked.workers} workers each, "
+        f"{said(asked.per_worker)} a worker; "
         f"for all of them {actors} reward actors, {said(asked.per_reward_actor)} an actor; "
         f"Ray has {said({kind: total.get(kind, 0) for kind in kinds})}"
     )
