@@ -77,7 +77,7 @@ class RewardActor:
     def validate(
         self, request: str, latents: np.ndarray, prompts: Sequence[str], trained: frozenset[str]
     ) -> ActorReply:
-        """The handshakes, made once: all trials of a sweep share this actor."""
+        """The rewards' validation reports, made once: all trials of a sweep share this actor."""
         from diffinstruct.reward_service.client import LocalRewards
 
         rewards = self.rewards

@@ -45,8 +45,8 @@ from diffinstruct.errors import UserError, did_you_mean, nearest_file
 from diffinstruct.method.rewards import Collect, RewardError, RewardRequest, Scores
 from diffinstruct.reward_service.validation import Report
 
-HANDSHAKE = 40
-"""So many questions' time a handshake may take with each actor."""
+VALIDATION_CALLS = 40
+"""A validation may take as long as so many scoring calls, with each actor."""
 
 logger = logging.getLogger(__name__)
 
@@ -138,12 +138,12 @@ class RewardPool:
         return self._call(group, which, what, lambda actor, id: actor.score.remote(id, latents, prompts, asked), fault)
 
     def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
-        """The handshake with every reward, in each group's first replica."""
+        """Validate every reward in each group's first replica."""
         array = ray.put(latents.detach().cpu().numpy())
         what, asked = f"shake hands over {len(prompts)} samples", frozenset(trained)
         calls = [
             self._call(
-                group, 0, what, lambda actor, id: actor.validate.remote(id, array, prompts, asked), asks=HANDSHAKE
+                group, 0, what, lambda actor, id: actor.validate.remote(id, array, prompts, asked), asks=VALIDATION_CALLS
             )
             for group in self.groups
         ]

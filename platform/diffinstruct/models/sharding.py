@@ -35,8 +35,8 @@ def sharded(load: Callable[[str], nn.Module], mesh: DeviceMesh, precision: str) 
     for module in blocks(network):
         # A flow's times are floats: where they come in, nothing is rounded
         of = replace(policy, cast_forward_inputs=module is not network)
-        # The root as well: a picture without gradient would leave its weights whole, and the next update meet both
-        # kinds
+        # Reshard the root after forward, too: a no-grad forward would leave it unsharded and the optimizer would see
+        # mixed tensors.
         fully_shard(module, mesh=mesh, mp_policy=of, reshard_after_forward=True)
     placed = {}
     for name, parameter in network.named_parameters():

@@ -113,8 +113,8 @@ def save(table: pd.DataFrame, path: Path) -> None:
 
 
 def validate(name: str, folder: Path | None, prompts: str | Path | None, trained: bool) -> Report:
-    """The handshake with one reward. Without a folder, the pocket world's one-step generator makes the pictures;
-    without prompts, its own stand in, for nothing in the handshake asks whether they fit. Of a folder, the pictures of
+    """Validate one reward. Without a folder, the pocket world's one-step generator makes the pictures;
+    without prompts, its own stand in, for no check asks whether they fit. Of a folder, the pictures of
     the first one's size are taken, 64 at most."""
     device = _device()
     if folder and prompts:

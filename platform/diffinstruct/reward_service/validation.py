@@ -1,4 +1,4 @@
-"""The handshake: what a reward has to show before anything is trained on it, or judged by it.
+"""Reward validation shows whether a reward can be trusted before anything is trained on it or judged by it.
 
 A reward that breaks its contract seldom crashes: training goes on, towards something else. So each is asked first, on a
 few
@@ -71,7 +71,7 @@ class Report:
 
 
 def validate_reward(name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str], trained: bool) -> Report:
-    """Put `reward` to the test on images [B, 3, H, W] in [0, 1] and their prompts. trained: whether it needs a
+    """Validate `reward` on images [B, 3, H, W] in [0, 1] and their prompts. trained: whether it needs a
     gradient.
 
     The first 64 are scored; the other checks take four of them. Fewer than four are filled up with dimmed copies. The
@@ -102,7 +102,7 @@ def refuse(reports: Sequence[Report]) -> None:
 
 
 class _Validation:
-    """One reward before its examiner. Each check says what it saw, or raises RewardError with what is wrong.
+    """The checks of one reward. Each says what it saw, or raises RewardError with what is wrong.
 
     images: the few, [4, 3, H, W]; `first`: their scores, as first given. Scores here are [B], float64, on the CPU.
     """
@@ -153,8 +153,8 @@ class _Validation:
             return False
         return True
 
-    def _fault(self, what: str) -> RewardError:
-        return RewardError(f"reward {self.name}: {what}")
+    def _fault(self, problem: str) -> RewardError:
+        return RewardError(f"reward {self.name}: {problem}")
 
     # ------------------------------------------------------------------------------------------------ scores
     def answers(self) -> str:
