@@ -5,16 +5,18 @@ differentiable in the images, no parameter trainable. A reward brings its own di
 so that gradients reach the pixels, and knows nothing of the trainer. A score depends on its own image and prompt alone.
 
 One of your own is named by its import path `module:name`: a class, or a function, that is called without arguments and
-makes the reward. docs/rewards.md shows one, and the table of those of `NAMES`.
+makes the reward. A built-in one is a file here that declares `ENTRIES` and has a callable of that name.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,9 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a reward before it is loaded.
+    """What a reward's file declares of it, in `ENTRIES`, before it is loaded.
 
-    path: its import path `module:callable`.
+    path: its import path; the callable that makes "hpsv2.1" is `hpsv2_1`.
     line: what it measures.
     range: where its scores lie, in words.
     paper: arXiv number; "-" where there is none.
@@ -41,82 +43,19 @@ class Entry:
     licences: str
 
 
-NAMES = {
-    "pickscore": Entry(
-        path="reward_models.pickscore:pickscore",
-        line="preference of Pick-a-Pic's users, for the image given the prompt",
-        range="about 18 to 24; result tables print a hundredth of it",
-        paper="2305.01569",
-        weights="yuvalkirstain/PickScore_v1, processor of laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        licences="see the model cards",
-    ),
-    "hpsv2": Entry(
-        path="reward_models.hps:hpsv2",
-        line="preference of HPD v2's annotators, for the image given the prompt",
-        range="about 0.2 to 0.35; result tables print a hundred times it",
-        paper="2306.09341",
-        weights="xswu/HPSv2, HPS_v2_compressed.pt; tokenizer of laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        licences="see the model card",
-    ),
-    "hpsv2.1": Entry(
-        path="reward_models.hps:hpsv2_1",
-        line="the same, trained again on better data",
-        range="about 0.2 to 0.35; result tables print a hundred times it",
-        paper="2306.09341",
-        weights="xswu/HPSv2, HPS_v2.1_compressed.pt; tokenizer of laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        licences="see the model card",
-    ),
-    "image_reward": Entry(
-        path="reward_models.image_reward:image_reward",
-        line="experts' rating of alignment and fidelity, image and prompt read together",
-        range="about -2.3 to 2, normalised to mean 0 and deviation 1 on its own data",
-        paper="2304.05977",
-        weights="zai-org/ImageReward, ImageReward.pt; tokenizer of google-bert/bert-base-uncased",
-        licences="Apache-2.0 (weights)",
-    ),
-    "aesthetic_v1": Entry(
-        path="reward_models.aesthetic:aesthetic_v1",
-        line="how much the image pleases; the prompt is not read",
-        range="about 1 to 10, mostly 4 to 7",
-        paper="-",
-        weights="LAION-AI/aesthetic-predictor on GitHub, sa_0_4_vit_l_14_linear.pth; openai/clip-vit-large-patch14",
-        licences="MIT (head), CLIP: see the model card",
-    ),
-    "aesthetic_v2": Entry(
-        path="reward_models.aesthetic:aesthetic_v2",
-        line="how much the image pleases; the prompt is not read",
-        range="about 1 to 10, mostly 4 to 7",
-        paper="2210.08402",
-        weights="christophschuhmann/improved-aesthetic-predictor on GitHub, sac+logos+ava1-l14-linearMSE.pth; "
-        "openai/clip-vit-large-patch14",
-        licences="Apache-2.0 (head), CLIP: see the model card",
-    ),
-    "clip_score": Entry(
-        path="reward_models.clip_score:clip_score",
-        line="agreement of image and prompt, learned from captions, not from preference",
-        range="about 15 to 35",
-        paper="2104.08718",
-        weights="openai/clip-vit-large-patch14",
-        licences="see the model card",
-    ),
-    "pocket_preference": Entry(
-        path="reward_models.pocket:pocket_preference",
-        line="the pocket world's simulated annotator, the one to train on",
-        range="about 3.3 to 5.3 on average over the world's prompts",
-        paper="-",
-        weights="in the package",
-        licences="Apache-2.0",
-    ),
-    "pocket_judge": Entry(
-        path="reward_models.pocket:pocket_judge",
-        line="the pocket world's simulated annotator, of other data and seed: held out",
-        range="about 2.8 to 3.2 on average over the world's prompts",
-        paper="-",
-        weights="in the package",
-        licences="Apache-2.0",
-    ),
-}
-"""Short name -> entry. Reading it imports no torch."""
+def _declared() -> dict[str, Entry]:
+    """Read `ENTRIES` of every file here, a literal, without running it: names are known before torch is imported."""
+    entries = {}
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ENTRIES":
+                for name, facts in ast.literal_eval(node.value).items():
+                    entries[name] = Entry(f"reward_models.{file.stem}:{name.replace('.', '_')}", **facts)
+    return entries
+
+
+NAMES = _declared()
+"""Short name -> entry, as the files of this folder declare them."""
 
 
 def load(name: str, **settings: object) -> nn.Module:
@@ -146,7 +85,8 @@ def _refuse_what_takes_arguments(name: str, made_by: object) -> None:
         inspect.signature(called).bind()  # type: ignore[arg-type]  # what cannot be called is a TypeError, too
     except TypeError as error:
         raise ValueError(
-            f"reward {name!r}: a class or a function without arguments is wanted, which makes the reward; this one: {error}"
+            f"reward {name!r}: a class or a function without arguments is wanted, which makes the reward; "
+            f"this one: {error}"
         ) from None
 
 

@@ -16,6 +16,24 @@ from torch import Tensor, nn
 from .clip import CLIP_L, ClipTower, TowerReward, load_tower, shared_tower
 from .weights import Weights, fill, read
 
+ENTRIES = {
+    "aesthetic_v1": {
+        "line": "how much the image pleases; the prompt is not read",
+        "range": "about 1 to 10, mostly 4 to 7",
+        "paper": "-",
+        "weights": "LAION-AI/aesthetic-predictor on GitHub, sa_0_4_vit_l_14_linear.pth; openai/clip-vit-large-patch14",
+        "licences": "MIT (head), CLIP: see the model card",
+    },
+    "aesthetic_v2": {
+        "line": "how much the image pleases; the prompt is not read",
+        "range": "about 1 to 10, mostly 4 to 7",
+        "paper": "2210.08402",
+        "weights": "christophschuhmann/improved-aesthetic-predictor on GitHub, "
+        "sac+logos+ava1-l14-linearMSE.pth; openai/clip-vit-large-patch14",
+        "licences": "Apache-2.0 (head), CLIP: see the model card",
+    },
+}
+
 # Each in its author's repository, at the commit that was looked at.
 V1 = "https://github.com/LAION-AI/aesthetic-predictor/raw/6d122adad522ab246644d9dc1c6d7a3810ee255f/sa_0_4_vit_l_14_linear.pth"
 V2 = (

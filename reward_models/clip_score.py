@@ -13,6 +13,16 @@ from torch import Tensor
 
 from .clip import CLIP_L, TowerReward, load_tower, shared_tower
 
+ENTRIES = {
+    "clip_score": {
+        "line": "agreement of image and prompt, learned from captions, not from preference",
+        "range": "about 15 to 35",
+        "paper": "2104.08718",
+        "weights": "openai/clip-vit-large-patch14",
+        "licences": "see the model card",
+    },
+}
+
 
 class ClipScore(TowerReward):
     """100 cos(text, image)."""

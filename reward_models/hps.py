@@ -17,6 +17,23 @@ from torch import Tensor
 from .clip import CLIP_H, ClipTower, TowerReward, bicubic, load_tokenizer, shared_tower
 from .weights import Weights, fill, read
 
+ENTRIES = {
+    "hpsv2": {
+        "line": "preference of HPD v2's annotators, for the image given the prompt",
+        "range": "about 0.2 to 0.35; result tables print a hundred times it",
+        "paper": "2306.09341",
+        "weights": "xswu/HPSv2, HPS_v2_compressed.pt; tokenizer of laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "licences": "see the model card",
+    },
+    "hpsv2.1": {
+        "line": "the same, trained again on better data",
+        "range": "about 0.2 to 0.35; result tables print a hundred times it",
+        "paper": "2306.09341",
+        "weights": "xswu/HPSv2, HPS_v2.1_compressed.pt; tokenizer of laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "licences": "see the model card",
+    },
+}
+
 if TYPE_CHECKING:
     from transformers import CLIPConfig
 

@@ -16,6 +16,16 @@ from .aesthetic import score_mlp
 from .clip import OPENAI_MEAN, OPENAI_STD, clip_pixels, load_tokenizer
 from .weights import Weights, fill, read
 
+ENTRIES = {
+    "image_reward": {
+        "line": "experts' rating of alignment and fidelity, image and prompt read together",
+        "range": "about -2.3 to 2, normalised to mean 0 and deviation 1 on its own data",
+        "paper": "2304.05977",
+        "weights": "zai-org/ImageReward, ImageReward.pt; tokenizer of google-bert/bert-base-uncased",
+        "licences": "Apache-2.0 (weights)",
+    },
+}
+
 if TYPE_CHECKING:
     from transformers import BlipConfig
 

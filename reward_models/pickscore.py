@@ -11,6 +11,16 @@ from torch import Tensor
 
 from .clip import CLIP_H, TowerReward, load_tower, shared_tower
 
+ENTRIES = {
+    "pickscore": {
+        "line": "preference of Pick-a-Pic's users, for the image given the prompt",
+        "range": "about 18 to 24; result tables print a hundredth of it",
+        "paper": "2305.01569",
+        "weights": "yuvalkirstain/PickScore_v1, processor of laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "licences": "see the model cards",
+    },
+}
+
 
 class PickScore(TowerReward):
     """exp(logit_scale) * cos(text, image)."""

@@ -8,6 +8,23 @@ from pathlib import Path
 from .clip import load_tower, shared_tower
 from .pickscore import PickScore
 
+ENTRIES = {
+    "pocket_preference": {
+        "line": "the pocket world's simulated annotator, the one to train on",
+        "range": "about 3.3 to 5.3 on average over the world's prompts",
+        "paper": "-",
+        "weights": "in the package",
+        "licences": "Apache-2.0",
+    },
+    "pocket_judge": {
+        "line": "the pocket world's simulated annotator, of other data and seed: held out",
+        "range": "about 2.8 to 3.2 on average over the world's prompts",
+        "paper": "-",
+        "weights": "in the package",
+        "licences": "Apache-2.0",
+    },
+}
+
 
 def pocket_preference() -> PickScore:
     """The one to train on."""

@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -275,6 +276,34 @@ def test_unknown_names_get_the_nearest(name, message):
 def test_reading_the_names_imports_no_torch():
     code = "import sys, reward_models; assert reward_models.NAMES; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_built_in_reward_is_one_file(tmp_path):
+    """Its entry, its name and its maker: nothing else has to be told of it."""
+    shutil.copytree(ROOT / "reward_models", tmp_path / "reward_models", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "reward_models" / "brightness.py").write_text(
+        '''"""How bright a picture is."""
+
+ENTRIES = {
+    "brightness_v1.5": {
+        "line": "how bright the image is", "range": "0 to 1", "paper": "-", "weights": "none", "licences": "Apache-2.0",
+    },
+}
+
+
+def brightness_v1_5():
+    return lambda images, prompts: images.flatten(1).mean(1)
+'''
+    )
+    code = """
+import torch, reward_models
+assert reward_models.NAMES["brightness_v1.5"].path == "reward_models.brightness:brightness_v1_5"
+assert reward_models.load("brightness_v1.5")(torch.ones(2, 3, 4, 4), ["a", "b"]).tolist() == [1, 1]
+from diffinstruct.config.sections import RewardsConfig
+RewardsConfig(held_out=("brightness_v1.5",))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "platform")])}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
 
 
 def test_the_table_of_rewards_is_what_the_names_say():
