@@ -29,7 +29,7 @@ TINY = """\
 name: tiny
 global_batch_size: 4
 reference: {{model: {model}, guidance_scale: 2.0}}
-generator: {{start: reference}}
+generator: {{init_from: reference}}
 rewards: {{trained: [{{name: "torch.nn:Identity"}}], held_out: ["torch.nn:ReLU"]}}
 prompts: {{train: {prompts}, grid: {prompts}}}
 output_dir: {runs}

@@ -121,7 +121,7 @@ def test_an_export_is_opened_again_as_the_generator_that_it_was(case: int, expor
     z = torch.randn(len(PROMPTS), *pipelines.LATENT, generator=torch.Generator().manual_seed(0))
     images = reference.sampler(generator)(PROMPTS, z).permute(0, 2, 3, 1).numpy()
     assert np.abs(images - exports[case]["ours"]).max() < 1e-5  # a scheduler keeps betas, and their product rounds
-    assert exports[case]["class"] == pipelines.FAMILIES[family]
+    assert exports[case]["class"] == pipelines.FAMILIES[family].pipeline
 
 
 def test_the_folder_is_stock_and_says_what_it_is(exports: list[dict[str, Any]]) -> None:

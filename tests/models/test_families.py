@@ -100,7 +100,7 @@ def test_a_start_may_be_a_file_of_weights(reference: Reference, folder: Path, tm
     part = folder / reference.family.part / "diffusion_pytorch_model.safetensors"
     weights = {name: value + 1 for name, value in load_file(part).items()}
     save_file(weights, tmp_path / "start.safetensors")
-    generator = reference.generator(pipelines.TIMESTEPS[family], str(tmp_path / "start.safetensors"))
+    generator = reference.generator(pipelines.FAMILIES[family].timestep, str(tmp_path / "start.safetensors"))
     started = generator.denoiser.network.state_dict()
     assert all(torch.equal(started[name], value) for name, value in weights.items())
     name, value = next(iter(weights.items()))
@@ -114,7 +114,7 @@ def test_a_start_may_be_a_file_of_weights(reference: Reference, folder: Path, tm
         "other": f"holds no {reference.family.network}",
     }.items():
         with pytest.raises(UserError, match=said) as refusal:
-            reference.generator(pipelines.TIMESTEPS[family], str(tmp_path / f"{spoilt}.safetensors"))
+            reference.generator(pipelines.FAMILIES[family].timestep, str(tmp_path / f"{spoilt}.safetensors"))
         assert f"{spoilt}.safetensors" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
@@ -234,7 +234,7 @@ def test_a_whole_job(tmp_path: Path, family: str, rank: int, monkeypatch: pytest
 steps: 4
 global_batch_size: 2
 reference: {{model: {folder}}}
-generator: {{start: reference, timestep: {pipelines.TIMESTEPS[family]}, lora_rank: {rank}}}
+generator: {{init_from: reference, timestep: {pipelines.FAMILIES[family].timestep}, lora_rank: {rank}}}
 score_network: {{lora_rank: {rank}}}
 activation_checkpointing: {str(rank > 0).lower()}
 rewards: {{trained: [{{name: "tiny.rewards:Red"}}], held_out: []}}

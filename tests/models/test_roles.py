@@ -36,7 +36,7 @@ def configured(folder: Path, family: str, *more: str) -> Experiment:
     start = [] if any(key.startswith("generator.init_from=") for key in more) else ["generator.init_from=reference"]
     own = [
         f"reference.model={folder}",
-        f"generator.timestep={pipelines.TIMESTEPS[family]}",
+        f"generator.timestep={pipelines.FAMILIES[family].timestep}",
         "global_batch_size=2",
         *start,
     ]
@@ -212,7 +212,7 @@ def started(folder: Path, family: str, tmp_path: Path) -> Path:
 def test_another_start_is_a_second_base_or_a_low_rank_difference(folder: Path, family: str, started: Path) -> None:
     reference, start = load_reference(str(folder)), f"generator.init_from={started}"
     z, c = torch.randn(2, *reference.latent_shape), reference.encode_prompts(PROMPTS)
-    whole = reference.generator(pipelines.TIMESTEPS[family], str(started))
+    whole = reference.generator(pipelines.FAMILIES[family].timestep, str(started))
     second = make_roles(configured(folder, family, *RANKS, start), reference)
     with torch.no_grad():
         torch.testing.assert_close(second.generator(z, c), whole(z, c), rtol=1e-5, atol=1e-5)
@@ -275,7 +275,7 @@ def test_an_exported_adapter_opens_in_stock_diffusers(folder: Path, family: str,
     assert answer.returncode == 0, answer.stderr
     whole, adapted = np.load(f"{place}.npy")
     untrained = (
-        reference.sampler(reference.generator(pipelines.TIMESTEPS[family]))(["a red hat"] * 2, z)
+        reference.sampler(reference.generator(pipelines.FAMILIES[family].timestep))(["a red hat"] * 2, z)
         .permute(0, 2, 3, 1)
         .numpy()
     )

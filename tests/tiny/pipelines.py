@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import string
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import (
@@ -34,34 +36,19 @@ from diffinstruct.config.experiment import Experiment
 
 TOKENS = 12
 LATENT = (4, 8, 8)
-FAMILIES = {
-    "sd15": "StableDiffusionPipeline",
-    "sdxl": "StableDiffusionXLPipeline",
-    "pixart": "PixArtAlphaPipeline",
-    "sd3": "StableDiffusion3Pipeline",
-}
-TIMESTEPS = {"sd15": 625, "sdxl": 399, "pixart": 440, "sd3": 999}
-"""Of the families' one-step generators."""
 
 
 def build(folder: Path, prediction: str = "epsilon", dtype: torch.dtype = torch.float32, family: str = "sd15") -> Path:
     """Write the pipeline into `folder` and return it; the weights are the same every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        parts: dict[str, Any] = {"sd15": _sd15, "sdxl": _sdxl, "pixart": _pixart, "sd3": _sd3}[family](
-            folder, prediction
-        )
-    index: dict[str, Any] = {"_class_name": FAMILIES[family]}
+        parts: dict[str, Any] = FAMILIES[family].build(folder, prediction)
+    index: dict[str, Any] = {"_class_name": FAMILIES[family].pipeline, **FAMILIES[family].index}
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module):
             torch.nn.Module.to(part, dtype)  # diffusers' own `to` warns of what does not concern these models
         part.save_pretrained(folder / name)
         index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
-    if family == "sd15":
-        index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
-        index |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
-    if family == "sdxl":
-        index["force_zeros_for_empty_prompt"] = True
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
@@ -74,7 +61,7 @@ def experiment(folder: Path, **sections: Any) -> Experiment:
     content = {
         "global_batch_size": 8,
         "reference": {"model": str(build(folder / "tiny"))},
-        "generator": {"start": "reference"},
+        "generator": {"init_from": "reference"},
         "rewards": {"trained": [{"name": "tiny.rewards:Red"}], "held_out": ["tiny.rewards:Calm"]},
         "prompts": {"train": str(prompts), "grid": str(prompts)},
         "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
@@ -224,3 +211,23 @@ def as_published(folder: Path) -> T5Tokenizer:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return T5Tokenizer.from_pretrained(folder)
+
+
+class Family(NamedTuple):
+    """A tiny pipeline of one family: its class in diffusers, the timestep of its one-step generator, what makes its
+    parts, and further entries of its model_index.json."""
+
+    pipeline: str
+    timestep: int
+    build: Callable[[Path, str], dict[str, Any]]
+    index: Mapping[str, Any] = MappingProxyType({})
+
+
+NO_CHECKER = {key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")}
+FAMILIES = {
+    "sd15": Family("StableDiffusionPipeline", 625, _sd15, {"requires_safety_checker": False, **NO_CHECKER}),
+    "sdxl": Family("StableDiffusionXLPipeline", 399, _sdxl, {"force_zeros_for_empty_prompt": True}),
+    "pixart": Family("PixArtAlphaPipeline", 440, _pixart),
+    "sd3": Family("StableDiffusion3Pipeline", 999, _sd3),
+}
+"""Tests that ask for the fixture `family` take each in turn."""

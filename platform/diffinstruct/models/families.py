@@ -189,6 +189,6 @@ class StableDiffusion3(StableDiffusion):
 
 
 FAMILIES: Mapping[str, type[StableDiffusion]] = {
-    family.pipeline: family for family in (StableDiffusion, StableDiffusionXL, PixArtAlpha, StableDiffusion3)
+    family.pipeline: family for family in (StableDiffusion, *StableDiffusion.__subclasses__())
 }
-"""By the name of the pipeline's class, as its model_index.json says it."""
+"""The families of this file, by the name of the pipeline's class, as its model_index.json says it."""
