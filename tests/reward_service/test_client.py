@@ -7,6 +7,8 @@ Runs of the tiny pipeline in this process.
 from __future__ import annotations
 
 import json
+from functools import reduce
+from operator import getitem
 
 import numpy as np
 import pytest
@@ -45,8 +47,8 @@ def world(tmp_path_factory):
         }  # fmt: skip
         content = Experiment().model_dump()
         for key, value in (values | {key.replace("__", "."): value for key, value in changes.items()}).items():
-            *section, last = key.split(".")
-            (content[section[0]] if section else content)[last] = value
+            *sections, last = key.split(".")
+            reduce(getitem, sections, content)[last] = value
         return Experiment.model_validate(content)
 
     return experiment
@@ -92,7 +94,7 @@ def interrupt_after(monkeypatch, rounds):
 # ------------------------------------------------------------------------------------------------- before the first
 # round
 def test_a_lying_reward_is_refused_before_the_first_round(world, tmp_path):
-    experiment = world(reward_client_trained=[{"name": "tiny.rewards:Drunk", "weight": 1.0}])
+    experiment = world(rewards__trained=[{"name": "tiny.rewards:Drunk", "weight": 1.0}])
     with pytest.raises(RewardError, match=r"^reward tiny.rewards:Drunk: its scores are random"):
         local.run(experiment, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists() and not metrics(tmp_path / "run")
@@ -122,19 +124,19 @@ def test_what_the_handshake_saw_is_in_the_journal(world, tmp_path):
     assert all(record["step"] == 0 and "scores" in record["text"] for record in seen.values())
 
 
-def test_normalised_reward_clientpull_as_strongly_whatever_their_units(world, tmp_path):
+def test_normalised_rewards_pull_as_strongly_whatever_their_units(world, tmp_path):
     """A reward in units a thousand times smaller, and a run that is all but the same."""
-    normalized = {"steps": 3, "reward_client_normalize": "std"}
+    normalized = {"steps": 3, "rewards__normalize": "std"}
     local.run(world(**normalized), tmp_path / "one")
     tiny_units = [{"name": "tiny.rewards:RedInThousandths", "weight": 2.0}]
-    local.run(world(**normalized, reward_client_trained=tiny_units), tmp_path / "other")
+    local.run(world(**normalized, rewards__trained=tiny_units), tmp_path / "other")
     one, other = (state(tmp_path / name)["rewards"]["scales"] for name in ("one", "other"))
     assert other["tiny.rewards:RedInThousandths"] == pytest.approx(one["tiny.rewards:Red"] * 1e-3, rel=1e-4)
     pulls = [metrics(tmp_path / name)[3]["gradient_norm/sample_reward"] for name in ("one", "other")]
     assert pulls[0] == pytest.approx(pulls[1], rel=1e-3) and pulls[0] > 0
     with pytest.raises(RewardError, match=r"^reward flat: the same score for 4 pictures, nothing to normalize by$"):
         flat = LocalRewards(LatentRewards(lambda x: x, {"flat": lambda images, prompts: torch.ones(len(prompts))}))
-        experiment = world(reward_client_normalize="std")
+        experiment = world(rewards__normalize="std")
         judge = RewardClient(experiment, None, lambda: flat)
         judge.scales = {"flat": 1.0}
         judge.measure_scales(torch.zeros(4, 3), ["a"] * 4)
@@ -142,7 +144,7 @@ def test_normalised_reward_clientpull_as_strongly_whatever_their_units(world, tm
 
 # ------------------------------------------------------------------------------------------------- terms are state
 def test_the_micro_batch_that_memory_holds_is_kept_and_asked_for_again(world, tmp_path, monkeypatch):
-    greedy = {"reward_client_trained": [{"name": "tiny.rewards:Greedy", "weight": 1.0}], "steps": 4}
+    greedy = {"rewards__trained": [{"name": "tiny.rewards:Greedy", "weight": 1.0}], "steps": 4}
     local.run(world(**greedy), tmp_path / "whole")
     assert state(tmp_path / "whole")["rewards"]["micro_batch_size"] == 4  # 8 in half
 
@@ -183,7 +185,7 @@ class Fake:
 @pytest.mark.parametrize(
     ("actors", "here", "place"), [(0.5, 0.2, "process"), (0.1, 0.2, "actor"), (0.5, None, "actor")]
 )
-def test_the_first_rounds_show_where_reward_clienthold_a_run_up_less(world, monkeypatch, actors, here, place):
+def test_the_first_rounds_show_where_rewards_hold_a_run_up_less(world, monkeypatch, actors, here, place):
     clock = [0.0]
     monkeypatch.setattr(client.time, "perf_counter", lambda: clock[0])
 
@@ -220,22 +222,22 @@ def test_one_worker_that_is_better_off_with_actors_decides_for_all(world, monkey
     assert reward_client.placement == "actor" and reward_client.backend is reward_client.actors
 
 
-def test_reward_clientwith_an_environment_of_their_own_stay_there(world):
+def test_rewards_with_an_environment_of_their_own_stay_there(world):
     environment = {"rewards": ["tiny.rewards:Red"], "runtime_env": "theirs.yaml"}
     reward_client = RewardClient(
-        world(cluster__reward_client_environments=[environment]), Fake([0.0], 9.0), lambda: Fake([0.0], 0.0)
+        world(cluster__rewards__environments=[environment]), Fake([0.0], 9.0), lambda: Fake([0.0], 0.0)
     )
     assert reward_client.placement == "actor" and reward_client.backend is reward_client.actors
 
 
-def test_a_run_without_held_out_reward_clientis_told_what_the_monitor_cannot_see(world, tmp_path, capsys):
-    local.run(world(steps=1, reward_client_held_out=[]), tmp_path / "run")
+def test_a_run_without_held_out_rewards_is_told_what_the_monitor_cannot_see(world, tmp_path, capsys):
+    local.run(world(steps=1, rewards__held_out=[]), tmp_path / "run")
     assert "step 0: no held-out reward: the monitor sees variety and distance" in capsys.readouterr().out
     local.run(world(steps=1), tmp_path / "judged")
     assert "no held-out reward" not in capsys.readouterr().out
 
 
-def test_reward_clientin_the_process_hide_nothing(world, tmp_path):
+def test_rewards_in_the_process_hide_nothing(world, tmp_path):
     local.run(world(steps=2), tmp_path / "run")
     rows = [record["metrics"] for record in records(tmp_path / "run", "metrics") if "time/reward" in record["metrics"]]
     assert rows and all(row["time/reward_hidden_fraction"] < 0.05 for row in rows)
