@@ -268,7 +268,7 @@ def plain(world: World, batch: int, step: int, clock: Clock) -> Metrics:
 
     clock.begin("reward")
     pushes = []
-    for some in sample.split(world.jury.micro_batch):
+    for some in sample.split(world.jury.micro_batch_size):
         leaf = some.clone().requires_grad_()
         scaled = (leaf / vae.config.scaling_factor).to(vae.dtype)
         images = (vae.decode(scaled, return_dict=False)[0].to(leaf.dtype) * 0.5 + 0.5).clamp(0, 1)

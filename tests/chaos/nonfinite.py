@@ -132,7 +132,7 @@ def process(rank: int, experiment: Any, folder: Path, planned: dict[int, Injecti
     from torch.distributed.device_mesh import init_device_mesh
     from torch.nn.parallel import DistributedDataParallel
 
-    from diffinstruct.cluster.collectives import average, gather, least
+    from diffinstruct.cluster.collectives import distributed_ranks
     from diffinstruct.method.nonfinite import NonFinite
     from diffinstruct.method.step import alternating_round
     from diffinstruct.training import loop
@@ -172,7 +172,7 @@ def process(rank: int, experiment: Any, folder: Path, planned: dict[int, Injecti
             finite(train_state.state_dict(), f"step {draws.step}")
 
     loop.alternating_round = watched
-    worker = Worker(rank, WORLD, average=average, least=least, gather=gather)
+    worker = Worker(distributed_ranks(rank, WORLD))
     more: dict[str, Any] = {"mesh": init_device_mesh("cpu", (WORLD,))} if spread else {"wrap": DistributedDataParallel}
     with (folder / f"output-{rank}.txt").open("w") as output:
         os.dup2(output.fileno(), 1)

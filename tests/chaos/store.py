@@ -38,7 +38,7 @@ def state(step: int) -> dict:
     """A run's, small: networks, Adam, numbers."""
     draw = torch.Generator().manual_seed(step)
     return {
-        "players": {
+        "train_state": {
             "generator": {"weight": torch.randn(4, 3, generator=draw), "bias": torch.randn(3, generator=draw)},
             "adam": {"state": {0: {"step": torch.tensor(float(step)), "exp_avg": torch.randn(3, generator=draw)}}},
         },

@@ -32,8 +32,10 @@ from diffinstruct.errors import UserError
 from diffinstruct.models.export import load_export
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.run_folder.checkpoint import MANIFEST, CheckpointStore
+from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.tracking import mlflow as delivery
-from diffinstruct.training.resume import STATE, newest
+from diffinstruct.training.loop_state import STATE, Identity
+from diffinstruct.training.resume import newest
 from reward_models.clip import load_tokenizer
 from reward_models.weights import read
 
@@ -229,13 +231,12 @@ def test_a_checkpoint_names_no_files_but_its_own(tmp_path) -> None:
     document["state"] = {"x": {"$tensor": "../../secret"}, "y": {"$dict": [["k", {"$tensor": str(secret)}]]}}
     forged(path, "state.json", json.dumps(document).encode())
     assert CheckpointStore(tmp_path / "checkpoints").latest() is None
-    worker = SimpleNamespace(rank=0, least=lambda value: value)
     experiment = SimpleNamespace(config_hash="own")
     store = CheckpointStore(tmp_path / "checkpoints")
     for said in ({"experiment": "../../etc"}, {"experiment": "../../etc", "format": STATE}, {"format": STATE}):
         document["state"] = {"x": {"$tensor": "x"}} | said
         forged(path, "state.json", json.dumps(document).encode())
-        refused(tmp_path / MARK, lambda: newest(store, experiment, worker, ""), UserError)  # type: ignore[arg-type]
+        refused(tmp_path / MARK, lambda: newest(store, experiment, Ranks(), Identity("own", "")), UserError)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

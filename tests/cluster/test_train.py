@@ -64,7 +64,7 @@ def test_two_workers_with_half_the_batch_each_have_the_gradient_of_one(pool, wor
     agree(tmp_path / "ray", tmp_path / "local", rel=1e-4)  # a worker counted twice or not at all would show at 0.5
     (_, one), (_, two) = (CheckpointStore(tmp_path / run / "checkpoints").latest() for run in ("local", "ray"))
     for player in ("generator_optimizer", "score_optimizer"):
-        whole, halves = (moments(state["players"][player]) for state in (one, two))
+        whole, halves = (moments(state["train_state"][player]) for state in (one, two))
         assert len(whole) > 20
         norms = [moment.norm() for moment in whole]
         for ours, theirs, norm in zip(whole, halves, norms, strict=True):

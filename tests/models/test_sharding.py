@@ -9,14 +9,15 @@ import pytest
 import torch
 from tiny import pipelines
 from tiny import sharding as tiny_sharding
-from tiny.sharding import ROUNDS, go, opened, players_of
+from tiny.sharding import ROUNDS, go, make_state, opened
 from torch.distributed.device_mesh import init_device_mesh
 
 from diffinstruct.config.reading import load
 from diffinstruct.method.precision import autocast
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.sharding import sharded
-from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, Ranks
+from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore
+from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.run_folder.state_tree import TensorShard
 
 WORLD = 2
@@ -38,7 +39,7 @@ def spread_out(tmp_path_factory) -> tuple[Any, Path]:
 def test_two_processes_equal_one_over_ten_alternating_rounds(spread_out) -> None:
     experiment, folder = spread_out
     reference = opened(experiment)
-    train_state = players_of(experiment, reference)
+    train_state = make_state(experiment, reference)
     before = {name: value.clone() for name, value in train_state.generator.denoiser.network.state_dict().items()}
     said = go(experiment, reference, train_state, range(ROUNDS))
     result = torch.load(folder / "result.pt", weights_only=True)
@@ -70,13 +71,13 @@ def test_rows_are_dealt_out_to_however_many_read_them(spread_out, tmp_path) -> N
     files = {f"tensors-{rank:05d}-of-00002.safetensors" for rank in range(WORLD)}
     assert names == {"manifest.json", "state.json"} | files
     _, whole = CheckpointStore(folder / "checkpoints").latest()  # type: ignore[misc]
-    parts = [CheckpointStore(folder / "checkpoints", crew=Ranks(rank, 3)).latest()[1] for rank in range(3)]  # type: ignore[index]
+    parts = [CheckpointStore(folder / "checkpoints", ranks=Ranks(rank, 3)).latest()[1] for rank in range(3)]  # type: ignore[index]
     for name, rows in whole["generator"].items():
         assert isinstance(rows, TensorShard) and rows.own.shape == rows.shape
         assert torch.equal(torch.cat([part["generator"][name].own for part in parts]), rows.own)
     CheckpointStore(tmp_path).save(5, whole)  # and a process that read them all may write them
-    (_, again) = CheckpointStore(tmp_path, crew=Ranks(1, 2)).latest()  # type: ignore[misc]
-    (_, once) = CheckpointStore(folder / "checkpoints", crew=Ranks(1, 2)).latest()  # type: ignore[misc]
+    (_, again) = CheckpointStore(tmp_path, ranks=Ranks(1, 2)).latest()  # type: ignore[misc]
+    (_, once) = CheckpointStore(folder / "checkpoints", ranks=Ranks(1, 2)).latest()  # type: ignore[misc]
     assert all(torch.equal(again["ema"][name].own, rows.own) for name, rows in once["ema"].items())
 
 
@@ -84,7 +85,7 @@ def test_what_one_process_cannot_write_is_nobodys_checkpoint(tmp_path) -> None:
     """What the others say stands in for the collective call."""
     rows = TensorShard(torch.arange(3.0), (6,))
     for rank in reversed(range(WORLD)):
-        store = CheckpointStore(tmp_path, crew=Ranks(rank, WORLD, lambda value: 0))
+        store = CheckpointStore(tmp_path, ranks=Ranks(rank, WORLD, lambda value: 0))
         with pytest.raises(CheckpointError, match="another process could not write its part"):
             store.save(7, {"x": rows})
     assert not list(tmp_path.iterdir())
@@ -95,8 +96,8 @@ def test_what_one_process_cannot_read_none_takes(tmp_path) -> None:
     for step in (5, 7):
         store.save(step, {"step": step})
     others = iter([7, 0, 5, 1])  # the newest that they see, and whether they can read it
-    crew = Ranks(least=lambda value: min(value, next(others)))
-    assert CheckpointStore(tmp_path, crew=crew).latest() == (5, {"step": 5})
+    ranks = Ranks(min=lambda value: min(value, next(others)))
+    assert CheckpointStore(tmp_path, ranks=ranks).latest() == (5, {"step": 5})
 
 
 def test_a_sharded_flow_in_bf16_is_told_its_times_unrounded(tmp_path) -> None:

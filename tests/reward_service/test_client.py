@@ -1,5 +1,5 @@
-"""A run and its rewards: the handshake before the first round, terms that are the run's state, looks, and what an alarm
-does.
+"""A run and its rewards: the handshake before the first round, requests that are the run's state, probes, and what an
+alarm does.
 
 Runs of the tiny pipeline in this process.
 """
@@ -7,6 +7,8 @@ Runs of the tiny pipeline in this process.
 from __future__ import annotations
 
 import json
+from functools import reduce
+from operator import getitem
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from diffinstruct.reward_service import client, monitor
 from diffinstruct.reward_service.client import MEASURED_ROUNDS, LocalRewards, RewardClient, make_rewards
 from diffinstruct.reward_service.monitor import Alarm, OveroptimizationMonitor, variety
 from diffinstruct.run_folder.checkpoint import CheckpointStore
+from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.training import local
 
 CPU = torch.device("cpu")
@@ -44,8 +47,8 @@ def world(tmp_path_factory):
         }  # fmt: skip
         content = Experiment().model_dump()
         for key, value in (values | {key.replace("__", "."): value for key, value in changes.items()}).items():
-            *section, last = key.split(".")
-            (content[section[0]] if section else content)[last] = value
+            *sections, last = key.split(".")
+            reduce(getitem, sections, content)[last] = value
         return Experiment.model_validate(content)
 
     return experiment
@@ -127,7 +130,7 @@ def test_normalised_rewards_pull_as_strongly_whatever_their_units(world, tmp_pat
     local.run(world(**normalized), tmp_path / "one")
     tiny_units = [{"name": "tiny.rewards:RedInThousandths", "weight": 2.0}]
     local.run(world(**normalized, rewards__trained=tiny_units), tmp_path / "other")
-    one, other = (state(tmp_path / name)["jury"]["scales"] for name in ("one", "other"))
+    one, other = (state(tmp_path / name)["rewards"]["scales"] for name in ("one", "other"))
     assert other["tiny.rewards:RedInThousandths"] == pytest.approx(one["tiny.rewards:Red"] * 1e-3, rel=1e-4)
     pulls = [metrics(tmp_path / name)[3]["gradient_norm/sample_reward"] for name in ("one", "other")]
     assert pulls[0] == pytest.approx(pulls[1], rel=1e-3) and pulls[0] > 0
@@ -143,7 +146,7 @@ def test_normalised_rewards_pull_as_strongly_whatever_their_units(world, tmp_pat
 def test_the_micro_batch_that_memory_holds_is_kept_and_asked_for_again(world, tmp_path, monkeypatch):
     greedy = {"rewards__trained": [{"name": "tiny.rewards:Greedy", "weight": 1.0}], "steps": 4}
     local.run(world(**greedy), tmp_path / "whole")
-    assert state(tmp_path / "whole")["jury"]["micro_batch"] == 4  # 8 in half
+    assert state(tmp_path / "whole")["rewards"]["micro_batch_size"] == 4  # 8 in half
 
     interrupt_after(monkeypatch, 2)
     with pytest.raises(Interrupted):
@@ -191,42 +194,45 @@ def test_the_first_rounds_show_where_rewards_hold_a_run_up_less(world, monkeypat
             raise ImportError("no module named 'theirs'")
         return Fake(clock, here)
 
-    jury = RewardClient(world(), Fake(clock, actors), in_process)
-    said = None
+    reward_client = RewardClient(world(), Fake(clock, actors), in_process)
+    line = None
     for _ in range(MEASURED_ROUNDS):
-        assert said is None and jury.place == "auto"
-        jury.send(torch.zeros(8, 4), ["a"] * 8)()
-        said = jury.settle(lambda value: value)
+        assert line is None and reward_client.placement == "auto"
+        reward_client.send(torch.zeros(8, 4), ["a"] * 8)()
+        line = reward_client.choose_placement(Ranks())
     where = {"process": "the training process", "actor": "the reward actors"}[place]
-    assert said.startswith(f"rewards are computed in {where}: actors hold a round up by {actors:.3f} s")
-    assert said.endswith("cannot: ImportError: no module named 'theirs'" if here is None else f"would by {here:.3f} s")
-    assert jury.place == place and (jury.service is jury.actors) == (place == "actor")
-    assert jury.settle(lambda value: value) is None
+    assert line.startswith(f"rewards are computed in {where}: actors hold a round up by {actors:.3f} s")
+    assert line.endswith("cannot: ImportError: no module named 'theirs'" if here is None else f"would by {here:.3f} s")
+    assert reward_client.placement == place and (reward_client.backend is reward_client.actors) == (place == "actor")
+    assert reward_client.choose_placement(Ranks()) is None
 
     resumed = RewardClient(world(), Fake(clock, actors), lambda: Fake(clock, 0.0))
-    resumed.load_state_dict(jury.state_dict())
-    assert (resumed.service is resumed.actors) == (place == "actor")
+    resumed.load_state_dict(reward_client.state_dict())
+    assert (resumed.backend is resumed.actors) == (place == "actor")
 
 
 def test_one_worker_that_is_better_off_with_actors_decides_for_all(world, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(client.time, "perf_counter", lambda: clock[0])
-    jury = RewardClient(world(), Fake(clock, 0.5), lambda: Fake(clock, 0.2))
+    reward_client = RewardClient(world(), Fake(clock, 0.5), lambda: Fake(clock, 0.2))
     for _ in range(MEASURED_ROUNDS):
-        jury.send(torch.zeros(8, 4), ["a"] * 8)()
-    assert jury.settle(lambda value: value if value > 1 else 0)  # as many rounds as here, and the other is for actors
-    assert jury.place == "actor" and jury.service is jury.actors
+        reward_client.send(torch.zeros(8, 4), ["a"] * 8)()
+    # The other rank has seen as many rounds, and is for actors
+    assert reward_client.choose_placement(Ranks(min=lambda value: value if value > 1 else 0))
+    assert reward_client.placement == "actor" and reward_client.backend is reward_client.actors
 
 
 def test_rewards_with_an_environment_of_their_own_stay_there(world):
     environment = {"rewards": ["tiny.rewards:Red"], "runtime_env": "theirs.yaml"}
-    jury = RewardClient(world(cluster__rewards__environments=[environment]), Fake([0.0], 9.0), lambda: Fake([0.0], 0.0))
-    assert jury.place == "actor" and jury.service is jury.actors
+    reward_client = RewardClient(
+        world(cluster__rewards__environments=[environment]), Fake([0.0], 9.0), lambda: Fake([0.0], 0.0)
+    )
+    assert reward_client.placement == "actor" and reward_client.backend is reward_client.actors
 
 
-def test_a_run_without_held_out_rewards_is_told_what_the_watch_cannot_see(world, tmp_path, capsys):
+def test_a_run_without_held_out_rewards_is_told_what_the_monitor_cannot_see(world, tmp_path, capsys):
     local.run(world(steps=1, rewards__held_out=[]), tmp_path / "run")
-    assert "step 0: no held-out reward: the watch sees variety and distance" in capsys.readouterr().out
+    assert "step 0: no held-out reward: the monitor sees variety and distance" in capsys.readouterr().out
     local.run(world(steps=1), tmp_path / "judged")
     assert "no held-out reward" not in capsys.readouterr().out
 
@@ -238,37 +244,38 @@ def test_rewards_in_the_process_hide_nothing(world, tmp_path):
     assert all(row["time/reward_exposed"] >= row["time/reward"] > 0 for row in rows)
 
 
-# ------------------------------------------------------------------------------------------------- looks
-def test_a_look_sees_the_same_prompts_and_noise_with_the_runs_weights(world, monkeypatch):
+# ------------------------------------------------------------------------------------------------- probes
+def test_a_probe_sees_the_same_prompts_and_noise_with_the_runs_weights(world, monkeypatch):
     experiment = world()
     reference = load_reference(experiment.reference.model)
     prompts = ["a red thing", "a blue thing"]
     seen = []
 
     class Spy(monitor.ProbeHistory):
-        def see(self, look, kept):
-            seen.append((look, kept))
-            return super().observe(look, kept)
+        def observe(self, probe, kept):
+            seen.append((probe, kept))
+            return super().observe(probe, kept)
 
-    monkeypatch.setattr(monitor, "Watch", Spy)
+    monkeypatch.setattr(monitor, "ProbeHistory", Spy)
     rewards = make_rewards(experiment.rewards.names, reference.decode, CPU)
-    jury = RewardClient(experiment, None, lambda: LocalRewards(rewards))
-    jury.scales = {"tiny.rewards:Red": 0.5}
-    watcher = OveroptimizationMonitor(experiment, reference, prompts, jury)
+    reward_client = RewardClient(experiment, None, lambda: LocalRewards(rewards))
+    reward_client.scales = {"tiny.rewards:Red": 0.5}
+    observer = OveroptimizationMonitor(experiment, reference, prompts, reward_client)
     generator = reference.generator(600)
-    figures, alarm = watcher.look(0, watcher.pictures(generator), kept=False)()
-    watcher.note(2.0)
-    watcher.note(4.0)
-    watcher.look(10, watcher.pictures(generator), kept=True)()
+    figures, alarm = observer.probe(0, generator, kept=False)()
+    observer.add_round({"x0_gap": 2.0})
+    observer.add_round({"x0_gap": 4.0})
+    observer.add_round({})  # of a run without an objective
+    observer.probe(10, generator, kept=True)()
     (first, start_kept), (second, second_kept) = seen
     assert (start_kept, second_kept) == (False, True)
     assert alarm is None and figures["overoptimization/trained"] == 0.0
     assert (first.step, second.step) == (0, 10) and np.isnan(first.distance) and second.distance == 3.0
     assert np.array_equal(first.trained, second.trained) and first.variety == second.variety > 0
 
-    assert len(watcher.prompts) == 64 and len(set(watcher.prompts[:4])) == 1
-    latents = sample_latents(experiment, reference, generator, watcher.noise, watcher.prompts)
-    scores = rewards(latents, watcher.prompts, RewardRequest({}, 16)).scores
+    assert len(observer.prompts) == 64 and len(set(observer.prompts[:4])) == 1
+    latents = sample_latents(experiment, reference, generator, observer.noise, observer.prompts)
+    scores = rewards(latents, observer.prompts, RewardRequest({}, 16)).scores
     np.testing.assert_allclose(first.trained, 4.0 * scores["tiny.rewards:Red"].double().numpy(), rtol=1e-6)
     np.testing.assert_allclose(first.held_out["tiny.rewards:Calm"], scores["tiny.rewards:Calm"].numpy(), rtol=1e-6)
 
@@ -286,32 +293,32 @@ def test_few_prompts_are_met_again_and_none_is_left_out(world):
 
 
 class Alarming(monitor.ProbeHistory):
-    """Cries at one look."""
+    """Raises an alarm at one probe."""
 
     at = 2
 
-    def see(self, look, kept):
-        super().observe(look, kept)
-        return (
-            Alarm(look.step, "unexplained", f"at step {look.step} something is odd") if look.step == self.at else None
-        )
+    def observe(self, probe, kept):
+        super().observe(probe, kept)
+        if probe.step != self.at:
+            return None
+        return Alarm(probe.step, "unexplained", f"at step {probe.step} something is odd")
 
 
 @pytest.mark.parametrize("on_hacking", ["warn", "stop", "lower_scale"])
 def test_what_follows_an_alarm(world, tmp_path, monkeypatch, capsys, on_hacking):
     experiment = world(overoptimization__on_alarm=on_hacking)
     local.run(experiment, tmp_path / "calm")
-    monkeypatch.setattr(monitor, "Watch", Alarming)
+    monkeypatch.setattr(monitor, "ProbeHistory", Alarming)
     result = local.run(experiment, tmp_path / "run")
-    assert "step 2: reward hacking: at step 2 something is odd" in capsys.readouterr().out
+    assert "step 2: reward over-optimization: at step 2 something is odd" in capsys.readouterr().out
     events = {record["event"]: (record["step"], record["text"]) for record in records(tmp_path / "run", "event")}
-    assert events["hacking"] == (2, "reward hacking: at step 2 something is odd")
+    assert events["overoptimization"] == (2, "reward over-optimization: at step 2 something is odd")
     calm, run = metrics(tmp_path / "calm"), metrics(tmp_path / "run")
     assert {step: run[step] for step in (1, 2)} == {step: calm[step] for step in (1, 2)}
     last = json.loads((result.folder / "metrics.json").read_text())["step"]
     if on_hacking == "warn":
         assert last == 6 and run == calm
-    elif on_hacking == "stop":  # the look at the generator after round 2 is collected after round 3
+    elif on_hacking == "stop":  # the probe of the generator after round 2 is collected after round 3
         assert last == 3 and max(run) == 3 and (result.export / "model_index.json").exists()
         assert records(result.folder, "finish")[-1]["finish"] == "FINISHED"
         again = local.run(experiment, tmp_path / "run")
@@ -326,12 +333,12 @@ def test_what_follows_an_alarm(world, tmp_path, monkeypatch, capsys, on_hacking)
         assert run[3][pull] == calm[3][pull] and run[4][pull] == pytest.approx(calm[4][pull] / 2, rel=1e-4)
 
 
-def test_a_resumed_run_looks_and_lowers_as_the_unbroken_one(world, tmp_path, monkeypatch):
+def test_a_resumed_run_probes_and_lowers_as_the_unbroken_one(world, tmp_path, monkeypatch):
     experiment = world(
         overoptimization__on_alarm="lower_scale", steps=7, overoptimization__every=3, logging__checkpoint_every=2
     )
     monkeypatch.setattr(Alarming, "at", 3)
-    monkeypatch.setattr(monitor, "Watch", Alarming)
+    monkeypatch.setattr(monitor, "ProbeHistory", Alarming)
     local.run(experiment, tmp_path / "whole")
     for rounds in (
         3,
@@ -346,6 +353,6 @@ def test_a_resumed_run_looks_and_lowers_as_the_unbroken_one(world, tmp_path, mon
     assert state(tmp_path / "run")["reward_scale"] == 5.0
 
 
-def test_no_looks_where_none_are_wanted(world, tmp_path):
+def test_no_probes_where_none_are_wanted(world, tmp_path):
     local.run(world(steps=2, overoptimization__every=0), tmp_path / "run")
     assert not [key for row in metrics(tmp_path / "run").values() for key in row if key.startswith("overoptimization/")]

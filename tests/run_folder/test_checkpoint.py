@@ -253,7 +253,7 @@ def test_full_disk_is_one_clear_error_when_the_save_is_settled(of, name, tmp_pat
         patch.setattr(of, name, no_space)
         store.start(100, state(1))
         with pytest.raises(CheckpointError, match=r"step-00000100.*No space left on device.*takes 0.0 MiB here, \d+"):
-            store.settle(wait=True)
+            store.finish_pending(wait=True)
     assert same(store.latest(), (50, state()))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000050"]
     store.save(150, state(1))  # nothing of it is in the way
@@ -292,14 +292,14 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(checkpoint, "save_file", lambda *of: may_write.wait(60) and write(*of))
     store.start(1, {"weights": weights, "step": 1})
     weights += 1
-    store.settle()
+    store.finish_pending()
     assert not list(tmp_path.glob("step-00000001"))  # still at it
     may_write.set()
     store.start(2, {"weights": weights})  # waits for the one before
     weights += 1
     assert same(CheckpointStore(tmp_path).latest(), (1, {"weights": torch.zeros(1000), "step": 1}))
     assert same(store.latest(), (2, {"weights": torch.ones(1000)}))  # waits for its own
-    store.settle(wait=True)  # there is nothing more
+    store.finish_pending(wait=True)  # there is nothing more
 
 
 def test_one_that_is_being_read_is_not_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

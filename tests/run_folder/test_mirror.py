@@ -305,7 +305,7 @@ def test_a_run_goes_on_where_its_machine_is_gone(experiment, tmp_path, monkeypat
     local.run(asked, run)
     assert f"step 3 comes from {URL}/run\n" in (shown := capsys.readouterr().out) and "  from step 3  tracking" in shown
     one, other = (CheckpointStore(of / "checkpoints").latest() for of in (run, tmp_path / "whole"))
-    assert one[0] == other[0] == 6 and same(one[1]["players"], other[1]["players"])
+    assert one[0] == other[0] == 6 and same(one[1]["train_state"], other[1]["train_state"])
     agree(run, tmp_path / "whole", rel=0)
     assert journal(run)[1] == ["KILLED", "FINISHED"]
     # Of what it leaves all is there, the model too

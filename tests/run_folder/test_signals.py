@@ -56,7 +56,7 @@ def test_a_paused_run_goes_on_to_the_same_bits_and_metrics(world, tmp_path, monk
     assert journal(parts)[1] == ["KILLED", "FINISHED"]
     assert numbers(parts) == numbers(whole) and [*numbers(whole)] == [0, 3, 4, 6, 8, 9, 10]
     (step, one), (same, other) = (CheckpointStore(run / "checkpoints").latest() for run in (whole, parts))
-    (tree, tensors), (its_tree, its_tensors) = encode(one["players"]), encode(other["players"])
+    (tree, tensors), (its_tree, its_tensors) = encode(one["train_state"]), encode(other["train_state"])
     assert (step, tree, [*tensors]) == (same, its_tree, [*its_tensors])
     assert all(torch.equal(tensor, its_tensors[name]) for name, tensor in tensors.items())
 

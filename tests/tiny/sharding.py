@@ -20,14 +20,15 @@ from diffinstruct.method.step import TrainState, alternating_round
 from diffinstruct.models.pipeline import Reference, load_reference
 from diffinstruct.models.roles import make_roles, unsharded
 from diffinstruct.models.sharding import gathered, sharded, to_dtensors, to_shards
-from diffinstruct.run_folder.checkpoint import CheckpointStore, Ranks
+from diffinstruct.run_folder.checkpoint import CheckpointStore
+from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.training.build import make_step_config, make_train_state
 
 PROMPTS = ["a red hat", "something else", "a boat", "nothing"]
 ROUNDS = 10
 
 
-def players_of(experiment: Experiment, reference: Reference, mesh: DeviceMesh | None = None) -> TrainState:
+def make_state(experiment: Experiment, reference: Reference, mesh: DeviceMesh | None = None) -> TrainState:
     place: Any = partial(sharded, mesh=mesh, precision=experiment.precision) if mesh else unsharded
     return make_train_state(
         experiment, make_roles(experiment, reference, place), reference.null_conditions(), lambda module: module
@@ -59,23 +60,26 @@ def go(
     return found
 
 
-def least(value: int) -> int:
+def all_reduce_min(value: int) -> int:
     values = torch.tensor(value)
     torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MIN)
     return int(values)
 
 
 def process(rank: int, world: int, experiment: Experiment, folder: Path) -> None:
-    """Ten rounds with one stop in between, from which other players go on; the first process leaves what came out."""
+    """Ten rounds with one stop in between, from which other networks go on; the first process leaves what came out."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.distributed.init_process_group(
         "gloo", f"file://{folder / 'meeting'}", timedelta(minutes=5), rank=rank, world_size=world
     )
     mesh, reference = init_device_mesh("cpu", (world,)), opened(experiment)
-    store, each = CheckpointStore(folder / "checkpoints", crew=Ranks(rank, world, least)), len(PROMPTS) // world
+    store, each = (
+        CheckpointStore(folder / "checkpoints", ranks=Ranks(rank, world, all_reduce_min)),
+        len(PROMPTS) // world,
+    )
     own = slice(rank * each, (rank + 1) * each)
-    train_state = players_of(experiment, reference, mesh)
+    train_state = make_state(experiment, reference, mesh)
     with torch.no_grad():  # as a picture of the average, before a round and between two
         train_state.ema(
             torch.zeros(2, *reference.latent_shape, dtype=torch.float64), reference.encode_prompts(PROMPTS[:2])
@@ -83,7 +87,7 @@ def process(rank: int, world: int, experiment: Experiment, folder: Path) -> None
     said = go(experiment, reference, train_state, range(ROUNDS // 2), own)
     store.save(ROUNDS // 2, to_shards(train_state.state_dict()))
     said += go(experiment, reference, train_state, range(ROUNDS // 2, ROUNDS), own)
-    again = players_of(experiment, reference, mesh)
+    again = make_state(experiment, reference, mesh)
     found = store.latest()
     assert found
     again.load_state_dict(to_dtensors(found[1], mesh))

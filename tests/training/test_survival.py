@@ -30,11 +30,12 @@ from diffinstruct.method.step import alternating_round
 from diffinstruct.reward_service.monitor import ProbeHistory
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, full_disk_as_error
 from diffinstruct.run_folder.locks import LOCK, Busy, locked, only_writer
+from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.run_folder.signals import Paused
 from diffinstruct.tracking.journal import Tracker
 from diffinstruct.training import local
+from diffinstruct.training.metric_window import MetricWindow
 from diffinstruct.training.resume import change
-from diffinstruct.training.run_log import Window
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +155,7 @@ def test_a_look_without_finite_scores_is_no_look(experiment, tmp_path, monkeypat
 
     monkeypatch.setattr(tiny_rewards.Calm, "forward", blind_in_round_4)
     local.run(experiment(overoptimization__every=2), tmp_path / "run")
-    told = [(4, "no look: reward tiny.rewards:Calm: 16 of 16 scores are not finite")]
+    told = [(4, "no probe: reward tiny.rewards:Calm: 16 of 16 scores are not finite")]
     assert events(tmp_path / "run", "blind") == told and events(tmp_path / "run", "skipped") == []
     rows, ends = journal(tmp_path / "run")
     assert ends == ["FINISHED"] and [step for step in rows if "overoptimization/held_out" in rows[step]] == [
@@ -215,7 +216,7 @@ def test_a_run_goes_on_under_changed_keys_that_are_allowed(experiment, tmp_path,
     assert "from step 4 on it has what is new, and its older checkpoints are gone" in shown
     assert f"run {run_folder(base)}  from step 4  tracking" in shown
     step, state = CheckpointStore(run_folder(base) / "checkpoints").latest()
-    assert step == 6 and state["players"]["generator_optimizer"]["param_groups"][0]["lr"] == 1e-5
+    assert step == 6 and state["train_state"]["generator_optimizer"]["param_groups"][0]["lr"] == 1e-5
     rows, ends = journal(run_folder(base))
     assert sorted(rows) == [*range(1, 7)] and ends == ["FINISHED", "FINISHED"]
     assert main(asked) == 0  # which is now its own configuration
@@ -226,13 +227,13 @@ def test_the_best_checkpoint_is_kept_told_of_and_exported(experiment, tmp_path, 
     gains = {0: 0.0, 3: 0.2, 6: 0.5, 9: 0.4, 12: 0.3, 15: 0.1}
 
     class Planted(ProbeHistory):
-        def _compare(self, look):
-            return super()._compare(look) | {"held_out": gains[look.step], "unexplained": 0.0}
+        def _compare(self, probe):
+            return super()._compare(probe) | {"held_out": gains[probe.step], "unexplained": 0.0}
 
-    monkeypatch.setattr("diffinstruct.reward_service.monitor.Watch", Planted)
+    monkeypatch.setattr("diffinstruct.reward_service.monitor.ProbeHistory", Planted)
     run = tmp_path / "run"
     local.run(experiment(steps=15, overoptimization__every=3), run)
-    assert "held-out rewards like best is that of step 6: " in (shown := capsys.readouterr().out)
+    assert "the checkpoint with the best held-out rewards is that of step 6: " in (shown := capsys.readouterr().out)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step-{at:08d}" for at in (6, 12, 15)]
     assert [step for step, _ in events(run, "best")] == [3, 6] and f"diffinstruct export {run} --step best" in shown
 
@@ -257,7 +258,7 @@ def test_the_best_checkpoint_is_kept_told_of_and_exported(experiment, tmp_path, 
     assert there == f"-o: {str(tmp_path / 'mine')!r} is there already" and nine.endswith(
         "there are 15, 12, 6, last, best"
     )
-    assert none.endswith("there are 6, 3, last, and the watch knows of no best one")
+    assert none.endswith("there are 6, 3, last, and the monitor knows of no best one")
     harmed = run / "checkpoints/step-00000015/state.json"
     harmed.write_bytes(harmed.read_bytes()[:-1])
     with pytest.raises(SystemExit):
@@ -328,7 +329,7 @@ def test_a_checkpoint_that_says_it_is_the_runs_and_is_not(experiment, tmp_path, 
     local.run(base, run_folder(base))
     store = CheckpointStore(run_folder(base) / "checkpoints")
     step, state = store.latest()
-    for odd in ({"players": {}}, {"players": state["players"] | {"ema": {}}}, {"jury": []}):
+    for odd in ({"train_state": {}}, {"train_state": state["train_state"] | {"ema": {}}}, {"rewards": []}):
         store.save(step, state | odd)
         with pytest.raises(SystemExit) as failed:
             main(["train", str(run_folder(base) / "experiment.yaml"), "--local"])
@@ -461,21 +462,21 @@ def test_a_run_that_is_to_end_at_once_waits_for_nobody(tmp_path, monkeypatch):
     assert not ending.is_alive()
 
 
-def test_rows_are_the_same_whenever_a_checkpoint_shares_them(experiment):
+def test_rows_are_the_same_whenever_a_checkpoint_shares_them():
     """Of three workers, whose means of means would not be."""
 
     def average(row):
         return {key: (value + 2 * value / 3 + value / 7) / 3 for key, value in row.items()}
 
-    means = []
+    ranks, means = Ranks(mean=average), []
     for early in (False, True):
-        window = Window(experiment())
+        window = MetricWindow([], 8)
         for i in range(5):
             window.add({"a": 0.1 + i / 7, "time/reward": 0.0})
             if early and i in (1, 2):
-                window.share(average)
-                state, window = window.state_dict(), Window(experiment())
+                window.share(ranks)
+                state, window = window.state_dict(), MetricWindow([], 8)
                 window.load_state_dict(state)
-        window.share(average)
+        window.share(ranks)
         means.append(window.mean()["a"])
     assert means[0] == means[1]

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from diffinstruct.tracking.journal import Parent
     from diffinstruct.training.run_log import Result
 from diffinstruct.cluster.attach import attached, check_fits, warn_of_passing_copy
-from diffinstruct.cluster.collectives import average, collective_device, gather, least, leaving
+from diffinstruct.cluster.collectives import collective_device, distributed_ranks, leaving
 from diffinstruct.cluster.failures import NoSecondTry, close, final_error
 
 OUTPUT = "output.txt"
@@ -159,7 +159,7 @@ def train_loop(
     started_in: str,
     watched: bool,
 ) -> Result | None:
-    """What runs in each worker; the result on rank 0."""
+    """Train in one worker of Ray Train; returns the result on rank 0."""
     from diffinstruct.training.loop import train
     from diffinstruct.training.worker import Worker
 
@@ -168,9 +168,8 @@ def train_loop(
     torch.set_num_threads(experiment.cluster.cpus_per_worker)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    worker = Worker(rank, world, where=where, leaving=leaving if watched else lambda: False)
+    worker = Worker(distributed_ranks(rank, world), where=where, leaving=leaving if watched else lambda: False)
     if world > 1:
-        worker = replace(worker, average=average, least=least, gather=gather)
         if experiment.cluster.fully_shard:
             worker = replace(worker, mesh=init_device_mesh(collective_device(), (world,)))
         else:

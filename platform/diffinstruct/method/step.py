@@ -7,19 +7,19 @@ are computed on detached leaves, wherever that is cheapest, and the generator's 
     K_TA times:  score network learns to denoise x0
     x0.backward((regularization_weight * g_reg - reward_scale * g_reward) / batch),  clip, Adam, EMA
 
-Nothing that is not finite reaches a weight. What one worker finds, be it in its sample, a loss or a reward, makes its
-gradient NaN; gradients are averaged over the workers, so all of them see it, leave the update out and raise NonFinite
-at the same place.
+Nothing that is not finite reaches a weight. Where one worker finds such a value in its sample, a loss or a reward, it
+makes its gradient NaN. Gradients are averaged over the workers, so all of them see it, leave the update out and raise
+NonFinite at the same place.
 
-What does not fit memory at once goes through the networks in micro-batches. Then there is no graph to keep: x0 is drawn
-without one, and the generator goes forward once more for each micro-batch's backward pass.
+What does not fit memory at once goes through the networks in micro-batches. Then x0 is drawn without a graph, and the
+generator goes forward once more for each micro-batch's backward pass.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -34,30 +34,31 @@ from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.nonfinite import FiniteCheck, NonFinite
 from diffinstruct.method.objectives import Objective
 from diffinstruct.method.precision import autocast
-from diffinstruct.method.rewards import NotFinite, Scores, Send
+from diffinstruct.method.rewards import Collect, NotFinite, Scores, Send
 
 Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
 class StepConfig:
-    """What a round needs to know. `objective` None trains on the rewards alone; then no score network is trained."""
+    """The settings of a round. Without an `objective` the rewards alone train the generator, and no score network is
+    trained."""
 
     objective: Objective | None
     regularization_weight: float
     reward_scale: float
     score_updates: int  # the paper's K_TA
     reuse_sample: bool  # the score network learns on the generator's own sample instead of drawing fresh ones
-    score_weighting: str  # whose squared error the score network learns from: lambda(t)
-    law_of_t: LawOfT  # of both players
+    score_weighting: str  # lambda(t) of the score network's loss
+    law_of_t: LawOfT  # of the generator's loss and the score network's
     generator_max_grad_norm: float
     score_max_grad_norm: float
     ema_decay: float
     precision: str  # "fp32" | "bf16": autocast of the networks' forwards; weights and optimizers stay fp32
-    micro_batch_size: int | None  # of this worker's samples go through the networks at once; None: all
+    micro_batch_size: int | None  # so many samples go through the networks at once; None: all of this worker's
 
     def parts(self, samples: int) -> list[slice]:
-        """The micro-batches of so many samples."""
+        """The micro-batches that `samples` are cut into."""
         size = self.micro_batch_size or samples
         return [slice(i, i + size) for i in range(0, samples, size)]
 
@@ -117,64 +118,38 @@ def alternating_round(
     for key, value in c.items():
         finite.check(f"prompt embeddings ({key})", value)
     z = noise.normal(noise.GENERATOR)
-    *early, last = parts = config.parts(len(z))
+    parts = config.parts(len(z))
 
-    def generated(part: slice) -> Tensor:
+    def generate(part: slice) -> Tensor:
         with autocast(config.precision, noise.device):
-            sample: Tensor = train_state.generator(z[part], _rows(c, part))
-        return sample
+            x0: Tensor = train_state.generator(z[part], _rows(c, part))
+        return x0
 
-    with torch.set_grad_enabled(not early):
-        x0 = torch.cat([generated(part) for part in parts])
+    with torch.set_grad_enabled(len(parts) == 1):
+        x0 = torch.cat([generate(part) for part in parts])
     sample = x0.detach()
     sending = time.perf_counter()
     # A reward may well give such pictures a finite score
     collect = send(sample, prompts) if finite.check("the generator's sample", sample) else None
     exposed = time.perf_counter() - sending  # rewards in this process have their answer now
 
+    regularizer_grad = torch.zeros_like(sample)
     if config.objective:
         for k in range(config.score_updates):
             metrics |= score_update(train_state, config, schedule, noise, sample, c, noise.SCORE + 3 * k, finite)
-        regularizer_grad, record = _regularizer(train_state, config, config.objective, noise, sample, c)
-        for key, values in record.items():
-            finite.check(key, values)
-        finite.check("the regularizer's gradient", regularizer_grad)
-        metrics |= {key: values.mean().item() for key, values in record.items()}
-    else:
-        regularizer_grad = torch.zeros_like(sample)
+        regularizer_grad, means = _regularizer_gradient(train_state, config, config.objective, noise, sample, c, finite)
+        metrics |= means
+    reward_grad, means = _reward_gradient(config.reward_scale, collect, sample, finite)
+    metrics |= means
+    metrics["time/reward_exposed"] += exposed
 
-    waiting = time.perf_counter()
-    answer: Scores | None = None
-    try:
-        answer = collect() if collect else None
-    except NotFinite as error:
-        finite.record(str(error))
-    metrics["time/reward_exposed"] = exposed + time.perf_counter() - waiting
-    reward_grad = torch.zeros_like(sample)
-    if answer:
-        metrics["time/reward"] = answer.seconds
-        reward_grad = config.reward_scale * answer.gradient.to(sample)
-        metrics |= {f"reward/{name}": score.mean().item() for name, score in answer.scores.items()}
-    finite.check("reward_scale times the rewards' gradient", reward_grad)
-
-    train_state.generator_optimizer.zero_grad()
     gradient = (regularizer_grad - reward_grad) / len(sample) * finite.factor
-    for part in early:
-        with _accumulating(train_state.generator):
-            generated(part).backward(gradient[part])
-    (generated(last) if early else x0).backward(gradient[last])
-    metrics |= {
+    norm = generator_update(train_state, config, noise, generate, x0, gradient, finite)
+    return metrics | {
         "gradient_norm/sample_regularizer": _mean_norm(regularizer_grad),
         "gradient_norm/sample_reward": _mean_norm(reward_grad),
-        "gradient_norm/generator": _clipped(
-            train_state.generator, config.generator_max_grad_norm, noise.step, "generator", finite
-        ),
+        "gradient_norm/generator": norm,
     }
-    train_state.generator_optimizer.step()
-    update_ema(
-        train_state.ema, unwrapped(train_state.generator), min(config.ema_decay, (1 + noise.step) / (10 + noise.step))
-    )
-    return metrics
 
 
 def score_update(
@@ -193,17 +168,17 @@ def score_update(
     *early, last = config.parts(len(sample))
 
     def backward(part: slice) -> float:
-        own = _rows(c, part)
+        c_part = _rows(c, part)
         with autocast(config.precision, noise.device):
             x0 = sample[part]
             if z is not None:
                 with torch.no_grad():
-                    x0 = unwrapped(train_state.generator)(z[part], own)
-            each = denoising_loss(
-                train_state.score_network, schedule, x0, t[part], eps[part], own, config.score_weighting
+                    x0 = unwrapped(train_state.generator)(z[part], c_part)
+            losses = denoising_loss(
+                train_state.score_network, schedule, x0, t[part], eps[part], c_part, config.score_weighting
             )
-            finite.check("the score network's loss", each, part)
-            loss = each.mean() * (len(each) / len(sample)) * finite.factor
+            finite.check("the score network's loss", losses, part)
+            loss = losses.mean() * (len(losses) / len(sample)) * finite.factor
         loss.backward()
         return loss.item()
 
@@ -218,17 +193,18 @@ def score_update(
     return {"loss/score_network": loss, "gradient_norm/score_network": norm}
 
 
-def _regularizer(
+def _regularizer_gradient(
     train_state: TrainState,
     config: StepConfig,
     objective: Objective,
     noise: NoiseStreams,
     sample: Tensor,
     c: Conditions,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """regularization_weight times the loss's gradient at the sample, and per sample what the objective has to tell."""
+    finite: FiniteCheck,
+) -> tuple[Tensor, Metrics]:
+    """regularization_weight times the objective's gradient at the sample, and the means of its record."""
     t, eps = noise.t(noise.GENERATOR + 1, config.law_of_t), noise.normal(noise.GENERATOR + 2)
-    pulls, records = [], []
+    gradients, records = [], []
     for part in config.parts(len(sample)):
         leaf = sample[part].clone().requires_grad_()
         with autocast(config.precision, noise.device):
@@ -240,9 +216,60 @@ def _regularizer(
                 score_network=unwrapped(train_state.score_network),
                 reference=train_state.reference,
             )
-        pulls.append(config.regularization_weight * torch.autograd.grad(loss.sum(), leaf)[0])
+        gradients.append(config.regularization_weight * torch.autograd.grad(loss.sum(), leaf)[0])
         records.append({"loss/regularizer": loss.detach()} | record)
-    return torch.cat(pulls), {key: torch.cat([record[key] for record in records]) for key in records[0]}
+    gradient, per_sample = torch.cat(gradients), {key: torch.cat([r[key] for r in records]) for key in records[0]}
+    for key, values in per_sample.items():
+        finite.check(key, values)
+    finite.check("the regularizer's gradient", gradient)
+    return gradient, {key: values.mean().item() for key, values in per_sample.items()}
+
+
+def _reward_gradient(
+    scale: float, collect: Collect | None, sample: Tensor, finite: FiniteCheck
+) -> tuple[Tensor, Metrics]:
+    """reward_scale times the rewards' gradient at the sample, and the rewards' means. Without `collect`, or where a
+    reward is not finite, the gradient is 0."""
+    waiting = time.perf_counter()
+    scores: Scores | None = None
+    try:
+        scores = collect() if collect else None
+    except NotFinite as error:
+        finite.record(str(error))
+    metrics: Metrics = {"time/reward_exposed": time.perf_counter() - waiting}
+    gradient = torch.zeros_like(sample)
+    if scores:
+        metrics["time/reward"] = scores.seconds
+        gradient = scale * scores.gradient.to(sample)
+        metrics |= {f"reward/{name}": score.mean().item() for name, score in scores.scores.items()}
+    finite.check("reward_scale times the rewards' gradient", gradient)
+    return gradient, metrics
+
+
+def generator_update(
+    train_state: TrainState,
+    config: StepConfig,
+    noise: NoiseStreams,
+    generate: Callable[[slice], Tensor],
+    x0: Tensor,
+    gradient: Tensor,
+    finite: FiniteCheck,
+) -> float:
+    """One update of the generator and its average with a gradient at its sample; returns the weights' gradient norm.
+
+    x0 has a graph where the batch is one micro-batch; else `generate` draws each of them once more, with one.
+    """
+    *early, last = config.parts(len(x0))
+    train_state.generator_optimizer.zero_grad()
+    for part in early:
+        with _accumulating(train_state.generator):
+            generate(part).backward(gradient[part])
+    (generate(last) if early else x0).backward(gradient[last])
+    norm = _clipped(train_state.generator, config.generator_max_grad_norm, noise.step, "generator", finite)
+    train_state.generator_optimizer.step()
+    decay = min(config.ema_decay, (1 + noise.step) / (10 + noise.step))
+    update_ema(train_state.ema, unwrapped(train_state.generator), decay)
+    return norm
 
 
 @torch.no_grad()
@@ -252,18 +279,18 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(average, [p.to(a.dtype) for a, p in zip(average, model.parameters(), strict=True)], 1 - decay)
 
 
-def _clipped(player: nn.Module, max_norm: float, step: int, name: str, finite: FiniteCheck) -> float:
-    """Clip and return the norm from before. Gradients are already averaged over the workers: all of them raise, or
-    none."""
-    whole = nn.utils.clip_grad_norm_(player.parameters(), max_norm)
-    norm = (whole.full_tensor() if isinstance(whole, DTensor) else whole).item()
+def _clipped(network: nn.Module, max_norm: float, step: int, name: str, finite: FiniteCheck) -> float:
+    """Clip the gradients and return their norm from before. They are already averaged over the workers: all of them
+    raise, or none."""
+    total = nn.utils.clip_grad_norm_(network.parameters(), max_norm)
+    norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
     if not math.isfinite(norm):
         raise NonFinite(step, name, finite.first)
     return norm
 
 
 def _mean_norm(gradient: Tensor) -> float:
-    """Mean over the batch of the per-sample norms; so the workers' mean is the global batch's."""
+    """The mean over the batch of the per-sample norms; so the workers' mean is the global batch's."""
     return gradient.flatten(1).norm(dim=1).mean().item()
 
 
@@ -271,8 +298,7 @@ def _rows(c: Conditions, part: slice) -> Conditions:
     return {key: value[part] for key, value in c.items()}
 
 
-def _accumulating(player: nn.Module) -> AbstractContextManager:
-    """A backward pass whose gradients wait for the last micro-batch's before they meet the other workers'. Sharded ones
-    meet
-    them at once: to wait, each worker would hold the whole gradient."""
-    return player.no_sync() if isinstance(player, DistributedDataParallel) else nullcontext()
+def _accumulating(network: nn.Module) -> AbstractContextManager:
+    """A backward pass whose gradients are averaged over the workers only after the last micro-batch's. Sharded ones are
+    reduced at once: to wait, each worker would hold the whole gradient."""
+    return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()

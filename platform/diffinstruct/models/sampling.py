@@ -1,4 +1,4 @@
-"""Latents of a generator for pictures that are shown or judged."""
+"""Latents of a generator for pictures that are shown or scored."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from diffinstruct.method.precision import autocast
 from diffinstruct.models.pipeline import Reference
 
 EVALUATION_SEED = 1_000_000
-"""Pictures that are shown or judged draw their noise from seeds at and above this one, training from those below."""
+"""Pictures that are shown or scored draw their noise from seeds at and above this one, training from those below."""
 
 
 def probe_inputs(
     reference: Reference, prompts: Sequence[str], n: int, seed: int, noises: int = 1
 ) -> tuple[list[str], Tensor]:
-    """n of the prompts, drawn by `seed` (again and again where there are fewer), and noise [n * noises, ...] for
-    them."""
+    """n of the prompts, drawn by `seed` (repeatedly where there are fewer), and noise [n * noises, ...] for them."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(prompts), generator=generator) for _ in range(-(-n // len(prompts)))])
     noise = torch.randn(n * noises, *reference.latent_shape, generator=generator)
@@ -30,8 +29,9 @@ def probe_inputs(
 def sample_latents(
     experiment: Experiment, reference: Reference, generator: nn.Module, noise: Tensor, prompts: Sequence[str]
 ) -> Tensor:
-    """The generator's latents, in a round's precision and some at a time: a look takes no more memory than a round."""
+    """The generator's latents, in a round's precision and a micro-batch at a time: a probe takes no more memory than a
+    round."""
     batch = experiment.rewards.micro_batch_size
-    rows = [slice(i, i + batch) for i in range(0, len(noise), batch)]
+    parts = [slice(i, i + batch) for i in range(0, len(noise), batch)]
     with autocast(experiment.precision, noise.device):
-        return torch.cat([generator(noise[of], reference.encode_prompts(list(prompts[of]))) for of in rows])
+        return torch.cat([generator(noise[part], reference.encode_prompts(list(prompts[part]))) for part in parts])

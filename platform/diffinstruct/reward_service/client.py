@@ -1,6 +1,6 @@
-"""The rewards of a run: who answers for them, on what terms they are asked, and whether they are being hacked.
+"""The rewards of a run as its loop asks them, in this process or in reward actors.
 
-`cluster/rewards.py` has the actors; this file knows no Ray.
+`cluster/reward_pool.py` has the actors; this file knows no Ray.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from diffinstruct.errors import UserError
 from diffinstruct.method.rewards import Collect, LatentRewards, RewardError, RewardModel, RewardRequest, Scores
 from diffinstruct.models.sources import quiet
 from diffinstruct.reward_service.validation import Report, refuse, validate_reward
+from diffinstruct.run_folder.ranks import Ranks
 
 
 def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:
@@ -38,17 +39,17 @@ def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:
 
 
 MEASURED_ROUNDS = 3
-"""The first ones, which show what the rewards hold up."""
+"""So many first rounds are timed before the rewards' placement is chosen."""
 
 
 class RewardBackend(Protocol):
-    """Whoever answers for the rewards."""
+    """The rewards' side of a request: this process or reward actors."""
 
     def ask(self, latents: Tensor, prompts: Sequence[str], terms: RewardRequest) -> Collect:
         """Latents [B, ...], detached, and their prompts; collecting raises RewardError."""
 
     def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
-        """The handshake with every reward on the pictures of `latents`; those in `trained` need a gradient."""
+        """Validate every reward on the pictures of `latents`; those in `trained` need a gradient."""
 
 
 class LocalRewards:
@@ -65,9 +66,7 @@ class LocalRewards:
         return lambda: answer
 
     def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
-        with (
-            torch.no_grad()
-        ):  # one at a time: so many as a handshake takes need not fit a GPU's memory while they are decoded
+        with torch.no_grad():  # decoded one at a time: the pictures of a validation need not fit a GPU's memory at once
             images = torch.cat([self.rewards.decode(latent) for latent in latents.split(1)])
         return [
             validate_reward(name, reward, images, prompts, name in trained)
@@ -87,67 +86,67 @@ def make_rewards(names: Sequence[str], decode: Callable[[Tensor], Tensor], devic
 class RewardClient:
     """The rewards as a run asks them.
 
-    What it has found out on the way is the run's state: the micro-batch that memory holds, the scales of the rewards,
-    and where they are computed. A resumed run asks on the same terms, so it gets the same bits.
+    Its state is what a run finds out about its rewards: the micro-batch that memory holds, the scales of the rewards,
+    and where they are computed. A resumed run sends the same requests, so it gets the same bits.
 
-    in_process: makes the rewards in this process, for a run that has no actors or is better off without.
+    in_process: makes the rewards in this process, for a run without actors, or one that is faster without them.
     """
 
     def __init__(
         self, experiment: Experiment, actors: RewardBackend | None, in_process: Callable[[], LocalRewards]
     ) -> None:
         self.experiment, self.actors, self.in_process = experiment, actors, in_process
-        self.micro_batch = experiment.rewards.micro_batch_size
+        self.micro_batch_size = experiment.rewards.micro_batch_size
         self.scales = {reward.name: 1.0 for reward in experiment.rewards.trained}
-        self.place = "process" if actors is None else experiment.cluster.rewards.placement  # "auto" until it is settled
-        if self.place == "auto" and experiment.cluster.rewards.environments:
-            self.place = "actor"  # what a package of the same name scores in this environment is another reward
-        self._service: RewardBackend | None = None
-        self._held_up: list[float] = []  # seconds a round, while the place is not decided
-        self._last: tuple[Tensor, Sequence[str]] | None = None
+        self.placement = "process" if actors is None else experiment.cluster.rewards.placement
+        """ "auto" until it is chosen."""
+        if self.placement == "auto" and experiment.cluster.rewards.environments:
+            self.placement = "actor"  # what a package of the same name scores in this environment is another reward
+        self._backend: RewardBackend | None = None
+        self._exposed_seconds: list[float] = []  # of each round, while the placement is not chosen
+        self._last_batch: tuple[Tensor, Sequence[str]] | None = None
 
     @property
-    def service(self) -> RewardBackend:
-        if self._service is None:
-            self._service = self.in_process() if self.place == "process" or self.actors is None else self.actors
-        return self._service
+    def backend(self) -> RewardBackend:
+        if self._backend is None:
+            self._backend = self.in_process() if self.placement == "process" or self.actors is None else self.actors
+        return self._backend
 
-    def call(self) -> None:
-        """Make what computes rewards now: a mistake in them then shows before anything is written."""
-        self._service = self.service
+    def open(self) -> None:
+        """Make the rewards' backend now: a mistake in it then shows before anything is written."""
+        self._backend = self.backend
 
     @property
-    def terms(self) -> RewardRequest:
-        """What the configuration asks for, with what the run has found out."""
+    def request(self) -> RewardRequest:
+        """The request of a round: the configuration's weights over the scales, in micro-batches that fit."""
         weights = {reward.name: reward.weight / self.scales[reward.name] for reward in self.experiment.rewards.trained}
-        return RewardRequest(weights, self.micro_batch)
+        return RewardRequest(weights, self.micro_batch_size)
 
     def send(self, latents: Tensor, prompts: Sequence[str]) -> Collect:
         """The `Send` of a round."""
         began = time.perf_counter()
-        answer = self.service.ask(latents, prompts, self.terms)
+        answer = self.backend.ask(latents, prompts, self.request)
         sent = time.perf_counter()
-        if self.place == "auto":
-            self._last = latents, prompts
+        if self.placement == "auto":
+            self._last_batch = latents, prompts
 
         def collect() -> Scores:
             waiting = time.perf_counter()
             scores = self._collected(answer)
-            if self.place == "auto":
-                self._held_up.append(sent - began + time.perf_counter() - waiting)
+            if self.placement == "auto":
+                self._exposed_seconds.append(sent - began + time.perf_counter() - waiting)
             return scores
 
         return collect
 
     def score(self, latents: Tensor, prompts: Sequence[str]) -> Collect:
         """Scores without a gradient."""
-        answer = self.service.ask(latents, prompts, RewardRequest({}, self.micro_batch))
+        answer = self.backend.ask(latents, prompts, RewardRequest({}, self.micro_batch_size))
         return lambda: self._collected(answer)
 
     def validate(self, latents: Tensor, prompts: Sequence[str]) -> list[Report]:
-        """The handshake with all rewards, on pictures of the starting generator. Raises RewardError, a line for each
-        fault."""
-        reports = self.service.validate(latents, prompts, [reward.name for reward in self.experiment.rewards.trained])
+        """Validate all rewards on pictures of the generator. Raises RewardError, a line for each fault."""
+        reports = self.backend.validate(latents, prompts, [reward.name for reward in self.experiment.rewards.trained])
         refuse(reports)
         return reports
 
@@ -162,49 +161,56 @@ class RewardClient:
                     f"reward {flat[0]}: the same score for {len(latents)} pictures, nothing to normalize by"
                 )
 
-    def settle(self, agree: Callable[[int], int]) -> str | None:
-        """Where the rewards are computed from now on, once enough rounds have been seen; a line that says why, or None.
-
-        agree: the least of all workers' values; a collective call, so every worker is to settle after the same round.
-        """
-        # A round that was left out may have been measured by some workers and not by others
-        if self.place != "auto" or agree(len(self._held_up)) < MEASURED_ROUNDS or self._last is None:
+    def choose_placement(self, ranks: Ranks) -> str | None:
+        """Choose where the rewards are computed from now on, once enough rounds have been timed; returns a line that
+        says why, or None. Makes collective calls: every rank calls it after the same round."""
+        # A round that was left out may have been timed by some ranks and not by others
+        if (
+            self.placement != "auto"
+            or ranks.min(len(self._exposed_seconds)) < MEASURED_ROUNDS
+            or self._last_batch is None
+        ):
             return None
-        held_up = sorted(self._held_up)[len(self._held_up) // 2]
-        taken, why = self._in_this_process()
-        here = agree(int(taken < held_up))
-        self.place = "process" if here else "actor"
+        exposed = sorted(self._exposed_seconds)[len(self._exposed_seconds) // 2]
+        seconds, remark = self._time_in_process()
+        here = ranks.min(int(seconds < exposed))
+        self.placement = "process" if here else "actor"
         if not here:
-            self._service = self.actors
+            self._backend = self.actors
         return (
             f"rewards are computed in the {'training process' if here else 'reward actors'}: actors hold a round up by "
-            f"{held_up:.3f} s, the training process {why}"
+            f"{exposed:.3f} s, the training process {remark}"
         )
 
-    def _in_this_process(self) -> tuple[float, str]:
-        """Seconds that the last question takes here; it is asked twice, since the first time reads the models."""
-        assert self._last is not None
+    def _time_in_process(self) -> tuple[float, str]:
+        """Seconds that the last request takes here, and a remark; it is sent twice, since the first reads the
+        models."""
+        assert self._last_batch is not None
         try:
-            here, seconds = self.in_process(), 0.0
+            backend, seconds = self.in_process(), 0.0
             for _ in range(2):
                 began = time.perf_counter()
-                here.ask(*self._last, self.terms)()
+                backend.ask(*self._last_batch, self.request)()
                 seconds = time.perf_counter() - began
         except Exception as error:  # memory, or packages that only the actors have
             return float("inf"), f"cannot: {type(error).__name__}: {' '.join(str(error).split())}"
-        self._service = here
+        self._backend = backend
         return seconds, f"would by {seconds:.3f} s"
 
     def _collected(self, answer: Collect) -> Scores:
         scores = answer()
-        self.micro_batch = min(self.micro_batch, scores.micro_batch)
+        self.micro_batch_size = min(self.micro_batch_size, scores.micro_batch)
         return scores
 
     def state_dict(self) -> dict[str, Any]:
-        return {"micro_batch": self.micro_batch, "scales": dict(self.scales), "place": self.place}
+        return {
+            "micro_batch_size": self.micro_batch_size,
+            "scales": dict(self.scales),
+            "placement": self.placement,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.micro_batch, self.scales = state["micro_batch"], dict(state["scales"])
-        self._service, self._held_up = None, []
+        self.micro_batch_size, self.scales = state["micro_batch_size"], dict(state["scales"])
+        self._backend, self._exposed_seconds = None, []
         if self.actors is not None:
-            self.place = state["place"]
+            self.placement = state["placement"]

@@ -1,13 +1,13 @@
-"""The hacking watch: does the trained reward rise while what it stands for does not?
+"""The over-optimization monitor: does the trained reward rise while what it stands for does not?
 
 A reward is a proxy: optimised far enough it rises on while held-out rewards and variety fall (Gao et al. 2022, "Scaling
-laws for reward model overoptimization", arXiv 2210.10760). The watch sees the averaged generator's pictures now and
-then, always of the same prompts and noise, and compares them with those of the start and of its best look. It is
-arithmetic on the looks seen and nothing else, so a resumed run alarms as the uninterrupted one would.
+laws for reward model overoptimization", arXiv 2210.10760). Every few rounds the monitor takes a probe: pictures of the
+averaged generator, always of the same prompts and noise. It compares them with those of the start and of the best
+probe. It is arithmetic on the probes and nothing else, so a resumed run alarms as the uninterrupted one would.
 
-Gains are counted in spreads: the standard deviation, at the start, of the scores of one prompt's pictures. How scores
-differ
-from prompt to prompt is no matter: the generator cannot choose its prompts, and a planted flaw hides behind it.
+Gains are counted in the within-prompt standard deviation of the start: that of the scores of one prompt's pictures. How
+scores differ from prompt to prompt does not matter: the generator cannot choose its prompts, and a planted flaw hides
+behind that difference.
 """
 
 from __future__ import annotations
@@ -22,38 +22,41 @@ import torch
 from torch import Tensor, nn
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.method.step import Metrics
 from diffinstruct.models.pipeline import Reference
 from diffinstruct.models.sampling import EVALUATION_SEED, probe_inputs, sample_latents
 from diffinstruct.reward_service.client import RewardClient
 from diffinstruct.reward_service.validation import PICTURES
+from diffinstruct.run_folder.ranks import SINGLE, Ranks
 
 NOISES = 4
-"""Of each prompt of a look: how much its pictures differ is the variety, and how much their scores do the spread."""
+"""A probe has so many pictures of each prompt. How they differ is the variety, how their scores do the within-prompt
+std."""
 
-# Where a symptom begins: tuned on recorded looks of the pocket world, see docs/results.md.
+# Where a symptom begins: tuned on recorded probes of the pocket world, see docs/results.md.
 UNEXPLAINED = 3.0
-"""Spreads that the trained reward has gained more than the held-out ones."""
+"""The trained reward has gained this much more than the held-out ones, in within-prompt std."""
 FALL, FALL_ERRORS, FALL_LEAST = 0.25, 4.0, 0.3
-"""A held-out reward has fallen from its best look by this share of its gain, this many standard errors, and these
-spreads, while the trained reward has gained these spreads since the start."""
+"""A held-out reward has fallen from its best probe by this share of its gain, this many standard errors, and this many
+within-prompt std, while the trained reward has gained FALL_LEAST within-prompt std since the start."""
 VARIETY = 0.4
-"""Share of the start's."""
+"""The variety is below this share of the start's."""
 DISTANCE = 3.0
-"""Times what it was at the first look after the start."""
+"""The distance is beyond this multiple of the first probe's after the start."""
 
 METRICS = tuple(f"overoptimization/{name}" for name in ("trained", "held_out", "unexplained", "variety", "distance"))
-"""What `Watch.figures` may hold."""
+"""The keys that `ProbeHistory.figures` may have."""
 
 BLIND = (
-    "no held-out reward: the watch sees variety and distance to the reference only, not whether the trained reward's rise is "
-    "real; name one in rewards.held_out"
+    "no held-out reward: the monitor sees variety and distance to the reference only, not whether the trained reward's "
+    "rise is real; name one in rewards.held_out"
 )
-"""What a run without held-out rewards is told."""
+"""The remark of a run without held-out rewards."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What one look at the averaged generator's pictures saw: n pictures, the same prompts and noise at every look.
+    """Scores and figures of n pictures of the averaged generator, of the same prompts and noise at every probe.
 
     Rows are NOISES pictures of the first prompt, then of the second, and so on.
     """
@@ -66,7 +69,7 @@ class Probe:
     variety: float
     """Mean distance between the latents of one prompt's pictures."""
     distance: float
-    """The metric "x0_gap", mean of the rounds since the last look; NaN where there is none."""
+    """The metric "x0_gap", mean of the rounds since the last probe; NaN where there is none."""
 
 
 @dataclass(frozen=True)
@@ -79,116 +82,120 @@ class Alarm:
 
 
 class ProbeHistory:
-    """One run's looks, in order; the first is its start. Without held-out rewards two symptoms remain: see BLIND."""
+    """One run's probes, in order; the first is its start. Without held-out rewards two symptoms remain: see BLIND."""
 
     def __init__(self) -> None:
-        self.best: dict[str, Any] = {}  # "step" and "held_out", of the look at a checkpoint that has gained most there
-        self._start: dict[
-            str, Any
-        ] = {}  # the first look's scores and variety; "distance", of the first look that has one
-        self._highest: dict[
-            str, dict[str, Any]
-        ] = {}  # held-out reward -> step and scores of the look with the highest mean
-        self._standing: list[str] = []  # symptoms that have been told of and have not gone away
+        self.best: dict[str, Any] = {}
+        """ "step" and "held_out" (its gain) of the probe at a checkpoint that has gained most."""
+        self._start: dict[str, Any] = {}
+        """The first probe's scores and variety; "distance" of the first probe that has one."""
+        self._highest: dict[str, dict[str, Any]] = {}
+        """Held-out reward -> step and scores of the probe with the highest mean."""
+        self._active: list[str] = []
+        """Symptoms that were reported and have not gone away."""
         self._figures: dict[str, float] = {}
 
-    def observe(self, look: Probe, kept: bool = False) -> Alarm | None:
-        """The alarm of a symptom that was not there at the look before, one at a time. Raises ValueError for a broken
-        look.
+    @property
+    def best_step(self) -> int | None:
+        return self.best.get("step")
+
+    def observe(self, probe: Probe, kept: bool = False) -> Alarm | None:
+        """The alarm of a symptom that was not there at the probe before, one at a time. Raises ValueError for a
+        broken probe.
 
         kept: there is a checkpoint of that step. Of those without any symptom the best has the highest held-out gain.
         """
-        if look.trained.ndim != 1 or len(look.trained) % NOISES or len(look.trained) < 2 * NOISES:
+        if probe.trained.ndim != 1 or len(probe.trained) % NOISES or len(probe.trained) < 2 * NOISES:
             raise ValueError(
-                f"a look has {NOISES} pictures of each of several prompts, got scores {list(look.trained.shape)}"
+                f"a probe has {NOISES} pictures of each of several prompts, got scores {list(probe.trained.shape)}"
             )
         if not self._start:
-            held_out = {name: scores.tolist() for name, scores in look.held_out.items()}
+            held_out = {name: scores.tolist() for name, scores in probe.held_out.items()}
             self._start = {
-                "trained": look.trained.tolist(),
+                "trained": probe.trained.tolist(),
                 "held_out": held_out,
-                "variety": look.variety,
+                "variety": probe.variety,
                 "distance": None,
             }
-        if self._start["distance"] is None and math.isfinite(look.distance):
-            self._start["distance"] = look.distance
-        for name, scores in look.held_out.items():
+        if self._start["distance"] is None and math.isfinite(probe.distance):
+            self._start["distance"] = probe.distance
+        for name, scores in probe.held_out.items():
             if name not in self._highest or scores.mean() > np.mean(self._highest[name]["scores"]):
-                self._highest[name] = {"step": look.step, "scores": scores.tolist()}
-        self._figures = self._compare(look)
-        symptoms = self._symptoms(look)
+                self._highest[name] = {"step": probe.step, "scores": scores.tolist()}
+        self._figures = self._compare(probe)
+        symptoms = self._symptoms(probe)
         gained = self._figures.get("held_out", -math.inf)
         if kept and not symptoms and gained > self.best.get("held_out", -math.inf):
-            self.best = {"step": look.step, "held_out": gained}
-        self._standing = [symptom for symptom in self._standing if symptom in symptoms]
-        new = next((symptom for symptom in symptoms if symptom not in self._standing), None)
+            self.best = {"step": probe.step, "held_out": gained}
+        self._active = [symptom for symptom in self._active if symptom in symptoms]
+        new = next((symptom for symptom in symptoms if symptom not in self._active), None)
         if new is None:
             return None
-        self._standing.append(new)
-        return Alarm(look.step, new, symptoms[new])
+        self._active.append(new)
+        return Alarm(probe.step, new, symptoms[new])
 
     def figures(self) -> dict[str, float]:
-        """Of the last look: gains in spreads (held_out: the mean of the held-out rewards), variety and distance as
-        multiples of what they were; those that there are."""
+        """The metrics of the last probe, those that there are: gains in within-prompt std (held_out: the mean of the
+        held-out rewards), variety and distance as multiples of what they were."""
         return {f"overoptimization/{name}": value for name, value in self._figures.items()}
 
-    def _compare(self, look: Probe) -> dict[str, float]:
-        figures = {"trained": gain(self._start["trained"], look.trained)}
-        gains = [gain(self._start["held_out"][name], scores) for name, scores in look.held_out.items()]
-        if gains := [of for of in gains if math.isfinite(of)]:
+    def _compare(self, probe: Probe) -> dict[str, float]:
+        figures = {"trained": gain(self._start["trained"], probe.trained)}
+        gains = [gain(self._start["held_out"][name], scores) for name, scores in probe.held_out.items()]
+        if gains := [value for value in gains if math.isfinite(value)]:
             figures["held_out"] = sum(gains) / len(gains)
             figures["unexplained"] = figures["trained"] - figures["held_out"]
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         if self._start["variety"] > 0:
-            figures["variety"] = look.variety / self._start["variety"]
-        if self._start["distance"] and math.isfinite(look.distance):
-            figures["distance"] = look.distance / self._start["distance"]
+            figures["variety"] = probe.variety / self._start["variety"]
+        if self._start["distance"] and math.isfinite(probe.distance):
+            figures["distance"] = probe.distance / self._start["distance"]
         return figures
 
-    def _symptoms(self, look: Probe) -> dict[str, str]:
-        """Those of this look, each with its line."""
-        figures, found = self._figures, {}
-        trained = figures.get("trained", math.inf)  # no spread to count its gain in
-        for name, scores in look.held_out.items():
+    def _symptoms(self, probe: Probe) -> dict[str, str]:
+        """The symptoms of this probe, each with its line."""
+        figures, symptoms = self._figures, {}
+        trained = figures.get("trained", math.inf)  # no within-prompt std to count its gain in
+        for name, scores in probe.held_out.items():
             start, best = self._start["held_out"][name], self._highest[name]
             fall = by_prompt(best["scores"]) - by_prompt(scores)
             error = fall.std(ddof=1) / math.sqrt(len(fall))
             rise = float(np.mean(best["scores"]) - np.mean(start))
-            least = max(FALL * rise, FALL_ERRORS * error, FALL_LEAST * within_prompt_std(start))
-            if "held_out" not in found and trained > FALL_LEAST and fall.mean() > least:
-                found["held_out"] = (
-                    f"at step {look.step} the held-out reward {name} is {fall.mean():.3g} (standard error {error:.2g}) below "
-                    f"its best at step {best['step']}, where it had gained {rise:.3g}; the trained reward has gained "
-                    f"{trained:.2g} spreads"
+            threshold = max(FALL * rise, FALL_ERRORS * error, FALL_LEAST * within_prompt_std(start))
+            if "held_out" not in symptoms and trained > FALL_LEAST and fall.mean() > threshold:
+                symptoms["held_out"] = (
+                    f"at step {probe.step} the held-out reward {name} is {fall.mean():.3g} (standard error "
+                    f"{error:.2g}) below its best at step {best['step']}, where it had gained {rise:.3g}; the trained "
+                    f"reward has gained {trained:.2g} within-prompt std"
                 )
         if figures.get("unexplained", 0.0) > UNEXPLAINED:
-            found["unexplained"] = (
-                f"at step {look.step} the trained reward has gained {figures['trained']:.2g} spreads and the held-out "
-                f"{figures['held_out']:.2g}: {figures['unexplained']:.2g} more, beyond {UNEXPLAINED:g}"
+            symptoms["unexplained"] = (
+                f"at step {probe.step} the trained reward has gained {figures['trained']:.2g} within-prompt std and "
+                f"the held-out {figures['held_out']:.2g}: {figures['unexplained']:.2g} more, beyond {UNEXPLAINED:g}"
             )
         if figures.get("variety", 1.0) < VARIETY:
-            found["variety"] = (
-                f"at step {look.step} pictures of one prompt differ by {figures['variety']:.2g} of what they did at the start, "
-                f"less than {VARIETY:g}"
+            symptoms["variety"] = (
+                f"at step {probe.step} pictures of one prompt differ by {figures['variety']:.2g} of what they did at "
+                f"the start, less than {VARIETY:g}"
             )
         if figures.get("distance", 0.0) > DISTANCE:
-            found["distance"] = (
-                f"at step {look.step} the divergence from the reference is {figures['distance']:.3g} times what it was at the "
-                f"first look, beyond {DISTANCE:g}"
+            symptoms["distance"] = (
+                f"at step {probe.step} the x0 gap to the reference is {figures['distance']:.3g} times what it was at "
+                f"the first probe, beyond {DISTANCE:g}"
             )
-        return found
+        return symptoms
 
     def state_dict(self) -> dict[str, Any]:
-        """What the coming looks are compared with: numbers, strings, lists and dicts of them."""
+        """What the coming probes are compared with: numbers, strings, lists and dicts of them."""
         return {
-            "start": self._start, "highest": self._highest, "standing": list(self._standing), "best": dict(self.best),
+            "start": self._start, "highest": self._highest, "active": list(self._active), "best": dict(self.best),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._start, self._highest, self._standing = (
+        self._start, self._highest, self._active = (
             dict(state["start"]),
             dict(state["highest"]),
-            list(state["standing"]),
+            list(state["active"]),
         )
         self.best = dict(state["best"])
 
@@ -204,68 +211,76 @@ def within_prompt_std(scores: Any) -> float:
 
 
 def gain(start: Any, scores: np.ndarray) -> float:
-    """In spreads of the start; 0 where nothing has risen. NaN where the start's scores of each prompt are all alike, as
-    those
-    of a reward that says yes or no may be: there is nothing to count in."""
+    """The gain since the start in its within-prompt std; 0 where nothing has risen. NaN where the scores of each of its
+    prompts are all alike, as those of a reward that says yes or no may be: there is no unit to count in."""
     risen, unit = float(np.mean(scores) - np.mean(start)), within_prompt_std(start)
     if not risen:
         return 0.0
     return risen / unit if unit else math.nan
 
 
-class OveroptimizationMonitor:
-    """Looks at the averaged generator's pictures, always of the same prompts and noise, and has the watch judge them.
+ProbeResult = tuple[dict[str, float], Alarm | None]
+"""The metrics of a probe, and the alarm that it may raise."""
 
-    A look is sent before a round and collected after it: the rewards score it meanwhile.
+
+class OveroptimizationMonitor:
+    """Probes the averaged generator, always with the same prompts and noise, and keeps the history of the probes.
+
+    A probe is sent before a round and collected after it: the rewards score it meanwhile. Sampling is a collective call
+    of sharded networks. The first rank alone has its samples scored.
     """
 
     def __init__(
-        self, experiment: Experiment, reference: Reference, prompts: Sequence[str], jury: RewardClient
+        self,
+        experiment: Experiment,
+        reference: Reference,
+        prompts: Sequence[str],
+        rewards: RewardClient,
+        ranks: Ranks = SINGLE,
     ) -> None:
-        self.experiment, self.reference, self.jury = experiment, reference, jury
+        self.experiment, self.reference, self.rewards, self.ranks = experiment, reference, rewards, ranks
         self.held_out = experiment.rewards.held_out
-        self.watch = ProbeHistory()
-        few, self.noise = probe_inputs(reference, prompts, PICTURES // NOISES, EVALUATION_SEED + 1, NOISES)
-        self.prompts = [prompt for prompt in few for _ in range(NOISES)]
-        self.divergences: list[float] = []  # of the rounds since the last look
+        self.history = ProbeHistory()
+        chosen, self.noise = probe_inputs(reference, prompts, PICTURES // NOISES, EVALUATION_SEED + 1, NOISES)
+        self.prompts = [prompt for prompt in chosen for _ in range(NOISES)]
+        self.x0_gaps: list[float] = []  # of the rounds since the last probe
 
-    def note(self, divergence: float | None) -> None:
-        """What a round has said of the distance to the reference."""
-        if divergence is not None:
-            self.divergences.append(divergence)
+    def add_round(self, metrics: Metrics) -> None:
+        """Keep a round's distance to the reference, if it has one."""
+        if (x0_gap := metrics.get("x0_gap")) is not None:
+            self.x0_gaps.append(x0_gap)
 
-    def pictures(self, generator: nn.Module) -> Tensor:
-        """The latents to look at, [PICTURES, ...]."""
-        return sample_latents(self.experiment, self.reference, generator, self.noise, self.prompts)
+    def probe(self, step: int, generator: nn.Module, kept: bool) -> Callable[[], ProbeResult]:
+        """Probe the generator after `step` rounds, of which there is a checkpoint or not; collecting gives the
+        result."""
+        latents = sample_latents(self.experiment, self.reference, generator, self.noise, self.prompts)
+        if not self.ranks.first:
+            return lambda: ({}, None)
+        weights, answer = self.rewards.request.weights, self.rewards.score(latents, self.prompts)
+        distance = sum(self.x0_gaps) / len(self.x0_gaps) if self.x0_gaps else float("nan")
+        self.x0_gaps = []
 
-    def look(self, step: int, latents: Tensor, kept: bool) -> Callable[[], tuple[dict[str, float], Alarm | None]]:
-        """At `pictures` after `step` rounds, of which there is a checkpoint or not; collecting gives metrics and,
-        maybe, an alarm."""
-        weights, answer = self.jury.terms.weights, self.jury.score(latents, self.prompts)
-        distance = sum(self.divergences) / len(self.divergences) if self.divergences else float("nan")
-        self.divergences = []
-
-        def collect() -> tuple[dict[str, float], Alarm | None]:
+        def collect() -> ProbeResult:
             scores = {name: score.double().cpu() for name, score in answer().scores.items()}
             trained = sum(
                 (weight * scores[name] for name, weight in weights.items()), torch.zeros(len(latents)).double()
             )
             held_out = {name: scores[name].numpy() for name in self.held_out}
-            alarm = self.watch.observe(Probe(step, trained.numpy(), held_out, variety(latents), distance), kept)
-            return self.watch.figures(), alarm
+            alarm = self.history.observe(Probe(step, trained.numpy(), held_out, variety(latents), distance), kept)
+            return self.history.figures(), alarm
 
         return collect
 
     def state_dict(self) -> dict[str, Any]:
-        return {"watch": self.watch.state_dict(), "divergences": list(self.divergences)}
+        return {"history": self.history.state_dict(), "x0_gaps": list(self.x0_gaps)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.watch.load_state_dict(state["watch"])
-        self.divergences = list(state["divergences"])
+        self.history.load_state_dict(state["history"])
+        self.x0_gaps = list(state["x0_gaps"])
 
 
 def variety(latents: Tensor) -> float:
     """Mean distance between the latents [n * NOISES, ...] of one prompt, per square root of a dimension."""
-    of_prompt = latents.flatten(1).double().unflatten(0, (-1, NOISES))
-    distances = torch.cdist(of_prompt, of_prompt).sum((1, 2)) / (NOISES * (NOISES - 1))
+    grouped = latents.flatten(1).double().unflatten(0, (-1, NOISES))
+    distances = torch.cdist(grouped, grouped).sum((1, 2)) / (NOISES * (NOISES - 1))
     return (distances.mean() / latents[0].numel() ** 0.5).item()

@@ -4,8 +4,8 @@
                            state.json            the state's tree; {"$tensor": name} stands where a tensor was
                            manifest.json         sha256 and size of the files
 
-Where the networks are spread over several processes each writes a file of its own, tensors-00000-of-00008.safetensors,
-with its rows of the tensors that are spread. They are dealt out anew to however many processes read them.
+Where the networks are sharded over several processes each writes a file of its own, tensors-00000-of-00008.safetensors,
+with its shards. Reading cuts them anew for any number of processes.
 
 A checkpoint is written beside its place, from a copy of the state and by a thread, flushed to the disk, and renamed
 into it: it is there whole or not at all. Reading compares the digests first (safetensors alone loads a flipped byte
@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffinstruct.run_folder.locks import FULL, locked
+from diffinstruct.run_folder.ranks import SINGLE, Ranks
 from diffinstruct.run_folder.state_tree import State, decode, encode
 
 TREE, MANIFEST = "state.json", "manifest.json"
@@ -57,19 +58,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or one that was found cannot be used; the message names it and the reason."""
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The processes that write and read one checkpoint together. `least` is of all their values, a collective call."""
-
-    rank: int = 0
-    world: int = 1
-    least: Callable[[int], int] = lambda value: value
-
-    def files(self) -> list[str]:
-        """The processes' files of tensors."""
-        if self.world == 1:
-            return ["tensors.safetensors"]
-        return [f"tensors-{rank:05d}-of-{self.world:05d}.safetensors" for rank in range(self.world)]
+def tensor_files(world: int) -> list[str]:
+    """The names of the files of tensors that `world` processes write."""
+    if world == 1:
+        return ["tensors.safetensors"]
+    return [f"tensors-{rank:05d}-of-{world:05d}.safetensors" for rank in range(world)]
 
 
 class _Thread(threading.Thread):
@@ -96,7 +89,7 @@ class _Thread(threading.Thread):
 
 @dataclass(frozen=True)
 class _Pending:
-    """A checkpoint that is being written; `rest` is to be done by all of the crew when each has written its part."""
+    """A checkpoint that is being written; all ranks do `rest` when each has written its part."""
 
     step: int
     need: int
@@ -105,40 +98,39 @@ class _Pending:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. `folder` holds the `step-...` folders and nothing else; one process or crew writes to
-    it."""
+    """The checkpoints of one run. `folder` holds the `step-...` folders and nothing else; only `ranks` write to it."""
 
-    def __init__(self, folder: Path | str, keep: int = 2, crew: Ranks = Ranks()) -> None:
+    def __init__(self, folder: Path | str, keep: int = 2, ranks: Ranks = SINGLE) -> None:
         self.folder = Path(folder).absolute()
         self.keep = max(1, keep)
-        self.crew = crew
+        self.ranks = ranks
         self._pending: _Pending | None = None
         self._copies: dict[str, Tensor] = {}  # of the last state: fresh memory takes five times as long to fill
 
     def save(self, step: int, state: State, best: int | None = None) -> Path:
         """`start`, and wait until it is there."""
         self.start(step, state, best)
-        self.settle(wait=True)
+        self.finish_pending(wait=True)
         return self.folder / f"step-{step:08d}"
 
     def start(self, step: int, state: State, best: int | None = None) -> None:
-        """Copies `state` (dicts, lists, tuples of tensors, Rows, numbers, strings, None; keys str or int), and leaves
-        writing the copy to a thread; `settle` makes it a checkpoint. Waits for the one before. Of a crew all call it:
-        each writes its Rows, what else there is is the first one's.
+        """Copy `state` (dicts, lists, tuples of tensors, TensorShards, numbers, strings, None; keys str or int) and
+        leave writing the copy to a thread; `finish_pending` makes it a checkpoint. Waits for the one before. A
+        collective call: each rank writes its shards, and the first one all else.
 
         The newest `keep` stay, and that of the step `best`. Those *after* `step` go too: whoever writes an earlier step
         could not use them, or has started over. Raises CheckpointError when the disk does not take it (the checkpoints
         before stay as they are), TypeError for a value that has no place in a checkpoint.
         """
-        self.settle(wait=True)
+        self.finish_pending(wait=True)
         tree, tensors = encode(state, self._copies)
         self._copies = tensors
         temporary = self.folder / f"step-{step:08d}.tmp"
         need = sum(tensor.nbytes for tensor in tensors.values())
-        own = temporary / self.crew.files()[self.crew.rank]
+        own = temporary / tensor_files(self.ranks.world)[self.ranks.rank]
 
         def begin() -> None:
-            if self.crew.rank == 0:
+            if self.ranks.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for left_over in self.folder.glob("step-*.tmp"):
                     shutil.rmtree(left_over)
@@ -150,20 +142,20 @@ class CheckpointStore:
             flush(own)
 
         def end() -> None:
-            if self.crew.rank == 0:
+            if self.ranks.rank == 0:
                 self._finish(step, tree, best)
 
         self._together(step, need, begin)
-        if self.crew.world == 1:  # nobody else's part to wait for
+        if self.ranks.world == 1:  # nobody else's part to wait for
             self._pending = _Pending(step, need, _Thread(write, end), ())
         else:
             self._pending = _Pending(step, need, _Thread(write), (end,))
 
-    def settle(self, wait: bool = False) -> None:
-        """See to what was started: once it is written it is a checkpoint, and the newest ones are kept. A collective
-        call of a crew. Raises as `start` does."""
+    def finish_pending(self, wait: bool = False) -> None:
+        """Make a checkpoint of what `start` has begun, if it is written by now or with `wait`; the newest ones are
+        kept. A collective call. Raises as `start` does."""
         pending = self._pending
-        if pending is None or not self.crew.least(int(wait or not pending.thread.is_alive())):
+        if pending is None or not self.ranks.min(int(wait or not pending.thread.is_alive())):
             return
         self._pending = None
         for part in (pending.thread.result, *pending.rest):
@@ -171,7 +163,7 @@ class CheckpointStore:
 
     def _finish(self, step: int, tree: Any, best: int | None) -> None:
         """What is written becomes a checkpoint."""
-        final, files = self.folder / f"step-{step:08d}", self.crew.files()
+        final, files = self.folder / f"step-{step:08d}", tensor_files(self.ranks.world)
         temporary, replaced = final.with_suffix(".tmp"), final.with_suffix(".old")
         (temporary / TREE).write_text(json.dumps({"step": step, "files": len(files), "state": tree}))
         manifest = {TREE: _fingerprint(temporary / TREE)}
@@ -193,15 +185,15 @@ class CheckpointStore:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _together(self, step: int, need: int, part: Callable[[], None]) -> None:
-        """All of the crew, or none."""
+        """Run `part` on all ranks; where one fails all raise CheckpointError."""
         final, failure = self.folder / f"step-{step:08d}", None
         try:
             part()
         except Exception as error:
             failure = error
-        if self.crew.least(int(failure is None)):
+        if self.ranks.min(int(failure is None)):
             return
-        if self.crew.rank == 0:
+        if self.ranks.rank == 0:
             shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
         if failure and not isinstance(failure, OSError | ValueError | SafetensorError):
             raise failure
@@ -213,13 +205,12 @@ class CheckpointStore:
 
     def latest(self) -> tuple[int, State] | None:
         """(step, state) of the newest whole checkpoint, tensors on the CPU, or None; one that is being written is
-        waited for. A broken one is reported. Of a crew all call it, and what one of them cannot read none of them
-        takes."""
-        self.settle(wait=True)
+        waited for. A broken one is reported. A collective call: what one rank cannot read no rank takes."""
+        self.finish_pending(wait=True)
         step = sys.maxsize
-        while (step := self.crew.least(next((at for at, _ in self._newest_first() if at < step), -1))) >= 0:
+        while (step := self.ranks.min(next((at for at, _ in self._newest_first() if at < step), -1))) >= 0:
             state = self._whole(step)
-            if self.crew.least(int(state is not None)):
+            if self.ranks.min(int(state is not None)):
                 assert state is not None
                 return step, state
         return None
@@ -233,14 +224,14 @@ class CheckpointStore:
         takes. Raises CheckpointError where it cannot be read."""
         path = next((path for at, path in self._newest_first() if at == step), self.folder / f"step-{step:08d}")
         try:
-            return _read(step, path, self.crew, keys)
+            return _read(step, path, self.ranks, keys)
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from None
 
     def _whole(self, step: int) -> State | None:
         for path in (path for at, path in self._newest_first() if at == step):
             try:
-                return _read(step, path, self.crew)
+                return _read(step, path, self.ranks)
             except CheckpointError as error:
                 logger.warning("checkpoint %s cannot be used (%s); trying the one before", path, error)
         return None
@@ -251,8 +242,8 @@ class CheckpointStore:
             yield int(match[1]), self.folder / match[0]
 
 
-def _read(step: int, path: Path, crew: Ranks, keys: Sequence[str] = ()) -> Any:
-    """The state in `path`, or what it has under `keys`; of tensors that are spread this process's rows. Raises
+def _read(step: int, path: Path, ranks: Ranks, keys: Sequence[str] = ()) -> Any:
+    """The state in `path`, or what it has under `keys`; of a sharded tensor this rank's shard. Raises
     CheckpointError with the reason if any part of it is not what was written."""
     try:
         _own(path / MANIFEST)
@@ -267,11 +258,10 @@ def _read(step: int, path: Path, crew: Ranks, keys: Sequence[str] = ()) -> Any:
                 raise CheckpointError(f"{TREE}: it is of step {document['step']}")
             if not 1 <= document["files"] == len(manifest) - 1:  # before as many names are made up
                 raise CheckpointError(f"{TREE}: it is of {document['files']} files, {MANIFEST} of {len(manifest) - 1}")
-            writers = Ranks(world=document["files"])
-            files = writers.files()
+            files = tensor_files(document["files"])
             own = (
-                files[crew.rank : crew.rank + 1] if writers.world == crew.world else files
-            )  # another one reads the others
+                files[ranks.rank : ranks.rank + 1] if len(files) == ranks.world else files
+            )  # another number of processes reads them all
 
             @cache
             def tensors(name: str) -> Any:
@@ -283,7 +273,7 @@ def _read(step: int, path: Path, crew: Ranks, keys: Sequence[str] = ()) -> Any:
                 return tensors(files[0]).get_tensor(name)
 
             def rows(name: str, shape: tuple[int, ...]) -> Tensor:
-                begin, end = _span(shape[0], crew.rank, crew.world)
+                begin, end = _span(shape[0], ranks.rank, ranks.world)
                 found = []
                 for rank, file in enumerate(files):
                     low, high = _span(shape[0], rank, len(files))

@@ -1,66 +1,54 @@
-"""What a run does about steps that are not finite and about reward hacking."""
+"""What a run does about rounds that are not finite and about reward over-optimization."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffinstruct.method.nonfinite import NonFinite
-from diffinstruct.method.step import StepConfig
-
-if TYPE_CHECKING:
-    from diffinstruct.training.run_log import Output
 
 GO_ON, LOWER_SCALE, STOP = 2, 1, 0
-"""What a look leads to, for all workers: the least of them counts."""
+"""What a probe leads to. All ranks do the least of their values."""
+ON_ALARM = {"warn": GO_ON, "lower_scale": LOWER_SCALE, "stop": STOP}
+"""What an alarm leads to, by `overoptimization.on_alarm`."""
 SKIPS = 5
-"""Steps in a row that are left out because something in them was not finite, until the run goes back."""
+"""The run rolls back after so many rounds in a row that were skipped because something in them was not finite."""
 SPIKE = 10.0
-"""A gradient's norm is a spike at so many times its mean over the rows of metrics before."""
+"""A gradient's norm is a spike beyond so many times its mean over the window before."""
 
 
-def heed(verdict: int, settings: StepConfig, step: int, output: Output | None) -> tuple[StepConfig, bool]:
-    """What a look leads to, on all workers alike: the settings from here on, and whether the run ends."""
-    if verdict == LOWER_SCALE:
-        settings = replace(settings, reward_scale=settings.reward_scale / 2)
-    if output and verdict != GO_ON:
-        halved = f"reward_scale is {settings.reward_scale:g} from here on"
-        what = halved if verdict == LOWER_SCALE else "the run ends here, as if it were finished"
-        output.said(step, "on_hacking", f"overoptimization.on_alarm: {what}")
-    return settings, verdict == STOP
-
-
-# ----------------------------------------------------------------------------------------------------- output
-class Skips:
-    """The steps that were left out because something in them was not finite."""
+class NonFiniteGuard:
+    """Counts the rounds that were skipped because something in them was not finite, and the rollbacks."""
 
     def __init__(self) -> None:
-        self.all = 0
-        self.in_a_row = 0
-        self.detours = 0  # how often the run has gone back; each time it goes on with other prompts and noise
-        self.returned = False  # and has not come to another checkpoint since
+        self.skipped = 0
+        self.consecutive = 0
+        self.rollbacks = 0
+        """After each one the run goes on with other prompts and noise."""
+        self.rolled_back = False
+        """Whether the run has rolled back and has not come to another checkpoint since."""
 
     def add(self, error: NonFinite, causes: Sequence[str | None]) -> str:
-        """Count one; why, from what all workers have found, by rank."""
-        self.all += 1
-        self.in_a_row += 1
-        found = [(rank, cause) for rank, cause in enumerate(causes) if cause]
-        said = [f"worker {rank}: {cause}" if len(causes) > 1 else cause for rank, cause in found]
-        return "; ".join(said) or f"the {error.player}'s gradient, with all before it finite"
+        """Count a skipped round; returns its reason, from what all ranks have found."""
+        self.skipped += 1
+        self.consecutive += 1
+        known = [(rank, cause) for rank, cause in enumerate(causes) if cause]
+        reasons = [f"worker {rank}: {cause}" if len(causes) > 1 else cause for rank, cause in known]
+        return "; ".join(reasons) or f"the {error.player}'s gradient, with all before it finite"
 
-    def turn_back(self, count: int) -> None:
-        """The state is that of an earlier step; what was counted since stays."""
-        self.all, self.in_a_row, self.returned = count, 0, True
-        self.detours += 1
+    def roll_back(self, skipped: int) -> None:
+        """Note a rollback in the state of an earlier step; the skipped rounds since then stay counted."""
+        self.skipped, self.consecutive, self.rolled_back = skipped, 0, True
+        self.rollbacks += 1
 
-    def given_up(self, step: int, player: str, why: str) -> NonFinite:
-        again = "once more after going back" if self.returned else "with no checkpoint to go back to"
-        return NonFinite(step, player, f"{why}; {self.in_a_row} steps in a row, {again}")
+    def give_up(self, step: int, error: NonFinite, reason: str) -> NonFinite:
+        """The error that ends the run."""
+        again = "once more after going back" if self.rolled_back else "with no checkpoint to go back to"
+        return NonFinite(step, error.player, f"{reason}; {self.consecutive} steps in a row, {again}")
 
     def seed(self, seed: int) -> int:
-        """What a run with this seed draws from."""
-        return seed + 100_003 * self.detours
+        """The seed that a run with this seed draws from after its rollbacks."""
+        return seed + 100_003 * self.rollbacks
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -1,27 +1,29 @@
-"""One training process among equals."""
+"""What a training process does differently from a run in one process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from diffinstruct.method.step import Metrics
+from diffinstruct.run_folder.ranks import Ranks
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One training process among equals, and what it does differently from a lonely one."""
+    """One training process; the default is a run in one process."""
 
-    rank: int = 0
-    world: int = 1
-    wrap: Callable[[nn.Module], nn.Module] = lambda module: module  # data parallelism
-    mesh: DeviceMesh | None = None  # over which all networks are sharded, where they are
-    average: Callable[[Metrics], Metrics] = lambda metrics: metrics  # over the workers
-    least: Callable[[int], int] = lambda value: value  # of all workers
-    gather: Callable[[Any], list[Any]] = lambda value: [value]  # of all workers, by rank
-    leaving: Callable[[], bool] = lambda: False  # whether a worker's machine is about to go; the same for all workers
-    where: str = ""  # the cluster's address, for the first and the last line
+    ranks: Ranks = field(default_factory=Ranks)
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+    """Wraps a trained module for data parallelism."""
+    mesh: DeviceMesh | None = None
+    """The mesh over which all networks are sharded, where they are."""
+    leaving: Callable[[], bool] = lambda: False
+    """Whether a machine of the run is about to go; a collective call with the same answer on all ranks."""
+    where: str = ""
+    """The cluster's address, for the run's first and last line."""
+
+
+SINGLE_PROCESS = Worker()

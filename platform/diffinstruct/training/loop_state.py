@@ -1,0 +1,155 @@
+"""The state of a run: what its checkpoints keep, in a running loop and on disk. All keys of that state are here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.errors import UserError
+from diffinstruct.method.step import Metrics, StepConfig, TrainState
+from diffinstruct.models.sharding import to_dtensors, to_shards
+from diffinstruct.reward_service.client import RewardClient
+from diffinstruct.reward_service.monitor import OveroptimizationMonitor, ProbeHistory
+from diffinstruct.run_folder.checkpoint import CheckpointError
+from diffinstruct.run_folder.ranks import Ranks
+from diffinstruct.training.guards import NonFiniteGuard
+from diffinstruct.training.metric_window import MetricWindow
+
+STATE = 4
+"""The version of the state in a checkpoint: it goes up with each change that makes older ones unreadable."""
+STATE_OF_0_1 = 3
+"""The state that version 0.1 wrote. This version exports its model and does not go on with it."""
+EMA_PATH = {STATE: ("train_state", "ema"), STATE_OF_0_1: ("players", "ema")}
+"""Version of the state -> where the averaged generator's weights are in it."""
+BEST_PATH = {STATE: ("overoptimization", "history", "best"), STATE_OF_0_1: ("watcher", "watch", "best")}
+"""Version of the state -> where the best probe at a checkpoint is in it."""
+
+
+@dataclass
+class LoopState:
+    """All that a run changes; a resumed run goes on from it bit for bit. Everything random is drawn from (seed, step),
+    so there is no RNG state to keep."""
+
+    train_state: TrainState
+    step_config: StepConfig
+    rewards: RewardClient
+    monitor: OveroptimizationMonitor
+    metric_window: MetricWindow
+    nonfinite_guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
+    step: int = 0
+    """The rounds that are done; a checkpoint has it in its name."""
+    stopped: bool = False
+    """Whether the run has ended before its last step."""
+    last_metrics: Metrics = field(default_factory=dict)
+    """The newest value of each metric."""
+
+    def halve_reward_scale(self) -> float:
+        """Lower the reward scale from here on; returns the new one."""
+        self.step_config = replace(self.step_config, reward_scale=self.step_config.reward_scale / 2)
+        return self.step_config.reward_scale
+
+    def agree(self, ranks: Ranks) -> None:
+        """Make what the ranks have measured by themselves the same on all of them. A collective call."""
+        self.rewards.micro_batch_size = ranks.min(self.rewards.micro_batch_size)
+        self.metric_window.share(ranks)
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"reward_scale": self.step_config.reward_scale, "stopped": self.stopped, "metrics": self.last_metrics}
+        parts: dict[str, Any] = to_shards({name: part.state_dict() for name, part in self._parts().items()})
+        return own | parts
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.step_config = replace(self.step_config, reward_scale=state["reward_scale"])
+        self.stopped, self.last_metrics = state["stopped"], state["metrics"]
+
+    def restore(self, step: int, state: dict[str, Any], mesh: DeviceMesh | None, folder: Path) -> None:
+        """Take the state of the checkpoint of `step` in `folder`. Raises CheckpointError where it does not fit."""
+        try:
+            self.load_state_dict(to_dtensors(state, mesh) if mesh else state)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())  # torch says it in many lines
+            raise CheckpointError(f"{folder}: the run cannot go on from its newest checkpoint ({reason})") from error
+        self.step = step
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "train_state": self.train_state,
+            "rewards": self.rewards,
+            "overoptimization": self.monitor,
+            "metric_window": self.metric_window,
+            "nonfinite_guard": self.nonfinite_guard,
+        }
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which run a state belongs to: the configuration's hash and the digest of its prompts."""
+
+    experiment: str
+    prompts: str
+
+    def stamp(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state as a checkpoint keeps it."""
+        return state | {"format": STATE, "experiment": self.experiment, "prompts": self.prompts}
+
+
+class SavedState:
+    """The state of a checkpoint without the networks, and what may be changed in it before a run goes on."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def check_version(self, folder: Path) -> None:
+        """Raises UserError for a checkpoint in `folder` of another version of this program."""
+        check_version(folder, self.state.get("format"))
+
+    def belongs_to(self, identity: Identity) -> bool:
+        return identity == Identity(self.state.get("experiment", ""), self.state.get("prompts", ""))
+
+    @property
+    def experiment(self) -> object:
+        return self.state.get("experiment")
+
+    @property
+    def prompts(self) -> object:
+        return self.state.get("prompts")
+
+    def move_to(self, identity: Identity, experiment: Experiment) -> None:
+        """Make it the state of another configuration, with that one's optimizers. The other run's best checkpoint is
+        not here, and its end is not this one's."""
+        self.state = identity.stamp(self.state)
+        self.state["stopped"] = False
+        self.state["overoptimization"]["history"]["best"] = {}
+        for optimizer, section in (
+            ("generator_optimizer", experiment.generator),
+            ("score_optimizer", experiment.score_network),
+        ):
+            for group in self.state["train_state"][optimizer]["param_groups"]:
+                group |= {"lr": section.learning_rate, "betas": section.betas, "weight_decay": section.weight_decay}
+
+    def set_reward_scale(self, scale: float) -> None:
+        self.state["reward_scale"] = scale
+
+    def set_reward_micro_batch_size(self, size: int) -> None:
+        self.state["rewards"]["micro_batch_size"] = size
+
+    def restart_monitor(self) -> None:
+        """Forget all probes: they are compared picture by picture, so other prompts need a new start."""
+        self.state["overoptimization"] = {"history": ProbeHistory().state_dict(), "x0_gaps": []}
+
+
+def check_version(folder: Path, version: object) -> None:
+    """Raises UserError where a checkpoint in `folder` has another version of the state."""
+    if version == STATE_OF_0_1:
+        raise UserError(
+            f"{folder}: written by diffinstruct 0.1, and goes on with that version; its model is there with "
+            f"`diffinstruct export {folder.parent} -o FOLDER`"
+        )
+    if version != STATE:
+        raise UserError(f"{folder}: written by another version of diffinstruct (state {version}, this one has {STATE})")

@@ -1,0 +1,304 @@
+"""A run in one process: all that it is built of, and what its loop does with it, one method each.
+
+Every rank calls the same methods in the same order, since many of them make collective calls. What only rank 0 does is
+left to its run log, and to the other ranks' silent one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.method.diffusion import Conditions, Schedule
+from diffinstruct.method.noise import NoiseStreams
+from diffinstruct.method.nonfinite import NonFinite
+from diffinstruct.method.precision import use_deterministic_kernels
+from diffinstruct.method.rewards import NotFinite, Send
+from diffinstruct.method.step import Metrics, StepConfig, TrainState
+from diffinstruct.models.denoiser import OneStepGenerator
+from diffinstruct.models.roles import make_roles, unsharded
+from diffinstruct.models.sampling import EVALUATION_SEED, probe_inputs, sample_latents
+from diffinstruct.models.sharding import gathered, sharded
+from diffinstruct.reward_service.client import LocalRewards, RewardBackend, RewardClient, make_rewards
+from diffinstruct.reward_service.monitor import BLIND, OveroptimizationMonitor, ProbeResult
+from diffinstruct.reward_service.validation import PICTURES
+from diffinstruct.run_folder import signals
+from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore
+from diffinstruct.run_folder.ranks import SINGLE
+from diffinstruct.tracking.journal import Parent
+from diffinstruct.training.build import (
+    digest,
+    make_step_config,
+    make_train_state,
+    open_reference,
+    resolve_device,
+    training_prompts,
+)
+from diffinstruct.training.guards import GO_ON, LOWER_SCALE, ON_ALARM, SKIPS, STOP
+from diffinstruct.training.loop_state import Identity, LoopState
+from diffinstruct.training.metric_window import MetricWindow
+from diffinstruct.training.resume import newest
+from diffinstruct.training.run_log import Result, RunLog, SampleGrid, SilentRunLog
+from diffinstruct.training.worker import Worker
+
+PendingProbe = Callable[[], ProbeResult]
+"""Collects a probe that the rewards score meanwhile."""
+RoundInputs = tuple[TrainState, StepConfig, Schedule, NoiseStreams, Sequence[str], Conditions, Send]
+"""The arguments of `alternating_round`."""
+
+
+class Trainer:
+    """A run of an Experiment in one process: its parts, its state, and the verbs of its loop."""
+
+    def __init__(
+        self, experiment: Experiment, folder: Path, actors: RewardBackend | None, worker: Worker, parent: Parent | None
+    ) -> None:
+        if experiment.deterministic:
+            use_deterministic_kernels()
+        self.experiment, self.folder, self.parent = experiment, folder, parent
+        self.worker, self.ranks, self.mesh = worker, worker.ranks, worker.mesh
+        self.device = resolve_device(experiment.device)
+        self.reference = open_reference(experiment, self.device)
+        self.state = self._build_state(actors)
+        self.grid = SampleGrid(experiment, self.reference, self.state.train_state.ema)
+        self.store = CheckpointStore(folder / "checkpoints", ranks=self.ranks if self.mesh else SINGLE)
+        self.run_log: RunLog | SilentRunLog = SilentRunLog()
+        self.leaving = self.pausing = False
+
+    def _build_state(self, actors: RewardBackend | None) -> LoopState:
+        """The state before the first round."""
+        experiment, reference = self.experiment, self.reference
+        materialize = partial(sharded, mesh=self.mesh, precision=experiment.precision) if self.mesh else unsharded
+        roles = make_roles(experiment, reference, materialize)
+        self.start_error = roles.start_error
+        train_state = make_train_state(experiment, roles, reference.null_conditions(), self.worker.wrap)
+        step_config = make_step_config(experiment, reference.schedule)
+        self.prompts = training_prompts(experiment)
+        self.identity = Identity(experiment.config_hash, digest(self.prompts))
+        rewards = RewardClient(
+            experiment,
+            actors,
+            lambda: LocalRewards(make_rewards(experiment.rewards.names, reference.decode, self.device)),
+        )
+        monitor = OveroptimizationMonitor(experiment, reference, self.prompts, rewards, self.ranks)
+        window = MetricWindow(experiment.rewards.held_out, experiment.global_batch_size)
+        return LoopState(train_state, step_config, rewards, monitor, window)
+
+    @property
+    def done(self) -> bool:
+        return self.state.stopped or self.state.step >= self.experiment.steps
+
+    # -------------------------------------------------------------------------------------------- before the rounds
+    def restore(self) -> None:
+        """Go on from the newest checkpoint, if there is one. Nothing is written before: a run of another configuration
+        stays as it is."""
+        if found := newest(self.store, self.experiment, self.ranks, self.identity):
+            self.state.restore(*found, self.mesh, self.store.folder)
+        else:
+            self.state.rewards.open()
+        if self.ranks.first:
+            self.run_log = RunLog(
+                self.experiment, self.folder, self.reference, self.parent, self.worker.where, self.state.step
+            )
+        self.state.metric_window.restart_clock()
+
+    def validate_rewards(self) -> None:
+        """Validate the rewards on the generator's samples before the first round from here, also in a resumed run,
+        whose rewards somebody may have changed meanwhile. A new run also shows its start and measures the rewards'
+        scales."""
+        state, experiment = self.state, self.experiment
+        if self.done:
+            return
+        if is_new := state.step == 0:
+            self._show_start()
+        prompts, noise = probe_inputs(self.reference, self.prompts, PICTURES, EVALUATION_SEED + 2)
+        latents = sample_latents(experiment, self.reference, state.train_state.ema, noise, prompts)
+        for report in state.rewards.validate(latents, prompts) if self.ranks.first else ():
+            self.run_log.event(state.step, f"reward.{report.name}", str(report))
+        if experiment.overoptimization.every and not experiment.rewards.held_out:
+            self.run_log.event(state.step, "overoptimization.blind", BLIND)
+        if is_new:
+            state.rewards.measure_scales(latents, prompts)
+
+    def _show_start(self) -> None:
+        if self.start_error is not None:
+            text = f"generator.init_rank: {self.start_error:.1%} of the start's difference is lost"
+            self.run_log.event(0, "start", text)
+        self.run_log.grid(0, self.grid.columns(self.state.train_state.ema))
+
+    # --------------------------------------------------------------------------------------------------- one round
+    def start_probe(self) -> PendingProbe | None:
+        """Send samples of the averaged generator to the rewards, every so many rounds; they score them during the
+        round."""
+        step, every = self.state.step, self.experiment.overoptimization.every
+        if every == 0 or step % every != 0:
+            return None
+        kept = step > 0 and self._checkpoint_due
+        return self.state.monitor.probe(step, self.state.train_state.ema, kept)
+
+    def draw_inputs(self) -> RoundInputs:
+        """Draw this rank's part of the round's global batch: noise, prompts and their conditions."""
+        state, schedule = self.state, self.reference.schedule
+        batch = self.experiment.global_batch_size
+        per_rank = batch // self.ranks.world
+        rows = slice(self.ranks.rank * per_rank, (self.ranks.rank + 1) * per_rank)
+        seed = state.nonfinite_guard.seed(self.experiment.seed)
+        noise = NoiseStreams(seed, state.step, batch, self.reference.latent_shape, rows, self.device)
+        prompts = [self.prompts[i] for i in noise.prompts(len(self.prompts))]
+        c = self.reference.encode_prompts(prompts)
+        return state.train_state, state.step_config, schedule, noise, prompts, c, state.rewards.send
+
+    def add(self, metrics: Metrics) -> None:
+        """Count a round that is done, and keep its metrics."""
+        state = self.state
+        state.step += 1
+        state.nonfinite_guard.consecutive = 0
+        for spike in state.metric_window.add(metrics):
+            self.run_log.event(state.step, "spike", spike)
+        state.monitor.add_round(metrics)
+
+    def skip(self, error: NonFinite) -> str:
+        """Count a round whose update was left out; returns the reason."""
+        state, guard = self.state, self.state.nonfinite_guard
+        state.step += 1
+        reason = guard.add(error, self.ranks.gather(error.cause))
+        self.run_log.event(state.step, "skipped", f"left out, {guard.consecutive} in a row: {reason}")
+        return reason
+
+    @property
+    def skipped_too_many(self) -> bool:
+        return self.state.nonfinite_guard.consecutive == min(SKIPS, self.experiment.steps)
+
+    def roll_back(self, error: NonFinite, reason: str) -> None:
+        """Go on from the last checkpoint with other prompts and noise. Raises NonFinite the second time."""
+        state, guard = self.state, self.state.nonfinite_guard
+        found = None if guard.rolled_back else newest(self.store, self.experiment, self.ranks, self.identity)
+        if found is None:
+            raise guard.give_up(state.step, error, reason) from None
+        failed_step, skipped = state.step, guard.skipped
+        state.restore(*found, self.mesh, self.store.folder)
+        guard.roll_back(skipped)
+        self.run_log.rolled_back(state.step, failed_step)
+        self._save()  # a run that is resumed from there draws the other noise, too
+
+    # ------------------------------------------------------------------------------------------- alarms and signals
+    def apply_alarm(self, probe: PendingProbe | None) -> None:
+        """Collect the probe, and do on all ranks what `overoptimization.on_alarm` says where it raises an alarm."""
+        if probe is None:
+            return
+        state = self.state
+        # The probe is of the generator before this round
+        action = self.ranks.min(self._collect(probe, state.step - 1))
+        if action == LOWER_SCALE:
+            scale = state.halve_reward_scale()
+            self._tell_action(f"reward_scale is {scale:g} from here on")
+        elif action == STOP:
+            state.stopped = True
+            self._tell_action("the run ends here, as if it were finished")
+
+    def _tell_action(self, text: str) -> None:
+        self.run_log.event(self.state.step, "on_hacking", f"overoptimization.on_alarm: {text}")
+
+    def _collect(self, probe: PendingProbe, step: int) -> int:
+        """Keep the result of a probe; returns what it leads to. One that the rewards have no finite score for is
+        left out."""
+        try:
+            metrics, alarm = probe()
+        except NotFinite as error:
+            self.run_log.event(step, "blind", f"no probe: {error}")
+            return GO_ON
+        self.run_log.probe(step, metrics, self.state.monitor.history.best)
+        if alarm is None:
+            return GO_ON
+        self.run_log.event(step, "overoptimization", f"reward over-optimization: {alarm.line}")
+        return ON_ALARM[self.experiment.overoptimization.on_alarm]
+
+    def choose_placement(self) -> None:
+        """Choose where rewards are computed, after the first rounds."""
+        if line := self.state.rewards.choose_placement(self.ranks):
+            self.run_log.event(self.state.step, "rewards", line)
+
+    def obey_signals(self) -> None:
+        """Do what the run is told from outside: save every step, pause, or stop."""
+        step = self.state.step
+        if not self.leaving and self.worker.leaving():
+            self.leaving = True
+            text = "a machine of this run is about to go: every step is saved from here on"
+            self.run_log.event(step, "preemption", text)
+        signal = self.ranks.min(signals.requested(self.folder) if self.ranks.first else signals.NONE)
+        self.pausing = signal == signals.PAUSE
+        if signal == signals.STOP:
+            self.state.stopped = True
+            self.run_log.event(step, "stopped", "the run ends here: it was told to stop")
+
+    # ------------------------------------------------------------------------------------------------ what is kept
+    def probe_last_step(self) -> None:
+        """Probe the generator that the run ends with."""
+        if self.done and self.experiment.overoptimization.every:
+            step = self.state.step
+            self._collect(self.state.monitor.probe(step, self.state.train_state.ema, kept=True), step)
+
+    def log(self) -> None:
+        """Keep the means over the window and all ranks, every so many steps."""
+        state = self.state
+        if state.step % self.experiment.logging.every == 0 or self.done:
+            state.metric_window.share(self.ranks)
+            metrics = state.metric_window.mean() | {"steps/skipped": state.nonfinite_guard.skipped}
+            # Of a window whose rounds were all skipped there is little
+            state.last_metrics = state.last_metrics | metrics
+            self.run_log.metrics(state.step, metrics)
+
+    def show_samples(self) -> None:
+        """Show the sample grid, every so many steps."""
+        if self.state.step % self.experiment.logging.grid_every == 0 or self.done:
+            self.run_log.grid(self.state.step, self.grid.columns(self.state.train_state.ema))
+
+    @property
+    def _checkpoint_due(self) -> bool:
+        """Do not checkpoint while rounds are being skipped: a rollback would land inside the failing stretch."""
+        every = self.experiment.logging.checkpoint_every
+        return self.state.step % every == 0 and not self.state.nonfinite_guard.consecutive
+
+    def checkpoint(self) -> None:
+        """Begin a checkpoint where one is due, and make one of what was begun before. Raises Paused once the state of a
+        run that is to pause is saved."""
+        guard, at_once = self.state.nonfinite_guard, self.done or self.pausing or self.leaving
+        if at_once or self._checkpoint_due:
+            guard.rolled_back = guard.rolled_back and guard.consecutive > 0
+            self._save()
+        self.store.finish_pending(wait=at_once)
+        if self.pausing and not self.done:
+            raise signals.Paused(f"paused at step {self.state.step}, all of it saved in {self.store.folder}")
+
+    def _save(self) -> None:
+        self.state.agree(self.ranks)
+        if self.ranks.first or self.mesh:  # of sharded networks each rank writes its shards
+            state = self.identity.stamp(self.state.state_dict())
+            self.store.start(self.state.step, state, self.state.monitor.history.best_step)
+
+    @contextmanager
+    def closing_on_error(self) -> Iterator[None]:
+        """In the block, whatever ends the run early is kept in its log, once the checkpoint that was begun is there."""
+        try:
+            yield
+        except BaseException as error:
+            if not self.mesh and not isinstance(error, KeyboardInterrupt):  # which is to end at once
+                try:
+                    self.store.finish_pending(wait=True)
+                except CheckpointError as lost:  # the run ends for another reason, which is raised
+                    print(lost, flush=True)
+            self.run_log.fail(error)
+            raise
+
+    def finish(self) -> Result | None:
+        """Export the averaged generator; returns the result on rank 0."""
+        average = self.state.train_state.ema
+        assert isinstance(average, OneStepGenerator)
+        if self.mesh:
+            network = gathered(average.denoiser.network, self.reference.network(device="meta"))
+            average = self.reference.one_step(network, average.timestep, average.input_scale)
+        step, best_step = self.state.step, self.state.monitor.history.best_step
+        return self.run_log.finish(step, average, step if best_step is None else best_step, self.state.last_metrics)

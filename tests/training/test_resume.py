@@ -1,0 +1,122 @@
+"""What a run goes on from: a saved state under other keys, and the checkpoints of version 0.1."""
+
+from __future__ import annotations
+
+import pytest
+
+from diffinstruct.cli.main import main
+from diffinstruct.errors import UserError
+from diffinstruct.run_folder.checkpoint import CheckpointStore
+from diffinstruct.training import local
+from diffinstruct.training.loop_state import STATE_OF_0_1, Identity, SavedState
+from diffinstruct.training.resume import change, export_checkpoint, identity_of, take_over
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+OLD_SPELLING = {"guidance_scale: 3.0": "cfg_scale: 2.0", "overoptimization:": "watch:", "on_alarm:": "on_hacking:"}
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory):
+    """(experiment, folder) of a run of two rounds."""
+    folder = tmp_path_factory.mktemp("run")
+    experiment = world[1](
+        tracking__uri=f"sqlite:///{folder / 'mlflow.db'}",
+        rewards__trained=[{"name": "tiny.rewards:Red", "weight": 1.0}],
+        overoptimization__every=1,
+    )
+    local.run(experiment, folder / "run")
+    return experiment, folder / "run"
+
+
+@pytest.fixture
+def old_run(run, tmp_path):
+    """(experiment, folder) of the same run as version 0.1 would have left it: its state's and its configuration's keys
+    have other names, and its configuration another hash."""
+    experiment, folder = run
+    step, state = CheckpointStore(folder / "checkpoints").latest()
+    history = state["overoptimization"]["history"] | {"best": {"step": step, "held_out": 1.0}}
+    old = {
+        "format": STATE_OF_0_1, "experiment": "0123456789ab", "prompts": state["prompts"], "stopped": False,
+        "reward_scale": state["reward_scale"], "metrics": state["metrics"], "players": state["train_state"],
+        "jury": {"micro_batch": 16, "scales": {}, "place": "process"},
+        "watcher": {"watch": history, "divergences": []}, "window": state["metric_window"],
+        "skips": {"all": 0, "in_a_row": 0, "detours": 0, "returned": False},
+    }  # fmt: skip
+    CheckpointStore(tmp_path / "old/checkpoints").save(step, old)
+    text = (folder / "experiment.yaml").read_text()
+    for new, spelling in OLD_SPELLING.items():
+        assert new in text
+        text = text.replace(new, spelling)
+    (tmp_path / "old/experiment.yaml").write_text(text)
+    return experiment, tmp_path / "old"
+
+
+def test_the_model_of_a_run_of_version_0_1_is_exported(run, old_run, tmp_path, capsys):
+    _, folder = old_run
+    for which in ("best", "last", "2"):
+        assert main(["export", str(folder), "--step", which, "-o", str(tmp_path / which)]) == 0
+        assert capsys.readouterr().out == f"{tmp_path / which}  step 2, the best\n"
+        assert (tmp_path / which / WEIGHTS).read_bytes() == (run[1] / "export" / WEIGHTS).read_bytes()
+
+
+def test_a_run_of_version_0_1_says_what_to_do(old_run, tmp_path):
+    experiment, folder = old_run
+    before = sorted(folder.rglob("*"))
+    line = rf"^{folder}/checkpoints: written by diffinstruct 0.1, .*`diffinstruct export {folder} -o FOLDER`$"
+    for go_on in (
+        lambda: local.run(experiment, folder),
+        lambda: change(experiment, folder, {"steps"}),
+        lambda: take_over(experiment, tmp_path / "new", folder),
+    ):
+        with pytest.raises(UserError, match=line):
+            go_on()
+    assert sorted({*folder.rglob("*")} - {folder / "lock"}) == before and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("version", [None, 2, 99, [], "4"])
+def test_a_state_of_another_version_is_named(run, tmp_path, version):
+    experiment, folder = run
+    step, state = CheckpointStore(folder / "checkpoints").latest()
+    CheckpointStore(tmp_path / "checkpoints").save(step, state | {"format": version})
+    for go_on in (
+        lambda: change(experiment, tmp_path, {"steps"}),
+        lambda: export_checkpoint(experiment, tmp_path, "last", tmp_path / "out"),
+    ):
+        with pytest.raises(UserError, match="written by another version of diffinstruct"):
+            go_on()
+
+
+def test_the_best_checkpoint_of_another_configuration_is_not_exported(run, tmp_path):
+    experiment, folder = run
+    other = experiment.model_copy(update={"seed": 5})
+    with pytest.raises(UserError, match="belongs to another configuration"):
+        export_checkpoint(other, folder, "last", tmp_path / "out")
+
+
+def test_a_saved_state_moves_to_another_configuration(run):
+    """Its optimizers' settings, its best checkpoint and its end are not the other one's; all else stays."""
+    experiment, folder = run
+    changed = experiment.model_copy(
+        update={
+            "generator": experiment.generator.model_copy(update={"learning_rate": 0.25}),
+            "score_network": experiment.score_network.model_copy(update={"weight_decay": 0.5}),
+        }
+    )
+    _, state = CheckpointStore(folder / "checkpoints").latest()
+    scales = dict(state["rewards"]["scales"])
+    saved = SavedState(state | {"stopped": True})
+    assert saved.belongs_to(identity_of(experiment)) and not saved.belongs_to(identity_of(changed))
+    saved.move_to(Identity("new", "prompts"), changed)
+    saved.set_reward_scale(7.0)
+    saved.set_reward_micro_batch_size(3)
+    assert saved.belongs_to(Identity("new", "prompts")) and saved.state["stopped"] is False
+    assert saved.state["reward_scale"] == 7.0
+    assert saved.state["rewards"] == {"micro_batch_size": 3, "scales": scales, "placement": "process"}
+    groups = {
+        name: saved.state["train_state"][name]["param_groups"][0] for name in ("generator_optimizer", "score_optimizer")
+    }
+    assert groups["generator_optimizer"]["lr"] == 0.25 and groups["score_optimizer"]["weight_decay"] == 0.5
+    history = saved.state["overoptimization"]["history"]
+    assert history["best"] == {} and history["start"]["trained"]
+    saved.restart_monitor()
+    assert saved.state["overoptimization"]["history"]["start"] == {}
