@@ -30,7 +30,6 @@ from diffinstruct.models.families import FAMILIES
 from diffinstruct.models.prompt_embeddings import NULL, Embeddings
 from diffinstruct.models.sources import (
     FOLDER_OR_HUB,
-    POCKET,
     SUPPORTED,
     NoWeights,
     PipelineIndex,
@@ -46,6 +45,7 @@ from diffinstruct.models.sources import (
     text_encoder_digest,
     unpacked,
 )
+from diffinstruct.models.world import named_world
 
 DECODERS = ("AutoencoderKL", "AutoencoderTiny")
 FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -189,7 +189,11 @@ class Reference:
     def check_start(self, start: str) -> str:
         """Where a start's weights lie; whether they fit, as far as they need not be read. Raises UserError as
         `network`."""
-        source = {"reference": self.source, "pocket-distilled": str(POCKET / "generator")}.get(start, start)
+        source = self.source if start == "reference" else start
+        if start == "pocket-distilled":
+            world = named_world("pocket")
+            assert world is not None
+            source = str(world.generator)
         refuse_missing("generator.init_from", source)
         if Path(source).is_file():
             only_safetensors("generator.init_from", Path(source))
@@ -333,8 +337,8 @@ def load_reference(
     decoder_dtype: torch.dtype | None = None,
     weights: WeightSource = FOLDER_OR_HUB,
 ) -> Reference:
-    """Open "pocket" (the built-in world), a diffusers pipeline's folder, hub id or hub id@commit, or a .safetensors
-    file that holds a whole pipeline in its authors' layout; its parts load when used.
+    """Open "pocket" (the built-in world), another world's folder, a diffusers pipeline's folder, hub id or hub
+    id@commit, or a .safetensors file that holds a whole pipeline in its authors' layout; its parts load when used.
 
     dtype: of every part, whatever the files hold.
     activation_checkpointing: networks and decoder keep their blocks' inputs alone and compute the rest again in the
@@ -344,7 +348,7 @@ def load_reference(
     weights: what makes the parts; by default they are read from where the configurations are.
     Raises UserError, one line, for what is not there or not supported.
     """
-    source = str(POCKET / "pipeline") if model == "pocket" else model
+    source = str(world.pipeline) if (world := named_world(model)) else model
     refuse_missing("reference.model", source)
     if Path(source).is_file():
         source = str(unpacked(Path(source)))

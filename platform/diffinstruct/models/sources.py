@@ -31,7 +31,6 @@ from diffinstruct.method.diffusion import Conditions
 from diffinstruct.models.families import FAMILIES, StableDiffusion
 from diffinstruct.models.prompt_embeddings import digest
 
-POCKET = Path(__file__).parents[1] / "pocket"
 SUPPORTED = f"supported are pipelines of class {', '.join(FAMILIES)}"
 
 

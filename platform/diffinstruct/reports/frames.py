@@ -30,6 +30,7 @@ from filelock import FileLock
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError, nearest_file
+from diffinstruct.metrics import DISTANCES, HELD_OUT, METRICS
 from diffinstruct.statistics import Estimate, Summary, over_seeds
 from diffinstruct.tracking.journal import COMMIT
 from diffinstruct.tracking.records import read_journal
@@ -181,9 +182,8 @@ class Measures:
         """Column -> what figures and tables call it, in the order above."""
         said = {
             self.trained: f"trained reward, {_reward(self.trained)}",
-            self.held_out: f"held-out reward, {_reward(self.held_out)}",
-            self.distance: {"kid": "KID to the reference"}.get(str(self.distance), "divergence from the reference"),
-            self.diversity: {"diversity": "diversity"}.get(str(self.diversity), "variety, share of the start's"),
+            self.held_out: METRICS[HELD_OUT].title.format(_reward(self.held_out)),
+            **{name: METRICS[name].title for name in (self.distance, self.diversity) if name},
         }
         return {column: title for column, title in said.items() if column is not None}
 
@@ -208,7 +208,7 @@ def measures(frame: pd.DataFrame) -> Measures:
     return Measures(
         first(*(f"reward/{name}" for name in trained[:1])),
         first(*(f"{kind}/{name}" for name in held_out[:1] for kind in ("reward", "held_out"))),
-        first("kid", "x0_gap"),
+        first(*DISTANCES),
         first("diversity", "overoptimization/variety"),
     )
 
@@ -327,7 +327,7 @@ def _run(folder: Path) -> dict[str, Any]:
     }
     for record in measured:
         row |= record["metrics"]
-    for name in ("metrics.json", "examination.json"):
+    for name in ("metrics.json", "examination.json", "evaluation.json"):  # the second is what version 0.1 wrote
         if (file := folder / name).exists():
             try:
                 found = json.loads(file.read_text())
