@@ -27,7 +27,7 @@ STUDY = Study(
     },
     seeds=(0, 1),
     measures={key: TITLES[key] for key in ("reward/pocket_judge", "kid", "smiling", "accuracy", "diversity")},
-    examine=evaluate_run,
+    evaluate=evaluate_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
 )
 

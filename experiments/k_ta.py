@@ -24,7 +24,7 @@ STUDY = Study(
     seeds=(0, 1),
     measures={key: TITLES[key] for key in ("reward/pocket_judge", "kid", "accuracy", "diversity")}
     | {"loss/score_network": "score network's loss"},
-    examine=evaluate_run,
+    evaluate=evaluate_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
 )
 

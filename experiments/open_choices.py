@@ -65,7 +65,7 @@ STUDY = Study(
         key: TITLES[key]
         for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
     },
-    examine=evaluate_run,
+    evaluate=evaluate_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
 )
 

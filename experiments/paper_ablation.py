@@ -54,7 +54,7 @@ STUDY = Study(
         key: TITLES[key]
         for key in ("reward/pocket_judge", "reward/pocket_preference", "accuracy", "smiling", "kid", "diversity")
     },
-    examine=evaluate_run,
+    evaluate=evaluate_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
 )
 LEVERS = [  # what each does by itself: (with it, without)

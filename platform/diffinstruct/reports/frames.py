@@ -113,9 +113,9 @@ def load_sweep(path: Path | str) -> pd.DataFrame:
 
     Columns: `run` (its folder; in a CSV the trial's name), `status` ("finished", "failed", "unfinished"), `reason` (why
     it ended otherwise), `commit` (of the code), `step` (rounds it has measured), `alarm` (step of the first alarm of
-    reward hacking), every dotted key of its configuration, its last metrics, what was found on examination. A CSV has
+    reward hacking), every dotted key of its configuration, its last metrics, its evaluation. A CSV has
     those that were kept. NaN: does not apply.
-    A measure of which any run has an interval holds examined values alone: training's metric of the same name is
+    A measure of which any run has an interval holds evaluated values alone: training's metric of the same name is
     another thing. Raises UserError in one line for a path that holds no run, and for a file in it that cannot be read.
     """
     path = Path(path)
@@ -165,7 +165,7 @@ def learning_curves(path: Path | str) -> pd.DataFrame:
 
 
 def with_intervals(frame: pd.DataFrame) -> list[str]:
-    """The measures that have intervals, in the order of the columns: they were examined."""
+    """The measures that have intervals, in the order of the columns: they were evaluated."""
     return [column for column in frame if f"{column}.low" in frame]
 
 
@@ -189,7 +189,7 @@ class Measures:
 
 
 def measures(frame: pd.DataFrame) -> Measures:
-    """What a frame's runs are judged by: the examined measure if any run has it, else the training's last. Of several
+    """What a frame's runs are judged by: the evaluated measure if any run has it, else the training's last. Of several
     trained, or held-out, rewards the first counts."""
     intervals = with_intervals(frame)
     held_out = [str(column).partition("/")[2] for column in frame if str(column).startswith("held_out/")]
@@ -225,7 +225,7 @@ def swept(frame: pd.DataFrame) -> list[str]:
 def points(frame: pd.DataFrame) -> pd.DataFrame:
     """One row for each configuration among the finished runs: the swept keys, `runs` (a tuple of their names), and each
     of `measures` with its interval. Of several training seeds: the mean and Student's interval over them; of one: the
-    run's own interval over prompts, if it was examined."""
+    run's own interval over prompts, if it was evaluated."""
     keys, wanted, done = swept(frame), measures(frame).titles(), frame[frame["status"] == "finished"]
     found = []
     for _, group in done.groupby(keys or np.zeros(len(done)), sort=False, dropna=False):
