@@ -40,14 +40,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffinstruct
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.method.diffusion import Conditions
 from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.method.rewards import Collect, LatentRewards, Scores, Send, out_of_memory
 from diffinstruct.method.step import Metrics, alternating_round
 from diffinstruct.models.lora import Role
-from diffinstruct.models.pipeline import Reference
+from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.roles import make_roles
+from diffinstruct.models.sources import RandomWeights
 from diffinstruct.reward_service.client import LocalRewards, RewardClient
 from diffinstruct.training.build import make_step_config, make_train_state
 
@@ -105,26 +105,6 @@ class TimeUp(BaseException):
 
 
 # ---------------------------------------------------------------------------------------------------- what is measured
-class RandomWeights(Reference):
-    """A pipeline's configuration, with random weights in the place of files."""
-
-    def _part(
-        self,
-        kind: Any,
-        source: str,
-        subfolder: str,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Any:
-        torch.manual_seed(0)  # every copy of a network is the same, as if it had been read
-        with torch.device(device or self.device):
-            part = kind.from_config(kind.load_config(source, subfolder=subfolder))
-        return nn.Module.to(part, dtype or self.dtype).eval()
-
-    def _embed(self, prompt: str | None) -> Conditions:
-        return {key: torch.randn(value.shape, device=self.device) for key, value in self.blank_conditions().items()}
-
-
 def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images.flatten(1).mean(1)
 
@@ -146,9 +126,10 @@ class World:
                 "activation_checkpointing": setting.checkpointing,
             }
         )
-        index = json.loads((folder / "model_index.json").read_text())
-        of = frozen_dtype(precision)  # of the decoder, as in a run
-        self.reference = RandomWeights(str(folder), index, torch.float32, device, setting.checkpointing, None, of)
+        decoder = frozen_dtype(precision)  # as in a run
+        self.reference = load_reference(
+            str(folder), torch.float32, device, setting.checkpointing, decoder_dtype=decoder, weights=RandomWeights()
+        )
         with device:  # else adapters are made on the CPU, and do not follow their layers to "meta"
             self.roles = make_roles(self.experiment, self.reference)
         self.train_state = make_train_state(

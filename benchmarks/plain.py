@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.prompts import read_prompts
-from diffinstruct.models.sources import POCKET
+from diffinstruct.models.world import POCKET
 from reward_models import load
 
 

@@ -9,7 +9,7 @@
 `run.train` runs as ever, with journal, MLflow, pictures and checkpoints. Where a round hands its sample to the rewards
 it is stopped, and every other time each loop does two rounds of its own from there to there: ours, plain, plain, ours.
 Ours is charged with all that the process burns in its turn, and with the tracker's thread in anybody's (it delivers
-late); a loop with its own thread. The textbook's generator is examined beside ours after as many rounds of the same
+late); a loop with its own thread. The textbook's generator is evaluated beside ours after as many rounds of the same
 prompts.
 """
 
@@ -39,7 +39,7 @@ from torch import Tensor
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import load
 from diffinstruct.evaluation.evaluate import Evaluation, compare
-from diffinstruct.evaluation.pocket import examine
+from diffinstruct.evaluation.pocket import evaluate_generator
 from diffinstruct.method.rewards import Collect, RewardRequest
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.reward_service.client import LocalRewards, RewardBackend, make_rewards
@@ -152,10 +152,10 @@ def local(experiment: Experiment, folder: Path) -> None:
     meter.parts["textbook"].ema.save_pretrained(folder / "textbook")
     reference, of = load_reference(experiment.reference.model), experiment.generator
 
-    def examined(start: Path) -> Evaluation:
-        return examine(reference.sampler(reference.generator(of.timestep, str(start), of.input_scale)))
+    def evaluated(start: Path) -> Evaluation:
+        return evaluate_generator(reference.sampler(reference.generator(of.timestep, str(start), of.input_scale)))
 
-    ours, theirs = examined(result.export), examined(folder / "textbook")
+    ours, theirs = evaluated(result.export), evaluated(folder / "textbook")
     differences = compare(ours, theirs)
     for name in (f"reward/{held_out}" for held_out in experiment.rewards.held_out):
         print(

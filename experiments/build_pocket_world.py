@@ -735,13 +735,15 @@ def stage_package(work: Path) -> None:
 
 
 def stage_reference(work: Path) -> None:
-    """The reference at 50 guided steps: what distances are measured to, its own examination, the quality of the
+    """The reference at 50 guided steps: what distances are measured to, its own evaluation, the quality of the
     world."""
     from diffinstruct.evaluation.evaluate import image_features
     from diffinstruct.evaluation.features import AttributeClassifier
-    from diffinstruct.evaluation.pocket import examination_prompts, examine, store_reference_examination
+    from diffinstruct.evaluation.world import evaluate_in, store_evaluation, world_prompts
     from diffinstruct.models.pipeline import load_reference
+    from diffinstruct.models.world import read_world
 
+    world = read_world(POCKET)
     reference = load_reference("pocket")
 
     @torch.no_grad()
@@ -749,12 +751,12 @@ def stage_reference(work: Path) -> None:
         print(f"reference, 50 steps: {len(prompts)} pictures", flush=True)
         return reference.decode(reference.sample(prompts, noise, 50, GUIDANCE_SCALE))
 
-    others = examination_prompts()["prompt"][::2].tolist()
+    others = world_prompts(world)["prompt"][::2].tolist()
     noise = torch.randn(len(others), *reference.latent_shape, generator=torch.Generator().manual_seed(3_000_000))
     pictures_ = torch.cat([sample(others[i : i + 54], noise[i : i + 54]) for i in range(0, len(others), 54)])
-    features = image_features(AttributeClassifier.load(POCKET / "classifier"), pictures_)
-    evaluation = examine(sample, features)
-    store_reference_examination(evaluation)
+    features = image_features(AttributeClassifier.load(world.classifier), pictures_)
+    evaluation = evaluate_in(world, sample, features)
+    store_evaluation(world, evaluation)
     named = evaluation.table[evaluation.table["mouth"] != ""]
     right = named.groupby("kind")[[f"accuracy/{a}" for a in ATTRIBUTES]].mean()
     print(f"reference, 50 steps, {len(named)} held-out prompts\n{right}", flush=True)

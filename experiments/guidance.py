@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffinstruct.evaluation.pocket import MEASURES, examine_run
+from diffinstruct.evaluation.pocket import TITLES, evaluate_run
 from diffinstruct.sweeps.study import Study
 
 HERE = Path(__file__).parent
@@ -26,8 +26,8 @@ STUDY = Study(
         for s in (1.0, 2.0, 3.0, 5.0, 7.0)
     },
     seeds=(0, 1),
-    measures={key: MEASURES[key] for key in ("reward/pocket_judge", "kid", "smiling", "accuracy", "diversity")},
-    examine=examine_run,
+    measures={key: TITLES[key] for key in ("reward/pocket_judge", "kid", "smiling", "accuracy", "diversity")},
+    evaluate=evaluate_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
 )
 
@@ -35,7 +35,7 @@ STUDY = Study(
 def main() -> None:
     if answer := STUDY.main():
         answer.differences(
-            "guidance_scale 3", {key: MEASURES[key] for key in ("reward/pocket_judge", "kid", "diversity")}
+            "guidance_scale 3", {key: TITLES[key] for key in ("reward/pocket_judge", "kid", "diversity")}
         )
         answer.draw()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffinstruct.evaluation.pocket import MEASURES, examine_run
+from diffinstruct.evaluation.pocket import TITLES, evaluate_run
 from diffinstruct.sweeps.study import Study
 
 HERE = Path(__file__).parent
@@ -22,16 +22,16 @@ STUDY = Study(
     recipe=HERE / "recipes" / "pocket_study.yaml",
     arms={f"K_TA {k}": RECIPE | ({} if k == 1 else {"score_network.updates_per_step": k}) for k in (1, 2, 4, 8)},
     seeds=(0, 1),
-    measures={key: MEASURES[key] for key in ("reward/pocket_judge", "kid", "accuracy", "diversity")}
+    measures={key: TITLES[key] for key in ("reward/pocket_judge", "kid", "accuracy", "diversity")}
     | {"loss/score_network": "score network's loss"},
-    examine=examine_run,
+    evaluate=evaluate_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
 )
 
 
 def main() -> None:
     if answer := STUDY.main():
-        answer.differences("K_TA 1", {key: MEASURES[key] for key in ("reward/pocket_judge", "kid", "diversity")})
+        answer.differences("K_TA 1", {key: TITLES[key] for key in ("reward/pocket_judge", "kid", "diversity")})
         answer.draw()
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 
 from diffinstruct.config.reading import load
 from diffinstruct.errors import UserError
-from diffinstruct.evaluation.pocket import MEASURES, examine_run
+from diffinstruct.evaluation.pocket import TITLES, evaluate_run
 from diffinstruct.reports.frames import TrialRows
 from diffinstruct.statistics import paired_by_seed, seed_noise
 from diffinstruct.sweeps.points import Point
@@ -62,10 +62,10 @@ STUDY = Study(
     },
     seeds=(0,),
     measures={
-        key: MEASURES[key]
+        key: TITLES[key]
         for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
     },
-    examine=examine_run,
+    evaluate=evaluate_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
 )
 
@@ -80,7 +80,7 @@ def main() -> None:
         return
     answer.say(
         "- noise of training seeds, standard deviation: "
-        + ", ".join(f"{MEASURES[key]} {sigma:.3g}" for key, (sigma, _) in noise.items())
+        + ", ".join(f"{TITLES[key]} {sigma:.3g}" for key, (sigma, _) in noise.items())
         + f" ({min(freedom for _, freedom in noise.values())} degrees of freedom)"
     )
     for arm in answer.table:

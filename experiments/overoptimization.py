@@ -4,7 +4,7 @@
 
 The pocket recipe, where nothing should be told of; the recipe with its reward scale times four and with the reward
 alone; and experiments/hackable.py, a reward that is planted to be hacked. A run's looks are kept (every 10 rounds, 64
-pictures of training prompts), and its generator is examined at the end. Budget: 10 + 2 + 2 trials of 100 rounds on the
+pictures of training prompts), and its generator is evaluated at the end. Budget: 10 + 2 + 2 trials of 100 rounds on the
 pocket world, one row each in docs/results/overoptimization.csv and overoptimization_planted.csv (rewards differ, so
 does the recipe). `--trials` limits each group of them. Prints tables, a line a trial, and draws overoptimization.png.
 """
@@ -18,15 +18,15 @@ from pathlib import Path
 import pandas as pd
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.evaluation.pocket import MEASURES, examine_run
+from diffinstruct.evaluation.pocket import TITLES, evaluate_run
 from diffinstruct.sweeps.study import Study, StudyResult
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results"
 
 
-def examine_watched(experiment: Experiment, folder: Path, every: int = 1) -> dict[str, float]:
-    """What the examination finds, the step of the first alarm (NaN: none), and each figure of each look as
+def evaluate_watched(experiment: Experiment, folder: Path, every: int = 1) -> dict[str, float]:
+    """What the evaluation measures, the step of the first alarm (NaN: none), and each figure of each look as
     `overoptimization/x@step`."""
     records = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines() if line]
     looks = {
@@ -36,12 +36,12 @@ def examine_watched(experiment: Experiment, folder: Path, every: int = 1) -> dic
         if key.startswith("overoptimization/")
     }
     alarms = [float(record["step"]) for record in records if record.get("event") == "hacking"]
-    return examine_run(experiment, folder, every) | {"alarm": min(alarms, default=math.nan)} | looks
+    return evaluate_run(experiment, folder, every) | {"alarm": min(alarms, default=math.nan)} | looks
 
 
 def study(name: str, recipe: str, rows: str, arms: dict[str, dict[str, object]], seeds: range) -> Study:
-    measures = {key: MEASURES[key] for key in ("reward/pocket_judge", "accuracy", "kid", "diversity")}
-    return Study(name, __doc__ or "", HERE / "recipes" / recipe, arms, seeds, measures, examine_watched, RESULTS / rows)
+    measures = {key: TITLES[key] for key in ("reward/pocket_judge", "accuracy", "kid", "diversity")}
+    return Study(name, __doc__ or "", HERE / "recipes" / recipe, arms, seeds, measures, evaluate_watched, RESULTS / rows)
 
 
 LONG: dict[str, object] = {"steps": 100}

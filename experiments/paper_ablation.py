@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from diffinstruct.evaluation.pocket import MEASURES, examine_run
+from diffinstruct.evaluation.pocket import TITLES, evaluate_run
 from diffinstruct.reports.frames import TrialRows
 from diffinstruct.statistics import at_distance, over_seeds, paired_by_seed
 from diffinstruct.sweeps.points import Point
@@ -51,10 +51,10 @@ STUDY = Study(
     arms=arms(),
     seeds=(0, 1, 2),
     measures={
-        key: MEASURES[key]
+        key: TITLES[key]
         for key in ("reward/pocket_judge", "reward/pocket_preference", "accuracy", "smiling", "kid", "diversity")
     },
-    examine=examine_run,
+    evaluate=evaluate_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
 )
 LEVERS = [  # what each does by itself: (with it, without)

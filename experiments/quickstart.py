@@ -52,7 +52,7 @@ def report(recipe: Experiment, trained: dict[str, Path], folder: Path) -> None:
 
     from diffinstruct.config.prompts import read_prompts
     from diffinstruct.evaluation.evaluate import compare
-    from diffinstruct.evaluation.pocket import MEASURES, examine, reference_examination
+    from diffinstruct.evaluation.pocket import TITLES, evaluate_generator, reference_evaluation
     from diffinstruct.models.pipeline import load_reference
     from diffinstruct.reports.frames import markdown, table
     from diffinstruct.tracking.journal import attach
@@ -62,25 +62,25 @@ def report(recipe: Experiment, trained: dict[str, Path], folder: Path) -> None:
     one_step |= {name: str(export) for name, export in trained.items()}
     prompts = read_prompts("pocket:grid")["prompt"].tolist()
     noise = torch.randn(len(prompts), *reference.latent_shape, generator=torch.Generator().manual_seed(0))
-    examinations: dict[str, Evaluation] = {}
+    evaluations: dict[str, Evaluation] = {}
     pictures: dict[str, Tensor] = {}
     for name, start in one_step.items():
         generator = reference.generator(recipe.generator.timestep, start, recipe.generator.input_scale)
         sample = reference.sampler(generator)
         print(f"measuring {name}", flush=True)
-        examinations[name], pictures[name] = examine(sample), sample(prompts, noise)
+        evaluations[name], pictures[name] = evaluate_generator(sample), sample(prompts, noise)
         if name == "distilled start":  # the reference's figures are stored, its pictures are drawn
-            examinations[REFERENCE] = reference_examination()
+            evaluations[REFERENCE] = reference_evaluation()
             pictures[REFERENCE] = reference.decode(
                 reference.sample(prompts, noise, 50, recipe.reference.guidance_scale)
             )
 
-    shown = {key: name for key, name in MEASURES.items() if key != "accuracy"}  # its parts say more
-    summaries = {n: {shown[k]: v for k, v in e.summary().items() if k in shown} for n, e in examinations.items()}
+    shown = {key: name for key, name in TITLES.items() if key != "accuracy"}  # its parts say more
+    summaries = {n: {shown[k]: v for k, v in e.summary().items() if k in shown} for n, e in evaluations.items()}
     print(table(summaries).T.to_string())
     lines = [markdown(summaries)]
     for other in ("distilled start", REFERENCE):
-        difference = compare(examinations["DI*"], examinations[other])
+        difference = compare(evaluations["DI*"], evaluations[other])
         judge, right = difference["reward/pocket_judge"], difference["accuracy"]
         wins = difference["wins/pocket_judge"]
         lines.append(

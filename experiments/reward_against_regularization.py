@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffinstruct.evaluation.pocket import MEASURES, examine_run
+from diffinstruct.evaluation.pocket import TITLES, evaluate_run
 from diffinstruct.statistics import by_seed
 from diffinstruct.sweeps.points import Point
 from diffinstruct.sweeps.study import Study
@@ -34,10 +34,10 @@ STUDY = Study(
     arms={f"weight {weight:g}, scale {scale:g}": point(weight, scale) for weight in WEIGHTS for scale in SCALES},
     seeds=(0, 1),
     measures={
-        key: MEASURES[key]
+        key: TITLES[key]
         for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
     },
-    examine=examine_run,
+    evaluate=evaluate_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
 )
 
@@ -45,7 +45,7 @@ STUDY = Study(
 def main() -> None:
     if answer := STUDY.main():
         answer.differences(
-            "weight 1, scale 2", {key: MEASURES[key] for key in ("reward/pocket_judge", "kid", "diversity")}
+            "weight 1, scale 2", {key: TITLES[key] for key in ("reward/pocket_judge", "kid", "diversity")}
         )
         rows = answer.rows.assign(ratio=answer.rows[SCALE] / answer.rows[WEIGHT])
         for ratio, same in rows.groupby("ratio"):

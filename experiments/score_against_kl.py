@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from diffinstruct.evaluation.pocket import MEASURES, examine_run, reference_examination
+from diffinstruct.evaluation.pocket import TITLES, evaluate_run, reference_evaluation
 from diffinstruct.statistics import at_distance, over_seeds, paired_by_seed
 from diffinstruct.sweeps.study import Study
 
@@ -42,10 +42,10 @@ STUDY = Study(
     },
     seeds=(0, 1, 2),
     measures={
-        key: MEASURES[key]
+        key: TITLES[key]
         for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
     },
-    examine=examine_run,
+    evaluate=evaluate_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
 )
 
@@ -107,9 +107,9 @@ def draw(table: dict[str, Summary], path: Path) -> None:
             for (scale, _), fx, fy in zip(points, x, y, strict=True):
                 at = {"textcoords": "offset points", "xytext": offset, "fontsize": 8, "color": colour}
                 axis.annotate(scale, (fx.value, fy.value), **at)
-        start = reference_examination().summary()[measure].value
+        start = reference_evaluation().summary()[measure].value
         axis.axhline(start, color="grey", linewidth=0.8, linestyle=":", label="reference, 50 steps")
-        axis.set(xlabel="KID to the reference", ylabel=MEASURES[measure])
+        axis.set(xlabel="KID to the reference", ylabel=TITLES[measure])
     axes[0].legend()
     picture.suptitle(
         "The reward scale grows along each path (numbers); bars: 95 % intervals over training seeds", fontsize=10

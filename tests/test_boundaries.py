@@ -15,6 +15,7 @@ ROOMS = (
     *(
         "errors",
         "statistics",
+        "metrics",
         "method",
         "config",
         "tracking",

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from diffinstruct.config.prompts import read_prompts
 from diffinstruct.errors import UserError
-from diffinstruct.models.sources import POCKET
+from diffinstruct.models.world import POCKET
 from diffinstruct.sweeps.points import changed
 from diffinstruct.training import local
 

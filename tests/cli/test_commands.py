@@ -538,7 +538,7 @@ def test_evaluate_knows_the_pocket_worlds_truth(tmp_path, capsys):
     table = pd.read_csv(tmp_path / "o" / "start.csv")
     assert table["accuracy/background"].mean() == 1 and table["accuracy/colour"].mean() >= 0.75
     (tmp_path / "few.csv").write_text("prompt,colour\na tulip,ochre\n")
-    assert re.fullmatch(r"\S*: colour: the examiner does not know 'ochre'", complaint(capsys, *asked))
+    assert re.fullmatch(r"\S*: colour: the classifier does not know 'ochre'", complaint(capsys, *asked))
 
 
 # ----------------------------------------------------------------------------------------------------- compare

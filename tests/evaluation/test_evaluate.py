@@ -10,11 +10,13 @@ from torch import nn
 
 from diffinstruct.evaluation.evaluate import compare, evaluate, image_features
 from diffinstruct.evaluation.features import AttributeClassifier
-from diffinstruct.evaluation.metrics import kid, kid_replicates, mean_pairwise_distance
+from diffinstruct.metrics import METRICS, Metric, kid, kid_replicates, mean_pairwise_distance
+from diffinstruct.models.world import OpenAttribute
 from diffinstruct.reports.frames import markdown, table
 from diffinstruct.statistics import Estimate, bootstrap_mean, paired_difference, resamples, wilson, win_rate
 
 COLOURS = ["dark", "grey", "bright"]
+SMILING = Metric("smiling", "smiling, where open", interval="share")
 
 
 # ------------------------------------------------------------------------------------------ figures of arrays
@@ -179,6 +181,8 @@ def prompts():
 def run(sample, prompts, batch_size=7, diversity_prompts=5, **settings):
     reference = image_features(ByBrightness(), torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
     settings |= {"noise_shape": (1, 1, 2), "batch_size": batch_size, "diversity_prompts": diversity_prompts}
+    smiling = OpenAttribute(preferred="smiling", metric="smiling", title="smiling, where open")
+    settings |= {"open_attributes": {"mouth": smiling}, "metrics": METRICS | {"smiling": SMILING}}
     return evaluate(sample, prompts, {"red": Red()}, ByBrightness(), reference, **settings)
 
 
@@ -240,7 +244,7 @@ def test_a_table_without_attributes_has_no_accuracy(prompts):
 
 def test_an_unknown_attribute_value_is_named_before_anything_is_sampled(prompts):
     prompts.loc[100, "colour"] = "ochre"
-    with pytest.raises(ValueError, match="colour: the examiner does not know 'ochre'"):
+    with pytest.raises(ValueError, match="colour: the classifier does not know 'ochre'"):
         run(None, prompts)
 
 

@@ -16,7 +16,8 @@ import diffinstruct
 from diffinstruct.config.reading import load
 from diffinstruct.errors import UserError
 from diffinstruct.models.pipeline import Reference, load_reference
-from diffinstruct.models.sources import POCKET, PipelineIndex, pinned
+from diffinstruct.models.sources import PipelineIndex, pinned
+from diffinstruct.models.world import POCKET
 
 PROMPTS = ["a red hat", "", "far too many words for this text encoder, they are cut off"]
 
@@ -165,7 +166,8 @@ def test_pocket_names_the_folders_inside_the_package(
     shutil.copytree(folder, tmp_path / "pipeline")
     shutil.copytree(folder / "unet", tmp_path / "generator")
     assert Path(diffinstruct.__file__).with_name("pocket") == POCKET
-    monkeypatch.setattr("diffinstruct.models.pipeline.POCKET", tmp_path)
+    shutil.copy(POCKET / "world.json", tmp_path)
+    monkeypatch.setattr("diffinstruct.models.world.POCKET", tmp_path)
     reference = load_reference("pocket")
     assert reference.source == str(tmp_path / "pipeline")
     (tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").unlink()

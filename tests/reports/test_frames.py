@@ -201,7 +201,7 @@ def test_a_summary_becomes_columns():
 
 # ------------------------------------------------------------------------------------------------- runs as a frame
 def test_a_sweeps_folder_is_a_frame_with_a_row_a_run(tmp_path):
-    tiny_sweep.run(tmp_path / "a", {"objective.reward_scale": 4.0}, examination=tiny_sweep.examined(4.5, 3.25, 1.5))
+    tiny_sweep.run(tmp_path / "a", {"objective.reward_scale": 4.0}, evaluation=tiny_sweep.evaluated(4.5, 3.25, 1.5))
     alarm = [(20, "hacking", "later"), (10, "hacking", "first"), (5, "rewards", "here")]
     tiny_sweep.run(tmp_path / "b", end="FAILED", reason="NonFinite: x", events=alarm)
     tiny_sweep.run(tmp_path / "c", end="KILLED", reason="KeyboardInterrupt: ")
@@ -218,13 +218,15 @@ def test_a_sweeps_folder_is_a_frame_with_a_row_a_run(tmp_path):
     assert load_sweep(tmp_path / "b")["status"].tolist() == ["failed"]
 
 
-def test_training_and_examination_never_share_a_column(tmp_path):
+def test_training_and_evaluation_never_share_a_column(tmp_path):
     """Both call it reward/pocket_preference, and it is another thing: a batch's mean of the live generator."""
-    tiny_sweep.run(tmp_path / "a", examination={"reward/pocket_preference": 4.5})
+    tiny_sweep.run(tmp_path / "a", evaluation={"reward/pocket_preference": 4.5})
     tiny_sweep.run(tmp_path / "b")
     values = load_sweep(tmp_path)["reward/pocket_preference"]
     assert values[0] == 4.5 and math.isnan(values[1])
-    assert load_sweep(tmp_path / "b")["reward/pocket_preference"][0] == 4.0  # nobody examined: training's
+    assert load_sweep(tmp_path / "b")["reward/pocket_preference"][0] == 4.0  # nobody evaluated: training's
+    (tmp_path / "a" / "evaluation.json").rename(tmp_path / "a" / "examination.json")  # as version 0.1 called it
+    assert load_sweep(tmp_path)["reward/pocket_preference"][0] == 4.5
 
 
 def test_a_resumed_run_is_what_it_was_last(tmp_path):
@@ -286,15 +288,15 @@ def test_a_path_without_runs_is_refused_in_one_line(tmp_path, path, said):
         load_sweep(tmp_path / path)
 
 
-def test_what_judges_a_sweep_is_examined_or_else_trainings(tmp_path):
+def test_what_judges_a_sweep_is_evaluated_or_else_trainings(tmp_path):
     tiny_sweep.run(tmp_path / "a" / "one", courses=tiny_sweep.WATCHED)
     assert measures(load_sweep(tmp_path / "a")) == Measures(
         "reward/pocket_preference", "held_out/pocket_judge", "x0_gap", "overoptimization/variety"
     )
-    tiny_sweep.run(tmp_path / "a" / "two", courses=tiny_sweep.WATCHED, examination=tiny_sweep.examined(4, 3, 1))
+    tiny_sweep.run(tmp_path / "a" / "two", courses=tiny_sweep.WATCHED, evaluation=tiny_sweep.evaluated(4, 3, 1))
     of = measures(load_sweep(tmp_path / "a"))
     assert of == Measures("reward/pocket_preference", "reward/pocket_judge", "kid", "diversity")
-    # examined by a reward that it was not trained on
+    # evaluated by a reward that it was not trained on
     of = measures(load_sweep(ROOT / "docs" / "results" / "overoptimization_planted.csv"))
     assert of.trained == "reward/experiments.hackable:Hackable" and of.held_out == "reward/pocket_judge"
 

@@ -59,7 +59,7 @@ def test_a_runs_report_says_what_it_was_and_what_came_of_it(tmp_path):
         tmp_path / "one",
         {"objective.reward_scale": 4.5},
         courses=tiny_sweep.WATCHED,
-        examination={"kid": 1.25},
+        evaluation={"kid": 1.25},
         events=events,
         grids=(0, 50, 100),
     )
@@ -108,7 +108,7 @@ def test_a_page_is_small_whatever_the_pictures(tmp_path):
     folder = tmp_path / "s"
     for i in range(4):
         scale = {"objective.reward_scale": float(i)}
-        tiny_sweep.run(folder / str(i), scale, examination=tiny_sweep.examined(i, i, i), grids=(0, 10), edge=256)
+        tiny_sweep.run(folder / str(i), scale, evaluation=tiny_sweep.evaluated(i, i, i), grids=(0, 10), edge=256)
     assert sum(file.stat().st_size for file in folder.rglob("*.png")) > 40e6
     for path in (folder, folder / "3"):
         text = page(path, tmp_path)
@@ -130,7 +130,7 @@ def test_lists_have_an_end_and_say_so(tmp_path, monkeypatch):
 
 def test_a_sweeps_table_is_in_the_order_of_the_held_out_reward_and_marks_what_went_wrong(tmp_path):
     folder = tiny_sweep.sweep(tmp_path / "s")
-    hacked = {"events": [(10, "hacking", "x")], "examination": tiny_sweep.examined(9, 9, 9)}
+    hacked = {"events": [(10, "hacking", "x")], "evaluation": tiny_sweep.evaluated(9, 9, 9)}
     tiny_sweep.run(folder / "hacked", {"objective.reward_scale": 2.0, "seed": 7}, courses=tiny_sweep.WATCHED, **hacked)
     tiny_sweep.run(folder / "broken", {"seed": 8}, end="FAILED", reason="NonFinite: no", courses={})
     text = page(folder, tmp_path)

@@ -319,7 +319,7 @@ def test_a_study_whose_rows_are_all_there_answers_at_once(tmp_path, monkeypatch,
             rows.add(f"generator.timestep={t} seed={seed}", {"generator.timestep": t, "seed": seed, "kid": t + seed})
     study = studies.Study(
         name="when", question="?", recipe=tmp_path / "recipe.yaml", seeds=(0, 1), measures={"kid": "KID"}, rows=rows.path,
-        arms={"early": {"generator.timestep": 500}, "late": {"generator.timestep": 600}}, examine=tiny_rewards.steps_done,
+        arms={"early": {"generator.timestep": 500}, "late": {"generator.timestep": 600}}, evaluate=tiny_rewards.steps_done,
     )  # fmt: skip
     answer = study.answer()
     assert answer.table["late"]["kid"].value == 600.5 and answer.table["late"]["kid"].n == 2

@@ -1,4 +1,4 @@
-"""Folders as runs leave them, written by hand: a journal, metrics, an examination, picture grids; no training."""
+"""Folders as runs leave them, written by hand: a journal, metrics, an evaluation, picture grids; no training."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def run(
     end: str | None = "FINISHED",
     reason: str | None = None,
     courses: Mapping[str, list[float]] = {"reward/pocket_preference": [3.0, 4.0], "held_out/pocket_judge": [2.0, 2.5]},
-    examination: Mapping[str, float] = {},
+    evaluation: Mapping[str, float] = {},
     events: list[tuple[int, str, str]] = [],  # noqa: B006
     grids: tuple[int, ...] = (),
     edge: int = 8,
 ) -> Path:
-    """A run that measured `courses` at steps 10, 20, ...; `end` None: it has not ended. An examination is value by
+    """A run that measured `courses` at steps 10, 20, ...; `end` None: it has not ended. An evaluation is value by
     measure, its interval half a unit to either side."""
     folder.mkdir(parents=True)
     (folder / "empty.yaml").write_text("{}")
@@ -41,13 +41,13 @@ def run(
     (folder / "journal.jsonl").write_text("".join(json.dumps({"time": 10**12, **record}) + "\n" for record in records))
     if end == "FINISHED":
         (folder / "metrics.json").write_text(json.dumps({"step": 10 * steps, **records[-2].get("metrics", {})}))
-    if examination:
+    if evaluation:
         found = {
             f"{name}{suffix}": value
-            for name, middle in examination.items()
+            for name, middle in evaluation.items()
             for suffix, value in {"": middle, ".low": middle - 0.5, ".high": middle + 0.5, ".n": 9}.items()
         }
-        (folder / "examination.json").write_text(json.dumps(found))
+        (folder / "evaluation.json").write_text(json.dumps(found))
     (folder / "images").mkdir()
     rng = np.random.default_rng(0)
     for step in grids:
@@ -56,7 +56,7 @@ def run(
     return folder
 
 
-def examined(trained: float, held_out: float, kid: float, diversity: float = 5.0) -> dict[str, float]:
+def evaluated(trained: float, held_out: float, kid: float, diversity: float = 5.0) -> dict[str, float]:
     return {
         "reward/pocket_preference": trained,
         "reward/pocket_judge": held_out,
@@ -78,7 +78,7 @@ WATCHED = {
 def sweep(
     folder: Path, weights: tuple[float, ...] = (0.5, 1.0), scales: tuple[float, ...] = (1.0, 2.0), **more: Any
 ) -> Path:
-    """weights x scales x seeds 0 and 1, finished and examined: held-out reward and KID rise with scale / weight."""
+    """weights x scales x seeds 0 and 1, finished and evaluated: held-out reward and KID rise with scale / weight."""
     for weight in weights:
         for scale in scales:
             for seed in (0, 1):
@@ -86,7 +86,7 @@ def sweep(
                 run(
                     folder / f"w{weight:g}-r{scale:g}-s{seed}",
                     {"objective.regularization_weight": weight, "objective.reward_scale": scale, "seed": seed},
-                    examination=examined(3 + ratio, 2 + ratio / 2 + seed / 10, ratio),
+                    evaluation=evaluated(3 + ratio, 2 + ratio / 2 + seed / 10, ratio),
                     courses=WATCHED,
                     **more,
                 )

@@ -299,9 +299,9 @@ def rayjob(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     _enough_reference_pictures(arguments.reference_pictures)
-    from diffinstruct.evaluation.generators import examine, report, save
+    from diffinstruct.evaluation.generators import evaluate_generators, report, save
 
-    found = examine(
+    found = evaluate_generators(
         arguments.folders, arguments.prompts, arguments.rewards, arguments.reference_pictures, arguments.seed
     )
     print(report(found))

@@ -1,5 +1,5 @@
-"""Two runs side by side, `diffinstruct compare`: which keys differ between them, and what comes of it, paired over
-prompts and noise. Differences are the second run minus the first."""
+"""Two runs side by side, `diffinstruct compare`: the keys that differ between them, and every metric of both, paired
+over prompts and noise. Differences are the second run minus the first."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch
 from PIL import Image
 
 from diffinstruct.config.reading import load_run
-from diffinstruct.errors import UserError
 from diffinstruct.evaluation import generators
 from diffinstruct.evaluation.evaluate import Evaluation, compare
+from diffinstruct.metrics import REWARD
 from diffinstruct.models.export import load_export
 from diffinstruct.reports import page, plots
 
 SHOWN = 8
-"""Prompts, spread over the table."""
+"""Prompts, evenly spaced in the table."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """changes: key -> (the first run's value, the second's), where they differ. evaluations: name -> what it did, the
+    """changes: key -> (the first run's value, the second's), where they differ. evaluations: by the run's name, the
     first run first. pictures: name -> those of `prompts`, made of the noise that was measured."""
 
     changes: Mapping[str, tuple[Any, Any]]
@@ -34,7 +34,7 @@ class Comparison:
     pictures: Mapping[str, Sequence[Image.Image]]
 
     def text(self) -> str:
-        """Markdown: the keys, both runs' figures, the paired differences."""
+        """Markdown: the keys, both runs' metrics, the paired differences."""
         one, other = self.evaluations
         keys = "".join(f"| {key} | {before} | {now} |\n" for key, (before, now) in self.changes.items())
         head = (
@@ -49,24 +49,24 @@ class Comparison:
         (one, first), (other, second) = self.evaluations.items()
         differences = compare(second, first)
         ours, theirs = first.summary(), second.summary()
+        metrics = first.columns() | first.distances()
         rows = [
-            (
-                measure,
-                figure.n,
-                ours[measure],
-                theirs[measure],
-                figure,
-                differences.get(measure.replace("reward/", "wins/")),
-            )
-            for measure, figure in differences.items()
-            if not measure.startswith("wins/")
+            {
+                "metric": metrics[name],
+                "one": ours[name],
+                "other": theirs[name],
+                "difference": difference,
+                "wins": differences.get(name.replace(REWARD, "wins/")) if name.startswith(REWARD) else None,
+            }
+            for name, difference in differences.items()
+            if name in metrics
         ]
         return page.render(
             "comparison.html",
             title=f"{one} and {other}",
             names=(one, other),
             changes=self.changes,
-            measures=[(*row[:5], row[5] if row[0].startswith("reward/") else None) for row in rows],
+            rows=rows,
             seed=first.seed,
             pictures=page.side_by_side(self.prompts, self.pictures),
         )
@@ -85,20 +85,16 @@ class Comparison:
 def compare_runs(
     folders: Sequence[Path], prompts: str | None, rewards: Sequence[str], reference_pictures: int, seed: int
 ) -> Comparison:
-    """Two finished runs, measured as `generators.examine` does; without `prompts`, on the pocket world's held-out ones.
-
-    Raises UserError for what `examine` does, and without prompts where the first run's reference is no pocket world.
-    """
+    """Two finished runs, measured as `evaluate_generators` does; it raises the same errors."""
     one, other = (load_run(folder) for folder in folders)
-    if prompts is None and one.reference.model != "pocket":
-        raise UserError(f"--prompts: name some; {folders[0]} is of {one.reference.model!r}, which has none built in")
-    found = generators.examine(folders, prompts or "pocket:eval", rewards, reference_pictures, seed)
-    texts = next(iter(found.values())).table["prompt"].tolist()
+    evaluations = generators.evaluate_generators(folders, prompts, rewards, reference_pictures, seed)
+    texts = next(iter(evaluations.values())).table["prompt"].tolist()
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), SHOWN)).round().astype(int)).tolist()
     pictures = {
-        name: _pictures(folder / "export", texts, chosen, seed) for name, folder in zip(found, folders, strict=True)
+        name: _pictures(folder / "export", texts, chosen, seed)
+        for name, folder in zip(evaluations, folders, strict=True)
     }
-    return Comparison(other.changes(one), found, [texts[i] for i in chosen], pictures)
+    return Comparison(other.changes(one), evaluations, [texts[i] for i in chosen], pictures)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What looks at pictures: features, and attributes where the truth is known."""
+"""Features of pictures, to measure distances with, and their attributes where there is ground truth."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import Protocol, Self
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    pass
 
-
-class Examiner(Protocol):
-    """What looks at pictures: `features` to measure distances between them, and which attributes it can tell."""
+class FeatureExtractor(Protocol):
+    """It turns pictures into features to measure distances with, and classifies the attributes that it knows."""
 
     @property
     def classes(self) -> dict[str, list[str]]:
@@ -27,7 +24,7 @@ class Examiner(Protocol):
 
 @dataclass(frozen=True)
 class FeaturesOnly:
-    """An examiner without ground truth: the image tower of a reward, say."""
+    """A feature extractor without ground truth: the image tower of a reward, say."""
 
     features: Callable[[Tensor], Tensor]
     classes: dict[str, list[str]] = field(default_factory=dict)
@@ -42,23 +39,23 @@ def _block(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequentia
 
 
 class AttributeClassifier(nn.Module):
-    """The ground truth of the pocket world: which attributes a 64 px picture shows.
+    """The ground truth of a world: which attributes a picture of `pixels` x `pixels` shows.
 
     `classes` maps an attribute to its class names, in the order of the logits. The features keep the position of what
     they saw (no pooling): the artwork is at fixed places.
     """
 
-    def __init__(self, classes: dict[str, list[str]]) -> None:
+    def __init__(self, classes: dict[str, list[str]], pixels: int = 64) -> None:
         super().__init__()
-        self.classes = classes
+        self.classes, self.pixels = classes, pixels
         self.trunk = nn.Sequential(
             _block(3, 32), _block(32, 64, 2), _block(64, 96, 2), _block(96, 128, 2), _block(128, 128)
         )
-        self.features = nn.Sequential(nn.Flatten(), nn.Linear(128 * 8 * 8, 256), nn.SiLU())
+        self.features = nn.Sequential(nn.Flatten(), nn.Linear(128 * (pixels // 8) ** 2, 256), nn.SiLU())
         self.heads = nn.ModuleDict({attribute: nn.Linear(256, len(names)) for attribute, names in classes.items()})
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images [B, 3, 64, 64] -> features [B, 256] and, per attribute, logits [B, number of its classes]."""
+        """Images [B, 3, pixels, pixels] -> features [B, 256] and, per attribute, logits [B, number of its classes]."""
         features = self.features(self.trunk(images))
         return features, {attribute: head(features) for attribute, head in self.heads.items()}
 
@@ -68,13 +65,15 @@ class AttributeClassifier(nn.Module):
 
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file(self.state_dict(), Path(folder, "model.safetensors"))
-        Path(folder, "config.json").write_text(json.dumps({"classes": self.classes}, indent=2) + "\n")
+        Path(folder, "config.json").write_text(
+            json.dumps({"classes": self.classes, "pixels": self.pixels}, indent=2) + "\n"
+        )
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
         """Read what `save` wrote: frozen, in evaluation mode, on the CPU."""
         from safetensors.torch import load_file
 
-        classifier = cls(json.loads(Path(folder, "config.json").read_text())["classes"])
+        classifier = cls(**json.loads(Path(folder, "config.json").read_text()))
         classifier.load_state_dict(load_file(Path(folder, "model.safetensors")))
         return classifier.eval().requires_grad_(False)

@@ -1,7 +1,7 @@
 """One-step generators side by side, on the same prompts and noise: what `diffinstruct evaluate` measures.
 
-A generator is a run's folder or an exported pipeline. Where the reference is the pocket world, its classifier knows the
-truth; elsewhere features come from the image tower of a reward that has one.
+A generator is a run's folder or an exported pipeline. Where the run's reference belongs to a world (`world.json`), that
+world's classifier is the ground truth; elsewhere features come from the image tower of a reward that has one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from diffinstruct.config.prompts import read_prompts
 from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError
 from diffinstruct.evaluation.evaluate import Evaluation, compare, evaluate, image_features
-from diffinstruct.evaluation.features import AttributeClassifier, Examiner, FeaturesOnly
+from diffinstruct.evaluation.features import AttributeClassifier, FeatureExtractor, FeaturesOnly
+from diffinstruct.evaluation.world import world_prompts
 from diffinstruct.method.rewards import RewardModel
+from diffinstruct.metrics import METRICS
 from diffinstruct.models.export import load_export
 from diffinstruct.models.pipeline import load_reference
-from diffinstruct.models.sources import POCKET
+from diffinstruct.models.world import World, world_of
 from diffinstruct.reports.frames import markdown
 from diffinstruct.reward_service.client import load_reward
 from diffinstruct.statistics import Array, Summary
@@ -35,46 +37,49 @@ STEPS = 50
 BATCH = 32
 
 
-def examine(
-    folders: Sequence[Path], prompts: str, rewards: Sequence[str], reference_pictures: int, seed: int
+def evaluate_generators(
+    folders: Sequence[Path], prompts: str | None, rewards: Sequence[str], reference_pictures: int, seed: int
 ) -> dict[str, Evaluation]:
-    """Every figure of the generators in `folders`, by the folder's name.
+    """Every metric of the generators in `folders`, by the folder's name.
 
-    prompts: a prompt set, see `read_prompts`; columns named like the truth's attributes are checked against the
-    pictures.
+    prompts: a prompt set, see `read_prompts`; columns named like the classifier's attributes are checked against the
+        pictures. None: the first evaluation split of the first run's world.
     rewards: names; none means those of the first run among the folders.
     reference_pictures: how many the reference makes, of the first prompts and other noise; 0 leaves distances out. The
         reference, and its guidance, are those of the first run.
     Raises UserError for what is neither run nor export, and where nothing says what to measure.
     """
-    table = read_prompts(prompts)
     runs = {folder: load_run(folder) for folder in folders if (folder / "experiment.yaml").is_file()}
     exports = [_export_of(folder, runs.get(folder)) for folder in folders]
     first = next(iter(runs.values()), None)
+    world = world_of(first.reference.model) if first else None
+    table = read_prompts(prompts) if prompts else _prompts_of(world, first, folders[0])
     names = list(rewards) or ([r.name for r in first.rewards.trained] + list(first.rewards.held_out) if first else [])
     if not names:
         raise UserError(f"{folders[0]}: is no run that names rewards; name some with --reward")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    judges = {name: load_reward(name, device) for name in names}
-    examiner = _examiner(first, judges, device)
-    own = _reference_features(first, examiner, table, reference_pictures, seed, device)
-    found = {}
+    models = {name: load_reward(name, device) for name in names}
+    extractor = _extractor(world, models, device)
+    features = _reference_features(first, extractor, table, reference_pictures, seed, device)
+    evaluations = {}
     for folder, name in zip(exports, _short(folders), strict=True):
         reference, generator = load_export(folder, device=device)
         print(f"measuring {name}: {len(table)} prompts", flush=True)
         try:
-            found[name] = evaluate(
+            evaluations[name] = evaluate(
                 reference.sampler(generator),
                 table,
-                judges,
-                examiner,
-                own,
+                models,
+                extractor,
+                features,
                 noise_shape=reference.latent_shape,
                 seed=seed,
+                open_attributes=world.open_attributes if world else {},
+                metrics=world.metrics() if world else METRICS,
             )
         except ValueError as error:  # a prompt table's attributes, or a reward that is not finite
             raise UserError(f"{folder}: {error}") from None
-    return found
+    return evaluations
 
 
 def report(evaluations: Mapping[str, Evaluation]) -> str:
@@ -101,20 +106,32 @@ def _export_of(folder: Path, run: Experiment | None) -> Path:
     return export
 
 
-def _examiner(run: Experiment | None, judges: Mapping[str, RewardModel], device: torch.device) -> Examiner:
-    if run and run.reference.model == "pocket":
-        return AttributeClassifier.load(POCKET / "classifier").to(device)
-    for reward in reversed(list(judges.values())):  # held-out ones come last: better than what was trained on
+def _prompts_of(world: World | None, run: Experiment | None, folder: Path) -> pd.DataFrame:
+    if world is None:
+        model = f"of {run.reference.model!r}" if run else "no run"
+        raise UserError(f"--prompts: name some; {folder} is {model}, which has none built in")
+    return world_prompts(world, world.evaluation_splits[:1])
+
+
+def _extractor(world: World | None, rewards: Mapping[str, RewardModel], device: torch.device) -> FeatureExtractor:
+    if world:
+        return AttributeClassifier.load(world.classifier).to(device)
+    for reward in reversed(list(rewards.values())):  # held-out ones come last: better than what was trained on
         if callable(features := getattr(reward, "features", None)):
             return FeaturesOnly(features)
     raise UserError(
-        f"--reward: none of {', '.join(judges)} has image features to measure distances with; add 'pickscore'"
+        f"--reward: none of {', '.join(rewards)} has image features to measure distances with; add 'pickscore'"
     )
 
 
 @torch.no_grad()
 def _reference_features(
-    run: Experiment | None, examiner: Examiner, table: pd.DataFrame, pictures: int, seed: int, device: torch.device
+    run: Experiment | None,
+    extractor: FeatureExtractor,
+    table: pd.DataFrame,
+    pictures: int,
+    seed: int,
+    device: torch.device,
 ) -> Array | None:
     if run is None or pictures == 0:
         return None
@@ -124,11 +141,11 @@ def _reference_features(
     print(f"the reference makes {len(texts)} pictures in {STEPS} steps", flush=True)
     made = [
         reference.decode(
-            reference.sample(texts[i : i + BATCH], noise[i : i + BATCH], STEPS, 1 + run.reference.guidance_scale)
+            reference.sample(texts[i : i + BATCH], noise[i : i + BATCH], STEPS, run.reference.guidance_scale)
         )
         for i in range(0, len(texts), BATCH)
     ]
-    return image_features(examiner, torch.cat(made))
+    return image_features(extractor, torch.cat(made))
 
 
 def _short(folders: Sequence[Path]) -> list[str]:

@@ -12,38 +12,40 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from accelerate import init_empty_weights
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import FrozenDict
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffinstruct.errors import UserError
 from diffinstruct.method.diffusion import Conditions, Schedule
 from diffinstruct.models.denoiser import InputScale, NetworkDenoiser, OneStepGenerator
 from diffinstruct.models.families import FAMILIES
-from diffinstruct.models.prompt_embeddings import NULL, Embeddings, digest
+from diffinstruct.models.prompt_embeddings import NULL, Embeddings
 from diffinstruct.models.sources import (
-    POCKET,
+    FOLDER_OR_HUB,
     SUPPORTED,
+    NoWeights,
     PipelineIndex,
+    WeightSource,
     message_lines,
+    network_from_file,
+    network_without_weights,
     only_safetensors,
     pinned,
     quiet,
     read_source,
     refuse_missing,
+    text_encoder_digest,
     unpacked,
 )
+from diffinstruct.models.world import named_world
 
 DECODERS = ("AutoencoderKL", "AutoencoderTiny")
 FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -55,6 +57,7 @@ class Reference:
     Not to be sent to another process: there, `load_reference` again and use the part that is needed.
 
     source: the folder or hub id that the parts are read from.
+    weights: what makes the parts of it.
     index: the pipeline's `model_index.json`.
     schedule: alpha_t and sigma_t, from the pipeline's own betas or flow.
     latent_shape: (C, H, W) of one sample, at the resolution that the network was trained for.
@@ -69,7 +72,9 @@ class Reference:
         activation_checkpointing: bool,
         embeddings: Path | None,
         decoder_dtype: torch.dtype | None = None,
+        weights: WeightSource = FOLDER_OR_HUB,
     ) -> None:
+        self.weights = weights
         self.source, self.index, self.dtype, self.device = source, index, dtype, device
         self.decoder_dtype = decoder_dtype or dtype
         self.activation_checkpointing = activation_checkpointing
@@ -91,20 +96,24 @@ class Reference:
         self._config = read_source(self._network_class.load_config, source, subfolder=self.family.part)
         size = self._config["sample_size"]
         self.latent_shape = (self._config["in_channels"], *((size, size) if isinstance(size, int) else size))
-        self.embeddings = Embeddings(embeddings, self._encoder()) if embeddings else None
-        # Prompt sets are finite: a run meets each prompt many times. 1,000 embeddings of SD1.5 are 0.24 GB in fp32.
-        # What is on
-        # disk the system caches.
+        self.embeddings = Embeddings(embeddings, text_encoder_digest(source, self.family)) if embeddings else None
+        # Prompt sets are finite: a run sees each prompt many times. 1,000 embeddings of SD1.5 are 0.24 GB in fp32.
+        # Those on disk are cached by the operating system.
         self._embedding = self._stored if embeddings else lru_cache(maxsize=1000)(self._embed)
 
     @property
     def _network_class(self) -> Any:
         return getattr(diffusers, self.family.network)
 
+    def _class(self, part: str) -> Any:
+        """The class of a part, of diffusers or transformers."""
+        if part in self.family.texts:
+            return getattr(transformers, self.family.texts[part])
+        return self._network_class if part == self.family.part else getattr(diffusers, self.index[part][1])
+
     @cached_property
     def vae(self) -> Any:
-        kind = getattr(diffusers, self.index["vae"][1])
-        vae = self._part(kind, self.source, "vae", self.decoder_dtype).requires_grad_(False)
+        vae = self._load("vae", self.decoder_dtype).requires_grad_(False)
         if self.activation_checkpointing:
             vae.enable_gradient_checkpointing()
         return vae
@@ -112,17 +121,20 @@ class Reference:
     @cached_property
     def texts(self) -> dict[str, Any]:
         """Tokenizers and text encoders, by their names in the pipeline."""
-        found: dict[str, Any] = {}
-        for name, kind in self.family.texts.items():
+        parts: dict[str, Any] = {}
+        for name in self.family.texts:
             if name.startswith("tokenizer"):
-                found[name] = read_source(getattr(transformers, kind).from_pretrained, self.source, subfolder=name)
+                parts[name] = read_source(self._class(name).from_pretrained, self.source, subfolder=name)
             else:
-                found[name] = self._part(getattr(transformers, kind), self.source, name).requires_grad_(False)
-        return found
+                parts[name] = self._load(name, self.dtype).requires_grad_(False)
+        return parts
+
+    def _load(self, part: str, dtype: torch.dtype) -> Any:
+        return self.weights.load(self._class(part), self.source, part, dtype, self.device)
 
     @cached_property
     def _pixels_per_latent(self) -> int:
-        config = read_source(getattr(diffusers, self.index["vae"][1]).load_config, self.source, subfolder="vae")
+        config = read_source(self._class("vae").load_config, self.source, subfolder="vae")
         blocks = config.get("block_out_channels") or config["decoder_block_out_channels"]
         return int(2 ** (len(blocks) - 1))
 
@@ -133,30 +145,12 @@ class Reference:
     @cached_property
     def _encoding(self) -> Any:
         """The pipeline as far as prompts need it: of the network its configuration alone, which takes no memory."""
-        return self.pipeline(**{self.family.part: self.empty_network()})
+        return self.pipeline(**{self.family.part: self.empty(self.family.part)})
 
-    def empty_network(self) -> Any:
-        """The network without weights, on the meta device."""
-        with torch.device("meta"):
-            return self._network_class.from_config(self._config)
-
-    def empty_encoders(self) -> dict[str, nn.Module]:
-        """The text encoders by name, without weights."""
-        found = {}
-        for name, kind in self.family.texts.items():
-            if not name.startswith("tokenizer"):
-                of = getattr(transformers, kind)
-                config = read_source(of.config_class.from_pretrained, self.source, subfolder=name)
-                with torch.device("meta"):
-                    found[name] = of(config)
-        return found
-
-    def empty_decoder(self) -> nn.Module:
-        """The decoder (and its encoder, which comes with it) without weights."""
-        kind = getattr(diffusers, self.index["vae"][1])
-        with torch.device("meta"), quiet():
-            decoder: nn.Module = kind.from_config(read_source(kind.load_config, self.source, subfolder="vae"))
-        return nn.Module.to(decoder, self.decoder_dtype)
+    def empty(self, part: str) -> Any:
+        """The network, the decoder ("vae") or a text encoder by its name in the pipeline, without weights."""
+        dtype = self.decoder_dtype if part == "vae" else self.dtype
+        return NoWeights().load(self._class(part), self.source, part, dtype, "meta")
 
     def pipeline(self, **parts: Any) -> Any:
         """diffusers' own pipeline with the text encoders and these parts, and nothing in the place of others."""
@@ -173,16 +167,19 @@ class Reference:
         """A fresh network of the reference's shape.
 
         start: "reference", "pocket-distilled", a folder or hub id that holds a network of the reference's class or a
-        pipeline
-            with one, or a .safetensors file of its weights, named as diffusers or as the model's authors do.
+            pipeline with one, or a .safetensors file of its weights, named as diffusers or as the model's authors do.
         dtype, device: the reference's, if not said; on "meta" without weights, but with its buffers.
         Raises UserError for a start that is not there or does not fit the reference.
         """
         dtype, device = dtype or self.dtype, device or self.device
         if str(device) == "meta":
-            network = nn.Module.to(self._weightless(), dtype=dtype).eval()  # as in `_start`
+            network = nn.Module.to(network_without_weights(self._network_class, self._config), dtype=dtype).eval()
+        elif Path(path := self.check_start(start)).is_file():
+            network = network_from_file(self._network_class, path, self._config, self.source, self.family.part)
+            # nn.Module's own `to`: diffusers' warns of what does not concern these models
+            network = nn.Module.to(network, device, dtype).requires_grad_(True).eval()
         else:
-            network = self._start(self.check_start(start), dtype, device)
+            network = self.weights.load(self._network_class, path, self._subfolder(path), dtype, device)
         if str(device).startswith("cuda"):  # the layout in which GPUs convolve
             network = network.to(memory_format=torch.channels_last)
         if self.activation_checkpointing:
@@ -192,7 +189,11 @@ class Reference:
     def check_start(self, start: str) -> str:
         """Where a start's weights lie; whether they fit, as far as they need not be read. Raises UserError as
         `network`."""
-        source = {"reference": self.source, "pocket-distilled": str(POCKET / "generator")}.get(start, start)
+        source = self.source if start == "reference" else start
+        if start == "pocket-distilled":
+            world = named_world("pocket")
+            assert world is not None
+            source = str(world.generator)
         refuse_missing("generator.init_from", source)
         if Path(source).is_file():
             only_safetensors("generator.init_from", Path(source))
@@ -302,8 +303,11 @@ class Reference:
 
     @torch.no_grad()
     def _embed(self, prompt: str | None) -> Conditions:
-        # Quiet: a prompt that is cut off would be told of at every worker. Not in the precision of whoever asks first,
-        # either.
+        given = self.weights.conditions(self.blank_conditions, self.device)
+        if given is not None:
+            return given
+        # Quiet: every worker would report a prompt that is cut off. Not in the autocast precision of the first caller,
+        # either: the embedding is cached.
         with quiet(), torch.autocast(torch.device(self.device).type, enabled=False):
             if prompt is NULL:
                 return self.family.null(self._encoding, self.device)
@@ -312,51 +316,6 @@ class Reference:
     def _stored(self, prompt: str | None) -> Conditions:
         assert self.embeddings is not None
         return {key: value.to(self.device) for key, value in self.embeddings.read(prompt).items()}
-
-    def _encoder(self) -> str:
-        """A name for what makes embeddings: the same files, the same name."""
-        folder = Path(self.source)
-        if not folder.is_dir():
-            endings = (".json", ".txt", ".model", ".safetensors")
-            wanted = [f"{part}/*{ending}" for part in self.family.texts for ending in endings]
-            folder = Path(read_source(snapshot_download, self.source, allow_patterns=wanted))
-        files = [path for part in self.family.texts for path in (folder / part).iterdir() if path.is_file()]
-        return f"{self.family.__name__}-{digest(files)}"
-
-    def _weightless(self) -> Any:
-        with init_empty_weights(include_buffers=False):
-            return self._network_class.from_config(self._config)
-
-    def _start(self, source: str, dtype: torch.dtype, device: torch.device | str) -> Any:
-        """A network from a folder, a hub id or a file."""
-        if not Path(source).is_file():
-            return self._part(self._network_class, source, self._subfolder(source), dtype, device)
-        network = self._weightless()
-        weights = read_source(load_file, source, key="generator.init_from")
-        if weights.keys() == network.state_dict().keys():
-            try:
-                network.load_state_dict(weights, assign=True)
-            except RuntimeError as error:
-                said = f"generator.init_from: {source} does not fit the reference {self.source}: {message_lines(error)[-1]}"
-                raise UserError(said) from None
-        elif hasattr(self._network_class, "from_single_file"):
-            with quiet():
-                name, revision = pinned(self.source)
-                where = {"config": name, "subfolder": self.family.part, **revision}
-                convert = partial(self._network_class.from_single_file, **where)
-                try:
-                    network = convert(str(Path(source).absolute()))
-                except Exception as error:  # the converters look for what they know and fall over what they do not
-                    raise UserError(
-                        f"generator.init_from: {source} holds no {self.family.network}: {message_lines(error)[-1]}"
-                    ) from None
-        else:
-            odd = min(weights.keys() ^ network.state_dict().keys())
-            raise UserError(
-                f"generator.init_from: {source} holds no {self.family.network}: only one of the two has {odd!r}"
-            )
-        # nn.Module's own `to`: diffusers' warns of what does not concern these models
-        return nn.Module.to(network, device, dtype).requires_grad_(True).eval()
 
     def _subfolder(self, source: str) -> str:
         """Where in a folder or hub repository the network is: under its part's name in a pipeline, at the top
@@ -368,20 +327,6 @@ class Reference:
             return ""
         return self.family.part
 
-    def _part(
-        self,
-        kind: Any,
-        source: str,
-        subfolder: str,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Any:
-        with quiet() if Path(source).is_dir() else nullcontext():  # a download keeps its progress bar
-            part = read_source(
-                kind.from_pretrained, source, subfolder=subfolder, use_safetensors=True, dtype=dtype or self.dtype
-            )
-        return part.to(device or self.device).eval()
-
 
 def load_reference(
     model: str,
@@ -390,19 +335,20 @@ def load_reference(
     activation_checkpointing: bool = False,
     embeddings: Path | None = None,
     decoder_dtype: torch.dtype | None = None,
+    weights: WeightSource = FOLDER_OR_HUB,
 ) -> Reference:
-    """Open "pocket" (the built-in world), a diffusers pipeline's folder, hub id or hub id@commit, or a .safetensors
-    file that holds a whole pipeline in its authors' layout; its parts load when used.
+    """Open "pocket" (the built-in world), another world's folder, a diffusers pipeline's folder, hub id or hub
+    id@commit, or a .safetensors file that holds a whole pipeline in its authors' layout; its parts load when used.
 
     dtype: of every part, whatever the files hold.
-    activation_checkpointing: networks and decoder keep their blocks' inputs alone and compute the rest again when they
-    are
-        differentiated.
-    embeddings: a folder of prompt embeddings (`embeddings.Embeddings`), from which prompts are then read.
+    activation_checkpointing: networks and decoder keep their blocks' inputs alone and compute the rest again in the
+        backward pass.
+    embeddings: a folder of prompt embeddings (`prompt_embeddings.Embeddings`), from which prompts are then read.
     decoder_dtype: of the decoder, if another.
+    weights: what makes the parts; by default they are read from where the configurations are.
     Raises UserError, one line, for what is not there or not supported.
     """
-    source = str(POCKET / "pipeline") if model == "pocket" else model
+    source = str(world.pipeline) if (world := named_world(model)) else model
     refuse_missing("reference.model", source)
     if Path(source).is_file():
         source = str(unpacked(Path(source)))
@@ -420,7 +366,7 @@ def load_reference(
                 f"reference.model: the {part} of {model} is a {found}, not a {' or '.join(classes)}; {SUPPORTED}"
             )
     try:
-        return Reference(source, index, dtype, device, activation_checkpointing, embeddings, decoder_dtype)
+        return Reference(source, index, dtype, device, activation_checkpointing, embeddings, decoder_dtype, weights)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         said = f"{type(error).__name__}: {message_lines(error)[0]}"
         raise UserError(f"reference.model: {model} is not as diffusers writes it: {said}") from error

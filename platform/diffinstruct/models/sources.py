@@ -1,29 +1,36 @@
-"""Where weights come from: folders, hub ids and files, and what is refused."""
+"""Where weights come from: folders, hub ids and files, and what is refused.
+
+`WeightSource` is the seam for rehearsals: a pipeline's modules with random weights, or with none.
+"""
 
 from __future__ import annotations
 
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import ConfigMixin
 from diffusers.utils import logging as diffusers_logging
 from filelock import FileLock
+from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from diffinstruct.errors import UserError, nearest_file
-from diffinstruct.models.families import FAMILIES
+from diffinstruct.method.diffusion import Conditions
+from diffinstruct.models.families import FAMILIES, StableDiffusion
 from diffinstruct.models.prompt_embeddings import digest
 
-POCKET = Path(__file__).parents[1] / "pocket"
 SUPPORTED = f"supported are pipelines of class {', '.join(FAMILIES)}"
 
 
@@ -31,6 +38,108 @@ class PipelineIndex(ConfigMixin):
     config_name = "model_index.json"
 
 
+# ------------------------------------------------------------------------------------------------- the seam
+class WeightSource(Protocol):
+    """It makes a pipeline's modules; their configurations are always read from the pipeline's files."""
+
+    def load(self, kind: Any, source: str, subfolder: str, dtype: torch.dtype, device: torch.device | str) -> Any:
+        """A module of class `kind`, of diffusers or transformers, in evaluation mode."""
+
+    def conditions(self, blank: Callable[[], Conditions], device: torch.device | str) -> Conditions | None:
+        """One prompt's conditions, of the shapes of `blank()`; None leaves them to the text encoders."""
+
+
+class FolderOrHub:
+    """The weights that lie beside the configurations, in a folder or on the hub."""
+
+    def load(self, kind: Any, source: str, subfolder: str, dtype: torch.dtype, device: torch.device | str) -> Any:
+        with quiet() if Path(source).is_dir() else nullcontext():  # a download keeps its progress bar
+            part = read_source(kind.from_pretrained, source, subfolder=subfolder, use_safetensors=True, dtype=dtype)
+        return part.to(device).eval()
+
+    def conditions(self, blank: Callable[[], Conditions], device: torch.device | str) -> Conditions | None:
+        return None
+
+
+FOLDER_OR_HUB = FolderOrHub()
+
+
+class RandomWeights:
+    """Random weights, the same ones at every call as if they had been read, and random conditions: for measurements
+    of speed and memory without a download."""
+
+    def load(self, kind: Any, source: str, subfolder: str, dtype: torch.dtype, device: torch.device | str) -> Any:
+        torch.manual_seed(0)
+        return nn.Module.to(without_weights(kind, source, subfolder, device), dtype).eval()
+
+    def conditions(self, blank: Callable[[], Conditions], device: torch.device | str) -> Conditions | None:
+        return {key: torch.randn(value.shape, device=device) for key, value in blank().items()}
+
+
+class NoWeights:
+    """Modules on the meta device, which have shapes and take no memory: for counting."""
+
+    def load(self, kind: Any, source: str, subfolder: str, dtype: torch.dtype, device: torch.device | str) -> Any:
+        return nn.Module.to(without_weights(kind, source, subfolder, "meta"), dtype)
+
+    def conditions(self, blank: Callable[[], Conditions], device: torch.device | str) -> Conditions | None:
+        return blank()
+
+
+def without_weights(kind: Any, source: str, subfolder: str, device: torch.device | str) -> Any:
+    """A module as its class initializes it, of the configuration in `source`; no file of weights is read."""
+    with torch.device(device), quiet():
+        if issubclass(kind, ConfigMixin):
+            return kind.from_config(read_source(kind.load_config, source, subfolder=subfolder))
+        return kind(read_source(kind.config_class.from_pretrained, source, subfolder=subfolder))
+
+
+def network_without_weights(kind: Any, config: Any) -> Any:
+    """diffusers' network on the meta device, with its buffers, which no file holds, where they belong."""
+    with init_empty_weights(include_buffers=False):
+        return kind.from_config(config)
+
+
+def network_from_file(kind: Any, file: str, config: Any, reference: str, part: str) -> Any:
+    """The network of a .safetensors file that names its weights as diffusers or as the model's authors do.
+
+    config: the reference network's, which lies as `part` in the pipeline `reference`.
+    Raises UserError for a file that cannot be read or holds no such network.
+    """
+    network = network_without_weights(kind, config)
+    weights = read_source(load_file, file, key="generator.init_from")
+    if weights.keys() == network.state_dict().keys():
+        try:
+            network.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            mismatch = f"generator.init_from: {file} does not fit the reference {reference}: {message_lines(error)[-1]}"
+            raise UserError(mismatch) from None
+        return network
+    if not hasattr(kind, "from_single_file"):
+        odd = min(weights.keys() ^ network.state_dict().keys())
+        raise UserError(f"generator.init_from: {file} holds no {kind.__name__}: only one of the two has {odd!r}")
+    with quiet():
+        name, revision = pinned(reference)
+        convert = partial(kind.from_single_file, config=name, subfolder=part, **revision)
+        try:
+            return convert(str(Path(file).absolute()))
+        except Exception as error:  # the converters look for what they know and fall over what they do not
+            problem = f"generator.init_from: {file} holds no {kind.__name__}: {message_lines(error)[-1]}"
+            raise UserError(problem) from None
+
+
+def text_encoder_digest(source: str, family: type[StableDiffusion]) -> str:
+    """A name for what makes embeddings: the same files, the same name."""
+    folder = Path(source)
+    if not folder.is_dir():
+        endings = (".json", ".txt", ".model", ".safetensors")
+        wanted = [f"{part}/*{ending}" for part in family.texts for ending in endings]
+        folder = Path(read_source(snapshot_download, source, allow_patterns=wanted))
+    files = [path for part in family.texts for path in (folder / part).iterdir() if path.is_file()]
+    return f"{family.__name__}-{digest(files)}"
+
+
+# ------------------------------------------------------------------------------------------------- files
 def unpacked(file: Path) -> Path:
     """The pipeline's folder that diffusers makes of a file that holds all of it, in the file's precision. It is kept
     beside what is downloaded, under the file's name and content.

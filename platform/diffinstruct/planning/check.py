@@ -98,13 +98,13 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         experiment.objective.name in ("di_star", "sim", "sid")
     )  # gradient to the networks' inputs; KL has none
     reference.one_step(nn.Identity(), generator.timestep)  # refuses a timestep that its schedule has not
-    network = sum(p.numel() for p in reference.empty_network().parameters())
+    network = sum(p.numel() for p in reference.empty(reference.family.part).parameters())
     held_frozen = frozen.itemsize * network
 
     def player(name: str, rank: int, **more: Any) -> ModelMemory:
         if not rank:
             return ModelMemory(name, network, 4 * network, **more)
-        base = SharedBase(reference.empty_network(), reference.family.adapted)
+        base = SharedBase(reference.empty(reference.family.part), reference.family.adapted)
         base.add("it", rank, 0)
         adapter = sum(weight.numel() for weight in base.role("it").parameters())
         return ModelMemory(f"{name}'s adapter", adapter, 4 * adapter, **more)
@@ -127,12 +127,12 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         start = player("start", generator.init_rank) if generator.init_rank else second
         worker.append(start)
     if experiment.prompts.embeddings is None:
-        for name, encoder in reference.empty_encoders().items():
-            worker.append(ModelMemory(name.replace("_", " "), *_count(encoder)))
+        for name in (part for part in reference.family.texts if not part.startswith("tokenizer")):
+            worker.append(ModelMemory(name.replace("_", " "), *_count(reference.empty(name))))
     trained = [reward.name for reward in experiment.rewards.trained]
     apart = [name for environment in experiment.cluster.rewards.environments for name in environment.rewards]
     uncounted, models = {}, dict[str, RewardModel]()
-    actor = [ModelMemory("decoder", *_count(reference.empty_decoder()), forwards=1, backwards=1)]
+    actor = [ModelMemory("decoder", *_count(reference.empty("vae")), forwards=1, backwards=1)]
     for name in (name for name in experiment.rewards.names if name not in apart):  # those may not even import here
         try:
             models[name] = load_reward(name)
@@ -168,7 +168,11 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     held = [role.memory / (shares if role in spread else 1) for role in worker]
     # Of the largest block, weights of this one and the next, and its gradient, in the arithmetic's precision and in
     # fp32
-    gathered = largest_block(reference.empty_network()) * (10 if experiment.precision == "bf16" else 16) * (shares > 1)
+    gathered = (
+        largest_block(reference.empty(reference.family.part))
+        * (10 if experiment.precision == "bf16" else 16)
+        * (shares > 1)
+    )
     per_worker, per_actor = (
         sum(held) + gathered + training.passing,
         sum(role.memory for role in actor) + judging.passing,

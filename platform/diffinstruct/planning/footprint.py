@@ -67,7 +67,7 @@ def of_training(
     settings = make_step_config(experiment, reference.schedule)
     with _Count(), torch.device("meta"):  # not yet among tensors without content: peft cannot move those
         roles = make_roles(experiment, reference, lambda load: load("meta"))
-    decoder = reference.empty_decoder()
+    decoder = reference.empty("vae")
     with _counting() as count:
         null = reference.blank_conditions()
         # Sharded networks are gathered in the arithmetic's precision, so autocast makes no copies of them
@@ -95,7 +95,7 @@ def of_training(
 
 def of_rewards(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel]) -> Footprint:
     """Of a reward actor, its rewards' own weights left aside; `flops` are those of a micro-batch."""
-    decoder = reference.empty_decoder()
+    decoder = reference.empty("vae")
     with _counting() as count:
         send = _judge(experiment, reference, decoder, rewards)
         held, samples = count.live, experiment.rewards.micro_batch_size

@@ -30,6 +30,7 @@ from filelock import FileLock
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError, nearest_file
+from diffinstruct.metrics import DISTANCES, HELD_OUT, METRICS
 from diffinstruct.statistics import Estimate, Summary, over_seeds
 from diffinstruct.tracking.journal import COMMIT
 from diffinstruct.tracking.records import read_journal
@@ -112,9 +113,9 @@ def load_sweep(path: Path | str) -> pd.DataFrame:
 
     Columns: `run` (its folder; in a CSV the trial's name), `status` ("finished", "failed", "unfinished"), `reason` (why
     it ended otherwise), `commit` (of the code), `step` (rounds it has measured), `alarm` (step of the first alarm of
-    reward hacking), every dotted key of its configuration, its last metrics, what was found on examination. A CSV has
+    reward hacking), every dotted key of its configuration, its last metrics, its evaluation. A CSV has
     those that were kept. NaN: does not apply.
-    A measure of which any run has an interval holds examined values alone: training's metric of the same name is
+    A measure of which any run has an interval holds evaluated values alone: training's metric of the same name is
     another thing. Raises UserError in one line for a path that holds no run, and for a file in it that cannot be read.
     """
     path = Path(path)
@@ -164,7 +165,7 @@ def learning_curves(path: Path | str) -> pd.DataFrame:
 
 
 def with_intervals(frame: pd.DataFrame) -> list[str]:
-    """The measures that have intervals, in the order of the columns: they were examined."""
+    """The measures that have intervals, in the order of the columns: they were evaluated."""
     return [column for column in frame if f"{column}.low" in frame]
 
 
@@ -181,15 +182,14 @@ class Measures:
         """Column -> what figures and tables call it, in the order above."""
         said = {
             self.trained: f"trained reward, {_reward(self.trained)}",
-            self.held_out: f"held-out reward, {_reward(self.held_out)}",
-            self.distance: {"kid": "KID to the reference"}.get(str(self.distance), "divergence from the reference"),
-            self.diversity: {"diversity": "diversity"}.get(str(self.diversity), "variety, share of the start's"),
+            self.held_out: METRICS[HELD_OUT].title.format(_reward(self.held_out)),
+            **{name: METRICS[name].title for name in (self.distance, self.diversity) if name},
         }
         return {column: title for column, title in said.items() if column is not None}
 
 
 def measures(frame: pd.DataFrame) -> Measures:
-    """What a frame's runs are judged by: the examined measure if any run has it, else the training's last. Of several
+    """What a frame's runs are judged by: the evaluated measure if any run has it, else the training's last. Of several
     trained, or held-out, rewards the first counts."""
     intervals = with_intervals(frame)
     held_out = [str(column).partition("/")[2] for column in frame if str(column).startswith("held_out/")]
@@ -208,7 +208,7 @@ def measures(frame: pd.DataFrame) -> Measures:
     return Measures(
         first(*(f"reward/{name}" for name in trained[:1])),
         first(*(f"{kind}/{name}" for name in held_out[:1] for kind in ("reward", "held_out"))),
-        first("kid", "x0_gap"),
+        first(*DISTANCES),
         first("diversity", "overoptimization/variety"),
     )
 
@@ -225,7 +225,7 @@ def swept(frame: pd.DataFrame) -> list[str]:
 def points(frame: pd.DataFrame) -> pd.DataFrame:
     """One row for each configuration among the finished runs: the swept keys, `runs` (a tuple of their names), and each
     of `measures` with its interval. Of several training seeds: the mean and Student's interval over them; of one: the
-    run's own interval over prompts, if it was examined."""
+    run's own interval over prompts, if it was evaluated."""
     keys, wanted, done = swept(frame), measures(frame).titles(), frame[frame["status"] == "finished"]
     found = []
     for _, group in done.groupby(keys or np.zeros(len(done)), sort=False, dropna=False):
@@ -327,7 +327,7 @@ def _run(folder: Path) -> dict[str, Any]:
     }
     for record in measured:
         row |= record["metrics"]
-    for name in ("metrics.json", "examination.json"):
+    for name in ("metrics.json", "examination.json", "evaluation.json"):  # the second is what version 0.1 wrote
         if (file := folder / name).exists():
             try:
                 found = json.loads(file.read_text())

@@ -24,6 +24,7 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.prompts import read_prompts
 from diffinstruct.config.reading import load, load_run
 from diffinstruct.errors import UserError
+from diffinstruct.metrics import METRICS, find_metric
 from diffinstruct.reports import plots
 from diffinstruct.reports.frames import (
     Measures,
@@ -50,11 +51,8 @@ MOST_COLUMNS = 3
 """Of swept keys that are columns of their own; more are put in words."""
 MOST_ROWS, MOST_EVENTS, MOST_CHARACTERS = 400, 200, 1000
 """Of a table of trials; of a run; of a cell or an event."""
-CURVES = {
-    "x0_gap": "divergence from the reference",
-    "overoptimization/unexplained": "gain of the trained beyond the held-out, spreads",
-    "overoptimization/variety": "variety, share of the start's",
-}
+CURVES = ("x0_gap", "overoptimization/unexplained", "overoptimization/variety")
+"""Metrics of training that a page draws, beside the rewards."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,10 @@ def of_run(folder: Path, run: pd.Series) -> str:
         changes=experiment.changes(Experiment()),
         curves=_curves(values, frame),
         pictures=pictures_over_time(folder, experiment),
-        examination=[(measure, figure(run, measure), int(run[f"{measure}.n"])) for measure in intervals],
+        evaluation=[
+            (name, metric.title if (metric := find_metric(name)) else "", figure(run, name), int(run[f"{name}.n"]))
+            for name in intervals
+        ],
         metrics=metrics,
         alarms=[record["text"] for record in events if record["event"] == "hacking"][:MOST_EVENTS],
         events=events[:MOST_EVENTS],
@@ -223,7 +224,9 @@ def _grid_prompts(experiment: Experiment) -> list[str]:
 def _curves(values: pd.DataFrame, frame: pd.DataFrame) -> str | None:
     rewards = sorted(key for key in values["key"].unique() if key.startswith(("reward/", "held_out/")))[::-1]
     kinds = {key: "trained" if key.startswith("reward/") else "held-out" for key in rewards[:6]}
-    titles = {key: f"{kind} reward, {key.partition('/')[2]}" for key, kind in kinds.items()} | CURVES
+    titles = {key: f"{kind} reward, {key.partition('/')[2]}" for key, kind in kinds.items()} | {
+        key: METRICS[key].title for key in CURVES
+    }
     known = {key: title for key, title in titles.items() if values["key"].eq(key).any()}
     return _drawn(lambda file: plots.curves(values, frame, known, file))[0] if known else None
 

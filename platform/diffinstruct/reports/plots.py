@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
 from PIL import Image
 
+from diffinstruct.metrics import METRICS
 from diffinstruct.reports.frames import Measures, described, pareto_front, plain, reward_gap, short, swept
 
 COLUMNS = 4
@@ -112,7 +113,8 @@ def heat_maps(frame: pd.DataFrame, of: Measures, x: str, y: str, path: Path) -> 
     if gap.notna().any():
         panels[f"trained minus held-out gain,\n{unit}"] = gap
     done = frame["status"] == "finished"
-    costs = (of.titles().get(str(of.distance)), f"trained minus held-out gain,\n{unit}")
+    costs = [title for name, title in of.titles().items() if name in METRICS and METRICS[name].direction == "down"]
+    costs.append(f"trained minus held-out gain,\n{unit}")
     rows = math.ceil(len(panels) / 3)
     height = 0.9 + 0.42 * frame.loc[done, y].nunique(dropna=False)
     with canvas(path, rows * max(2.2, height)) as picture:

@@ -17,7 +17,7 @@ OUTSIDE = -100.0
 
 @dataclass(frozen=True)
 class SelectionCriterion:
-    """Names of figures: of a run's last metrics, of its last look (`overoptimization/...`), of its examination.
+    """Names of figures: of a run's last metrics, of its last look (`overoptimization/...`), of its evaluation.
 
     maximize: the held-out reward. minimize: the distance, for a search with two objectives. floors, ceilings: bounds; a
     trial that breaks one is worth nothing, however high its reward. A figure that is not there (yet) bounds nothing.

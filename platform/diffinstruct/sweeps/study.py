@@ -27,7 +27,7 @@ from diffinstruct.reports.frames import KEY, TrialRows, markdown, measures, poin
 from diffinstruct.run_folder.signals import EXIT_PAUSED, Paused
 from diffinstruct.statistics import Summary, by_seed, paired_by_seed, seed_noise
 from diffinstruct.sweeps.points import Point, changed
-from diffinstruct.sweeps.trials import Examine
+from diffinstruct.sweeps.trials import EvaluateRun
 from diffinstruct.sweeps.tune import SweepError, sweep
 from diffinstruct.tracking.journal import publish
 from diffinstruct.tracking.records import read_journal
@@ -89,12 +89,12 @@ class StudyResult:
 
 
 SMOKE = {"steps": 2, "global_batch_size": 4, "logging.every": 1, "logging.grid_prompts": 2}
-SMOKE_EVERY = 30  # prompts of the examination, which takes longer than two steps
+SMOKE_EVERY = 30  # prompts of the evaluation, which takes longer than two steps
 
 
 @dataclass(frozen=True)
 class Study:
-    """arms: name -> what it changes of `recipe`. measures: column of a trial's row -> what the table calls it. examine:
+    """arms: name -> what it changes of `recipe`. measures: column of a trial's row -> what the table calls it. evaluate:
     as a sweep's; with `every=n` it is content with every n-th prompt. rows: the CSV file of the recipe's finished
     trials, which its studies share."""
 
@@ -104,7 +104,7 @@ class Study:
     arms: Mapping[str, Point]
     seeds: Sequence[int]
     measures: Mapping[str, str]
-    examine: Callable[..., Mapping[str, float]]
+    evaluate: Callable[..., Mapping[str, float]]
     rows: Path
 
     def main(self) -> StudyResult | None:
@@ -114,7 +114,7 @@ class Study:
             description=self.question, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         parser.add_argument(
-            "--smoke", action="store_true", help="first and last arm, 1 seed, 2 steps, few prompts examined"
+            "--smoke", action="store_true", help="first and last arm, 1 seed, 2 steps, evaluated on few prompts"
         )
         parser.add_argument("--trials", type=int, metavar="N", help="run at most N of those that are missing")
         asked = parser.parse_args()
@@ -132,14 +132,14 @@ class Study:
 
     def answer(self, most: int | None = None) -> StudyResult | None:
         base = load(self.recipe)
-        return self._answer(base, TrialRows(self.rows), self.arms, self.seeds, self.examine, most)
+        return self._answer(base, TrialRows(self.rows), self.arms, self.seeds, self.evaluate, most)
 
     def smoke(self) -> StudyResult | None:
         base = changed(load(self.recipe), {"name": f"{self.name}-smoke", **SMOKE})
         first, *_, last = [*self.arms] * 2  # there may be one
         arms = {name: {k: v for k, v in self.arms[name].items() if k not in SMOKE} for name in (first, last)}
-        rows, examine = TrialRows(_folder(base) / self.rows.name), partial(self.examine, every=SMOKE_EVERY)
-        return self._answer(base, rows, arms, self.seeds[:1], examine)
+        rows, evaluate = TrialRows(_folder(base) / self.rows.name), partial(self.evaluate, every=SMOKE_EVERY)
+        return self._answer(base, rows, arms, self.seeds[:1], evaluate)
 
     def _answer(
         self,
@@ -147,10 +147,10 @@ class Study:
         rows: TrialRows,
         arms: Mapping[str, Point],
         seeds: Sequence[int],
-        examine: Examine,
+        evaluate: EvaluateRun,
         most: int | None = None,
     ) -> StudyResult | None:
-        frame = complete(rows, base, arms, seeds, _folder(base), examine, most)
+        frame = complete(rows, base, arms, seeds, _folder(base), evaluate, most)
         if frame is None:
             print("trials are missing: the same command goes on")
             return None
@@ -176,7 +176,7 @@ def complete(
     arms: Mapping[str, Point],
     seeds: Sequence[int],
     folder: Path,
-    examine: Examine,
+    evaluate: EvaluateRun,
     most: int | None = None,
 ) -> pd.DataFrame | None:
     """Run the trials, every arm with every seed, that have no row yet, `most` of them at most; all rows, or None while
@@ -199,7 +199,7 @@ def complete(
     warn_of_passing_copy(rows.path.absolute())
     print(f"{rows.path}: {len(points) - len(missing)} of {len(points)} trials are there", flush=True)
     if todo:
-        sweep(base, [points[trial] for trial in todo], folder, examine, add)
+        sweep(base, [points[trial] for trial in todo], folder, evaluate, add)
     if rows.missing(points):
         return None
     found = rows.read().set_index(KEY).loc[[trial for _, trial in wanted]].reset_index()

@@ -36,7 +36,7 @@ from diffinstruct.sweeps.points import DRAWN, Optuna, Point, changed, check_doma
 SHARED = "is the same in all trials of a sweep, because they share their reward actors"
 LISTEN = 0.5  # seconds between two looks into a trial's journal
 
-Examine = Callable[[Experiment, Path], Mapping[str, float]]
+EvaluateRun = Callable[[Experiment, Path], Mapping[str, float]]
 """(experiment, folder of its finished run) -> figures for its row."""
 
 
@@ -48,9 +48,9 @@ class Trials:
     """
 
     def __init__(
-        self, base: Experiment, points: Sequence[Point] | Optuna, folder: Path, examine: Examine | None
+        self, base: Experiment, points: Sequence[Point] | Optuna, folder: Path, evaluate: EvaluateRun | None
     ) -> None:
-        self.base, self.points, self.folder, self.examine = base, points, folder, examine
+        self.base, self.points, self.folder, self.evaluate = base, points, folder, evaluate
         self.ledger = folder / "trials.jsonl"
         self.known: dict[int, tuple[Point, str]] = {}  # number -> point, name of the run's folder
         listed = [] if isinstance(points, Optuna) else list(points)
@@ -174,18 +174,19 @@ class Trials:
         return changed(self.base, self.point(i))
 
     def finished(self, i: int) -> bool:
-        """Whether trial `i` has its row: metrics.json is the last thing that a run writes, examination.json that of a
-        trial."""
-        files = ["metrics.json"] + ["examination.json"] * bool(self.examine)
-        return i in self.known and all((self.run(i) / name).exists() for name in files)
+        """Whether trial `i` has its row: metrics.json is the last file that a run writes, evaluation.json that a trial
+        does."""
+        if i not in self.known or not (self.run(i) / "metrics.json").exists():
+            return False
+        return not self.evaluate or evaluation_file(self.run(i)).exists()
 
     def row(self, i: int) -> dict[str, Any]:
-        """A finished run: its point in the space, its folder, its last metrics, what was found on examination."""
-        found: dict[str, Any] = {**self.point(i), "run": str(self.run(i))}
-        for name in ("metrics.json", "examination.json"):
-            if (self.run(i) / name).exists():
-                found |= json.loads((self.run(i) / name).read_text())
-        return found
+        """A finished run: its point in the space, its folder, its last metrics, its evaluation."""
+        row: dict[str, Any] = {**self.point(i), "run": str(self.run(i))}
+        for file in (self.run(i) / "metrics.json", evaluation_file(self.run(i))):
+            if file.exists():
+                row |= json.loads(file.read_text())
+        return row
 
     def table(self) -> pd.DataFrame:
         """The rows of those that have finished."""
@@ -224,12 +225,12 @@ class Trial:
         report: dict[str, float] = {}
         for report in self._train(experiment, self.trials.name(point)):
             self._report(report)
-        if self.trials.examine and not (examination := self.folder / "examination.json").exists():
-            found = examine(self.trials.examine, experiment, self.folder, self.started_in)
-            values = {key: value for key, value in found.items() if key.rpartition(".")[2] not in ("low", "high", "n")}
+        if self.trials.evaluate and not (file := evaluation_file(self.folder)).exists():
+            evaluation = evaluated(self.trials.evaluate, experiment, self.folder, self.started_in)
+            values = {key: value for key, value in evaluation.items() if key.rpartition(".")[2] not in ("low", "high", "n")}
             add_examination(self.folder, experiment.tracking.uri, self.trials.row(i)["step"], values)
-            examination.with_suffix(".tmp").write_text(json.dumps(found, indent=2) + "\n")
-            examination.with_suffix(".tmp").replace(examination)
+            file.with_suffix(".tmp").write_text(json.dumps(evaluation, indent=2) + "\n")
+            file.with_suffix(".tmp").replace(file)
         figures = report | {k: v for k, v in self.trials.row(i).items() if isinstance(v, int | float)}
         if report or not self.population:  # weights that were taken over at the last step were not looked at again
             self._look_for(figures)
@@ -322,15 +323,21 @@ class Reports:
                 yield {"step": record["step"], **metrics, **self.watched}
 
 
-def examine(how: Examine, experiment: Experiment, folder: Path, started_in: str) -> dict[str, float]:
-    """What `how` finds, from a task of a worker's size beside the trial's own group."""
+def evaluation_file(folder: Path) -> Path:
+    """A run's evaluation; version 0.1 called it examination.json."""
+    old = folder / "examination.json"
+    return old if old.exists() else folder / "evaluation.json"
+
+
+def evaluated(evaluate: EvaluateRun, experiment: Experiment, folder: Path, started_in: str) -> dict[str, float]:
+    """A run's evaluation, made in a task of a worker's size beside the trial's own group."""
 
     def task() -> dict[str, float]:
         import torch
 
         stand_in(started_in)
         torch.set_num_threads(experiment.cluster.cpus_per_worker)
-        return dict(how(experiment, folder))
+        return dict(evaluate(experiment, folder))
 
     of_worker = ray_options(experiment.cluster.per_worker)
     return ray.get(ray.remote(task).options(**of_worker, scheduling_strategy="DEFAULT", max_retries=3).remote())

@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import ray
@@ -40,13 +40,10 @@ from diffinstruct.reward_service.monitor import METRICS
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.signals import Paused
 from diffinstruct.sweeps.criterion import SelectionCriterion
-from diffinstruct.tracking.journal import Tracker
-
-if TYPE_CHECKING:
-    pass
 from diffinstruct.sweeps.points import Optuna, Point
 from diffinstruct.sweeps.searchers import Asking, Listed
-from diffinstruct.sweeps.trials import Examine, Shared, Trial, Trials
+from diffinstruct.sweeps.trials import EvaluateRun, Shared, Trial, Trials
+from diffinstruct.tracking.journal import Tracker
 
 DRIVER = {HEAD: 0.001}
 """What a trial's own process asks for: a slot that every cluster has, on its head. If it took a CPU, trials could hold
@@ -64,14 +61,14 @@ def sweep(
     base: Experiment,
     points: Sequence[Point] | Optuna,
     folder: Path,
-    examine: Examine | None = None,
+    evaluate: EvaluateRun | None = None,
     on_row: OnRow = lambda i, row: None,
     scheduler: TrialScheduler | None = None,
     aim: SelectionCriterion | None = None,
 ) -> pd.DataFrame:
     """Run `base` once for each of `points`, as child runs of one MLflow run.
 
-    Returns one row a trial: its point, "run" (its folder, below `folder`), its last metrics, and what `examine` makes
+    Returns one row a trial: its point, "run" (its folder, below `folder`), its last metrics, and what `evaluate` makes
     of it, in a task of a worker's size. The same call again goes on: finished trials are not run twice, others continue
     from their checkpoints, the same MLflow runs go on. `on_row` gets each row as soon as its trial has ended. All
     trials that are known beforehand are checked before the first one starts. They share the reward actors of `base`:
@@ -85,7 +82,7 @@ def sweep(
     """
     folder = folder.absolute()
     base = base.tracked_at(tracking_uri(base.tracking.uri, folder.parent))
-    trials = Trials(base, points, folder, examine)
+    trials = Trials(base, points, folder, evaluate)
     if scheduler or isinstance(points, Optuna):
         aim = aim or SelectionCriterion()
         _check_probes(trials, aim, scheduler)
