@@ -143,7 +143,11 @@ class RewardPool:
         what, asked = f"shake hands over {len(prompts)} samples", frozenset(trained)
         calls = [
             self._call(
-                group, 0, what, lambda actor, id: actor.validate.remote(id, array, prompts, asked), asks=VALIDATION_CALLS
+                group,
+                0,
+                what,
+                lambda actor, id: actor.validate.remote(id, array, prompts, asked),
+                asks=VALIDATION_CALLS,
             )
             for group in self.groups
         ]

@@ -227,7 +227,9 @@ class Trial:
             self._report(report)
         if self.trials.evaluate and not (file := evaluation_file(self.folder)).exists():
             evaluation = evaluated(self.trials.evaluate, experiment, self.folder, self.started_in)
-            values = {key: value for key, value in evaluation.items() if key.rpartition(".")[2] not in ("low", "high", "n")}
+            values = {
+                key: value for key, value in evaluation.items() if key.rpartition(".")[2] not in ("low", "high", "n")
+            }
             add_examination(self.folder, experiment.tracking.uri, self.trials.row(i)["step"], values)
             file.with_suffix(".tmp").write_text(json.dumps(evaluation, indent=2) + "\n")
             file.with_suffix(".tmp").replace(file)
