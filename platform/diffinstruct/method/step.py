@@ -133,12 +133,13 @@ def alternating_round(
     collect = send(sample, prompts) if finite.check("the generator's sample", sample) else None
     exposed = time.perf_counter() - sending  # rewards in this process have their answer now
 
-    regularizer_grad = torch.zeros_like(sample)
     if config.objective:
         for k in range(config.score_updates):
             metrics |= score_update(train_state, config, schedule, noise, sample, c, noise.SCORE + 3 * k, finite)
         regularizer_grad, means = _regularizer_gradient(train_state, config, config.objective, noise, sample, c, finite)
         metrics |= means
+    else:
+        regularizer_grad = torch.zeros_like(sample)
     reward_grad, means = _reward_gradient(config.reward_scale, collect, sample, finite)
     metrics |= means
     metrics["time/reward_exposed"] += exposed
