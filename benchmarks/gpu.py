@@ -119,7 +119,7 @@ class World:
             {
                 "precision": precision,
                 "reference": {"model": str(folder)},
-                "generator": {"start": "reference", "lora_rank": rank, **MODELS[setting.model][1]},
+                "generator": {"init_from": "reference", "lora_rank": rank, **MODELS[setting.model][1]},
                 "score_network": {"lora_rank": rank},
                 "objective": {"name": OBJECTIVES[setting.loop]},
                 "rewards": {"trained": [{"name": REWARD}], "held_out": []},

@@ -773,7 +773,7 @@ def stage_distill(work: Path, steps: int = 240) -> None:
     base = Experiment().model_dump(mode="json")
     base |= {"name": "distill", "steps": steps, "global_batch_size": 24, "precision": "bf16"}
     base |= {"rewards": {"trained": [], "held_out": []}}
-    base["generator"] |= {"start": "reference", "learning_rate": 2e-4, "ema_decay": 0.98}
+    base["generator"] |= {"init_from": "reference", "learning_rate": 2e-4, "ema_decay": 0.98}
     base["score_network"] |= {"learning_rate": 4e-4, "updates_per_step": 2}
     base["reference"] |= {
         "guidance_scale": 2.0
