@@ -104,7 +104,7 @@ METRICS: dict[str, Metric] = {
 
 def find_metric(column: str, metrics: Mapping[str, Metric] = METRICS) -> Metric | None:
     """The metric that a column holds, a family's member under its own name and title; None for any other column."""
-    if column in metrics:
+    if column in metrics and not column.endswith("/"):
         return metrics[column]
     family, slash, member = column.partition("/")
     if member and (row := metrics.get(family + slash)):

@@ -289,22 +289,6 @@ def no_rounds(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_rounds")
-@pytest.mark.parametrize(
-    ("overrides", "work"),
-    [
-        (["reference.guidance_scale=1"], 10),
-        (["score_network.updates_per_step=3"], 18),
-        (["score_network.updates_per_step=3", "score_network.reuse_sample=false"], 21),
-        (["objective.name=reward_only"], 3),
-        (["objective.name=diff_instruct_pp"], 9),
-    ],
-)
-def test_check_counts_the_work(file, capsys, overrides, work):
-    main(["check", str(file), *(f"-s{override}" for override in overrides)])
-    assert f"work       {work} forwards' worth of one network" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("no_rounds")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_check_counts_adapters(file, model, capsys, precision):
     """As the roles are, to the byte: one base, frozen in the arithmetic's precision, and what is trained beside it."""

@@ -6,11 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from diffinstruct.evaluation.comparison import Comparison
 from diffinstruct.evaluation.evaluate import compare, evaluate, image_features
 from diffinstruct.evaluation.features import AttributeClassifier
-from diffinstruct.metrics import METRICS, Metric, kid, kid_replicates, mean_pairwise_distance
+from diffinstruct.metrics import METRICS, Metric, find_metric, kid, kid_replicates, mean_pairwise_distance
 from diffinstruct.models.world import OpenAttribute
 from diffinstruct.reports.frames import markdown, table
 from diffinstruct.statistics import Estimate, bootstrap_mean, paired_difference, resamples, wilson, win_rate
@@ -267,6 +269,32 @@ def test_compare_pairs_everything(prompts):
     assert (itself["kid"].low, itself["kid"].high, itself["wins/red"].value) == (0, 0, 0.5)
 
 
+def saturation(images):
+    return (images.amax(1) - images.amin(1)).mean((1, 2))
+
+
+def test_a_new_metric_is_one_row(prompts, monkeypatch):
+    """It is in the table, the summary, the paired differences, the Markdown and the page, under its title."""
+    monkeypatch.setitem(METRICS, "saturation", Metric("saturation", "mean saturation", "down", function=saturation))
+    one, other = run(paint_bright, prompts), run(paint, prompts)
+    assert one.summary()["saturation"] == bootstrap_mean(one.table["saturation"], 0)
+    difference = compare(other, one)["saturation"]
+    assert difference == paired_difference(other.table["saturation"], one.table["saturation"], 0)
+    picture = [Image.new("RGB", (4, 4))]
+    comparison = Comparison({}, {"one": one, "other": other}, ["a pot"], {"one": picture, "other": picture})
+    assert " saturation |" in comparison.text() and str(difference) in comparison.text()
+    page = comparison.page()
+    assert "mean saturation, less is better" in page and str(difference) in page
+    assert "KID to the reference, less is better" in page and "colour right" in page
+
+
+def test_metrics_are_found_by_column():
+    assert find_metric("reward/a:B") == Metric("reward/a:B", "reward, a:B")
+    assert find_metric("accuracy/mouth").interval == "share" and find_metric("accuracy").interval == "mean"
+    assert find_metric("kid").direction == "down"
+    assert [find_metric(column) for column in ("prompt", "seen/mouth", "reward/", "split")] == [None] * 4
+
+
 def test_compare_refuses_what_is_not_paired(prompts):
     result = run(paint, prompts)
     with pytest.raises(ValueError, match="same prompts and the same seed"):
@@ -312,6 +340,11 @@ def test_the_classifier_survives_its_folder(tmp_path):
     assert torch.equal(loaded(images)[1]["mouth"], logits["mouth"])
     assert loaded.classes == classifier.classes
     assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_a_classifier_of_other_pictures(tmp_path):
+    AttributeClassifier({"colour": COLOURS}, pixels=32).save(tmp_path)
+    assert AttributeClassifier.load(tmp_path)(torch.rand(2, 3, 32, 32))[0].shape == (2, 256)
 
 
 def test_the_features_know_where_something_is():

@@ -1,14 +1,14 @@
-"""What a round costs, counted by torch on the pocket world's U-Net, in forward passes of it (F).
+"""The cost of a round, counted by torch on the pocket world's U-Net, in forward passes of it (F).
 
-Generator: forward and backward 3. Score network: 3 an update, on a reused sample. Regulariser, guided: three forwards,
-and,
-where gradient flows through the networks to their inputs, three backwards of that alone: 6, or 3 for KL.
+Generator: forward and backward 3. Score network: 3 an update, on a reused sample. Regularizer, guided: three forwards,
+and, where gradient flows through the networks to their inputs, three backwards of that alone: 6, or 3 for KL.
 """
 
 from functools import partial
 
 import pytest
 import torch
+from tiny import pipelines
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffinstruct.config.experiment import Experiment
@@ -19,6 +19,7 @@ from diffinstruct.method.step import alternating_round, score_update, unwrapped
 from diffinstruct.models.denoiser import NetworkDenoiser
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.roles import make_roles
+from diffinstruct.planning.footprint import Passes, of_training
 from diffinstruct.training.build import make_step_config, make_train_state
 
 BATCH = 2
@@ -40,19 +41,19 @@ def reference():
     return load_reference("pocket")
 
 
-@pytest.mark.parametrize(
-    ("name", "guidance_scale", "where", "forwards"),
-    [
-        ("di_star", 3.0, "in", 9),
-        ("di_star", 3.0, "out", 9),
-        ("di_star", 1.0, "in", 7),
-        ("sid", 3.0, "in", 9),
-        ("diff_instruct_pp", 3.0, "in", 6),
-        ("diff_instruct_pp", 3.0, "out", 6),
-        ("dmd", 3.0, "in", 6),
-        ("reward_only", 3.0, "in", 3),
-    ],
-)
+CASES = [
+    ("di_star", 3.0, "in", 9),
+    ("di_star", 3.0, "out", 9),
+    ("di_star", 1.0, "in", 7),
+    ("sid", 3.0, "in", 9),
+    ("diff_instruct_pp", 3.0, "in", 6),
+    ("diff_instruct_pp", 3.0, "out", 6),
+    ("dmd", 3.0, "in", 6),
+    ("reward_only", 3.0, "in", 3),
+]
+
+
+@pytest.mark.parametrize(("name", "guidance_scale", "where", "forwards"), CASES)
 def test_a_round_costs_what_the_arithmetic_says(reference, monkeypatch, name, guidance_scale, where, forwards):
     content = Experiment().model_dump()
     content["objective"]["name"] = name
@@ -87,3 +88,41 @@ def test_a_round_costs_what_the_arithmetic_says(reference, monkeypatch, name, gu
             both,
         ]  # generator, score update, score network, reference: both prompts at once
     assert 0.97 * forwards * one <= whole - score <= 1.03 * forwards * one
+
+
+# ------------------------------------------------------------------------------------------ passes
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(an experiment on the tiny pipeline, its reference)"""
+    experiment = pipelines.experiment(tmp_path_factory.mktemp("tiny"))
+    return experiment, load_reference(experiment.reference.model)
+
+
+def passes_of(tiny, name, guidance_scale=3.0, where="in", **more):
+    content = tiny[0].model_dump() | {"global_batch_size": BATCH}
+    content["objective"]["name"] = name
+    content["reference"] |= {"guidance_scale": guidance_scale, "guidance": where}
+    content["score_network"] |= more
+    return of_training(Experiment.model_validate(content), tiny[1]).passes
+
+
+@pytest.mark.parametrize(
+    ("name", "guidance_scale", "where", "forwards", "more"),
+    [*((*case, {}) for case in CASES), ("di_star", 3.0, "in", 9, {"updates_per_step": 3, "reuse_sample": False})],
+)
+def test_passes_are_counted_as_the_arithmetic_says(tiny, name, guidance_scale, where, forwards, more):
+    """The table of `check`, derived by hand. Gradient through the networks' inputs: not for the KL family."""
+    updates = more.get("updates_per_step", 1) if name != "reward_only" else 0
+    prompts = (1 + (guidance_scale != 1)) * (updates > 0)  # conditional and null
+    through = int(name in ("di_star", "sid"))
+    fresh = updates if more else 0
+    passes = passes_of(tiny, name, guidance_scale, where, **more)
+    assert passes["generator"] == Passes(1 + fresh, 1, 1)
+    assert passes["score network"] == Passes(updates + (updates > 0), updates + through, updates)
+    assert passes["reference"] == Passes(prompts, prompts * through, 0)
+    assert sum(each.work for each in passes.values()) == forwards + 3 * updates + fresh
+
+
+def test_a_micro_batch_sends_the_generator_forward_again(tiny):
+    experiment = tiny[0].model_copy(update={"micro_batch_size": 1})
+    assert of_training(experiment, tiny[1]).passes["generator"] == Passes(2, 1, 1)

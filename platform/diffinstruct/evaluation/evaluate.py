@@ -130,7 +130,7 @@ def evaluate(
     texts: list[str] = table["prompt"].tolist()
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(texts), *noise_shape, generator=generator)
-    features, classes = _score(table, sample, noise, rewards, extractor, batch_size)
+    features, classes = _score(table, sample, noise, rewards, extractor, metrics, batch_size)
     _add_accuracy(table, named, classes, open_attributes)
 
     chosen = np.linspace(0, len(texts) - 1, min(len(texts), diversity_prompts)).round().astype(int)
@@ -151,6 +151,7 @@ def _score(
     noise: Tensor,
     rewards: Mapping[str, Callable[[Tensor, list[str]], Tensor]],
     extractor: FeatureExtractor,
+    metrics: Mapping[str, Metric],
     batch_size: int,
 ) -> tuple[Array, dict[str, list[str]]]:
     """Make the pictures; add their scores, and the metrics that are functions of a picture, to the table.
@@ -159,7 +160,7 @@ def _score(
     """
     texts: list[str] = table["prompt"].tolist()
     functions = {
-        name: metric.function for name, metric in METRICS.items() if metric.function and metric.interval != "features"
+        name: metric.function for name, metric in metrics.items() if metric.function and metric.interval != "features"
     }
     features: list[Array] = []
     classes: dict[str, list[str]] = {attribute: [] for attribute in extractor.classes}

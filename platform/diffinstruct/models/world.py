@@ -76,9 +76,9 @@ def read_world(folder: Path) -> World:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
-        unknown = first["type"] == "extra_forbidden"
-        problem = f"unknown key{did_you_mean(key, World.model_fields)}" if unknown else first["msg"].lower()
-        raise UserError(f"{file}: {key}: {problem}") from None
+        message = "should be a path, relative to the file" if key in PATHS else first["msg"].lower()
+        problems = {"extra_forbidden": f"unknown key{did_you_mean(key, World.model_fields)}", "missing": "is missing"}
+        raise UserError(f"{file}: {key}: {problems.get(first['type'], message)}") from None
 
 
 def named_world(model: str) -> World | None:

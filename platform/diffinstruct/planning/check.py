@@ -1,8 +1,8 @@
 """What a run takes, said before it starts: memory and passes of each role, payloads, placement.
 
-Counted on the pipeline's configuration files, without its weights: those of the usual hub models lie in `shapes/`, as
-published, for that needs no network. Of the rewards on the models themselves. What a round holds and does beside is
-counted by `footprint`.
+Counted on the pipeline's configuration files, without its weights: those of the usual hub models lie in
+`models/hub_configs/`, as published, for that needs no network. Rewards are counted on the models themselves. What a
+round holds and does beside is counted by `footprint`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from textwrap import shorten
@@ -26,10 +26,11 @@ from diffinstruct.errors import UserError
 from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.method.rewards import RewardModel
 from diffinstruct.models.lora import SharedBase
-from diffinstruct.models.pipeline import load_reference
+from diffinstruct.models.pipeline import Reference, load_reference
 from diffinstruct.models.sharding import blocks
 from diffinstruct.models.sources import pinned
 from diffinstruct.planning import footprint
+from diffinstruct.planning.footprint import Footprint, Passes
 from diffinstruct.reward_service.client import load_reward
 from diffinstruct.training.build import make_step_config
 from reward_models import NAMES
@@ -37,6 +38,8 @@ from reward_models import NAMES
 SHAPES = Path(__file__).parents[1] / "models" / "hub_configs"
 KEPT = 4
 """Checkpoints on disk: the two newest, the best, and one that is being written."""
+ROLES = 3
+"""Generator, score network, reference: the networks that are sharded."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,7 @@ class ModelMemory:
     weights: int
     trained: bool = False  # then it has gradients and two Adam states beside its weights
     averaged: bool = False
-    forwards: int = 0
-    backwards: int = 0
+    passes: Passes = field(default_factory=Passes)
 
     @property
     def memory(self) -> int:
@@ -64,7 +66,7 @@ class ModelMemory:
             self.weights * self.averaged,
         ]
         cells = [f"{self.parameters / 1e6:.2f}", *(_mib(size) if size else "-" for size in sizes)]
-        cells += [str(passes) if passes else "-" for passes in (self.forwards, self.backwards)]
+        cells += [str(passes) if passes else "-" for passes in (self.passes.forwards, self.passes.backwards)]
         return f"{self.name:<24}" + "".join(f"{cell:>12}" for cell in cells)
 
 
@@ -79,29 +81,162 @@ def shapes(model: str) -> str:
     return str(folder) if folder.is_dir() and not Path(model).exists() else model
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes. worker, actor: the models of each training process, and of each reward actor; rewards that the
+    training processes compute themselves are among `worker`."""
+
+    experiment: Experiment
+    latent_bytes: int
+    """Of one sample."""
+    worker: list[ModelMemory]
+    actor: list[ModelMemory]
+    apart: list[str]
+    """Rewards in an environment of their own."""
+    uncounted: dict[str, str]
+    """What could not be counted -> why."""
+    training: Footprint
+    judging: Footprint
+    libraries: int
+    """Bytes that a process takes before it loads anything."""
+    block: int
+    """Weights of the largest block that a sharded network gathers."""
+
+    @property
+    def shares(self) -> int:
+        return self.experiment.cluster.workers if self.experiment.cluster.fully_shard else 1
+
+    @property
+    def held(self) -> float:
+        """Bytes of a training process's models; the networks of the three roles are sharded."""
+        return sum(role.memory / (self.shares if i < ROLES else 1) for i, role in enumerate(self.worker))
+
+    @property
+    def gathered(self) -> int:
+        """Of the largest block, weights of this one and the next, and its gradient, in the arithmetic's precision and
+        in fp32."""
+        return self.block * (10 if self.experiment.precision == "bf16" else 16) * (self.shares > 1)
+
+    @property
+    def per_worker(self) -> float:
+        return self.held + self.gathered + self.training.passing
+
+    @property
+    def per_actor(self) -> int:
+        return sum(role.memory for role in self.actor) + self.judging.passing
+
+    @property
+    def checkpoint(self) -> int:
+        return sum(role.weights * (3 * role.trained + role.averaged) for role in self.worker)
+
+    @property
+    def in_ram(self) -> float:
+        """Main memory of all processes here, with the copy of a checkpoint that is written while training goes on."""
+        cluster, actors = self.experiment.cluster, self.experiment.reward_actors
+        workers = cluster.workers * (self.per_worker + self.libraries) * (not cluster.use_gpu)
+        return workers + actors * (self.per_actor + self.libraries) * (cluster.rewards.gpus == 0) + self.checkpoint
+
+    @property
+    def flops(self) -> float:
+        """Of a round, in all processes."""
+        batches = self.experiment.global_batch_size / self.experiment.rewards.micro_batch_size
+        judging = self.judging.flops * batches * (self.experiment.reward_actors > 0)
+        return float(self.experiment.cluster.workers * self.training.flops) + judging
+
+    @property
+    def work(self) -> int:
+        """Forwards' worth of one network for each sample."""
+        return sum(passes.work for passes in self.training.passes.values())
+
+    @property
+    def cpus(self) -> float:
+        cluster = self.experiment.cluster
+        return cluster.workers * cluster.cpus_per_worker + self.experiment.reward_actors * cluster.rewards.cpus
+
+    @property
+    def gpus(self) -> float:
+        cluster = self.experiment.cluster
+        return cluster.workers * cluster.use_gpu + self.experiment.reward_actors * cluster.rewards.gpus
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine has."""
+
+    cpus: int
+    gpus: int
+    ram: int
+    gpu_memory: int
+    disk: int
+    """Free bytes for runs."""
+
+    @classmethod
+    def here(cls, output_dir: str) -> Machine:
+        runs = Path(output_dir).absolute()
+        gpus = torch.cuda.device_count()
+        return cls(
+            cpus=os.cpu_count() or 1,
+            gpus=gpus,
+            ram=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            gpu_memory=torch.cuda.get_device_properties(0).total_memory if gpus else 0,
+            disk=shutil.disk_usage(next(folder for folder in (runs, *runs.parents) if folder.exists())).free,
+        )
+
+
 def report(experiment: Experiment) -> tuple[str, str | None]:
     """What `experiment` takes, as text, and one line on what does not fit this machine or is not there, or None.
 
     Raises UserError where the reference cannot be read or a reward is none.
     """
-    frozen = frozen_dtype(experiment.precision)
     reference = load_reference(
         shapes(experiment.reference.model),
         activation_checkpointing=experiment.activation_checkpointing,
-        decoder_dtype=frozen,
+        decoder_dtype=frozen_dtype(experiment.precision),
     )
     make_step_config(experiment, reference.schedule)  # refuses what only the schedule can tell
-    generator, score = experiment.generator, experiment.score_network
-    k = score.updates_per_step if experiment.objective.name != "reward_only" else 0
-    guided = (k > 0) * (1 + (experiment.reference.guidance_scale != 0))  # conditional and null
-    through = int(
-        experiment.objective.name in ("di_star", "sim", "sid")
-    )  # gradient to the networks' inputs; KL has none
-    reference.one_step(nn.Identity(), generator.timestep)  # refuses a timestep that its schedule has not
-    network = sum(p.numel() for p in reference.empty(reference.family.part).parameters())
-    held_frozen = frozen.itemsize * network
+    reference.one_step(nn.Identity(), experiment.generator.timestep)  # refuses a timestep that its schedule has not
+    plan, machine = make_plan(experiment, reference), Machine.here(experiment.output_dir)
+    text = "\n".join([*_table(plan), *_lines(plan, machine)])
+    try:
+        reference.check_start(shapes(experiment.generator.init_from))
+    except UserError as error:  # it is often still to be made, and nothing above depends on it
+        return text, str(error)
+    return text, _problem(plan, machine)
 
-    def player(name: str, rank: int, **more: Any) -> ModelMemory:
+
+def make_plan(experiment: Experiment, reference: Reference) -> Plan:
+    """Count what `experiment` takes. Raises UserError where a reward is none."""
+    trained = [reward.name for reward in experiment.rewards.trained]
+    apart = [name for environment in experiment.cluster.rewards.environments for name in environment.rewards]
+    rewards, models, uncounted = _rewards(experiment, apart)
+    # Nothing else is loaded yet
+    libraries = psutil.Process().memory_info().rss - sum(reward.weights for reward in rewards)
+    try:
+        judging = footprint.of_rewards(experiment, reference, models)
+    except Exception as error:  # they may be anybody's, and do with numbers what cannot be done without
+        uncounted["rewards' activations"] = shorten(str(error), 96, placeholder=" ...")
+        models = dict.fromkeys(trained, _brightness)
+        judging = footprint.of_rewards(experiment, reference, models)
+    decoder = ModelMemory("decoder", *_count(reference.empty("vae")), passes=judging.passes.get("decoder", Passes()))
+    network = reference.empty(reference.family.part)
+    if _count(network)[0] > 10**8:  # operation by operation, as python goes
+        print("check: going through a round without content, some minutes", file=sys.stderr, flush=True)
+    training = footprint.of_training(experiment, reference, None if experiment.reward_actors else models)
+    worker, actor = _roles(experiment, reference, training), [decoder, *rewards]
+    if not experiment.reward_actors:  # each training process has the rewards itself
+        worker, actor = [*worker, *actor], []
+    latent_bytes, block = 4 * prod(reference.latent_shape), largest_block(network)
+    return Plan(experiment, latent_bytes, worker, actor, apart, uncounted, training, judging, libraries, block)
+
+
+def _roles(experiment: Experiment, reference: Reference, training: Footprint) -> list[ModelMemory]:
+    """The networks of a training process, the ROLES first, then what else it holds."""
+    generator, score = experiment.generator, experiment.score_network
+    network, _ = _count(reference.empty(reference.family.part))
+    frozen = frozen_dtype(experiment.precision).itemsize * network
+
+    def role(name: str, rank: int, **more: Any) -> ModelMemory:
+        more["passes"] = training.passes.get(name, Passes())
         if not rank:
             return ModelMemory(name, network, 4 * network, **more)
         base = SharedBase(reference.empty(reference.family.part), reference.family.adapted)
@@ -109,136 +244,103 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         adapter = sum(weight.numel() for weight in base.role("it").parameters())
         return ModelMemory(f"{name}'s adapter", adapter, 4 * adapter, **more)
 
-    worker = [
-        player(
-            "generator",
-            generator.lora_rank,
-            trained=True,
-            averaged=True,
-            forwards=1 + (0 if score.reuse_sample else k),
-            backwards=1,
-        ),
-        player("score network", score.lora_rank, trained=k > 0, forwards=k + (k > 0), backwards=k + through),
-        ModelMemory("reference", network, held_frozen, forwards=guided, backwards=guided * through),
+    trains_score = experiment.objective.name != "reward_only" and score.updates_per_step > 0
+    models = [
+        role("generator", generator.lora_rank, trained=True, averaged=True),
+        role("score network", score.lora_rank, trained=trains_score),
+        ModelMemory("reference", network, frozen, passes=training.passes.get("reference", Passes())),
     ]
-    spread = list(worker)
     if generator.lora_rank and generator.init_from != "reference":
-        second = ModelMemory("generator's base", network, held_frozen)
-        start = player("start", generator.init_rank) if generator.init_rank else second
-        worker.append(start)
+        second = ModelMemory("generator's base", network, frozen)
+        models.append(role("start", generator.init_rank) if generator.init_rank else second)
     if experiment.prompts.embeddings is None:
-        for name in (part for part in reference.family.texts if not part.startswith("tokenizer")):
-            worker.append(ModelMemory(name.replace("_", " "), *_count(reference.empty(name))))
+        encoders = [part for part in reference.family.texts if not part.startswith("tokenizer")]
+        models += [ModelMemory(name.replace("_", " "), *_count(reference.empty(name))) for name in encoders]
+    return models
+
+
+def _rewards(
+    experiment: Experiment, apart: Sequence[str]
+) -> tuple[list[ModelMemory], dict[str, RewardModel], dict[str, str]]:
+    """The rewards but for those `apart`, which may not even import here; how each is called; what is not counted."""
     trained = [reward.name for reward in experiment.rewards.trained]
-    apart = [name for environment in experiment.cluster.rewards.environments for name in environment.rewards]
-    uncounted, models = {}, dict[str, RewardModel]()
-    actor = [ModelMemory("decoder", *_count(reference.empty("vae")), forwards=1, backwards=1)]
-    for name in (name for name in experiment.rewards.names if name not in apart):  # those may not even import here
+    rewards, models, uncounted = list[ModelMemory](), dict[str, RewardModel](), dict[str, str]()
+    for name in (name for name in experiment.rewards.names if name not in apart):
         try:
             models[name] = load_reward(name)
-            actor.append(ModelMemory(name, *_count(models[name]), forwards=1, backwards=int(name in trained)))
+            rewards.append(ModelMemory(name, *_count(models[name]), passes=Passes(1, int(name in trained))))
         except UserError as error:
             if not _out_of_reach(name, error):
                 raise
             uncounted[name] = shorten(str(error.__cause__), 96, placeholder=" ...")
             models |= {name: _brightness} if name in trained else {}
-    libraries = psutil.Process().memory_info().rss - sum(
-        role.weights for role in actor[1:]
-    )  # nothing else is loaded yet
-    try:
-        judging = footprint.of_rewards(experiment, reference, models)
-    except Exception as error:  # they may be anybody's, and do with numbers what cannot be done without
-        uncounted["rewards' activations"] = shorten(str(error), 96, placeholder=" ...")
-        models = dict.fromkeys(trained, _brightness)
-        judging = footprint.of_rewards(experiment, reference, models)
+    return rewards, models, uncounted
 
-    # In forward passes of one network: a backward that reaches the weights costs two, one to the input alone costs one.
-    work = worker[0].forwards + 2 + 3 * k + (1 + through) * ((k > 0) + guided)
-    per_sample = 4 * prod(reference.latent_shape)
-    asked, actors = experiment.cluster, experiment.reward_actors
-    if not actors:  # each training process has the rewards itself
-        worker, actor = [*worker, *actor], []
-    cpus = asked.workers * asked.cpus_per_worker + actors * asked.rewards.cpus
-    gpus = asked.workers * asked.use_gpu + actors * asked.rewards.gpus
-    have_cpus, have_gpus = os.cpu_count() or 1, torch.cuda.device_count()
-    if network > 10**8:  # operation by operation, as python goes
-        print("check: going through a round without content, some minutes", file=sys.stderr, flush=True)
-    training = footprint.of_training(experiment, reference, None if actors else models)
-    shares = asked.workers if asked.fully_shard else 1
-    held = [role.memory / (shares if role in spread else 1) for role in worker]
-    # Of the largest block, weights of this one and the next, and its gradient, in the arithmetic's precision and in
-    # fp32
-    gathered = (
-        largest_block(reference.empty(reference.family.part))
-        * (10 if experiment.precision == "bf16" else 16)
-        * (shares > 1)
-    )
-    per_worker, per_actor = (
-        sum(held) + gathered + training.passing,
-        sum(role.memory for role in actor) + judging.passing,
-    )
-    in_ram = asked.workers * (per_worker + libraries) * (not asked.use_gpu)
-    in_ram += actors * (per_actor + libraries) * (asked.rewards.gpus == 0)
-    flops = float(asked.workers * training.flops)
-    flops += judging.flops * experiment.global_batch_size / experiment.rewards.micro_batch_size * (actors > 0)
-    checkpoint = sum(role.weights * (3 * role.trained + role.averaged) for role in worker)
-    in_ram += checkpoint  # the copy that is written while training goes on
-    runs = Path(experiment.output_dir).absolute()
-    free = shutil.disk_usage(next(folder for folder in (runs, *runs.parents) if folder.exists())).free
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    lines = [
+
+def _table(plan: Plan) -> list[str]:
+    """The models, a line each."""
+    actors = plan.experiment.reward_actors
+    worker, actor = (_mib(sum(role.memory for role in models)) for models in (plan.worker, plan.actor))
+    return [
         HEADER,
-        f"each of {asked.workers} training processes, {_mib(sum(role.memory for role in worker))}",
-        *(role.row for role in worker),
-        *([f"each of {actors} reward actors, {_mib(sum(role.memory for role in actor))}"] if actors else []),
-        *(role.row for role in actor),
-        *(f"{name:<24}in an environment of its own: not counted" for name in apart),
-        *(f"{name:<24}not counted: {why}" for name, why in uncounted.items()),
-        f"work       {work} forwards' worth of one network per sample and step, {experiment.global_batch_size} samples a step; "
-        f"in all {_flop(flops)}, {_flop(flops / experiment.global_batch_size)} a sample",
-        f"payload    {_mib(experiment.global_batch_size * per_sample * (actors > 0))} of latents to the reward actors a step, "
+        f"each of {plan.experiment.cluster.workers} training processes, {worker}",
+        *(role.row for role in plan.worker),
+        *([f"each of {actors} reward actors, {actor}"] if actors else []),
+        *(role.row for role in plan.actor),
+        *(f"{name:<24}in an environment of its own: not counted" for name in plan.apart),
+        *(f"{name:<24}not counted: {reason}" for name, reason in plan.uncounted.items()),
+    ]
+
+
+def _lines(plan: Plan, machine: Machine) -> list[str]:
+    """Work, payload, placement, memory and disk."""
+    experiment, cluster = plan.experiment, plan.experiment.cluster
+    samples, actors = experiment.global_batch_size, experiment.reward_actors
+    resources = ((cluster.workers, cluster.worker_resources), (actors, cluster.rewards.resources))
+    judging = plan.judging.passing
+    return [
+        f"work       {plan.work} forwards' worth of one network per sample and step, {samples} samples a step; "
+        f"in all {_flop(plan.flops)}, {_flop(plan.flops / samples)} a sample",
+        f"payload    {_mib(samples * plan.latent_bytes * (actors > 0))} of latents to the reward actors a step, "
         "as much back",
-        f"placement  {asked.workers} x {asked.cpus_per_worker} + {actors} x {asked.rewards.cpus:g} = {cpus:g} "
-        f"CPUs and {gpus:g} GPUs; this machine has {have_cpus} and {have_gpus}",
+        f"placement  {cluster.workers} x {cluster.cpus_per_worker} + {actors} x {cluster.rewards.cpus:g} = "
+        f"{plan.cpus:g} CPUs and {plan.gpus:g} GPUs; this machine has {machine.cpus} and {machine.gpus}",
         *(
             f"{'':<11}{count} x {amount:g} = {count * amount:g} {name}, which nodes have to declare"
-            for count, declared in ((asked.workers, asked.worker_resources), (actors, asked.rewards.resources))
+            for count, declared in resources
             for name, amount in declared.items()
         ),
-        f"memory     training process {_mib(per_worker)}: {_mib(sum(held))} held"
-        + (f" (networks by {shares})" if shares > 1 else "")
-        + (f", {_mib(gathered)} of a block that is whole" if gathered else "")
-        + f", {_mib(training.passing)} that comes and goes in a round",
+        f"memory     training process {_mib(plan.per_worker)}: {_mib(plan.held)} held"
+        + (f" (networks by {plan.shares})" if plan.shares > 1 else "")
+        + (f", {_mib(plan.gathered)} of a block that is whole" if plan.gathered else "")
+        + f", {_mib(plan.training.passing)} that comes and goes in a round",
         *(
-            [
-                f"           reward actor {_mib(per_actor)}: {_mib(per_actor - judging.passing)} and {_mib(judging.passing)}"
-            ]
-            if actors
-            else []
+            [f"{'':<11}reward actor {_mib(plan.per_actor)}: {_mib(plan.per_actor - judging)} and {_mib(judging)}"]
+            * (actors > 0)
         ),
-        f"           in main memory {_mib(in_ram)}, with {_mib(libraries)} of libraries a process and {_mib(checkpoint)} of a "
-        f"checkpoint's copy; this machine has {_mib(ram)}",
-        f"disk       a checkpoint {_mib(checkpoint)}, {KEPT} at a time; {_mib(free)} free for {experiment.output_dir}",
+        f"{'':<11}in main memory {_mib(plan.in_ram)}, with {_mib(plan.libraries)} of libraries a process and "
+        f"{_mib(plan.checkpoint)} of a checkpoint's copy; this machine has {_mib(machine.ram)}",
+        f"disk       a checkpoint {_mib(plan.checkpoint)}, {KEPT} at a time; {_mib(machine.disk)} free for "
+        f"{experiment.output_dir}",
     ]
-    problem = None
-    try:
-        reference.check_start(shapes(generator.init_from))
-    except UserError as error:  # it is often still to be made, and nothing above depends on it
-        return "\n".join(lines), str(error)
-    if cpus > have_cpus or gpus > have_gpus:
-        problem = f"cluster: asks for {cpus:g} CPUs and {gpus:g} GPUs, this machine has {have_cpus} and {have_gpus}"
-    elif experiment.device == "cuda" and not have_gpus:
-        problem = "device: 'cuda' asked for, but torch sees no GPU here"
-    elif in_ram > ram:
-        problem = f"memory: takes {_mib(in_ram)}, this machine has {_mib(ram)}"
-    elif KEPT * checkpoint > free:
-        problem = f"output_dir: {KEPT} checkpoints take {_mib(KEPT * checkpoint)}, {experiment.output_dir} has {_mib(free)} free"
-    elif have_gpus:
-        of_gpu = torch.cuda.get_device_properties(0).total_memory
-        on_gpu = max(per_worker * asked.use_gpu, per_actor * (asked.rewards.gpus > 0))
-        if on_gpu > of_gpu:
-            problem = f"memory: one process takes {_mib(on_gpu)}, a GPU here has {_mib(of_gpu)}"
-    return "\n".join(lines), problem
+
+
+def _problem(plan: Plan, machine: Machine) -> str | None:
+    """The first thing that this machine does not have, in one line."""
+    cluster, output_dir = plan.experiment.cluster, plan.experiment.output_dir
+    if plan.cpus > machine.cpus or plan.gpus > machine.gpus:
+        asked = f"{plan.cpus:g} CPUs and {plan.gpus:g} GPUs"
+        return f"cluster: asks for {asked}, this machine has {machine.cpus} and {machine.gpus}"
+    if plan.experiment.device == "cuda" and not machine.gpus:
+        return "device: 'cuda' asked for, but torch sees no GPU here"
+    if plan.in_ram > machine.ram:
+        return f"memory: takes {_mib(plan.in_ram)}, this machine has {_mib(machine.ram)}"
+    if (size := KEPT * plan.checkpoint) > machine.disk:
+        return f"output_dir: {KEPT} checkpoints take {_mib(size)}, {output_dir} has {_mib(machine.disk)} free"
+    on_gpu = max(plan.per_worker * cluster.use_gpu, plan.per_actor * (cluster.rewards.gpus > 0))
+    if machine.gpus and on_gpu > machine.gpu_memory:
+        return f"memory: one process takes {_mib(on_gpu)}, a GPU here has {_mib(machine.gpu_memory)}"
+    return None
 
 
 def _out_of_reach(name: str, error: UserError) -> bool:
@@ -250,9 +352,9 @@ def largest_block(network: nn.Module) -> int:
     """Weights that a sharded network gathers at once, the most."""
     taken, largest = set[int](), 0
     for block in blocks(network):
-        own = {id(weight): weight.numel() for weight in block.parameters() if id(weight) not in taken}
-        taken |= own.keys()
-        largest = max(largest, sum(own.values()))
+        weights = {id(weight): weight.numel() for weight in block.parameters() if id(weight) not in taken}
+        taken |= weights.keys()
+        largest = max(largest, sum(weights.values()))
     return largest
 
 

@@ -1,7 +1,8 @@
-"""What a round takes, counted by running it: the training's own step on tensors that have shapes and no content.
+"""The cost of a round, counted by running it: the training's own step on tensors that have shapes and no content.
 
 Memory is what tensors hold at once, to the byte; what kernels use inside themselves and what an allocator keeps in
-reserve come on top. Work is what torch's own formulas say of each product, recomputation included.
+reserve come on top. Work is what torch's own formulas say of each product, recomputation included. Passes are counted
+where they happen, at each role's network.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +25,10 @@ from torch.utils.flop_counter import flop_registry
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.rewards import Collect, LatentRewards, RewardModel, RewardRequest, Scores, Send
-from diffinstruct.method.step import alternating_round
+from diffinstruct.method.step import TrainState, alternating_round
 from diffinstruct.models.lora import Role
 from diffinstruct.models.pipeline import Reference
-from diffinstruct.models.roles import make_roles
+from diffinstruct.models.roles import Roles, make_roles
 from diffinstruct.training.build import make_step_config, make_train_state
 
 aten = torch.ops.aten
@@ -42,13 +44,29 @@ FORMULAS = {  # torch knows the GPUs' kernels alone
 
 
 @dataclass(frozen=True)
+class Passes:
+    """The passes of one sample through a network in a round: forward, backward, and the backward ones that reach the
+    weights (the others end at the network's input)."""
+
+    forwards: int = 0
+    backwards: int = 0
+    to_weights: int = 0
+
+    @property
+    def work(self) -> int:
+        """In forward passes: a backward pass costs one for the input and one more for the weights."""
+        return self.forwards + self.backwards + self.to_weights
+
+
+@dataclass(frozen=True)
 class Footprint:
-    """Of one process. `held`: bytes between two rounds. `peak`: the most bytes at once, those included. `flops`: of a
-    round."""
+    """The cost of one process. `held`: bytes between two rounds. `peak`: the most bytes at once, those included.
+    `flops`: of a round. `passes`: by role, "decoder" among them."""
 
     held: int
     peak: int
     flops: int
+    passes: Mapping[str, Passes] = field(default_factory=dict)
 
     @property
     def passing(self) -> int:
@@ -59,48 +77,87 @@ class Footprint:
 def of_training(
     experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel] | None = None
 ) -> Footprint:
-    """Of a process that trains, with whole networks and without text encoders; with rewards, if it computes them
-    itself. Their own weights are not counted, the decoder's are."""
+    """The footprint of a process that trains, with whole networks and without text encoders; with rewards, if it
+    computes them itself. Their own weights are not counted, the decoder's are."""
     of_worker = experiment.global_batch_size // experiment.cluster.workers
     # One micro-batch after another takes what two take, but for latents
     samples = min(of_worker, 2 * experiment.micro_batch_size) if experiment.micro_batch_size else of_worker
-    settings = make_step_config(experiment, reference.schedule)
+    config = make_step_config(experiment, reference.schedule)
     with _Count(), torch.device("meta"):  # not yet among tensors without content: peft cannot move those
         roles = make_roles(experiment, reference, lambda load: load("meta"))
     decoder = reference.empty("vae")
     with _counting() as count:
         null = reference.blank_conditions()
-        # Sharded networks are gathered in the arithmetic's precision, so autocast makes no copies of them
-        gathered = torch.bfloat16 if experiment.cluster.fully_shard and experiment.precision == "bf16" else None
-        filled = dict[nn.Parameter, nn.Parameter]()
-        for role in (roles.generator.denoiser, roles.score_network, roles.average.denoiser, roles.reference):
-            if isinstance(role.network, Role):
-                _fill(role.network.base.network, filled, gathered)
-            _fill(role.network, filled, gathered)
+        _fill_roles(experiment, roles)
         train_state = make_train_state(experiment, roles, null, lambda module: module)
         send = _judge(experiment, reference, decoder, rewards) if rewards is not None else _nobody
+        counters = {
+            "generator": PassCounter(roles.generator.denoiser),
+            "score network": PassCounter(roles.score_network),
+            "reference": PassCounter(roles.reference),
+        }
         c = {key: value.expand(samples, *value.shape[1:]).clone() for key, value in null.items()}
-        for optimizer in (
-            train_state.generator_optimizer,
-            train_state.score_optimizer,
-        ):  # what the round before has left
-            for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
-                weight.grad = torch.empty_like(weight)
-            optimizer.step()
+        _finish_a_round(train_state)
         count.peak, count.flops = count.live, 0
-        draws = NoiseStreams(0, 1, samples, reference.latent_shape, slice(0, samples), torch.device("cpu"))
-        alternating_round(train_state, settings, reference.schedule, draws, [""] * samples, c, send)
-        return Footprint(count.live, count.peak, count.flops * of_worker // samples)
+        noise = NoiseStreams(0, 1, samples, reference.latent_shape, slice(0, samples), torch.device("cpu"))
+        alternating_round(train_state, config, reference.schedule, noise, [""] * samples, c, send)
+        passes = {role: counter.passes(samples) for role, counter in counters.items()}
+        return Footprint(count.live, count.peak, count.flops * of_worker // samples, passes)
 
 
 def of_rewards(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel]) -> Footprint:
-    """Of a reward actor, its rewards' own weights left aside; `flops` are those of a micro-batch."""
+    """The footprint of a reward actor without its rewards' own weights; `flops` are those of a micro-batch."""
     decoder = reference.empty("vae")
     with _counting() as count:
         send = _judge(experiment, reference, decoder, rewards)
         held, samples = count.live, experiment.rewards.micro_batch_size
+        counter = PassCounter(decoder.decoder)
         send(torch.empty(samples, *reference.latent_shape), [""] * samples)
-        return Footprint(held, count.peak, count.flops)
+        return Footprint(held, count.peak, count.flops, {"decoder": counter.passes(samples)})
+
+
+class PassCounter:
+    """It counts the samples that pass through a network, forward and backward."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.forwards = self.backwards = self.to_weights = self._last = 0
+        network.register_forward_hook(self._forward)
+        if trained := [weight for weight in network.parameters() if weight.requires_grad]:
+            trained[-1].register_post_accumulate_grad_hook(self._accumulated)  # the output layer's: first in a pass
+
+    def passes(self, samples: int) -> Passes:
+        return Passes(self.forwards // samples, self.backwards // samples, self.to_weights // samples)
+
+    def _forward(self, network: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.forwards += len(output)
+        if output.requires_grad:
+            output.register_hook(partial(self._backward, len(output)))
+
+    def _backward(self, samples: int, gradient: Tensor) -> None:
+        self.backwards += samples
+        self._last = samples
+
+    def _accumulated(self, weight: Tensor) -> None:
+        self.to_weights += self._last
+
+
+def _fill_roles(experiment: Experiment, roles: Roles) -> None:
+    """Tensors without content for every role's weights; roles over one base share its."""
+    # Sharded networks are gathered in the arithmetic's precision, so autocast makes no copies of them
+    gathered = torch.bfloat16 if experiment.cluster.fully_shard and experiment.precision == "bf16" else None
+    filled = dict[nn.Parameter, nn.Parameter]()
+    for role in (roles.generator.denoiser, roles.score_network, roles.average.denoiser, roles.reference):
+        if isinstance(role.network, Role):
+            _fill(role.network.base.network, filled, gathered)
+        _fill(role.network, filled, gathered)
+
+
+def _finish_a_round(train_state: TrainState) -> None:
+    """Leave the gradients and Adam states that a round before has left."""
+    for optimizer in (train_state.generator_optimizer, train_state.score_optimizer):
+        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+            weight.grad = torch.empty_like(weight)
+        optimizer.step()
 
 
 def _judge(

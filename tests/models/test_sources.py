@@ -1,0 +1,45 @@
+"""The seam where weights come from: without files of weights, with random ones, with none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from shutil import copytree, ignore_patterns
+
+import pytest
+import torch
+from tiny import pipelines
+
+from diffinstruct.errors import UserError
+from diffinstruct.models.pipeline import load_reference
+from diffinstruct.models.sources import NoWeights, RandomWeights
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def bare(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline's configurations alone."""
+    whole = pipelines.build(tmp_path_factory.mktemp("whole"), family=request.param)
+    return Path(copytree(whole, tmp_path_factory.mktemp("bare") / "p", ignore=ignore_patterns("*.safetensors", "tok*")))
+
+
+def test_a_pipeline_without_weights_is_refused(bare: Path) -> None:
+    with pytest.raises(UserError, match="cannot read"):
+        load_reference(str(bare)).network()
+
+
+def test_random_weights_are_the_same_at_every_call(bare: Path) -> None:
+    reference = load_reference(str(bare), weights=RandomWeights())
+    one, other = (reference.network().state_dict() for _ in range(2))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    c = reference.encode_prompts(["a red hat", "a blue hat"])
+    blank = reference.blank_conditions()
+    assert {key: value.shape[1:] for key, value in c.items()} == {key: value.shape[1:] for key, value in blank.items()}
+    images = reference.sampler(reference.generator(399))(["a red hat"], torch.zeros(1, *reference.latent_shape))
+    assert images.shape == (1, 3, 32, 32) and images.isfinite().all()
+
+
+def test_no_weights_take_no_memory(bare: Path) -> None:
+    reference = load_reference(str(bare), decoder_dtype=torch.bfloat16, weights=NoWeights())
+    parts = [reference.network(), reference.vae, reference.empty("text_encoder")]
+    assert all(weight.is_meta for part in parts for weight in part.parameters())
+    assert {weight.dtype for weight in reference.vae.parameters()} == {torch.bfloat16}
+    assert reference.null_conditions().keys() == reference.blank_conditions().keys()
