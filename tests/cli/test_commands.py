@@ -29,7 +29,7 @@ TINY = """\
 name: tiny
 global_batch_size: 4
 reference: {{model: {model}, guidance_scale: 2.0}}
-generator: {{start: reference}}
+generator: {{init_from: reference}}
 rewards: {{trained: [{{name: "torch.nn:Identity"}}], held_out: ["torch.nn:ReLU"]}}
 prompts: {{train: {prompts}, grid: {prompts}}}
 output_dir: {runs}
@@ -204,9 +204,9 @@ def test_a_run_that_stops_says_why_and_how_it_goes_on(file, tmp_path, runners, m
 def test_a_folder_that_cannot_be_made_is_said(file, tmp_path, runners, capsys):
     (tmp_path / "taken").write_text("a file")
     said = complaint(capsys, "train", file, "-s", f"output_dir={tmp_path}/taken")
-    assert re.fullmatch(rf"runs: cannot make {tmp_path}/taken/tiny-\S+: Not a directory", said)
+    assert re.fullmatch(rf"output_dir: cannot make {tmp_path}/taken/tiny-\S+: Not a directory", said)
     said = complaint(capsys, "train", file, "-s", "output_dir=~nobody-of-this-name/runs")
-    assert said == "runs: nobody here has the home of '~nobody-of-this-name/runs'"
+    assert said == "output_dir: nobody here has the home of '~nobody-of-this-name/runs'"
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(file, tmp_path):
