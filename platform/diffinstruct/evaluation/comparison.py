@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError
-from diffinstruct.evaluation import generators
+from diffinstruct.evaluation import REFERENCE_PICTURES, SEED, generators
 from diffinstruct.evaluation.evaluate import Evaluation, compare
 from diffinstruct.models.export import load_export
 from diffinstruct.reports import page, plots
@@ -83,12 +83,17 @@ class Comparison:
 
 
 def compare_runs(
-    folders: Sequence[Path], prompts: str | None, rewards: Sequence[str], reference_pictures: int, seed: int
+    folders: Sequence[Path | str],
+    prompts: str | None = None,
+    rewards: Sequence[str] = (),
+    reference_pictures: int = REFERENCE_PICTURES,
+    seed: int = SEED,
 ) -> Comparison:
     """Two finished runs, measured as `generators.examine` does; without `prompts`, on the pocket world's held-out ones.
 
     Raises UserError for what `examine` does, and without prompts where the first run's reference is no pocket world.
     """
+    folders = [Path(folder) for folder in folders]
     one, other = (load_run(folder) for folder in folders)
     if prompts is None and one.reference.model != "pocket":
         raise UserError(f"--prompts: name some; {folders[0]} is of {one.reference.model!r}, which has none built in")

@@ -16,6 +16,7 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.prompts import read_prompts
 from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError
+from diffinstruct.evaluation import REFERENCE_PICTURES, SEED
 from diffinstruct.evaluation.evaluate import Evaluation, compare, evaluate, image_features
 from diffinstruct.evaluation.features import AttributeClassifier, Examiner, FeaturesOnly
 from diffinstruct.method.rewards import RewardModel
@@ -36,7 +37,11 @@ BATCH = 32
 
 
 def examine(
-    folders: Sequence[Path], prompts: str, rewards: Sequence[str], reference_pictures: int, seed: int
+    folders: Sequence[Path | str],
+    prompts: str,
+    rewards: Sequence[str] = (),
+    reference_pictures: int = REFERENCE_PICTURES,
+    seed: int = SEED,
 ) -> dict[str, Evaluation]:
     """Every figure of the generators in `folders`, by the folder's name.
 
@@ -47,7 +52,7 @@ def examine(
         reference, and its guidance, are those of the first run.
     Raises UserError for what is neither run nor export, and where nothing says what to measure.
     """
-    table = read_prompts(prompts)
+    table, folders = read_prompts(prompts), [Path(folder) for folder in folders]
     runs = {folder: load_run(folder) for folder in folders if (folder / "experiment.yaml").is_file()}
     exports = [_export_of(folder, runs.get(folder)) for folder in folders]
     first = next(iter(runs.values()), None)
