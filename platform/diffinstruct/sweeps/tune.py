@@ -27,6 +27,7 @@ from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
+from diffinstruct.cluster import ray_private
 from diffinstruct.cluster.attach import HEAD, attached, check_fits, most_nodes, stand_in, warn_of_passing_copy
 from diffinstruct.cluster.failures import close, final_error
 from diffinstruct.cluster.reward_pool import reward_pool
@@ -200,7 +201,7 @@ def _tuned(
     trials.read()
     errors = {}
     for result, of in zip(
-        results, results._experiment_analysis.trials, strict=True
+        results, ray_private.tune_trials(results), strict=True
     ):  # a result alone does not say whose it is
         if result.error:
             errors[trials.number(of.trial_id, of.config)] = final_error(result.error) or result.error
@@ -292,7 +293,7 @@ def _check_probes(trials: Trials, aim: SelectionCriterion, scheduler: TrialSched
             raise UserError(f"overoptimization.every: is 0, but the sweep looks at {looks[0]}")
         if aim.maximize == "overoptimization/held_out" and not experiment.rewards.held_out:
             raise UserError("rewards.held_out: is empty, but the sweep looks at overoptimization/held_out")
-    if (counts := getattr(scheduler, "_time_attr", "step")) != "step":
+    if (counts := ray_private.time_attribute(scheduler, default="step")) != "step":
         raise UserError(f'scheduler: time_attr should be "step", got {counts!r}, which starts anew when a trial does')
     if (
         isinstance(scheduler, PopulationBasedTraining)
@@ -300,15 +301,15 @@ def _check_probes(trials: Trials, aim: SelectionCriterion, scheduler: TrialSched
     ):
         raise UserError("sweep: the points of a population all change the same keys")
     if isinstance(scheduler, PopulationBasedTraining):
-        point, changes = trials.point(0), scheduler._hyperparam_mutations
+        point, changes = trials.point(0), ray_private.hyperparameter_mutations(scheduler)
         if unknown := next((key for key in changes if key not in point), None):
             raise UserError(f"scheduler: it changes {unknown}, which the points do not{did_you_mean(unknown, point)}")
         trials.check_space(changes, point)
     every = trials.base.logging.checkpoint_every
-    if isinstance(scheduler, PopulationBasedTraining) and every > scheduler._perturbation_interval:
+    if isinstance(scheduler, PopulationBasedTraining) and every > ray_private.perturbation_interval(scheduler):
         raise UserError(
             f"logging.checkpoint_every: {every} steps, more than the scheduler's perturbation_interval, "
-            f"{scheduler._perturbation_interval}: there would be no weights to take over"
+            f"{ray_private.perturbation_interval(scheduler)}: there would be no weights to take over"
         )
 
 
