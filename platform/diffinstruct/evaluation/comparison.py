@@ -93,15 +93,15 @@ def compare_runs(
 
     Raises UserError for what `examine` does, and without prompts where the first run's reference is no pocket world.
     """
-    folders = [Path(folder) for folder in folders]
-    one, other = (load_run(folder) for folder in folders)
+    paths = [Path(folder) for folder in folders]
+    one, other = (load_run(path) for path in paths)
     if prompts is None and one.reference.model != "pocket":
         raise UserError(f"--prompts: name some; {folders[0]} is of {one.reference.model!r}, which has none built in")
-    found = generators.examine(folders, prompts or "pocket:eval", rewards, reference_pictures, seed)
+    found = generators.examine(paths, prompts or "pocket:eval", rewards, reference_pictures, seed)
     texts = next(iter(found.values())).table["prompt"].tolist()
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), SHOWN)).round().astype(int)).tolist()
     pictures = {
-        name: _pictures(folder / "export", texts, chosen, seed) for name, folder in zip(found, folders, strict=True)
+        name: _pictures(path / "export", texts, chosen, seed) for name, path in zip(found, paths, strict=True)
     }
     return Comparison(other.changes(one), found, [texts[i] for i in chosen], pictures)
 

@@ -52,9 +52,9 @@ def examine(
         reference, and its guidance, are those of the first run.
     Raises UserError for what is neither run nor export, and where nothing says what to measure.
     """
-    table, folders = read_prompts(prompts), [Path(folder) for folder in folders]
-    runs = {folder: load_run(folder) for folder in folders if (folder / "experiment.yaml").is_file()}
-    exports = [_export_of(folder, runs.get(folder)) for folder in folders]
+    table, paths = read_prompts(prompts), [Path(folder) for folder in folders]
+    runs = {folder: load_run(folder) for folder in paths if (folder / "experiment.yaml").is_file()}
+    exports = [_export_of(folder, runs.get(folder)) for folder in paths]
     first = next(iter(runs.values()), None)
     names = list(rewards) or ([r.name for r in first.rewards.trained] + list(first.rewards.held_out) if first else [])
     if not names:
@@ -64,7 +64,7 @@ def examine(
     examiner = _examiner(first, judges, device)
     own = _reference_features(first, examiner, table, reference_pictures, seed, device)
     found = {}
-    for folder, name in zip(exports, _short(folders), strict=True):
+    for folder, name in zip(exports, _short(paths), strict=True):
         reference, generator = load_export(folder, device=device)
         print(f"measuring {name}: {len(table)} prompts", flush=True)
         try:

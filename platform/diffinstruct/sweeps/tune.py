@@ -63,7 +63,7 @@ class SweepError(RuntimeError):
 def sweep(
     base: Experiment,
     points: Sequence[Point] | Optuna,
-    folder: Path,
+    folder: Path | str,
     examine: Examine | None = None,
     on_row: OnRow = lambda i, row: None,
     scheduler: TrialScheduler | None = None,
@@ -84,7 +84,7 @@ def sweep(
         (PopulationBasedTraining) are several runs; the last one makes the row.
     Raises SweepError if any trial failed, after all have ended; Paused after SIGTERM, KeyboardInterrupt after Ctrl-C.
     """
-    folder = folder.absolute()
+    folder = Path(folder).absolute()
     base = base.tracked_at(tracking_uri(base.tracking.uri, folder.parent))
     trials = Trials(base, points, folder, examine)
     if any(experiment.mirror for experiment in (base, *trials.experiments)):
