@@ -100,9 +100,7 @@ def compare_runs(
     found = generators.examine(paths, prompts or "pocket:eval", rewards, reference_pictures, seed)
     texts = next(iter(found.values())).table["prompt"].tolist()
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), SHOWN)).round().astype(int)).tolist()
-    pictures = {
-        name: _pictures(path / "export", texts, chosen, seed) for name, path in zip(found, paths, strict=True)
-    }
+    pictures = {name: _pictures(path / "export", texts, chosen, seed) for name, path in zip(found, paths, strict=True)}
     return Comparison(other.changes(one), found, [texts[i] for i in chosen], pictures)
 
 
