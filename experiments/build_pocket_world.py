@@ -767,8 +767,7 @@ def stage_reference(work: Path) -> None:
 
 def stage_distill(work: Path, steps: int = 240) -> None:
     """The one-step start: the reference distilled by DI* with reward scale 0 (SIM), by the project's own trainer."""
-    from diffinstruct.config.experiment import Experiment
-    from diffinstruct.training.local import run
+    from diffinstruct import Experiment, train
 
     base = Experiment().model_dump(mode="json")
     base |= {"name": "distill", "steps": steps, "global_batch_size": 24, "precision": "bf16"}
@@ -780,7 +779,7 @@ def stage_distill(work: Path, steps: int = 240) -> None:
     }  # under the reference's own 2 what a prompt leaves open falls onto one choice
     base["objective"] |= {"reward_scale": 0.0}
     base["logging"] |= {"every": 20, "checkpoint_every": 40, "grid_every": 40}
-    result = run(Experiment.model_validate(base), (work / "distill").absolute())
+    result = train(Experiment.model_validate(base), work / "distill", local=True)
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(result.export / "unet")

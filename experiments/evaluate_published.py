@@ -28,8 +28,9 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
 
+from diffinstruct import UserError
 from diffinstruct.config.prompts import read_prompts
-from diffinstruct.errors import UserError, did_you_mean
+from diffinstruct.errors import did_you_mean
 from diffinstruct.evaluation.evaluate import evaluate
 from diffinstruct.evaluation.features import FeaturesOnly
 from diffinstruct.models.denoiser import OneStepGenerator

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from diffinstruct.config.reading import load
-from diffinstruct.errors import UserError
+from diffinstruct import UserError, load
 from diffinstruct.evaluation.pocket import TITLES, evaluate_run
 from diffinstruct.reports.frames import TrialRows
 from diffinstruct.statistics import paired_by_seed, seed_noise

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from diffinstruct.config.experiment import Experiment
+from diffinstruct import Experiment
 from diffinstruct.evaluation.pocket import TITLES, evaluate_run
 from diffinstruct.sweeps.study import Study, StudyResult
 

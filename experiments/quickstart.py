@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffinstruct.config.experiment import Experiment
+    from diffinstruct import Experiment
     from diffinstruct.evaluation.evaluate import Evaluation
 
 RECIPE = Path(__file__).parent / "recipes" / "pocket.yaml"
@@ -28,17 +28,15 @@ def main() -> None:
     parser.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe")
     arguments = parser.parse_args()
 
-    from diffinstruct.cluster.train import run
-    from diffinstruct.config.reading import load
-    from diffinstruct.errors import UserError
+    from diffinstruct import UserError, load, train
 
     try:
         recipe = load(RECIPE, arguments.set)
         folder = Path(recipe.output_dir).absolute() / f"quickstart-{datetime.now(UTC):%Y%m%d-%H%M%S}"
         reward_only = load(RECIPE, [*arguments.set, "name=reward-only", "objective.name=reward_only"])
         trained = {
-            "reward only": run(reward_only, folder / "reward-only").export,
-            "DI*": run(recipe, folder / "di-star").export,
+            "reward only": train(reward_only, folder / "reward-only").export,
+            "DI*": train(recipe, folder / "di-star").export,
         }
     except UserError as error:
         raise SystemExit(str(error)) from None

@@ -44,7 +44,7 @@ def lose():
     while not (folder / "checkpoints/step-00000003").exists():
         time.sleep(0.02)
     time.sleep(1)
-    from ray._private.state import state
+    from diffinstruct.cluster.ray_private import state
     actors = state.actor_table(None).values()
     there = {actor["Address"]["NodeID"] for actor in actors if actor["ActorClassName"] == "RayTrainWorker"}
     node = next(node for node in workers if node.node_id in there)

@@ -87,7 +87,7 @@ def chaos(folder: Path, kills: int, stops: int, seed: int = 0) -> tuple[str, boo
 
 
 def table(actor: Any) -> dict[str, Any]:
-    from ray._private.state import state
+    from diffinstruct.cluster.ray_private import state
 
     return state.actor_table(actor._actor_id.hex(), None, None)
 

@@ -17,12 +17,13 @@ from PIL import Image
 from tiny import pipelines
 from tiny.commands import complaint, imported
 
-from diffinstruct.cli.main import main, run_folder
+from diffinstruct.cli.main import main
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import load
 from diffinstruct.errors import UserError
 from diffinstruct.method.rewards import RewardError
 from diffinstruct.planning.footprint import Footprint
+from diffinstruct.run_folder.location import run_folder
 from diffinstruct.run_folder.locks import COMMAND, LOCK, only_writer
 
 TINY = """\
@@ -62,16 +63,17 @@ def runners(monkeypatch) -> dict[str, list]:
 
 
 # ----------------------------------------------------------------------------------------------------- at once
-def test_help_answers_in_half_a_second():
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["rewards", "--help"]], ids=" ".join)
+def test_help_answers_in_half_a_second(arguments):
     """In CPU time, which a busy machine does not change; nothing waits in it."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "diffinstruct", "--help"], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "diffinstruct", *arguments], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
-    code, packages = imported("train", "--help")
+    code, packages = imported(*arguments)
     assert code == 0
-    assert "argparse" in packages
-    assert packages.isdisjoint({"pydantic", "torch", "ray", "mlflow", "pandas"})
+    assert "typer" in packages
+    assert packages.isdisjoint({"pydantic", "rich", "torch", "ray", "mlflow", "pandas"})
 
 
 def test_mistakes_end_2_before_torch_or_ray_start(tmp_path):
@@ -204,9 +206,9 @@ def test_a_run_that_stops_says_why_and_how_it_goes_on(file, tmp_path, runners, m
 def test_a_folder_that_cannot_be_made_is_said(file, tmp_path, runners, capsys):
     (tmp_path / "taken").write_text("a file")
     said = complaint(capsys, "train", file, "-s", f"output_dir={tmp_path}/taken")
-    assert re.fullmatch(rf"runs: cannot make {tmp_path}/taken/tiny-\S+: Not a directory", said)
+    assert re.fullmatch(rf"output_dir: cannot make {tmp_path}/taken/tiny-\S+: Not a directory", said)
     said = complaint(capsys, "train", file, "-s", "output_dir=~nobody-of-this-name/runs")
-    assert said == "runs: nobody here has the home of '~nobody-of-this-name/runs'"
+    assert said == "output_dir: nobody here has the home of '~nobody-of-this-name/runs'"
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(file, tmp_path):
@@ -606,3 +608,43 @@ def test_a_run_as_it_leaves_the_trainer_has_a_report(file, tmp_path):
     assert text.count("<img") == 1 + 2 * 5  # curves; two prompts at the start, steps 1 and 2, and two more noises
     assert main(["report", str(tmp_path / "runs"), "-o", str(tmp_path / "o.html")]) == 0
     assert "A sweep of 1 trial" in (tmp_path / "o.html").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------- usage
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "diffinstruct: Missing command."),
+        (["trian"], "diffinstruct: No such command 'trian'. Did you mean 'train'?"),
+        (["train"], "diffinstruct train: Missing argument 'FILE'."),
+        (["train", "x.yaml", "--lokal"], "diffinstruct train: No such option: --lokal (Possible options: --local)"),
+        (["evaluate", "x"], "diffinstruct evaluate: Missing option '--prompts'."),
+        (["compare", "a"], "diffinstruct: Argument 'runs' takes 2 values."),
+        (["compare", "a", "b", "c"], "diffinstruct compare: Got unexpected extra argument(s) (c)"),
+        (["export", "x", "-o"], "diffinstruct: Option '-o' requires an argument."),
+        (["rewards", "score", "x"], "diffinstruct rewards score: Missing argument 'PROMPTS'."),
+        (["rewards", "test", "x", "--held-out"], "rewards test: unknown command, it is now 'rewards validate'"),
+    ],
+)
+def test_a_mistake_in_the_usage_is_one_line(capsys, arguments, expected):
+    assert complaint(capsys, *arguments) == expected
+
+
+def test_a_number_that_is_none_is_one_line(capsys):
+    said = complaint(capsys, "generate", "run", "a prompt", "-o", "x.png", "--n", "few")
+    assert said.startswith("diffinstruct generate: Invalid value for '--n': ") and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("typed", "candidates"),
+    [
+        ("diffinstruct ev", ["evaluate"]),
+        ("diffinstruct rewards va", ["validate"]),
+        ("diffinstruct train --re", ["--resume"]),
+    ],
+)
+def test_a_shell_can_complete_commands_and_options(typed, candidates):
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1), "_DIFFINSTRUCT_COMPLETE": "complete_bash"}
+    command = [sys.executable, "-m", "diffinstruct"]
+    done = subprocess.run(command, env={**os.environ, **words}, capture_output=True, text=True)
+    assert (done.stdout.split(), done.returncode) == (candidates, 0), done.stderr

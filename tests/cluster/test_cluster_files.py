@@ -4,18 +4,11 @@ cloud."""
 from __future__ import annotations
 
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
-from ray.autoscaler._private.node_provider_availability_tracker import (
-    NodeAvailabilityRecord,
-    NodeAvailabilitySummary,
-    UnavailableNodeInformation,
-)
-from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
-from ray.autoscaler._private.util import prepare_config, validate_config
+from tiny.autoscaler import prepare_config, started_nodes, validate_config
 
 from diffinstruct.cluster.attach import HEAD, check_fits
 from diffinstruct.config.experiment import Experiment
@@ -66,11 +59,7 @@ REWARD = ClusterConfig.model_validate({"rewards": {"gpus": 0.5, "resources": {"r
 def started(demands, *refused):
     """Type -> how many machines Ray's autoscaler starts, where AWS has just refused those of some types."""
     types = prepare_config(yaml.safe_load(AWS.read_text()))["available_node_types"]
-    why = UnavailableNodeInformation("InsufficientInstanceCapacity", "")
-    known = NodeAvailabilitySummary({kind: NodeAvailabilityRecord(kind, False, 0.0, why) for kind in refused})
-    scorer = partial(_default_utilization_scorer, node_availability_summary=known)
-    nodes, _ = get_nodes_for(types, {"head": 1}, "head", 10, demands, scorer)
-    return dict(nodes)
+    return started_nodes(types, demands, refused)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ cluster: {{worker_resources: {{trainer: 1}}, rewards: {{placement: actor, resour
 
 @pytest.mark.long
 def test_each_process_of_a_sweep_runs_on_the_node_that_declares_what_it_asks_for(nodes, file, tmp_path):
-    from ray._private.state import state
+    from diffinstruct.cluster.ray_private import state
 
     table = sweep(load(file), grid({"seed": [1, 2]}), tmp_path / "sweep", tiny_actors.whereabouts)
     assert table["step"].tolist() == [2, 2]

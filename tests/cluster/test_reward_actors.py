@@ -102,7 +102,7 @@ def latents(rows):
 
 
 def pid(actor):
-    from ray._private.state import state
+    from diffinstruct.cluster.ray_private import state
 
     return state.actor_table(actor._actor_id.hex(), None, None)["Pid"]
 

@@ -293,7 +293,7 @@ def test_scores_that_are_no_real_numbers_are_refused_as_in_the_handshake(folder,
     expected = f"reward test_scoring:{name}: scores of torch.{kind}, expected floating point"
     ask = ["--reward", f"test_scoring:{name}", "-o", tmp_path / "s.csv"]
     assert fails(capsys, "rewards", "score", folder, prompts, *ask) == expected
-    assert fails(capsys, "rewards", "test", f"test_scoring:{name}", "--images", folder).splitlines()[-1] == expected
+    assert fails(capsys, "rewards", "validate", f"test_scoring:{name}", "--images", folder).splitlines()[-1] == expected
 
 
 def test_a_reward_that_fails_is_named_and_nothing_is_written(folder, prompts, tmp_path, capsys):
@@ -311,7 +311,7 @@ def test_a_reward_that_fails_is_named_and_nothing_is_written(folder, prompts, tm
 
 # --------------------------------------------------------------------------------------------------------- test
 def test_test_prints_each_check_with_what_was_seen(capsys):
-    run("rewards", "test", "pocket_preference")
+    run("rewards", "validate", "pocket_preference")
     said = dict(re.match(r"(\S+) +(.*)", line).groups() for line in capsys.readouterr().out.splitlines())
     assert said["declared"] == NAMES["pocket_preference"].range
     assert "on 64 pictures" in said["range"] and "the gradient misses at most" in said["slope"]
@@ -330,9 +330,9 @@ def test_a_reward_in_the_folder_where_one_types_is_found(folder, prompts, monkey
 def test_test_refuses_by_name_on_pictures_of_ones_own(folder, prompts, capsys):
     """Those of the first picture's size; and what cannot be trained on may still judge."""
     where = ["--images", folder, "--prompts", prompts]
-    said = fails(capsys, "rewards", "test", "test_scoring:WrongSign", *where)
+    said = fails(capsys, "rewards", "validate", "test_scoring:WrongSign", *where)
     assert re.fullmatch(r"reward test_scoring:WrongSign: its gradient is not that of its scores: .*", said)
-    run("rewards", "test", "test_scoring:WrongSign", *where, "--held-out")
+    run("rewards", "validate", "test_scoring:WrongSign", *where, "--held-out")
     out = capsys.readouterr().out
     assert "on 4 pictures" in out and out.endswith(
         "reward test_scoring:WrongSign can be held out\n"
@@ -341,8 +341,8 @@ def test_test_refuses_by_name_on_pictures_of_ones_own(folder, prompts, capsys):
 
 
 def test_test_takes_pictures_alone_and_prompts_alone(folder, prompts, capsys):
-    run("rewards", "test", "test_scoring:Honest", "--images", folder)
-    run("rewards", "test", RED, "--prompts", prompts)
+    run("rewards", "validate", "test_scoring:Honest", "--images", folder)
+    run("rewards", "validate", RED, "--prompts", prompts)
     out = capsys.readouterr().out
     assert "remark      other prompts made no difference to its scores" in out
     assert "on 64 pictures" in out  # the pocket world's, of these five prompts
@@ -350,11 +350,11 @@ def test_test_takes_pictures_alone_and_prompts_alone(folder, prompts, capsys):
 
 def test_test_says_what_is_wrong(folder, prompts, tmp_path, capsys):
     assert (
-        complaint(capsys, "rewards", "test", "pikscore")
-        == "rewards test: no reward is named 'pikscore', did you mean 'pickscore'?"
+        complaint(capsys, "rewards", "validate", "pikscore")
+        == "rewards validate: no reward is named 'pikscore', did you mean 'pickscore'?"
     )
     assert "cannot load 'tiny.rewards:Nobody'" in complaint(
-        capsys, "rewards", "test", "tiny.rewards:Nobody", "--images", folder
+        capsys, "rewards", "validate", "tiny.rewards:Nobody", "--images", folder
     )
     shutil.rmtree(folder)
-    assert complaint(capsys, "rewards", "test", RED, "--images", folder).startswith(f"{folder}: no such folder")
+    assert complaint(capsys, "rewards", "validate", RED, "--images", folder).startswith(f"{folder}: no such folder")

@@ -14,7 +14,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from tiny.runs import agree, journal, same
 
-from diffinstruct.cli.main import main, run_folder
+from diffinstruct.cli.main import main
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.inputs import check_inputs
 from diffinstruct.config.reading import load
@@ -22,6 +22,7 @@ from diffinstruct.errors import ConfigErrors, UserError
 from diffinstruct.method.step import alternating_round
 from diffinstruct.run_folder import mirror, signals
 from diffinstruct.run_folder.checkpoint import CheckpointStore
+from diffinstruct.run_folder.location import run_folder
 from diffinstruct.run_folder.locks import only_writer
 from diffinstruct.run_folder.mirror import Mirror
 from diffinstruct.run_folder.signals import Paused

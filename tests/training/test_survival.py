@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from tiny import rewards as tiny_rewards
 from tiny.runs import agree, journal
 
-from diffinstruct.cli.main import main, run_folder
+from diffinstruct.cli.main import main
 from diffinstruct.cluster.reward_actor import RewardActor
 from diffinstruct.errors import UserError
 from diffinstruct.method.nonfinite import NonFinite
@@ -29,6 +29,7 @@ from diffinstruct.method.rewards import NotFinite
 from diffinstruct.method.step import alternating_round
 from diffinstruct.reward_service.monitor import ProbeHistory
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, full_disk_as_error
+from diffinstruct.run_folder.location import run_folder
 from diffinstruct.run_folder.locks import LOCK, Busy, locked, only_writer
 from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.run_folder.signals import Paused

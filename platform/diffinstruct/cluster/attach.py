@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.train
 import yaml
-from ray._private.state import state as cluster_state
-from ray._private.worker import get_dashboard_url
 
 import diffinstruct
+from diffinstruct.cluster import ray_private
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError, did_you_mean
 
@@ -80,7 +79,7 @@ def attached() -> Iterator[str]:
 
 def described() -> str:
     """Address and dashboard of the cluster we are attached to; where it is not ours, also which code runs on it."""
-    dashboard = get_dashboard_url()
+    dashboard = ray_private.get_dashboard_url()
     return (
         f"ray {ray.get_runtime_context().gcs_address}"
         + (f"  dashboard http://{dashboard}" if dashboard else "")
@@ -123,7 +122,7 @@ def most_nodes() -> list[tuple[Mapping[str, float], int]] | None:
         if not all(t["resources"] for t in types):
             return None  # machines that one has already: what they declare is known when they have joined
         return [node for node in there if HEAD in node[0]] + [(t["resources"], t["max_workers"]) for t in types]
-    most = cluster_state.get_max_resources_from_cluster_config()  # Kubernetes with its autoscaler tells sums alone
+    most = ray_private.autoscaler_limits()  # Kubernetes with its autoscaler tells sums alone
     return [*there, (most, 1)] if most else there
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray.exceptions import RayTaskError
-from ray.train import UserCallback
-from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.train import ControllerError, UserCallback, WorkerGroupError
 
 from diffinstruct.config.addresses import one_line
 from diffinstruct.config.experiment import Experiment

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import ray
-from ray._private.state import state as cluster_state
 from ray.actor import ActorHandle
 from ray.exceptions import (
     ActorDiedError,
@@ -20,6 +19,7 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
+from diffinstruct.cluster import ray_private
 from diffinstruct.cluster.reward_actor import LOADING, ActorReply
 from diffinstruct.method.rewards import RewardError
 
@@ -141,25 +141,20 @@ class Call:
 
     def _doing(self) -> tuple[str | None, float] | None:
         """What the actor says it does; None if it is not there at present. One that is there and silent is ended."""
-        before = self._process()
+        before = ray_private.actor_process(self.actor)
         try:
             return ray.get(self.actor.doing.remote(), timeout=self.grace)
         except GetTimeoutError:
             # One that waits for resources, for its environment or for its imports is silent, too; or the question went
             # to
             # a process that is no more.
-            if before == self._process() != self.ended and before[0] == "ALIVE":
+            if before == ray_private.actor_process(self.actor) != self.ended and before[0] == "ALIVE":
                 self._replace(f"silent for {self.grace:g} s")
         except ActorUnavailableError:
             pass
         return None
 
-    def _process(self) -> tuple[str, int]:
-        """State and number of the actor's process. (The public API asks the dashboard, which need not be there.)"""
-        table = cluster_state.actor_table(self.actor._actor_id.hex(), None, None)
-        return table["State"], table["NumRestarts"]
-
     def _replace(self, why: str) -> NoReturn:
-        self.ended = self._process()
+        self.ended = ray_private.actor_process(self.actor)
         ray.kill(self.actor, no_restart=False)  # reaches a stopped process, too
         raise Fault(f"{why}, so it was killed")

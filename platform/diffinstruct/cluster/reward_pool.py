@@ -13,10 +13,8 @@ score.
 
 from __future__ import annotations
 
-import logging
 import operator
 import os
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +26,6 @@ import numpy as np
 import ray
 import torch
 import yaml
-from ray._private.runtime_env.py_modules import upload_py_modules_if_needed
-from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
 from ray.actor import ActorHandle
 from ray.exceptions import (
     RuntimeEnvSetupError,
@@ -37,6 +33,7 @@ from ray.exceptions import (
 from ray.runtime_env import RuntimeEnv
 from torch import Tensor
 
+from diffinstruct.cluster import ray_private
 from diffinstruct.cluster.attach import ray_options
 from diffinstruct.cluster.reward_actor import ActorReply, RewardActor
 from diffinstruct.cluster.reward_call import Call, Fault
@@ -47,8 +44,6 @@ from diffinstruct.reward_service.validation import Report
 
 VALIDATION_CALLS = 40
 """A validation may take as long as so many scoring calls, with each actor."""
-
-logger = logging.getLogger(__name__)
 
 
 # ------------------------------------------------------------------------------------------------------- the pool
@@ -243,10 +238,7 @@ def runtime_env(file: str) -> dict[str, Any]:
         known = RuntimeEnv.known_fields
         if unknown := sorted(set(content) - known, key=str):
             raise ValueError(f"{unknown[0]!r} is no field of a runtime environment{did_you_mean(unknown[0], known)}")
-        ready = dict(RuntimeEnv(**content))
-        with tempfile.TemporaryDirectory() as scratch:
-            for upload in (upload_py_modules_if_needed, upload_working_dir_if_needed):
-                ready = upload(ready, include_gitignore=True, scratch_dir=scratch, logger=logger)
+        ready = ray_private.uploaded(RuntimeEnv(**content))
     except Exception as error:  # whatever Ray has against what stands in the file
         missing = isinstance(error, FileNotFoundError) and error.filename == file
         hint = nearest_file(Path(file), "*.y*ml") if missing else ""

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from diffinstruct.config.reading import load_run
-from diffinstruct.evaluation import generators
+from diffinstruct.evaluation import REFERENCE_PICTURES, SEED, generators
 from diffinstruct.evaluation.evaluate import Evaluation, compare
 from diffinstruct.metrics import REWARD
 from diffinstruct.models.export import load_export
@@ -83,16 +83,20 @@ class Comparison:
 
 
 def compare_runs(
-    folders: Sequence[Path], prompts: str | None, rewards: Sequence[str], reference_pictures: int, seed: int
+    folders: Sequence[Path | str],
+    prompts: str | None = None,
+    rewards: Sequence[str] = (),
+    reference_pictures: int = REFERENCE_PICTURES,
+    seed: int = SEED,
 ) -> Comparison:
     """Two finished runs, measured as `evaluate_generators` does; it raises the same errors."""
-    one, other = (load_run(folder) for folder in folders)
-    evaluations = generators.evaluate_generators(folders, prompts, rewards, reference_pictures, seed)
+    paths = [Path(folder) for folder in folders]
+    one, other = (load_run(path) for path in paths)
+    evaluations = generators.evaluate_generators(paths, prompts, rewards, reference_pictures, seed)
     texts = next(iter(evaluations.values())).table["prompt"].tolist()
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), SHOWN)).round().astype(int)).tolist()
     pictures = {
-        name: _pictures(folder / "export", texts, chosen, seed)
-        for name, folder in zip(evaluations, folders, strict=True)
+        name: _pictures(path / "export", texts, chosen, seed) for name, path in zip(evaluations, paths, strict=True)
     }
     return Comparison(other.changes(one), evaluations, [texts[i] for i in chosen], pictures)
 

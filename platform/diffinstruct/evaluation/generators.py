@@ -16,6 +16,7 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.prompts import read_prompts
 from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError
+from diffinstruct.evaluation import REFERENCE_PICTURES, SEED
 from diffinstruct.evaluation.evaluate import Evaluation, compare, evaluate, image_features
 from diffinstruct.evaluation.features import AttributeClassifier, FeatureExtractor, FeaturesOnly
 from diffinstruct.evaluation.world import world_prompts
@@ -38,7 +39,11 @@ BATCH = 32
 
 
 def evaluate_generators(
-    folders: Sequence[Path], prompts: str | None, rewards: Sequence[str], reference_pictures: int, seed: int
+    folders: Sequence[Path | str],
+    prompts: str | None = None,
+    rewards: Sequence[str] = (),
+    reference_pictures: int = REFERENCE_PICTURES,
+    seed: int = SEED,
 ) -> dict[str, Evaluation]:
     """Every metric of the generators in `folders`, by the folder's name.
 
@@ -49,11 +54,12 @@ def evaluate_generators(
         reference, and its guidance, are those of the first run.
     Raises UserError for what is neither run nor export, and where nothing says what to measure.
     """
-    runs = {folder: load_run(folder) for folder in folders if (folder / "experiment.yaml").is_file()}
-    exports = [_export_of(folder, runs.get(folder)) for folder in folders]
+    paths = [Path(folder) for folder in folders]
+    runs = {path: load_run(path) for path in paths if (path / "experiment.yaml").is_file()}
+    exports = [_export_of(path, runs.get(path)) for path in paths]
     first = next(iter(runs.values()), None)
     world = world_of(first.reference.model) if first else None
-    table = read_prompts(prompts) if prompts else _prompts_of(world, first, folders[0])
+    table = read_prompts(prompts) if prompts else _prompts_of(world, first, paths[0])
     names = list(rewards) or ([r.name for r in first.rewards.trained] + list(first.rewards.held_out) if first else [])
     if not names:
         raise UserError(f"{folders[0]}: is no run that names rewards; name some with --reward")
@@ -62,7 +68,7 @@ def evaluate_generators(
     extractor = _extractor(world, models, device)
     features = _reference_features(first, extractor, table, reference_pictures, seed, device)
     evaluations = {}
-    for folder, name in zip(exports, _short(folders), strict=True):
+    for folder, name in zip(exports, _short(paths), strict=True):
         reference, generator = load_export(folder, device=device)
         print(f"measuring {name}: {len(table)} prompts", flush=True)
         try:

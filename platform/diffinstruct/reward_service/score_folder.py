@@ -112,7 +112,9 @@ def save(table: pd.DataFrame, path: Path) -> None:
         raise UserError(f"{path}: {error.strerror}") from None
 
 
-def validate(name: str, folder: Path | None, prompts: str | Path | None, trained: bool) -> Report:
+def validate(
+    name: str, folder: Path | None = None, prompts: str | Path | None = None, trained: bool = True
+) -> Report:
     """Validate one reward. Without a folder, the pocket world's one-step generator makes the pictures;
     without prompts, its own stand in, for no check asks whether they fit. Of a folder, the pictures of
     the first one's size are taken, 64 at most."""

@@ -28,6 +28,7 @@ from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
+from diffinstruct.cluster import ray_private
 from diffinstruct.cluster.attach import HEAD, attached, check_fits, most_nodes, stand_in, warn_of_passing_copy
 from diffinstruct.cluster.failures import close, final_error
 from diffinstruct.cluster.reward_pool import reward_pool
@@ -60,7 +61,7 @@ class SweepError(RuntimeError):
 def sweep(
     base: Experiment,
     points: Sequence[Point] | Optuna,
-    folder: Path,
+    folder: Path | str,
     evaluate: EvaluateRun | None = None,
     on_row: OnRow = lambda i, row: None,
     scheduler: TrialScheduler | None = None,
@@ -80,7 +81,7 @@ def sweep(
         (PopulationBasedTraining) are several runs; the last one makes the row.
     Raises SweepError if any trial failed, after all have ended; Paused after SIGTERM, KeyboardInterrupt after Ctrl-C.
     """
-    folder = folder.absolute()
+    folder = Path(folder).absolute()
     base = base.tracked_at(tracking_uri(base.tracking.uri, folder.parent))
     trials = Trials(base, points, folder, evaluate)
     if scheduler or isinstance(points, Optuna):
@@ -212,7 +213,7 @@ def _run_trials(
     trials.read()
     errors = {}
     # A result alone does not say whose it is.
-    for result, of in zip(results, results._experiment_analysis.trials, strict=True):
+    for result, of in zip(results, ray_private.tune_trials(results), strict=True):
         if result.error:
             errors[trials.number(of.trial_id, of.config)] = final_error(result.error) or result.error
     return {i: error for i, error in errors.items() if not isinstance(error, Paused)}
@@ -315,7 +316,7 @@ def _check_probes(trials: Trials, aim: SelectionCriterion, scheduler: TrialSched
             raise UserError(f"overoptimization.every: is 0, but the sweep looks at {looks[0]}")
         if aim.maximize == "overoptimization/held_out" and not experiment.rewards.held_out:
             raise UserError("rewards.held_out: is empty, but the sweep looks at overoptimization/held_out")
-    if (counts := getattr(scheduler, "_time_attr", "step")) != "step":
+    if (counts := ray_private.time_attribute(scheduler, default="step")) != "step":
         raise UserError(f'scheduler: time_attr should be "step", got {counts!r}, which starts anew when a trial does')
     if (
         isinstance(scheduler, PopulationBasedTraining)
@@ -323,15 +324,15 @@ def _check_probes(trials: Trials, aim: SelectionCriterion, scheduler: TrialSched
     ):
         raise UserError("sweep: the points of a population all change the same keys")
     if isinstance(scheduler, PopulationBasedTraining):
-        point, changes = trials.point(0), scheduler._hyperparam_mutations
+        point, changes = trials.point(0), ray_private.hyperparameter_mutations(scheduler)
         if unknown := next((key for key in changes if key not in point), None):
             raise UserError(f"scheduler: it changes {unknown}, which the points do not{did_you_mean(unknown, point)}")
         trials.check_space(changes, point)
     every = trials.base.logging.checkpoint_every
-    if isinstance(scheduler, PopulationBasedTraining) and every > scheduler._perturbation_interval:
+    if isinstance(scheduler, PopulationBasedTraining) and every > ray_private.perturbation_interval(scheduler):
         raise UserError(
             f"logging.checkpoint_every: {every} steps, more than the scheduler's perturbation_interval, "
-            f"{scheduler._perturbation_interval}: there would be no weights to take over"
+            f"{ray_private.perturbation_interval(scheduler)}: there would be no weights to take over"
         )
 
 

@@ -1,0 +1,29 @@
+"""The command that hands a run to a cluster."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from diffinstruct.cli.arguments import Overrides, Recipe
+
+
+def rayjob(
+    file: Recipe,
+    overrides: Overrides,
+    image: Annotated[str, typer.Option("--image", help="a container image with this project and its Ray in it")],
+    claim: Annotated[
+        str, typer.Option("--claim", help="the PersistentVolumeClaim that the runs lie in")
+    ] = "diffinstruct-runs",
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="RUN", help="go on with the run in this folder of the claim")
+    ] = None,
+) -> None:
+    """Print a run as a manifest for KubeRay, for `kubectl apply -f -`."""
+    from diffinstruct.cluster.kuberay import manifest
+    from diffinstruct.config.reading import load
+
+    # Files that the recipe names lie in the image: they are not looked for here.
+    experiment = load(file, overrides)
+    print(manifest(experiment, image, claim, resume), end="")
