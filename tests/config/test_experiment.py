@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from chaos.configurations import chaos
 
 from diffinstruct.config.addresses import redact
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.fields import POCKET_SPLITS, Section
+from diffinstruct.config.fields import POCKET_SPLITS, Section, keys_of, keys_with
 from diffinstruct.config.prompts import read_prompts
 from diffinstruct.config.reading import load
 from diffinstruct.errors import ConfigErrors, UserError
@@ -119,6 +120,34 @@ def test_the_id_follows_the_configuration_and_not_its_whereabouts(tmp_path):
     assert len(same.config_hash) == 12
     assert int(same.config_hash, 16)
     assert load(path, ["objective.huber_c=0.2"]).config_hash != same.config_hash
+
+
+OTHER_VALUES: dict[str, Any] = {
+    "name": "b", "output_dir": "b", "mirror": "s3://b", "prompts.embeddings": "b",
+    "tracking.uri": "http://b", "tracking.experiment": "b",
+    "cluster.worker_resources": {"b": 1.0}, "cluster.rewards.resources": {"b": 1.0},
+    "steps": 7, "seed": 7, "generator.lora_rank": 7, "rewards.held_out": (),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OTHER_VALUES)
+def test_a_key_is_part_of_the_hash_and_of_the_changes_where_it_is_declared_so(key):
+    changed_ = Experiment.model_validate(
+        reduce(lambda value, name: {name: value}, reversed(key.split(".")), OTHER_VALUES[key])
+    )
+    identity = key in ("steps", "seed", "generator.lora_rank", "rewards.held_out")
+    assert (key in keys_with(Experiment, "identity")) == identity
+    assert (changed_.config_hash != Experiment().config_hash) == identity
+    assert [*changed_.changes(Experiment())] == [key] * identity
+
+
+def test_every_key_says_whether_it_may_change_and_whether_it_is_identity():
+    """A plain pydantic Field, which would be neither, is none of ours."""
+    for name, field in keys_of(Experiment):
+        assert isinstance(field.json_schema_extra, dict) and {"resume", "identity"} == {*field.json_schema_extra}, name
+    assert set(keys_with(Experiment, "resume")) < set(keys_with(Experiment, "identity"))
+    assert {"generator.learning_rate", "score_network.learning_rate", "steps"} < set(keys_with(Experiment, "resume"))
+    assert not {"seed", "objective.name", "generator.lora_rank"} & set(keys_with(Experiment, "resume"))
 
 
 def test_a_run_moves_to_other_machines_and_is_the_same(tmp_path):

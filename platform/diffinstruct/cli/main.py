@@ -509,23 +509,24 @@ def _writable(out: Path, suffix: str) -> None:
 def _same_as_before(experiment: Experiment, folder: Path, allowed: Sequence[str]) -> None:
     """Refuse to go on with a run under another configuration, and name the keys; with those that are allowed its newest
     checkpoint becomes one of the new configuration."""
-    from diffinstruct.config.experiment import CHANGEABLE
-    from diffinstruct.config.reading import load
+    from diffinstruct.config.experiment import Experiment
+    from diffinstruct.config.fields import keys_with
+    from diffinstruct.config.reading import load_run
     from diffinstruct.errors import UserError, did_you_mean
 
     file = folder / "experiment.yaml"
     if file.stat().st_size == 0:
         raise UserError(f"{file}: is empty, as a power cut may leave it; put the run's recipe there")
-    changes = experiment.changes(load(file))
+    changes, may_change = experiment.changes(load_run(folder)), keys_with(Experiment, "resume")
     for key in allowed:
         if key not in (known := experiment.to_params()):
             raise UserError(f"--allow: {key}: unknown key{did_you_mean(key, known)}")
-        if key not in CHANGEABLE:
-            raise UserError(f"--allow: {key}: cannot change in a run that has begun{did_you_mean(key, CHANGEABLE)}")
+        if key not in may_change:
+            raise UserError(f"--allow: {key}: cannot change in a run that has begun{did_you_mean(key, may_change)}")
     told = [f"{key}: {now!r}, but the run in {folder} has {before!r}" for key, (before, now) in changes.items()]
     lines = [line for line, key in zip(told, changes, strict=True) if key not in allowed]
     if lines:
-        may = [f"--allow {key}" for key in changes if key in CHANGEABLE and key not in allowed]
+        may = [f"--allow {key}" for key in changes if key in may_change and key not in allowed]
         hint = f"; {' '.join(may)} goes on with what is new" if may else ""
         raise UserError("\n".join([*lines, f"--resume: goes on with {folder / 'experiment.yaml'}, unchanged{hint}"]))
     if keys := {*changes, *({"prompts.train"} & {*allowed})}:  # the prompts of a file may have changed under its name

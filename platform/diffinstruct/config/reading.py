@@ -1,8 +1,5 @@
-"""A run as one value: what is trained, on what, against what, and where; frozen, typed, written and read as YAML.
-
-`Experiment()` is the pocket recipe. `load` reads a file with overrides and reports every mistake at once, each with its
-file and line. Each field says its unit and where its default comes from: a section of arXiv 2410.20898 or "ours".
-"""
+"""Configurations are read from YAML: `load` reads a file with overrides and reports every mistake at once, each with
+its file and line."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def _reference_features(
     print(f"the reference makes {len(texts)} pictures in {STEPS} steps", flush=True)
     made = [
         reference.decode(
-            reference.sample(texts[i : i + BATCH], noise[i : i + BATCH], STEPS, 1 + run.reference.guidance_scale)
+            reference.sample(texts[i : i + BATCH], noise[i : i + BATCH], STEPS, run.reference.guidance_scale)
         )
         for i in range(0, len(texts), BATCH)
     ]

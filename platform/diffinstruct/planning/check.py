@@ -93,7 +93,7 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     make_step_config(experiment, reference.schedule)  # refuses what only the schedule can tell
     generator, score = experiment.generator, experiment.score_network
     k = score.updates_per_step if experiment.objective.name != "reward_only" else 0
-    guided = (k > 0) * (1 + (experiment.reference.guidance_scale != 0))  # conditional and null
+    guided = (k > 0) * (1 + (experiment.reference.guidance_scale != 1))  # conditional and null
     through = int(
         experiment.objective.name in ("di_star", "sim", "sid")
     )  # gradient to the networks' inputs; KL has none

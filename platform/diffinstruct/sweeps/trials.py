@@ -80,7 +80,10 @@ class Trials:
         for key in point:
             if key.split(".")[0] == "cluster" or key == "reference.model":
                 raise UserError(f"{key}: {SHARED}")
-            if key.split(".")[0] in ("output_dir", "tracking", "name"):
+            touched = {
+                name for name in self.base.to_params() if f"{name}.".startswith(f"{key}.")
+            }  # it may be a section
+            if touched and touched.isdisjoint(self.base.identity):
                 raise UserError(f"{key}: is the sweep's, its trials have the same")
         experiment = changed(self.base, point)
         if set(experiment.rewards.names) != set(self.base.rewards.names):
