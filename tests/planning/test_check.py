@@ -101,7 +101,7 @@ def test_a_table_without_network_weights_or_start(monkeypatch) -> None:
     monkeypatch.setattr(footprint, "of_rewards", lambda *_: footprint.Footprint(0, 0, 0))
     values = Experiment().model_dump() | {"rewards": {"trained": [{"name": "pocket_preference"}], "held_out": []}}
     values["reference"]["model"] = "stabilityai/stable-diffusion-xl-base-1.0"
-    values["generator"] |= {"start": "/nowhere.safetensors", "lora_rank": 64}
+    values["generator"] |= {"init_from": "/nowhere.safetensors", "lora_rank": 64}
     values["score_network"]["lora_rank"] = 64
     text, problem = report(Experiment.model_validate(values))
     assert problem == "generator.init_from: no such file or folder: /nowhere.safetensors"

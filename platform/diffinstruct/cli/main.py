@@ -511,7 +511,7 @@ def _same_as_before(experiment: Experiment, folder: Path, allowed: Sequence[str]
     checkpoint becomes one of the new configuration."""
     from diffinstruct.config.experiment import Experiment
     from diffinstruct.config.fields import keys_with
-    from diffinstruct.config.reading import load_run
+    from diffinstruct.config.reading import load_run, nearest_key
     from diffinstruct.errors import UserError, did_you_mean
 
     file = folder / "experiment.yaml"
@@ -520,7 +520,7 @@ def _same_as_before(experiment: Experiment, folder: Path, allowed: Sequence[str]
     changes, may_change = experiment.changes(load_run(folder)), keys_with(Experiment, "resume")
     for key in allowed:
         if key not in (known := experiment.to_params()):
-            raise UserError(f"--allow: {key}: unknown key{did_you_mean(key, known)}")
+            raise UserError(f"--allow: {key}: unknown key{nearest_key(key, known)}")
         if key not in may_change:
             raise UserError(f"--allow: {key}: cannot change in a run that has begun{did_you_mean(key, may_change)}")
     told = [f"{key}: {now!r}, but the run in {folder} has {before!r}" for key, (before, now) in changes.items()]

@@ -29,6 +29,7 @@ from filelock import FileLock
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.fields import keys_with
+from diffinstruct.config.reading import RENAMED as RENAMED_KEYS
 from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError, nearest_file
 from diffinstruct.statistics import Estimate, Summary, over_seeds
@@ -122,7 +123,10 @@ def load_sweep(path: Path | str) -> pd.DataFrame:
     if path.suffix == ".csv":
         if not path.is_file():
             raise UserError(f"{path}: no such file{nearest_file(path, '*.csv')}")
-        frame = TrialRows(path).read().copy().rename(columns={KEY: "run"}).assign(status="finished", reason=np.nan)
+        frame = TrialRows(path).read().copy().assign(status="finished", reason=np.nan)
+        if "reference.cfg_scale" in frame:
+            frame["reference.cfg_scale"] += 1  # as guidance_scale counts
+        frame = frame.rename(columns={KEY: "run", **RENAMED_KEYS}).rename(columns=renamed)
         if frame.empty:
             raise UserError(f"{path}: no rows in it")
     else:

@@ -21,6 +21,7 @@ from diffinstruct.cluster.attach import ray_options, stand_in
 from diffinstruct.cluster.failures import close
 from diffinstruct.cluster.train import fit
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.reading import nearest_key
 from diffinstruct.errors import UserError, did_you_mean
 from diffinstruct.reports.frames import short
 from diffinstruct.run_folder import signals
@@ -96,7 +97,7 @@ class Trials:
         mistake: some values only go with some others."""
         known = self.base.to_params()
         if unknown := next((key for key in space if key not in known), None):
-            raise UserError(f"{unknown}: unknown key{did_you_mean(unknown, known)}")
+            raise UserError(f"{unknown}: unknown key{nearest_key(unknown, known)}")
         values, random, errors = {key: values_of(domain) for key, domain in space.items()}, np.random.RandomState(0), []
         for _ in range(DRAWN):
             try:
