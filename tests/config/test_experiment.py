@@ -1,6 +1,7 @@
 """The configuration: one value that survives every form it takes, and mistakes that say where and what."""
 
 import copy
+import hashlib
 import json
 import re
 from functools import reduce
@@ -18,7 +19,7 @@ from chaos.configurations import chaos
 from diffinstruct.config.addresses import redact
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.fields import POCKET_SPLITS, Section, keys_of, keys_with
-from diffinstruct.config.prompts import read_prompts
+from diffinstruct.config.prompts import read_prompt_set, read_prompts
 from diffinstruct.config.reading import RENAMED, load, load_run
 from diffinstruct.errors import ConfigErrors, UserError
 
@@ -391,6 +392,18 @@ def test_prompts_of_a_csv_and_a_txt(tmp_path):
     table = read_prompts(str(tmp_path / "a.txt"))
     assert table["prompt"].tolist() == ["a cat", "a dog, red"]
     assert table.index.tolist() == [0, 1]
+
+
+def test_a_prompt_set_is_its_texts_with_their_digest(tmp_path):
+    """The digest is kept in checkpoints: its bytes stay what they were."""
+    (tmp_path / "a.csv").write_text('caption,mouth\na cat,open\n,\n"a dög, red",\n')
+    prompts = read_prompt_set(tmp_path / "a.csv", "caption")
+    assert [*prompts] == ["a cat", "a dög, red"] and prompts[:1] == ("a cat",) and len(prompts) == 2
+    assert prompts.digest == hashlib.sha256("a cat\0a dög, red\0".encode()).hexdigest()
+    assert prompts.source == str(tmp_path / "a.csv") and prompts.table["mouth"].tolist() == ["open", ""]
+    assert copy.deepcopy(prompts).digest == prompts.digest
+    with pytest.raises(AttributeError):
+        prompts.texts = ()  # type: ignore[misc]
 
 
 def test_prompts_of_tables_and_datasets(tmp_path):

@@ -17,7 +17,7 @@ from ray._private.state import state as cluster_state
 from ray._private.worker import get_dashboard_url
 
 import diffinstruct
-from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.sections import ClusterConfig
 from diffinstruct.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -88,9 +88,9 @@ def described() -> str:
     )
 
 
-def check_fits(experiment: Experiment) -> None:
-    """Raises UserError, one line, where the cluster will never have what is asked."""
-    asked, actors, nodes = experiment.cluster, experiment.reward_actors, most_nodes()
+def check_fits(asked: ClusterConfig, actors: int) -> None:
+    """Raises UserError, one line, where Ray will never have what the workers and so many reward actors ask for."""
+    nodes = most_nodes()
     if nodes is None:
         return
     for kind in {**asked.per_worker, **asked.per_reward_actor}:

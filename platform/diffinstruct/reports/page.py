@@ -22,7 +22,7 @@ from PIL import Image
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.fields import keys_with
-from diffinstruct.config.prompts import read_prompts
+from diffinstruct.config.prompts import read_prompt_set
 from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError
 from diffinstruct.reports import plots
@@ -215,10 +215,10 @@ def inlined(picture: Image.Image) -> str:
 def _grid_prompts(experiment: Experiment) -> list[str]:
     """[] where their file is gone: the pictures are still worth a look."""
     try:
-        table = read_prompts(experiment.prompts.grid, column=experiment.prompts.column)
+        prompts = read_prompt_set(experiment.prompts.grid, experiment.prompts.column)
     except UserError:
         return []
-    return table["prompt"].tolist()[: experiment.logging.grid_prompts]
+    return list(prompts[: experiment.logging.grid_prompts])
 
 
 # ------------------------------------------------------------------------------------------------------- figures

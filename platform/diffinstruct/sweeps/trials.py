@@ -290,7 +290,7 @@ class Trial:
         step = take_over(experiment, self.trials.folder / run, self.trials.folder / donor["run"])
         close(
             before,
-            self.trials.experiment(i),
+            self.trials.base.tracking.uri,
             Paused(f"went on as {run} with the weights of {donor['run']} at step {step}"),
         )
         self.trials.add(i, point, run)

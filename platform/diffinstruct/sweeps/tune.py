@@ -96,7 +96,7 @@ def sweep(
     warn_of_passing_copy(folder)
 
     with attached() as where:
-        check_fits(base)
+        check_fits(base.cluster, base.reward_actors)
         for experiment in {of.model_dump_json(include={"prompts"}): of for of in trials.experiments}.values():
             embed(experiment)
         trials.open(keeps=isinstance(points, Optuna) or isinstance(scheduler, PopulationBasedTraining))
@@ -117,7 +117,7 @@ def sweep(
             why: BaseException = Paused(f"{len(unfinished)} of {trials.count} trials are unfinished in {folder}")
             for i in unfinished:
                 if i in trials.known:
-                    close(trials.run(i), trials.experiment(i), why if paused else KeyboardInterrupt())
+                    close(trials.run(i), base.tracking.uri, why if paused else KeyboardInterrupt())
             reason = "\n".join(f"{dict(trials.point(i))}: {error}" for i, error in sorted(failures.items()))
             status = "KILLED" if unfinished else "FAILED" if failures else "FINISHED"
             table = trials.table()
