@@ -218,8 +218,8 @@ class Experiment(Section):
     @property
     def identity(self) -> dict[str, Any]:
         """What the run computes: the flat configuration without its name, where it is kept and how it is placed."""
-        params = self.to_params()
-        return {name: params[name] for name in keys_with(Experiment, "identity")}
+        aside = keys_with(Experiment, "identity", False)
+        return {name: value for name, value in self.to_params().items() if name not in aside}
 
     @property
     def config_hash(self) -> str:
@@ -230,7 +230,7 @@ class Experiment(Section):
     def changes(self, before: Experiment) -> dict[str, tuple[Any, Any]]:
         """Keys of the identity that differ from `before`, with (before, now)."""
         then, now = before.identity, self.identity
-        return {name: (then[name], now[name]) for name in now if then[name] != now[name]}
+        return {name: (then.get(name), now.get(name)) for name in {**now, **then} if then.get(name) != now.get(name)}
 
     def without_secrets(self) -> Experiment:
         """The same without a tracking server's address that holds a password or a query, which came from the

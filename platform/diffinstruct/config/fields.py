@@ -88,7 +88,7 @@ def key(default: Any, *, description: str, resume: bool = False, identity: bool 
     identity: whether the key is part of what a run computes; if not, it says how the run is called, where it is kept,
         or on which machines it is placed.
     """
-    traits = {"resume": resume, "identity": identity}
+    traits: dict[str, Any] = {"resume": resume, "identity": identity}
     return Field(default, description=description, json_schema_extra=traits, **constraints)
 
 
@@ -102,10 +102,7 @@ def keys_of(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Fie
 
 
 @cache
-def keys_with(section: type[Section], trait: Literal["resume", "identity"]) -> tuple[str, ...]:
+def keys_with(section: type[Section], trait: Literal["resume", "identity"], value: bool = True) -> tuple[str, ...]:
     """The dotted names of the keys below a section that are declared with this trait, in their order."""
-
-    def has_trait(field: FieldInfo) -> bool:
-        return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra[trait])
-
-    return tuple(name for name, field in keys_of(section) if has_trait(field))
+    traits = {name: field.json_schema_extra for name, field in keys_of(section)}
+    return tuple(name for name, extra in traits.items() if isinstance(extra, dict) and extra[trait] is value)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
 
@@ -152,7 +151,9 @@ class _Source:
         renamed = []
         for old, new in RENAMED.items():
             (*parents, last), target = old.split("."), new.split(".")
-            section = reduce(lambda at, name: at.get(name) if isinstance(at, dict) else None, parents, self.values)
+            section: Any = self.values
+            for name in parents:
+                section = section.get(name) if isinstance(section, dict) else None
             if not isinstance(section, dict) or last not in section:
                 continue
             value = section.pop(last)

@@ -28,7 +28,6 @@ import pandas as pd
 from filelock import FileLock
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.fields import keys_with
 from diffinstruct.config.reading import RENAMED as RENAMED_KEYS
 from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError, nearest_file
@@ -242,7 +241,7 @@ def measures(frame: pd.DataFrame) -> Measures:
 def swept(frame: pd.DataFrame) -> list[str]:
     """The keys of a run's identity that differ between runs, in the configuration's order, but for the seed and the
     cluster. A row without a key, as older rows are, differs from those that have one."""
-    keys = [key for key in keys_with(Experiment, "identity") if key != "seed" and not key.startswith("cluster.")]
+    keys = [key for key in Experiment().identity if key != "seed" and not key.startswith("cluster.")]
     return [key for key in keys if key in frame and frame[key].nunique(dropna=False) > 1]
 
 

@@ -21,7 +21,6 @@ import pandas as pd
 from PIL import Image
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.fields import keys_with
 from diffinstruct.config.prompts import read_prompt_set
 from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError
@@ -298,7 +297,7 @@ def _heads(keys: Sequence[str]) -> list[str]:
 
 
 def _configuration(frame: pd.DataFrame) -> list[str]:
-    return [key for key in keys_with(Experiment, "identity") if key in frame]
+    return [key for key in Experiment().identity if key in frame]
 
 
 def _order(value: Any) -> tuple[bool, Any]:
