@@ -774,9 +774,8 @@ def stage_distill(work: Path, steps: int = 240) -> None:
     base |= {"rewards": {"trained": [], "held_out": []}}
     base["generator"] |= {"init_from": "reference", "learning_rate": 2e-4, "ema_decay": 0.98}
     base["score_network"] |= {"learning_rate": 4e-4, "updates_per_step": 2}
-    base["reference"] |= {
-        "guidance_scale": 2.0
-    }  # under the reference's own 2 what a prompt leaves open falls onto one choice
+    # Under the reference's own 3 what a prompt leaves open falls onto one choice
+    base["reference"] |= {"guidance_scale": 2.0}
     base["objective"] |= {"reward_scale": 0.0}
     base["logging"] |= {"every": 20, "checkpoint_every": 40, "grid_every": 40}
     result = train(Experiment.model_validate(base), work / "distill", local=True)

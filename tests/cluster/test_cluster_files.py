@@ -98,22 +98,23 @@ def on_the_head(tmp_path, monkeypatch):
 
 
 def asking(**cluster_section):
-    return Experiment(cluster=ClusterConfig(use_gpu=True, **cluster_section))
+    experiment = Experiment(cluster=ClusterConfig(use_gpu=True, **cluster_section))
+    return experiment.cluster, experiment.reward_actors
 
 
 def test_on_an_autoscaled_cluster_what_may_come_counts(on_the_head):
     on_the_head(AWS)
     fits = {"worker_resources": {"trainer": 1.0}, "rewards": {"gpus": 0.5, "resources": {"reward": 0.5}}}
-    check_fits(asking(workers=8, **fits))
+    check_fits(*asking(workers=8, **fits))
     for wrong, said in (
         ({"workers": 16}, r"asks for 16.5 GPUs \(16 workers x 1 \+ 1 reward actors x 0.5\), Ray has 10"),
         ({"worker_resources": {"traner": 1.0}}, r"asks for 1 traner \(.*\), Ray has 0, did you mean 'trainer'\?"),
         ({"worker_resources": {"trainer": 1.0, "reward": 1.0}}, r"no node has all that one training worker .*"),
     ):
         with pytest.raises(UserError, match=rf"^cluster: ({said})$"):
-            check_fits(asking(**{**fits, **wrong}))
+            check_fits(*asking(**{**fits, **wrong}))
 
 
 def test_of_own_machines_nothing_is_known_before_they_have_joined(on_the_head):
     on_the_head(OWN)
-    check_fits(asking(workers=16, worker_resources={"whatever": 1.0}))
+    check_fits(*asking(workers=16, worker_resources={"whatever": 1.0}))

@@ -111,5 +111,7 @@ def test_so_many_trials_at_once_as_have_their_resources(nodes, file, asked, tria
 )  # fmt: skip
 def test_what_the_nodes_do_not_declare_is_said_before_the_start(nodes, file, override, said):
     with pytest.raises(UserError, match=rf"^cluster: {said}$"):
-        check_fits(load(file, [f"cluster.{override}"]))
-    check_fits(load(file, ["cluster.rewards.placement=process", "cluster.rewards.resources={reward: 9}"]))
+        experiment = load(file, [f"cluster.{override}"])
+        check_fits(experiment.cluster, experiment.reward_actors)
+    inside = load(file, ["cluster.rewards.placement=process", "cluster.rewards.resources={reward: 9}"])
+    check_fits(inside.cluster, inside.reward_actors)

@@ -1,8 +1,10 @@
 """The configuration: one value that survives every form it takes, and mistakes that say where and what."""
 
 import copy
+import hashlib
 import json
 import re
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from chaos.configurations import chaos
 
 from diffinstruct.config.addresses import redact
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.fields import POCKET_SPLITS, Section
-from diffinstruct.config.prompts import read_prompts
-from diffinstruct.config.reading import load
+from diffinstruct.config.fields import POCKET_SPLITS, Section, keys_of, keys_with
+from diffinstruct.config.prompts import read_prompt_set, read_prompts
+from diffinstruct.config.reading import RENAMED, load, load_run
 from diffinstruct.errors import ConfigErrors, UserError
 
 RECIPE = Path(__file__).parents[2] / "experiments" / "recipes" / "pocket.yaml"
@@ -119,6 +121,34 @@ def test_the_id_follows_the_configuration_and_not_its_whereabouts(tmp_path):
     assert len(same.config_hash) == 12
     assert int(same.config_hash, 16)
     assert load(path, ["objective.huber_c=0.2"]).config_hash != same.config_hash
+
+
+OTHER_VALUES: dict[str, Any] = {
+    "name": "b", "output_dir": "b", "mirror": "s3://b", "prompts.embeddings": "b",
+    "tracking.uri": "http://b", "tracking.experiment": "b",
+    "cluster.worker_resources": {"b": 1.0}, "cluster.rewards.resources": {"b": 1.0},
+    "steps": 7, "seed": 7, "generator.lora_rank": 7, "rewards.held_out": (),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OTHER_VALUES)
+def test_a_key_is_part_of_the_hash_and_of_the_changes_where_it_is_declared_so(key):
+    changed_ = Experiment.model_validate(
+        reduce(lambda value, name: {name: value}, reversed(key.split(".")), OTHER_VALUES[key])
+    )
+    identity = key in ("steps", "seed", "generator.lora_rank", "rewards.held_out")
+    assert (key in keys_with(Experiment, "identity")) == identity
+    assert (changed_.config_hash != Experiment().config_hash) == identity
+    assert [*changed_.changes(Experiment())] == [key] * identity
+
+
+def test_every_key_says_whether_it_may_change_and_whether_it_is_identity():
+    """A plain pydantic Field, which would be neither, is none of ours."""
+    for name, field in keys_of(Experiment):
+        assert isinstance(field.json_schema_extra, dict) and {"resume", "identity"} == {*field.json_schema_extra}, name
+    assert set(keys_with(Experiment, "resume")) < set(keys_with(Experiment, "identity"))
+    assert {"generator.learning_rate", "score_network.learning_rate", "steps"} < set(keys_with(Experiment, "resume"))
+    assert not {"seed", "objective.name", "generator.lora_rank"} & set(keys_with(Experiment, "resume"))
 
 
 def test_a_run_moves_to_other_machines_and_is_the_same(tmp_path):
@@ -282,6 +312,77 @@ def test_errors_can_be_rebuilt():
     assert copy.copy(error).errors == ["a", "b"]
 
 
+# -------------------------------------------------------------------------------------------- keys of version 0.1
+OLD = Path(__file__).with_name("pocket_0_1.yaml")
+"""The recipe of version 0.1, which names every key, as a run's folder has them."""
+
+
+def value_in(content: Any, key: str) -> Any:
+    return reduce(lambda section, name: section[name], key.split("."), content)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_key_is_answered_with_the_new_one(tmp_path, old, new):
+    value = json.dumps(value_in(yaml.safe_load(OLD.read_text()), old) if old != "watch" else {})
+    *sections, key = old.split(".")
+    text = "steps: 3\n" + "".join(f"{'  ' * i}{name}:\n" for i, name in enumerate(sections))
+    text += f"{'  ' * len(sections)}{key}: {value}\n"
+    plus = ", whose value is cfg_scale + 1" * (old == "reference.cfg_scale")
+    answer = f"{old}: unknown key, it is now {new!r}{plus}"
+    assert errors(tmp_path, text) == [f"run.yaml:{2 + len(sections)}: {answer}"]
+    assert errors(tmp_path, "steps: 3", f"{old}={value}") == [f"-s: {answer}"]
+    known = Experiment().to_params()
+    assert new in known or new in {key.partition(".")[0] for key in known}
+    assert old not in known
+
+
+def test_what_stands_under_an_old_key_is_checked_as_well(tmp_path):
+    """All mistakes at once, and none that only the old name makes: this generator is no pocket world's."""
+    text = (
+        "reference: {model: m, cfg_scale: x}\ngenerator:\n  start: reference\nwatch:\n  every: -1\n  evry: 1\nruns: ''"
+    )
+    assert errors(tmp_path, text) == [
+        "run.yaml:1: reference.cfg_scale: unknown key, it is now 'reference.guidance_scale', "
+        "whose value is cfg_scale + 1",
+        "run.yaml:1: reference.guidance_scale: should be a number, got 'x'",
+        "run.yaml:3: generator.start: unknown key, it is now 'generator.init_from'",
+        "run.yaml:4: watch: unknown key, it is now 'overoptimization'",
+        "run.yaml:4: overoptimization.evry: unknown key, did you mean 'every'?",
+        "run.yaml:5: watch.every: unknown key, it is now 'overoptimization.every'",
+        "run.yaml:5: overoptimization.every: should be greater than or equal to 0, got -1",
+        "run.yaml:7: runs: unknown key, it is now 'output_dir'",
+        "run.yaml:7: output_dir: should have at least 1 character, got ''",
+    ]
+    assert errors(tmp_path, "watch: 3\noveroptimization: {every: 3}\nruns: a\noutput_dir: b") == [
+        "run.yaml:1: watch: unknown key, it is now 'overoptimization'",
+        "run.yaml:3: runs: unknown key, it is now 'output_dir'",
+    ]
+
+
+def test_a_run_of_the_version_before_is_read(tmp_path):
+    """Its experiment.yaml is the recipe of then; each value under an old key arrives under the new one."""
+    (tmp_path / "experiment.yaml").write_text(OLD.read_text())
+    assert load_run(tmp_path) == Experiment()
+    content = yaml.safe_load(OLD.read_text())
+    content["reference"]["cfg_scale"] = 0.0
+    content["watch"] = {"every": 7, "on_hacking": "stop"}
+    content["generator"] |= {"start": "reference", "start_rank": 0}
+    content["score_network"]["space"], content["objective"]["space"] = "v", "eps"
+    content["rewards"]["micro_batch"], content["runs"] = 5, "elsewhere"
+    content["cluster"] |= {"reward_replicas": 2, "reward_cpus": 0.5, "reward_gpus": 0.25, "reward_deadline_s": 9.0}
+    content["cluster"] |= {"reward_place": "actor", "reward_resources": {"r": 0.5}}
+    content["cluster"]["reward_environments"] = [{"rewards": ["pocket_judge"], "runtime_env": "env.yaml"}]
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(content))
+    experiment, params = load_run(tmp_path), load_run(tmp_path).to_params()
+    assert (params["reference.guidance_scale"], params["generator.init_from"]) == (1.0, "reference")
+    for old, new in RENAMED.items():
+        if old not in ("watch", "reference.cfg_scale"):
+            value = value_in(content, old)
+            assert params[new] == (json.dumps(value) if isinstance(value, dict | list) else value), new
+    (tmp_path / "experiment.yaml").write_text(experiment.to_yaml())
+    assert load_run(tmp_path) == experiment
+
+
 # ------------------------------------------------------------------------------------------------------- prompts
 def test_prompts_of_a_csv_and_a_txt(tmp_path):
     (tmp_path / "a.csv").write_text('prompt,mouth\n"a, b",None\nc,\n')
@@ -291,6 +392,18 @@ def test_prompts_of_a_csv_and_a_txt(tmp_path):
     table = read_prompts(str(tmp_path / "a.txt"))
     assert table["prompt"].tolist() == ["a cat", "a dog, red"]
     assert table.index.tolist() == [0, 1]
+
+
+def test_a_prompt_set_is_its_texts_with_their_digest(tmp_path):
+    """The digest is kept in checkpoints: its bytes stay what they were."""
+    (tmp_path / "a.csv").write_text('caption,mouth\na cat,open\n,\n"a dög, red",\n')
+    prompts = read_prompt_set(tmp_path / "a.csv", "caption")
+    assert [*prompts] == ["a cat", "a dög, red"] and prompts[:1] == ("a cat",) and len(prompts) == 2
+    assert prompts.digest == hashlib.sha256("a cat\0a dög, red\0".encode()).hexdigest()
+    assert prompts.source == str(tmp_path / "a.csv") and prompts.table["mouth"].tolist() == ["open", ""]
+    assert copy.deepcopy(prompts).digest == prompts.digest
+    with pytest.raises(AttributeError):
+        prompts.texts = ()  # type: ignore[misc]
 
 
 def test_prompts_of_tables_and_datasets(tmp_path):

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from tiny import sweeps as tiny_sweep
 
@@ -22,6 +23,7 @@ from diffinstruct.reports.frames import (
     pareto_front,
     points,
     ran_with,
+    renamed,
     reward_gap,
     swept,
 )
@@ -216,6 +218,24 @@ def test_a_sweeps_folder_is_a_frame_with_a_row_a_run(tmp_path):
     assert frame["held_out/pocket_judge"].tolist()[:3] == [2.5] * 3 and math.isnan(frame["held_out/pocket_judge"][3])
     assert frame.loc[0, ["kid", "kid.low", "kid.high", "kid.n"]].tolist() == [1.5, 1.0, 2.0, 9]
     assert load_sweep(tmp_path / "b")["status"].tolist() == ["failed"]
+
+
+def test_a_run_of_the_version_before_has_todays_columns(tmp_path):
+    """Its configuration, metrics and events had other names."""
+    courses = {"divergence": [0.2, 0.3], "watch/unexplained": [0.5, 1.5], "reward/pocket_preference": [3.0, 4.0]}
+    folder = tiny_sweep.run(tmp_path / "old", courses=courses, events=[(20, "hacking", "reward hacking: x")])
+    (folder / "experiment.yaml").write_text((Path(__file__).parents[1] / "config" / "pocket_0_1.yaml").read_text())
+    row = load_sweep(folder).iloc[0]
+    assert (row["x0_gap"], row["overoptimization/unexplained"], row["alarm"]) == (0.3, 1.5, 20)
+    assert row["reference.guidance_scale"] == 3.0
+    assert not {"divergence", "watch/unexplained", "reference.cfg_scale"} & {*row.index}
+    kept = pd.DataFrame({"trial": ["a"], "divergence": [0.2], "reference.cfg_scale": [2.0], "objective.space": ["v"]})
+    kept.to_csv(tmp_path / "kept.csv", index=False)
+    row = load_sweep(tmp_path / "kept.csv").iloc[0]
+    assert (row["x0_gap"], row["reference.guidance_scale"], row["objective.weighting"]) == (0.2, 3.0, "v")
+    keys = set(learning_curves(folder)["key"])
+    assert keys == {"x0_gap", "overoptimization/unexplained", "reward/pocket_preference"}
+    assert renamed("divergence_of_mine") == "divergence_of_mine" and renamed("reward/watch/x") == "reward/watch/x"
 
 
 def test_training_and_evaluation_never_share_a_column(tmp_path):

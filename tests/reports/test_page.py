@@ -54,7 +54,7 @@ class Page(HTMLParser):
 
 
 def test_a_runs_report_says_what_it_was_and_what_came_of_it(tmp_path):
-    events = [(0, "reward.x", "reward x: scores 1 to 2"), (10, "hacking", "reward hacking: beyond 3.5")]
+    events = [(0, "reward.x", "reward x: scores 1 to 2"), (10, "overoptimization", "reward hacking: beyond 3.5")]
     folder = tiny_sweep.run(
         tmp_path / "one",
         {"objective.reward_scale": 4.5},
@@ -68,7 +68,8 @@ def test_a_runs_report_says_what_it_was_and_what_came_of_it(tmp_path):
     assert ["objective.reward_scale", "2.0", "4.5"] in found.rows
     assert ["kid", "1.2 [0.8, 1.8]", "9"] in found.rows
     assert ["overoptimization/unexplained", "1.5"] in found.rows
-    assert ["10", "hacking", "reward hacking: beyond 3.5"] in found.rows and '<p class="alarm">reward hacking' in text
+    assert ["10", "overoptimization", "reward hacking: beyond 3.5"] in found.rows
+    assert '<p class="alarm">reward hacking' in text
     assert "abc1234" in text
     head = next(row for row in found.rows if "start" in row)
     assert head == ["", "start", "step 50", "step 100", "step 100, other noise", "and other"]

@@ -84,21 +84,22 @@ def _run(experiment: Experiment, folder: Path, local: bool) -> None:
 def _check_resume(experiment: Experiment, folder: Path, allowed: Sequence[str]) -> None:
     """Refuse to go on with a run under another configuration, and name the keys; with those that are allowed its newest
     checkpoint becomes one of the new configuration."""
-    from diffinstruct.config.experiment import CHANGEABLE
-    from diffinstruct.config.reading import load
+    from diffinstruct.config.experiment import Experiment
+    from diffinstruct.config.fields import keys_with
+    from diffinstruct.config.reading import load_run, nearest_key
 
     file = folder / "experiment.yaml"
     if file.stat().st_size == 0:
         raise UserError(f"{file}: is empty, as a power cut may leave it; put the run's recipe there")
-    changes = experiment.changes(load(file))
+    changes, may_change = experiment.changes(load_run(folder)), keys_with(Experiment, "resume")
     for key in allowed:
         if key not in (known := experiment.to_params()):
-            raise UserError(f"--allow: {key}: unknown key{did_you_mean(key, known)}")
-        if key not in CHANGEABLE:
-            raise UserError(f"--allow: {key}: cannot change in a run that has begun{did_you_mean(key, CHANGEABLE)}")
+            raise UserError(f"--allow: {key}: unknown key{nearest_key(key, known)}")
+        if key not in may_change:
+            raise UserError(f"--allow: {key}: cannot change in a run that has begun{did_you_mean(key, may_change)}")
     messages = {key: f"{key}: {now!r}, but the run in {folder} has {then!r}" for key, (then, now) in changes.items()}
     if refused := [message for key, message in messages.items() if key not in allowed]:
-        options = [f"--allow {key}" for key in changes if key in CHANGEABLE and key not in allowed]
+        options = [f"--allow {key}" for key in changes if key in may_change and key not in allowed]
         hint = f"; {' '.join(options)} goes on with what is new" if options else ""
         raise UserError("\n".join([*refused, f"--resume: goes on with {file}, unchanged{hint}"]))
     if keys := {*changes, *({"prompts.train"} & {*allowed})}:  # the prompts of a file may have changed under its name

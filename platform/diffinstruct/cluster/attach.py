@@ -16,7 +16,7 @@ import yaml
 
 import diffinstruct
 from diffinstruct.cluster import ray_private
-from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.sections import ClusterConfig
 from diffinstruct.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -87,9 +87,9 @@ def described() -> str:
     )
 
 
-def check_fits(experiment: Experiment) -> None:
-    """Raises UserError, one line, where the cluster will never have what is asked."""
-    asked, actors, nodes = experiment.cluster, experiment.reward_actors, most_nodes()
+def check_fits(asked: ClusterConfig, actors: int) -> None:
+    """Raises UserError, one line, where Ray will never have what the workers and so many reward actors ask for."""
+    nodes = most_nodes()
     if nodes is None:
         return
     for kind in {**asked.per_worker, **asked.per_reward_actor}:

@@ -38,6 +38,7 @@ from diffinstruct.cluster.attach import ray_options
 from diffinstruct.cluster.reward_actor import ActorReply, RewardActor
 from diffinstruct.cluster.reward_call import Call, Fault
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.sections import RewardEnvironmentConfig
 from diffinstruct.errors import UserError, did_you_mean, nearest_file
 from diffinstruct.method.rewards import Collect, RewardError, RewardRequest, Scores
 from diffinstruct.reward_service.validation import Report
@@ -198,7 +199,8 @@ def reward_pool(experiment: Experiment, actor: type[RewardActor] = RewardActor) 
     # Ray restarts a process and repeats no call: whether an answer is still wanted only the caller knows.
     options = {**ray_options(asked.per_reward_actor), "max_restarts": -1, "max_task_retries": 0}
     prepared = [
-        (names, file, {"runtime_env": runtime_env(file)} if file else {}) for names, file in grouped(experiment)
+        (names, file, {"runtime_env": runtime_env(file)} if file else {})
+        for names, file in grouped(experiment.rewards.names, asked.rewards.environments)
     ]
     groups: list[Group] = []
     try:
@@ -217,15 +219,14 @@ def reward_pool(experiment: Experiment, actor: type[RewardActor] = RewardActor) 
                 ray.kill(replica)
 
 
-def grouped(experiment: Experiment) -> list[tuple[tuple[str, ...], str | None]]:
-    """Which rewards share actors, and the file of their runtime environment, if they have one of their own. Names are
-    in the order of `experiment.rewards.names`; reward_replicas actors stand for each group."""
-    environments = experiment.cluster.rewards.environments
+def grouped(
+    rewards: Sequence[str], environments: Sequence[RewardEnvironmentConfig]
+) -> list[tuple[tuple[str, ...], str | None]]:
+    """Which rewards share actors, and the file of their runtime environment, if they have one of their own. Names keep
+    the order of `rewards`; `cluster.rewards.replicas` actors stand for each group."""
     placed = {name for environment in environments for name in environment.rewards}
-    groups = [(set(experiment.rewards.names) - placed, None)] + [(set(e.rewards), e.runtime_env) for e in environments]
-    return [
-        (tuple(name for name in experiment.rewards.names if name in names), file) for names, file in groups if names
-    ]
+    groups = [(set(rewards) - placed, None)] + [(set(e.rewards), e.runtime_env) for e in environments]
+    return [(tuple(name for name in rewards if name in names), file) for names, file in groups if names]
 
 
 def runtime_env(file: str) -> dict[str, Any]:

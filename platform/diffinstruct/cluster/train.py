@@ -58,7 +58,7 @@ def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> R
     uri = tracking_uri(experiment.tracking.uri, folder.parent)
     experiment = experiment.tracked_at(uri)
     with attached() as where:
-        check_fits(experiment)
+        check_fits(experiment.cluster, experiment.reward_actors)
         embed(experiment)
         with reward_pool(experiment) if experiment.reward_actors else nullcontext() as pool, shown(folder / OUTPUT):
             return fit(experiment, folder, pool, where, parent)
@@ -104,7 +104,7 @@ def fit(
         # Ray answers Ctrl-C by ending the workers and the program, with status 0.
         reason = KeyboardInterrupt() if isinstance(error, SystemExit) else final_error(error) or error
         if not isinstance(reason, Busy):  # whose run it is sees to its end
-            close(folder, experiment, reason)
+            close(folder, experiment.tracking.uri, reason)
         if reason is error:
             raise
         raise reason from None

@@ -1,18 +1,22 @@
-"""config.experiment"""
+"""A run as one value: what is trained, on what, against what, and where; frozen and typed.
+
+`Experiment()` is the pocket recipe. Each field says its unit and where its default comes from, a section of arXiv
+2410.20898 or "ours", whether it may change in a run that has begun, and whether it is part of what the run computes.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationInfo, field_validator
 
 from diffinstruct.config.addresses import NO_STORES, quote_uri, redact
-from diffinstruct.config.fields import Count, Samples, Section, Text, broken_rule, mistake_at
+from diffinstruct.config.fields import Count, Samples, Section, Text, broken_rule, key, keys_with, mistake_at
 from diffinstruct.config.sections import (
     ClusterConfig,
     GeneratorConfig,
@@ -27,69 +31,50 @@ from diffinstruct.config.sections import (
 )
 from diffinstruct.errors import did_you_mean
 
-WHEREABOUTS: Mapping[str, Any] = {
-    "output_dir": True,
-    "mirror": True,
-    "tracking": True,
-    "prompts": {"embeddings"},
-    "cluster": {"worker_resources": True, "rewards": {"resources"}},
-}
-"""Sections and keys that say where a run is kept and on which machines it is placed: no part of what it computes."""
-CHANGEABLE = frozenset(
-    {
-        *("steps", "global_batch_size", "micro_batch_size", "precision", "activation_checkpointing", "compile"),
-        *("deterministic", "device"),
-        *(f"generator.{key}" for key in ("learning_rate", "betas", "weight_decay", "max_grad_norm", "ema_decay")),
-        *(
-            f"score_network.{key}"
-            for key in ("learning_rate", "betas", "weight_decay", "max_grad_norm", "updates_per_step")
-        ),
-        *(f"objective.{key}" for key in ("regularization_weight", "reward_scale")),
-        *("prompts.train", "prompts.grid", "prompts.column", "rewards.micro_batch_size", "overoptimization.on_alarm"),
-        *(f"logging.{key}" for key in ("every", "grid_every", "grid_prompts", "checkpoint_every")),
-        *(f"cluster.{key}" for key in ("workers", "use_gpu", "cpus_per_worker", "rewards.replicas")),
-        *(f"cluster.{key}" for key in ("rewards.cpus", "rewards.gpus", "rewards.deadline_s", "rewards.placement")),
-        "cluster.rewards.environments",
-    }
-)
-"""Keys that may have another value from some step of a run on, where its user allows it. All others say what the run
-is: other networks, another objective, other rewards are another run."""
-
 
 class Experiment(Section):
     """One run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        "pocket", description="of the run, part of its folder's name (ours)"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = key(
+        "pocket", description="of the run, part of its folder's name (ours)", identity=False
     )
-    seed: int = Field(
+    seed: int = key(
         0, ge=0, le=10**9, description="z, t, eps and prompts are functions of (seed, step, sample index) (ours)"
     )
-    steps: Count = Field(100, description="alternating rounds (ours)")
-    global_batch_size: Samples = Field(32, description="samples per round over all workers (ours)")
-    micro_batch_size: Samples | None = Field(
+    steps: Count = key(100, description="alternating rounds (ours)", resume=True)
+    global_batch_size: Samples = key(32, description="samples per round over all workers (ours)", resume=True)
+    micro_batch_size: Samples | None = key(
         None,
         description="samples of one training process that go through the networks at once; the gradients of a round's "
         "micro-batches add up, and the generator goes forward twice; none: all of them at once (ours)",
+        resume=True,
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the networks' and the decoder's arithmetic; trained weights stay fp32 (ours)"
+    precision: Literal["fp32", "bf16"] = key(
+        "fp32",
+        description="of the networks' and the decoder's arithmetic; trained weights stay fp32 (ours)",
+        resume=True,
     )
-    activation_checkpointing: bool = Field(
+    activation_checkpointing: bool = key(
         False,
-        description="networks and decoder keep their blocks' inputs alone and compute the rest again in the backward pass: "
-        "less memory, and of di_star's 12 forward passes' worth of work 5 more (ours)",
+        description="networks and decoder keep their blocks' inputs alone and compute the rest again in the backward "
+        "pass: less memory, and of di_star's 12 forward passes' worth of work 5 more (ours)",
+        resume=True,
     )
-    compile: bool = Field(
+    compile: bool = key(
         False,
-        description="torch.compile of generator, score network and reference: minutes at the start, faster rounds (ours)",
+        description="torch.compile of generator, score network and reference: minutes at the start, faster rounds "
+        "(ours)",
+        resume=True,
     )
-    deterministic: bool = Field(
+    deterministic: bool = key(
         False,
-        description="of a GPU those kernels alone that give the same bits each time, as a CPU's do: slower; what has no such "
-        "kernel ends the run by its name (ours)",
+        description="of a GPU those kernels alone that give the same bits each time, as a CPU's do: slower; what has "
+        "no such kernel ends the run by its name (ours)",
+        resume=True,
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one (ours)")
+    device: Literal["auto", "cpu", "cuda"] = key(
+        "auto", description="auto: a GPU where there is one (ours)", resume=True
+    )
     reference: ReferenceConfig = ReferenceConfig()
     generator: GeneratorConfig = GeneratorConfig()
     score_network: ScoreNetworkConfig = ScoreNetworkConfig()
@@ -100,11 +85,14 @@ class Experiment(Section):
     logging: LoggingConfig = LoggingConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
-    output_dir: Text = Field("runs", description="folder of run folders, relative to where the command is typed (ours)")
-    mirror: Text | None = Field(
+    output_dir: Text = key(
+        "runs", description="folder of run folders, relative to where the command is typed (ours)", identity=False
+    )
+    mirror: Text | None = key(
         None,
-        description="URL in an object store, such as s3://bucket/runs, that gets a copy of each checkpoint and of the rest of "
-        "a run's folder; where that is lost or behind, the run goes on from there (ours)",
+        description="URL in an object store, such as s3://bucket/runs, that gets a copy of each checkpoint and of the "
+        "rest of a run's folder; where that is lost or behind, the run goes on from there (ours)",
+        identity=False,
     )
 
     @field_validator("mirror")
@@ -228,15 +216,21 @@ class Experiment(Section):
         return 0 if self.cluster.rewards.placement == "process" else self.cluster.rewards.replicas * groups
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What the run computes: the flat configuration without its name, where it is kept and how it is placed."""
+        aside = keys_with(Experiment, "identity", False)
+        return {name: value for name, value in self.to_params().items() if name not in aside}
+
+    @property
     def config_hash(self) -> str:
-        """12 hex digits that name the configuration; where runs are kept, tracked and placed is no part of it."""
-        content = self.model_dump(mode="json", exclude=WHEREABOUTS)
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+        """12 hex digits that name the run's identity."""
+        content = json.dumps(self.identity, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def changes(self, before: Experiment) -> dict[str, tuple[Any, Any]]:
-        """Keys that differ from `before`, with (before, now); what `derived_id` passes over is passed over here."""
-        then, now = (dict(_flat(Experiment, e.model_dump(mode="json", exclude=WHEREABOUTS))) for e in (before, self))
-        return {k: (then[k], now[k]) for k in now if then[k] != now[k]}
+        """Keys of the identity that differ from `before`, with (before, now)."""
+        then, now = before.identity, self.identity
+        return {name: (then.get(name), now.get(name)) for name in {**now, **then} if then.get(name) != now.get(name)}
 
     def without_secrets(self) -> Experiment:
         """The same without a tracking server's address that holds a password or a query, which came from the
@@ -258,9 +252,9 @@ class Experiment(Section):
 
 
 def _flat(kind: type[Section], content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        part = kind.model_fields[key].annotation
+    for name, value in content.items():
+        part = kind.model_fields[name].annotation
         if isinstance(part, type) and issubclass(part, Section):
-            yield from _flat(part, value, f"{prefix}{key}.")
+            yield from _flat(part, value, f"{prefix}{name}.")
         else:
-            yield prefix + key, json.dumps(value) if isinstance(value, list | dict) else value
+            yield prefix + name, json.dumps(value) if isinstance(value, list | dict) else value

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from diffinstruct.errors import did_you_mean
@@ -76,3 +78,31 @@ DistanceName = Annotated[str, AfterValidator(_known_distance)]
 class Section(BaseModel):
     # Strict: `steps: yes` or `steps: 1.5` is a mistake, never a 1. Tuples alone are read from YAML's lists.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+
+def key(default: Any, *, description: str, resume: bool = False, identity: bool = True, **constraints: Any) -> Any:
+    """A key of a section, with all that is known about it.
+
+    resume: whether a run that has begun may go on with another value, where its user allows it. All other keys say what
+        the run is: other networks, another objective, other rewards are another run.
+    identity: whether the key is part of what a run computes; if not, it says how the run is called, where it is kept,
+        or on which machines it is placed.
+    """
+    traits: dict[str, Any] = {"resume": resume, "identity": identity}
+    return Field(default, description=description, json_schema_extra=traits, **constraints)
+
+
+def keys_of(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """The keys below a section that are no sections themselves: dotted name and field. A list's items are no keys."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from keys_of(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+@cache
+def keys_with(section: type[Section], trait: Literal["resume", "identity"], value: bool = True) -> tuple[str, ...]:
+    """The dotted names of the keys below a section that are declared with this trait, in their order."""
+    traits = {name: field.json_schema_extra for name, field in keys_of(section)}
+    return tuple(name for name, extra in traits.items() if isinstance(extra, dict) and extra[trait] is value)

@@ -9,7 +9,7 @@ from importlib.machinery import PathFinder
 
 from diffinstruct.config.addresses import redact
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.prompts import read_prompts
+from diffinstruct.config.prompts import read_prompt_set
 from diffinstruct.errors import UserError
 
 
@@ -18,7 +18,7 @@ def check_inputs(experiment: Experiment) -> None:
     missing."""
     for key in ("train", "grid"):
         try:
-            read_prompts(getattr(experiment.prompts, key), column=experiment.prompts.column)
+            read_prompt_set(getattr(experiment.prompts, key), experiment.prompts.column)
         except UserError as error:
             raise UserError(f"prompts.{key}: {error}") from None
     if experiment.mirror:

@@ -1,13 +1,15 @@
-"""Prompt sets: tables with a column `prompt` and, where the truth is known, one column for each attribute."""
+"""Prompt sets: texts in their order and, where the truth is known, a table with one column for each attribute."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import reprlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from diffinstruct.config.fields import POCKET_SPLITS
 from diffinstruct.errors import UserError, did_you_mean, nearest_file
@@ -17,6 +19,47 @@ if TYPE_CHECKING:
 
 
 POCKET_CSV = Path(__file__).parents[1] / "pocket" / "prompts.csv"
+
+
+@dataclass(frozen=True, eq=False)
+class PromptSet(Sequence[str]):
+    """The prompts of one source, read once; a sequence of their texts.
+
+    texts: in the order of the source.
+    digest: sha256 of the texts. The configuration has the source's name alone, and what stands there may change.
+    source: what they were read from, as in the configuration.
+    table: column `prompt`, and what else the source has, see `read_prompts`.
+    """
+
+    texts: tuple[str, ...]
+    digest: str
+    source: str
+    table: pd.DataFrame
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        return self.texts[index]
+
+
+def read_prompt_set(source: str | Path, column: str = "prompt") -> PromptSet:
+    """The prompts of a source as one value; see `read_prompts` for sources and errors."""
+    table = read_prompts(source, column=column)
+    texts = tuple(table["prompt"])
+    return PromptSet(texts, digest(texts), str(source), table)
+
+
+def digest(texts: Iterable[str]) -> str:
+    """The sha256 of prompts in their order, in hex."""
+    sha256 = hashlib.sha256()
+    for text in texts:
+        sha256.update(text.encode(errors="surrogatepass") + b"\0")  # which is in none
+    return sha256.hexdigest()
 
 
 def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt") -> pd.DataFrame:

@@ -1,15 +1,11 @@
-"""A run as one value: what is trained, on what, against what, and where; frozen, typed, written and read as YAML.
-
-`Experiment()` is the pocket recipe. `load` reads a file with overrides and reports every mistake at once, each with its
-file and line. Each field says its unit and where its default comes from: a section of arXiv 2410.20898 or "ours".
-"""
+"""Configurations are read from YAML: `load` reads a file with overrides and reports every mistake at once, each with
+its file and line."""
 
 from __future__ import annotations
 
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,35 +20,6 @@ from diffinstruct.errors import ConfigErrors, did_you_mean, nearest_file
 # ------------------------------------------------------------------------------------------------------- reading
 Loc = tuple[str | int, ...]
 """The keys and indices that lead to a value: ("rewards", "trained", 0, "weight")."""
-
-
-def load_run(folder: Path) -> Experiment:
-    """The experiment of a run's folder; keys of the version before this one are read by their new names."""
-    return load(folder / "experiment.yaml", upgrade=True)
-
-
-def load(path: str | Path, overrides: Iterable[str] = (), upgrade: bool = False) -> Experiment:
-    """The experiment of a YAML file with `a.b=value` overrides, whose values are YAML too.
-
-    Raises ConfigErrors with every mistake, one line each: `file:line: key: what, got ..., did you mean ...`. The file
-    of an override is `-s`.
-    """
-    source = _Source()
-    source.read_file(Path(path))
-    if upgrade:
-        _rename_old_keys(source.values)
-    for override in overrides:
-        source.override(override)
-    try:
-        experiment = Experiment.model_validate(source.values)
-    except ValidationError as error:
-        for mistake in error.errors(include_url=False):
-            source.mistake(mistake["loc"], _describe(mistake["type"], mistake))
-    else:
-        if not source.mistakes:
-            return experiment
-    raise ConfigErrors([line for _, line in sorted(source.mistakes, key=lambda mistake: mistake[0])])
-
 
 RENAMED = {
     "reference.cfg_scale": "reference.guidance_scale",
@@ -73,29 +40,43 @@ RENAMED = {
     "cluster.reward_resources": "cluster.rewards.resources",
     "runs": "output_dir",
 }
-"""Keys of version 0.1 and what they are called now; guidance_scale is cfg_scale + 1."""
+"""Keys of version 0.1 and what they are called now; guidance_scale is cfg_scale + 1. A section comes after its keys."""
 MOST_VALUES = 100_000
 """In one configuration."""
 LARGEST = 4 << 20
 """Bytes of one configuration."""
 
 
-def _rename_old_keys(values: dict[str, Any]) -> None:
-    for old, new in RENAMED.items():
-        *sections, key = old.split(".")
-        section = reduce(lambda found, name: found.get(name, {}) if isinstance(found, dict) else {}, sections, values)
-        if not sections or not isinstance(section, dict) or key not in section:
-            continue
-        value = section.pop(key)
-        if key == "cfg_scale" and isinstance(value, int | float):
-            value += 1
-        *sections, key = new.split(".")
-        target = reduce(lambda found, name: found.setdefault(name, {}), sections, values)
-        target[key] = value
-    if values.get("watch") == {}:
-        del values["watch"]
-    if "runs" in values:
-        values["output_dir"] = values.pop("runs")
+def load_run(folder: Path) -> Experiment:
+    """The experiment of a run's folder; keys of version 0.1 are read by their new names."""
+    source = _Source()
+    source.read_file(folder / "experiment.yaml")
+    source.rename_old_keys()
+    return source.experiment()
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
+    """The experiment of a YAML file with `a.b=value` overrides, whose values are YAML too.
+
+    Raises ConfigErrors with every mistake, one line each: `file:line: key: what, got ..., did you mean ...`. The file
+    of an override is `-s`.
+    """
+    source = _Source()
+    source.read_file(Path(path))
+    for override in overrides:
+        source.override(override)
+    for old, new in source.rename_old_keys():
+        source.mistake(tuple(old.split(".")), f"unknown key, {_now_called(old, new)}")
+    return source.experiment()
+
+
+def nearest_key(key: str, known: Iterable[str]) -> str:
+    """Ends a message on an unknown dotted key: what it is called now, or the known one with the nearest name."""
+    return f", {_now_called(key, RENAMED[key])}" if key in RENAMED else did_you_mean(key, known)
+
+
+def _now_called(old: str, new: str) -> str:
+    return f"it is now {new!r}" + ", whose value is cfg_scale + 1" * (old == "reference.cfg_scale")
 
 
 class _Loader(yaml.SafeLoader):
@@ -108,6 +89,8 @@ _Loader.add_implicit_resolver(
 
 _OLD_NUMBER = re.compile(r"[-+]?0[\d_]+$|.*:", re.DOTALL)
 """What YAML 1.1 reads in base 8 or 60: 010 as eight, 1:30 as ninety."""
+_LAST = sys.maxsize
+"""The line of an override: their mistakes come after those of the file."""
 
 
 class _Source:
@@ -115,24 +98,25 @@ class _Source:
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
-        self.places: dict[Loc, tuple[int, str]] = {}  # (line, "file:line"); overrides come after every line
+        self.places: dict[Loc, tuple[int, str]] = {}  # (line, "file:line")
         self.mistakes: list[tuple[int, str]] = []
-        self._values_read = 0
+        self.values_read = 0
+
+    def experiment(self) -> Experiment:
+        """Raises ConfigErrors with every mistake that was noted before or shows now, in the order of the lines."""
+        try:
+            experiment = Experiment.model_validate(self.values)
+        except ValidationError as error:
+            for mistake in error.errors(include_url=False):
+                self.mistake(mistake["loc"], _describe(mistake["type"], mistake))
+        if not self.mistakes:
+            return experiment
+        raise ConfigErrors([line for _, line in sorted(self.mistakes, key=lambda mistake: mistake[0])])
 
     def read_file(self, path: Path) -> None:
         """Raises ConfigErrors where there is no file or no YAML in it: nothing more can be said then."""
         self.places[()] = (1, f"{path}:1")
-        try:
-            with path.open("rb") as file:
-                content = file.read(LARGEST + 1)
-            if len(content) > LARGEST:
-                raise ConfigErrors([f"{path}: larger than {LARGEST >> 20} MiB, which no recipe is"])
-            text = content.decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            what = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            near = nearest_file(path, "*.y*ml") if isinstance(error, FileNotFoundError) else ""
-            raise ConfigErrors([f"{path}: {what}{near}"]) from None
-        values = self._parse(text, (), lambda line: (line, f"{path}:{line}"))
+        values = _Text(self, lambda line: (line, f"{path}:{line}")).parse(_content(path), ())
         if isinstance(values, dict):
             self.values = values
         elif values is not None:
@@ -153,7 +137,7 @@ class _Source:
                 return
         loc = (*parents, last)
         try:
-            value = self._parse(text, loc, lambda line: (_LAST, "-s"))
+            value = _Text(self, lambda line: (_LAST, "-s")).parse(text, loc)
         except ConfigErrors as error:
             self.mistakes += [(_LAST, line) for line in error.errors]
             return
@@ -161,65 +145,120 @@ class _Source:
         self.places[loc] = (_LAST, "-s")
         section[last] = value
 
+    def rename_old_keys(self) -> list[tuple[str, str]]:
+        """Put values under today's names; the pairs of names of those that had an old one. What is written under its
+        new name, too, is left as it is there."""
+        renamed = []
+        for old, new in RENAMED.items():
+            (*parents, last), target = old.split("."), new.split(".")
+            section: Any = self.values
+            for name in parents:
+                section = section.get(name) if isinstance(section, dict) else None
+            if not isinstance(section, dict) or last not in section:
+                continue
+            value = section.pop(last)
+            if last == "cfg_scale" and type(value) in (int, float):
+                value += 1
+            if parents and not section:
+                self.values.pop(parents[0], None)
+            renamed.append((old, new))
+            self._put(target, value)
+            self.places.setdefault(tuple(target), self.places[*parents, last])
+        return renamed
+
+    def _put(self, keys: list[str], value: Any) -> None:
+        section: Any = self.values
+        for key in keys[:-1]:
+            section = section.setdefault(key, {}) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            there = section.setdefault(keys[-1], value)
+            if isinstance(there, dict) and isinstance(value, dict):
+                section[keys[-1]] = value | there
+
     def mistake(self, loc: Loc, what: str) -> None:
         """Note a mistake at the line of its key or, where that was not written, of the section around it."""
         written = next(loc[:n] for n in range(len(loc), -1, -1) if loc[:n] in self.places)
         line, place = self.places[written]
         self.mistakes.append((line, f"{place}: {_dotted(loc)}: {what}"))
 
-    def _parse(self, text: str, loc: Loc, place: Callable[[int], tuple[int, str]]) -> Any:
+
+def _content(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ConfigErrors([f"{path}: larger than {LARGEST >> 20} MiB, which no recipe is"])
+        return content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        near = nearest_file(path, "*.y*ml") if isinstance(error, FileNotFoundError) else ""
+        raise ConfigErrors([f"{path}: {reason}{near}"]) from None
+
+
+class _Text:
+    """One text of YAML, read into its source with the place of each key; `place` makes one of a line.
+
+    PyYAML composes nodes, which have positions. Of constructing values from them it does the scalars alone: it would
+    take the last of two equal keys, follow aliases without end, and stop at the first mistake.
+    """
+
+    def __init__(self, source: _Source, place: Callable[[int], tuple[int, str]]) -> None:
+        self.source, self.place = source, place
+
+    def parse(self, text: str, loc: Loc) -> Any:
+        """The values of what is written at `loc`. Raises ConfigErrors where it is no YAML."""
         try:
-            loader = _Loader(text)
-            node = loader.get_single_node()
-            return None if node is None else self._construct(loader, node, loc, place)
+            self.loader = _Loader(text)
+            node = self.loader.get_single_node()
+            return None if node is None else self._value(node, loc)
         except RecursionError:
-            raise ConfigErrors([f"{place(1)[1]}: nested too deeply, or into itself"]) from None
+            raise ConfigErrors([f"{self.place(1)[1]}: nested too deeply, or into itself"]) from None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
-            where = place(mark.line + 1 if mark else 1)[1]
+            where = self.place(mark.line + 1 if mark else 1)[1]
             key = f"{_dotted(loc)}: " if loc else ""
-            what = " ".join(str(getattr(error, "problem", None) or error).split())
-            raise ConfigErrors([f"{where}: {key}not YAML: {what}"]) from None
+            problem = " ".join(str(getattr(error, "problem", None) or error).split())
+            raise ConfigErrors([f"{where}: {key}not YAML: {problem}"]) from None
 
-    def _construct(self, loader: _Loader, node: yaml.Node, loc: Loc, place: Callable[[int], tuple[int, str]]) -> Any:
-        self._values_read += 1
-        if self._values_read > MOST_VALUES:  # ten aliases of ten aliases of ... are few lines
-            raise yaml.MarkedYAMLError(
-                problem=f"more than {MOST_VALUES} values, with aliases", problem_mark=node.start_mark
-            )
+    def _value(self, node: yaml.Node, loc: Loc) -> Any:
+        self.source.values_read += 1
+        if self.source.values_read > MOST_VALUES:  # ten aliases of ten aliases of ... are few lines
+            raise _no_yaml(f"more than {MOST_VALUES} values, with aliases", node)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, loc)
         if isinstance(node, yaml.SequenceNode):
             for i, item in enumerate(node.value):
-                self.places[*loc, i] = place(item.start_mark.line + 1)
-            return [self._construct(loader, item, (*loc, i), place) for i, item in enumerate(node.value)]
-        if not isinstance(node, yaml.MappingNode):
-            try:
-                if _OLD_NUMBER.match(node.value) and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
-                    return node.value
-                value = loader.construct_object(node)
-                repr(value)  # more digits than Python prints are a ValueError here, if they are hexadecimal ones
-                return value
-            except (
-                ValueError,
-                LookupError,
-                AttributeError,
-            ):  # it looks like a date and is none, or says that it is one
-                what = f"{_short(node.value)} is no {node.tag.rpartition(':')[2]}"
-                raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark) from None
-        values = {}
+                self.source.places[*loc, i] = self.place(item.start_mark.line + 1)
+            return [self._value(item, (*loc, i)) for i, item in enumerate(node.value)]
+        return self._scalar(node)
+
+    def _mapping(self, node: yaml.MappingNode, loc: Loc) -> dict[str, Any]:
+        values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key should be a word", problem_mark=key_node.start_mark)
+                raise _no_yaml("a key should be a word", key_node)
             key = str(key_node.value)
-            line, where = place(key_node.start_mark.line + 1)
+            line, where = self.place(key_node.start_mark.line + 1)
             if key in values:
-                self.mistakes.append((line, f"{where}: {_dotted((*loc, key))}: written twice"))
+                self.source.mistakes.append((line, f"{where}: {_dotted((*loc, key))}: written twice"))
                 continue
-            self.places[*loc, key] = (line, where)
-            values[key] = self._construct(loader, value_node, (*loc, key), place)
+            self.source.places[*loc, key] = (line, where)
+            values[key] = self._value(value_node, (*loc, key))
         return values
 
+    def _scalar(self, node: yaml.Node) -> Any:
+        if _OLD_NUMBER.match(node.value) and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+            return node.value
+        try:
+            value = self.loader.construct_object(node)
+            repr(value)  # more digits than Python prints are a ValueError here, if they are hexadecimal ones
+            return value
+        except (ValueError, LookupError, AttributeError):  # it looks like a date and is none, or says that it is one
+            raise _no_yaml(f"{_short(node.value)} is no {node.tag.rpartition(':')[2]}", node) from None
 
-_LAST = sys.maxsize
+
+def _no_yaml(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 def _dotted(loc: Iterable[str | int]) -> str:
@@ -257,9 +296,6 @@ def _describe(kind: str, mistake: Any) -> str:
     """What is wrong in words, what was got, and the nearest name that would be right."""
     loc, got, context = mistake["loc"], f", got {_short(mistake['input'])}", mistake.get("ctx", {})
     match kind:
-        case "extra_forbidden" if new := RENAMED.get(_dotted(loc)):
-            plus = ", whose value is cfg_scale + 1" * (loc[-1] == "cfg_scale")
-            return f"unknown key, it is now {new!r}{plus}"
         case "extra_forbidden":
             here = did_you_mean(loc[-1], _known(loc[:-1]).model_fields)
             elsewhere = [key for key in _keys(Experiment) if key.rpartition(".")[2] == loc[-1]]

@@ -23,6 +23,7 @@ from diffinstruct.config.fields import (
     Text,
     WeightDecay,
     broken_rule,
+    key,
     mistake_at,
     no_repeats,
 )
@@ -40,16 +41,16 @@ RAYS_OWN = {
 class ReferenceConfig(Section):
     """The frozen diffusion model that the generator is held close to."""
 
-    model: Text = Field(
+    model: Text = key(
         "pocket", description="diffusers folder, hub id or hub id@commit, or 'pocket', the built-in world (ours)"
     )
-    guidance_scale: float = Field(
+    guidance_scale: float = key(
         3.0,
         ge=1,
-        description="classifier-free guidance of the reference, as diffusers': 1 is none; the paper's scale is this less 1 "
-        "(the paper; ours)",
+        description="classifier-free guidance of the reference, as diffusers': 1 is none; the paper's scale is this "
+        "less 1 (the paper; ours)",
     )
-    guidance: Literal["in", "out"] = Field(
+    guidance: Literal["in", "out"] = key(
         "in",
         description="where guidance enters: inside the divergence, or beside it as one more reward (the paper; in)",
     )
@@ -58,112 +59,124 @@ class ReferenceConfig(Section):
 class OptimizerConfig(Section):
     """How one of the two trained networks is optimised (Adam)."""
 
-    learning_rate: LearningRate = Field(description="of Adam, per step")
-    betas: tuple[Beta, Beta] = Field((0.0, 0.99), strict=False, description="of Adam (neighbours' choice; ours)")
-    weight_decay: WeightDecay = Field(0.0, description="of AdamW, per step and learning rate (ours)")
-    max_grad_norm: Positive = Field(10.0, description="the gradient's L2 norm is clipped to this (ours)")
-    lora_rank: Rank = Field(
+    learning_rate: LearningRate = key(..., description="of Adam, per step", resume=True)
+    betas: tuple[Beta, Beta] = key(
+        (0.0, 0.99), strict=False, description="of Adam (neighbours' choice; ours)", resume=True
+    )
+    weight_decay: WeightDecay = key(0.0, description="of AdamW, per step and learning rate (ours)", resume=True)
+    max_grad_norm: Positive = key(10.0, description="the gradient's L2 norm is clipped to this (ours)", resume=True)
+    lora_rank: Rank = key(
         0,
-        description="0: all weights are trained; else an adapter of this rank over a frozen network that roles share (ours)",
+        description="0: all weights are trained; else an adapter of this rank over a frozen network that roles share "
+        "(ours)",
     )
 
 
 class GeneratorConfig(OptimizerConfig):
     """The one-step network z -> x0."""
 
-    init_from: Text = Field(
+    init_from: Text = key(
         "pocket-distilled",
-        description="initial weights: 'pocket-distilled', 'reference', a diffusers folder, hub id or hub id@commit, or a "
-        ".safetensors file (ours)",
+        description="initial weights: 'pocket-distilled', 'reference', a diffusers folder, hub id or hub id@commit, "
+        "or a .safetensors file (ours)",
     )
-    init_rank: Rank = Field(
+    init_rank: Rank = key(
         0,
-        description="with lora_rank, of a start that is not the reference: 0 keeps it as a second frozen network, else its "
-        "difference from the reference is kept at this rank, and what that loses is said (ours)",
+        description="with lora_rank, of a start that is not the reference: 0 keeps it as a second frozen network, "
+        "else its difference from the reference is kept at this rank, and what that loses is said (ours)",
     )
-    timestep: int = Field(
+    timestep: int = key(
         625, ge=0, description="the t it is fed, index into the reference's schedule (v1 of the paper: 625)"
     )
-    input_scale: Literal["unit", "sigma"] = Field(
+    input_scale: Literal["unit", "sigma"] = key(
         "unit", description="what it is fed: z ~ N(0, I) as it is (DMD2's way), or sigma_T z (SiD's)"
     )
-    learning_rate: LearningRate = Field(
-        1e-4, description="of Adam, per step (left open; ours, kept by open_choices: neither half nor twice is better)"
+    learning_rate: LearningRate = key(
+        1e-4,
+        description="of Adam, per step (left open; ours, kept by open_choices: neither half nor twice is better)",
+        resume=True,
     )
-    ema_decay: float = Field(
-        0.99, ge=0, lt=1, description="per step, of the averaged weights that are shown and exported (ours)"
+    ema_decay: float = key(
+        0.99,
+        ge=0,
+        lt=1,
+        description="per step, of the averaged weights that are shown and exported (ours)",
+        resume=True,
     )
 
 
 class ScoreNetworkConfig(OptimizerConfig):
     """The network that follows the generator's own distribution (the paper's TA)."""
 
-    learning_rate: LearningRate = Field(
+    learning_rate: LearningRate = key(
         2e-4,
         description="of Adam, per update (left open; ours, kept by open_choices: neither half nor twice is better)",
+        resume=True,
     )
-    updates_per_step: Count = Field(
+    updates_per_step: Count = key(
         1,
-        description="denoising updates before each generator update (K_TA; left open; ours, kept by open_choices: 2 and 4 are "
-        "not better and cost more)",
+        description="denoising updates before each generator update (K_TA; left open; ours, kept by open_choices: 2 "
+        "and 4 are not better and cost more)",
+        resume=True,
     )
-    reuse_sample: bool = Field(
+    reuse_sample: bool = key(
         True, description="the generator's update goes on with the sample of the score phase (ours)"
     )
-    loss_weighting: Literal["x0", "eps", "v"] = Field(
+    loss_weighting: Literal["x0", "eps", "v"] = key(
         "eps",
-        description="whose squared error it learns from: lambda(t) (left open; neighbours' choice, kept by open_choices: x0 "
-        "and v are not better)",
+        description="whose squared error it learns from: lambda(t) (left open; neighbours' choice, kept by "
+        "open_choices: x0 and v are not better)",
     )
 
 
 class ObjectiveConfig(Section):
     """What the generator minimises: -reward_scale * reward + regularization_weight * divergence."""
 
-    name: Literal["di_star", "sim", "diff_instruct", "diff_instruct_pp", "sid", "dmd", "reward_only"] = Field(
+    name: Literal["di_star", "sim", "diff_instruct", "diff_instruct_pp", "sid", "dmd", "reward_only"] = key(
         "di_star",
-        description="DI* (the paper), SIM (DI* at reward_scale 0), Diff-Instruct (KL, reward_scale 0), Diff-Instruct++ (KL and "
-        "reward), SiD, DMD without GAN, or the reward term alone",
+        description="DI* (the paper), SIM (DI* at reward_scale 0), Diff-Instruct (KL, reward_scale 0), "
+        "Diff-Instruct++ (KL and reward), SiD, DMD without GAN, or the reward term alone",
     )
-    distance: DistanceName = Field(
+    distance: DistanceName = key(
         "pseudo_huber",
         description="between two scores, of di_star and sim: 'pseudo_huber', 'squared', or your own pair (d, d') as "
         "'module:attribute' (the paper)",
     )
-    huber_c: Positive = Field(
+    huber_c: Positive = key(
         0.1,
         le=1e6,
-        description="pseudo-Huber's c per square root of a dimension, in the units of `weighting` (left open; ours, kept by "
-        "open_choices: neither 0.03 nor 0.3 is better)",
+        description="pseudo-Huber's c per square root of a dimension, in the units of `weighting` (left open; ours, "
+        "kept by open_choices: neither 0.03 nor 0.3 is better)",
     )
-    sid_alpha: float = Field(1.0, description="SiD's alpha, of sid (SiD: 1 to 1.2)")
-    weighting: Literal["x0", "eps", "v", "score"] = Field(
+    sid_alpha: float = key(1.0, description="SiD's alpha, of sid (SiD: 1 to 1.2)")
+    weighting: Literal["x0", "eps", "v", "score"] = key(
         "x0",
-        description="in which differences of predictions are measured: w(t) (left open; ours, kept by open_choices: eps and v "
-        "are not better)",
+        description="in which differences of predictions are measured: w(t) (left open; ours, kept by open_choices: "
+        "eps and v are not better)",
     )
-    regularization_weight: NotNegative = Field(
-        1.0, description="of the divergence: sum over a sample's dimensions, mean over the batch (ours)"
+    regularization_weight: NotNegative = key(
+        1.0, description="of the divergence: sum over a sample's dimensions, mean over the batch (ours)", resume=True
     )
-    reward_scale: NotNegative = Field(
+    reward_scale: NotNegative = key(
         2.0,
-        description="of the weighted sum of rewards, mean over the batch; it is read against the reward's own range and the "
-        "divergence's sum over dimensions: the paper's 100 is for a range of about 0.2, the pocket preference spans about "
-        "3 (ours)",
+        description="of the weighted sum of rewards, mean over the batch; it is read against the reward's own range "
+        "and the divergence's sum over dimensions: the paper's 100 is for a range of about 0.2, the pocket preference "
+        "spans about 3 (ours)",
+        resume=True,
     )
-    t_law: Literal["uniform", "log_normal"] = Field(
+    t_law: Literal["uniform", "log_normal"] = key(
         "uniform",
-        description="of t, for both players: uniform on [t_min, t_max) (left open; neighbours' choice, kept by open_choices: "
-        "the other costs diversity), or ln(sigma_t / alpha_t) normal and cut to it (Karras et al. 2022)",
+        description="of t, for both players: uniform on [t_min, t_max) (left open; neighbours' choice, kept by "
+        "open_choices: the other costs diversity), or ln(sigma_t / alpha_t) normal and cut to it (Karras et al. 2022)",
     )
-    t_log_mean: float = Field(
+    t_log_mean: float = key(
         -0.5, ge=-20, le=20, description="mean of the log-normal law (Karras et al. 2022, for data of unit variance)"
     )
-    t_log_std: float = Field(
+    t_log_std: float = key(
         1.2, ge=1e-3, le=1e3, description="standard deviation of the log-normal law (Karras et al. 2022)"
     )
-    t_min: int = Field(20, ge=0, description="lowest t drawn, index into the schedule (neighbours' choice; ours)")
-    t_max: int = Field(980, description="t is drawn below this (neighbours' choice; ours)")
+    t_min: int = key(20, ge=0, description="lowest t drawn, index into the schedule (neighbours' choice; ours)")
+    t_max: int = key(980, description="t is drawn below this (neighbours' choice; ours)")
 
     @field_validator("reward_scale")
     @classmethod
@@ -192,22 +205,24 @@ class TrainedRewardConfig(Section):
 class RewardsConfig(Section):
     """What is climbed and what only watches."""
 
-    trained: tuple[TrainedRewardConfig, ...] = Field(
+    trained: tuple[TrainedRewardConfig, ...] = key(
         (TrainedRewardConfig(name="pocket_preference"),),
         strict=False,
         description="rewards with gradient; may be empty at reward_scale 0 (ours)",
     )
-    held_out: tuple[RewardName, ...] = Field(
+    held_out: tuple[RewardName, ...] = key(
         ("pocket_judge",), strict=False, description="rewards that are measured and never trained on (ours)"
     )
-    normalize: Literal["none", "std"] = Field(
+    normalize: Literal["none", "std"] = key(
         "none",
-        description="std: each trained reward is divided by its standard deviation over 64 pictures of the starting generator "
-        "(ours)",
+        description="std: each trained reward is divided by its standard deviation over 64 pictures of the starting "
+        "generator (ours)",
     )
-    micro_batch_size: Samples = Field(
+    micro_batch_size: Samples = key(
         16,
-        description="samples that go through decoder and rewards at once; halved where memory does not hold them (ours)",
+        description="samples that go through decoder and rewards at once; halved where memory does not hold them "
+        "(ours)",
+        resume=True,
     )
 
     @field_validator("trained")
@@ -231,18 +246,23 @@ class RewardsConfig(Section):
 class PromptsConfig(Section):
     """Where the captions come from; the only data."""
 
-    train: Text = Field(
+    train: Text = key(
         "pocket:train",
-        description="'pocket:<split>', a .csv, .jsonl, .parquet or .txt file, or 'datasets:<hub id or folder>:<split>' (ours)",
+        description="'pocket:<split>', a .csv, .jsonl, .parquet or .txt file, or 'datasets:<hub id or "
+        "folder>:<split>' (ours)",
+        resume=True,
     )
-    grid: Text = Field("pocket:grid", description="the prompts of the picture grid, in the same form (ours)")
-    column: Text = Field(
-        "prompt", description="of both, which holds the prompts; a .txt and the pocket world have one (ours)"
+    grid: Text = key("pocket:grid", description="the prompts of the picture grid, in the same form (ours)", resume=True)
+    column: Text = key(
+        "prompt",
+        description="of both, which holds the prompts; a .txt and the pocket world have one (ours)",
+        resume=True,
     )
-    embeddings: Text | None = Field(
+    embeddings: Text | None = key(
         None,
-        description="folder of prompt embeddings, which all machines see: what is missing there is made before the training, "
-        "which then holds no text encoder; none: prompts are encoded as they come (ours)",
+        description="folder of prompt embeddings, which all machines see: what is missing there is made before the "
+        "training, which then holds no text encoder; none: prompts are encoded as they come (ours)",
+        identity=False,
     )
 
     @field_validator("train", "grid")
@@ -257,23 +277,26 @@ class PromptsConfig(Section):
 class OveroptimizationConfig(Section):
     """Whether the reward is being hacked: it rises, and what it stands for does not."""
 
-    every: int = Field(
+    every: int = key(
         10, ge=0, description="steps between two looks at 64 pictures of the averaged generator; 0: none (ours)"
     )
-    on_alarm: Literal["warn", "stop", "lower_scale"] = Field(
+    on_alarm: Literal["warn", "stop", "lower_scale"] = key(
         "warn",
-        description="what an alarm does beside being written down: nothing, end the run there as if it were finished, or halve "
-        "objective.reward_scale from there on (ours)",
+        description="what an alarm does beside being written down: nothing, end the run there as if it were finished, "
+        "or halve objective.reward_scale from there on (ours)",
+        resume=True,
     )
 
 
 class LoggingConfig(Section):
     """How often something is written down, in steps."""
 
-    every: Count = Field(5, description="steps between two rows of metrics (ours)")
-    grid_every: Count = Field(50, description="steps between two picture grids (ours)")
-    grid_prompts: Count = Field(8, description="rows of the grid: this many first prompts of prompts.grid (ours)")
-    checkpoint_every: Count = Field(50, description="steps between two checkpoints (ours)")
+    every: Count = key(5, description="steps between two rows of metrics (ours)", resume=True)
+    grid_every: Count = key(50, description="steps between two picture grids (ours)", resume=True)
+    grid_prompts: Count = key(
+        8, description="rows of the grid: this many first prompts of prompts.grid (ours)", resume=True
+    )
+    checkpoint_every: Count = key(50, description="steps between two checkpoints (ours)", resume=True)
 
 
 class RewardEnvironmentConfig(Section):
@@ -298,22 +321,32 @@ def declared_by_nodes(value: dict[str, float]) -> dict[str, float]:
 class RewardActorsConfig(Section):
     """Where rewards are computed on Ray, and what one reward actor asks for."""
 
-    replicas: Count = Field(1, description="reward actors, each with its own decoder and reward models (ours)")
-    cpus: NotNegative = Field(1.0, description="CPUs per reward actor, fractions allowed; 0 leaves it uncounted (ours)")
-    gpus: NotNegative = Field(0.0, description="GPUs per reward actor, fractions allowed (ours)")
-    deadline_s: Positive = Field(300.0, description="seconds after which a silent reward actor is replaced (ours)")
-    placement: Literal["auto", "actor", "process"] = Field(
-        "auto",
-        description="where rewards are computed: in reward actors, in the training process, or where the first rounds show "
-        "that they hold them up less (ours)",
+    replicas: Count = key(
+        1, description="reward actors, each with its own decoder and reward models (ours)", resume=True
     )
-    environments: tuple[RewardEnvironmentConfig, ...] = Field(
+    cpus: NotNegative = key(
+        1.0, description="CPUs per reward actor, fractions allowed; 0 leaves it uncounted (ours)", resume=True
+    )
+    gpus: NotNegative = key(0.0, description="GPUs per reward actor, fractions allowed (ours)", resume=True)
+    deadline_s: Positive = key(
+        300.0, description="seconds after which a silent reward actor is replaced (ours)", resume=True
+    )
+    placement: Literal["auto", "actor", "process"] = key(
+        "auto",
+        description="where rewards are computed: in reward actors, in the training process, or where the first rounds "
+        "show that they hold them up less (ours)",
+        resume=True,
+    )
+    environments: tuple[RewardEnvironmentConfig, ...] = key(
         (),
         strict=False,
         description="rewards in actors with a runtime environment of their own: {rewards, runtime_env} (ours)",
+        resume=True,
     )
-    resources: dict[Text, Positive] = Field(
-        {}, description="per reward actor, of resources that nodes declare: name -> amount, fractions allowed (ours)"
+    resources: dict[Text, Positive] = key(
+        {},
+        description="per reward actor, of resources that nodes declare: name -> amount, fractions allowed (ours)",
+        identity=False,
     )
 
     @field_validator("resources")
@@ -325,17 +358,19 @@ class RewardActorsConfig(Section):
 class ClusterConfig(Section):
     """What the Ray runner asks for; `--local` ignores it."""
 
-    workers: Count = Field(1, description="training processes; each takes global_batch_size / workers samples (ours)")
-    use_gpu: bool = Field(False, description="one GPU per training process (ours)")
-    fully_shard: bool = Field(
-        False,
-        description="FSDP2: weights, gradients, Adam states and average are spread over the training processes, for full "
-        "fine-tuning of what one GPU does not hold (ours)",
+    workers: Count = key(
+        1, description="training processes; each takes global_batch_size / workers samples (ours)", resume=True
     )
-    cpus_per_worker: Count = Field(1, description="CPUs per training process (ours)")
+    use_gpu: bool = key(False, description="one GPU per training process (ours)", resume=True)
+    fully_shard: bool = key(
+        False,
+        description="FSDP2: weights, gradients, Adam states and average are spread over the training processes, for "
+        "full fine-tuning of what one GPU does not hold (ours)",
+    )
+    cpus_per_worker: Count = key(1, description="CPUs per training process (ours)", resume=True)
     rewards: RewardActorsConfig = RewardActorsConfig()
-    worker_resources: dict[Text, Positive] = Field(
-        {}, description="per training process, of resources that nodes declare: name -> amount (ours)"
+    worker_resources: dict[Text, Positive] = key(
+        {}, description="per training process, of resources that nodes declare: name -> amount (ours)", identity=False
     )
 
     @field_validator("worker_resources")
@@ -357,11 +392,12 @@ class ClusterConfig(Section):
 class TrackingConfig(Section):
     """Where MLflow keeps the run."""
 
-    uri: Text | None = Field(
+    uri: Text | None = key(
         None,
         description="of the tracking server; none is MLFLOW_TRACKING_URI, else sqlite in the folder of runs (ours)",
+        identity=False,
     )
-    experiment: Text = Field("diffinstruct", description="MLflow's name for the group of runs (ours)")
+    experiment: Text = key("diffinstruct", description="MLflow's name for the group of runs (ours)", identity=False)
 
     @field_validator("uri")
     @classmethod

@@ -28,6 +28,7 @@ import pandas as pd
 from filelock import FileLock
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.reading import RENAMED as RENAMED_KEYS
 from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError, nearest_file
 from diffinstruct.metrics import DISTANCES, HELD_OUT, METRICS
@@ -122,7 +123,10 @@ def load_sweep(path: Path | str) -> pd.DataFrame:
     if path.suffix == ".csv":
         if not path.is_file():
             raise UserError(f"{path}: no such file{nearest_file(path, '*.csv')}")
-        frame = TrialRows(path).read().copy().rename(columns={KEY: "run"}).assign(status="finished", reason=np.nan)
+        frame = TrialRows(path).read().copy().assign(status="finished", reason=np.nan)
+        if "reference.cfg_scale" in frame:
+            frame["reference.cfg_scale"] += 1  # as guidance_scale counts
+        frame = frame.rename(columns={KEY: "run", **RENAMED_KEYS}).rename(columns=renamed)
         if frame.empty:
             raise UserError(f"{path}: no rows in it")
     else:
@@ -146,6 +150,27 @@ def run_folders(path: Path | str) -> list[Path]:
     raise UserError(f"{path}: no such folder{nearest_file(path, '*')}")
 
 
+RENAMED = {"divergence": "x0_gap", "watch/": "overoptimization/", "hacking": "overoptimization"}
+"""Metrics, events, and groups of them (with a slash) of version 0.1, and what they are called now."""
+
+
+def renamed(name: str) -> str:
+    """Today's name of a metric or an event."""
+    group, slash, rest = name.partition("/")
+    return RENAMED.get(name) or RENAMED.get(group + slash, group + slash) + rest
+
+
+def read_run(folder: Path | str) -> list[dict[str, Any]]:
+    """The records of a run's journal with today's names, whichever version has written it."""
+    records = read_journal(folder)
+    for record in records:
+        for kind in record.keys() & {"metrics", "examined"}:
+            record[kind] = {renamed(key): value for key, value in record[kind].items()}
+        if "event" in record:
+            record["event"] = renamed(record["event"])
+    return records
+
+
 def planned(path: Path) -> int | None:
     """How many trials the sweep in this folder is to have, as its parent run says; None where there is no such run."""
     starts = [record["start"].get("tags", {}) for record in read_journal(path) if "start" in record]
@@ -158,7 +183,7 @@ def learning_curves(path: Path | str) -> pd.DataFrame:
     values = {
         (str(folder), record["step"], key): value
         for folder in run_folders(path)
-        for record in read_journal(folder)
+        for record in read_run(folder)
         for key, value in record.get("metrics", {}).items()
     }
     return pd.DataFrame([(*at, value) for at, value in values.items()], columns=["run", "step", "key", "value"])
@@ -214,12 +239,10 @@ def measures(frame: pd.DataFrame) -> Measures:
 
 
 def swept(frame: pd.DataFrame) -> list[str]:
-    """The keys of the configuration that differ between runs, in the configuration's order, but for the seed and for
-    where runs are kept. A row without a key, as older rows are, differs from those that have one."""
-    aside = {"seed", "name", "output_dir", "tracking", "cluster"}
-    keys = [key for key in Experiment().to_params() if key in frame and key.partition(".")[0] not in aside]
-    keys = [key for key in keys if key != "prompts.embeddings"]
-    return [key for key in keys if frame[key].nunique(dropna=False) > 1]
+    """The keys of a run's identity that differ between runs, in the configuration's order, but for the seed and the
+    cluster. A row without a key, as older rows are, differs from those that have one."""
+    keys = [key for key in Experiment().identity if key != "seed" and not key.startswith("cluster.")]
+    return [key for key in keys if key in frame and frame[key].nunique(dropna=False) > 1]
 
 
 def points(frame: pd.DataFrame) -> pd.DataFrame:
@@ -306,7 +329,7 @@ def ran_with(journal: Iterable[Mapping[str, Any]]) -> str:
 
 def _run(folder: Path) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
-    for record in read_journal(folder):
+    for record in read_run(folder):
         if "back_to" in record:  # what came after that step has been left
             records = [kept for kept in records if kept.get("step", 0) <= record["back_to"]]
         records.append(record)
@@ -320,8 +343,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "commit": ran_with(records),
         "step": max((record["step"] for record in measured), default=0),
         "alarm": min(
-            (record["step"] for record in records if record.get("event") in ("overoptimization", "hacking")),
-            default=np.nan,
+            (record["step"] for record in records if record.get("event") == "overoptimization"), default=np.nan
         ),
         **load_run(folder).to_params(),
     }
@@ -335,7 +357,7 @@ def _run(folder: Path) -> dict[str, Any]:
                 raise UserError(f"{file}: not JSON: {error}") from None
             if not isinstance(found, dict):
                 raise UserError(f"{file}: should be figures by name, got {found!r}")
-            row |= found
+            row |= {renamed(key): value for key, value in found.items()}
     return row
 
 

@@ -21,8 +21,8 @@ import pandas as pd
 from PIL import Image
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.prompts import read_prompts
-from diffinstruct.config.reading import load, load_run
+from diffinstruct.config.prompts import read_prompt_set
+from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError
 from diffinstruct.metrics import METRICS, find_metric
 from diffinstruct.reports import plots
@@ -36,11 +36,11 @@ from diffinstruct.reports.frames import (
     plain,
     planned,
     points,
+    read_run,
     short,
     swept,
     with_intervals,
 )
-from diffinstruct.tracking.records import read_journal
 
 MOST_BYTES = 10_000_000
 EDGE = 224
@@ -82,10 +82,11 @@ def save(out: Path, page: str) -> None:
 
 def of_run(folder: Path, run: pd.Series) -> str:
     """A run's page; `run` is its row in a frame."""
-    experiment, records = load_run(folder), read_journal(folder)
+    experiment, records = load_run(folder), read_run(folder)
     starts = [record for record in records if "start" in record]
     frame, values = run.to_frame().T, learning_curves(folder)
     events = [record for record in records if "event" in record]
+    alarms = [record["text"] for record in events if record["event"] == "overoptimization"]
     intervals = [measure for measure in with_intervals(frame) if pd.notna(run[measure])]
     metrics = {key: plain(run[key]) for key in values["key"].unique() if key not in intervals}
     return render(
@@ -104,7 +105,7 @@ def of_run(folder: Path, run: pd.Series) -> str:
             for name in intervals
         ],
         metrics=metrics,
-        alarms=[record["text"] for record in events if record["event"] == "hacking"][:MOST_EVENTS],
+        alarms=alarms[:MOST_EVENTS],
         events=events[:MOST_EVENTS],
         events_left_out=len(events[MOST_EVENTS:]),
     )
@@ -176,7 +177,7 @@ def pictures_of_the_best(best: pd.DataFrame, keys: Sequence[str]) -> Pictures | 
     for _, point in best.iterrows():
         for run in point["runs"]:
             drawn = [*plots.grids(run).values()]
-            texts = _grid_prompts(load(Path(run) / "experiment.yaml"))
+            texts = _grid_prompts(load_run(Path(run)))
             if not drawn or prompts not in (None, texts) or not (rows := plots.cells(drawn[-1])):
                 continue
             prompts = texts
@@ -214,10 +215,10 @@ def inlined(picture: Image.Image) -> str:
 def _grid_prompts(experiment: Experiment) -> list[str]:
     """[] where their file is gone: the pictures are still worth a look."""
     try:
-        table = read_prompts(experiment.prompts.grid, column=experiment.prompts.column)
+        prompts = read_prompt_set(experiment.prompts.grid, experiment.prompts.column)
     except UserError:
         return []
-    return table["prompt"].tolist()[: experiment.logging.grid_prompts]
+    return list(prompts[: experiment.logging.grid_prompts])
 
 
 # ------------------------------------------------------------------------------------------------------- figures
@@ -299,8 +300,7 @@ def _heads(keys: Sequence[str]) -> list[str]:
 
 
 def _configuration(frame: pd.DataFrame) -> list[str]:
-    aside = ("name", "runs", "tracking.uri", "tracking.experiment")
-    return [key for key in Experiment().to_params() if key in frame and key not in aside]
+    return [key for key in Experiment().identity if key in frame]
 
 
 def _order(value: Any) -> tuple[bool, Any]:

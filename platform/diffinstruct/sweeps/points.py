@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from ray.tune.search.sample import Categorical, Domain
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.errors import UserError, did_you_mean
+from diffinstruct.config.reading import nearest_key
+from diffinstruct.errors import UserError
 
 if TYPE_CHECKING:
     pass
@@ -87,7 +88,7 @@ def changed(base: Experiment, values: Mapping[str, Any]) -> Experiment:
         for parent in parents:
             section = section.get(parent) if isinstance(section, dict) else None
         if not isinstance(section, dict) or last not in section:
-            raise UserError(f"{key}: unknown key{did_you_mean(key, base.to_params())}")
+            raise UserError(f"{key}: unknown key{nearest_key(key, base.to_params())}")
         section[last] = value
     try:
         experiment = Experiment.model_validate(content)

@@ -21,6 +21,7 @@ from diffinstruct.cluster.attach import ray_options, stand_in
 from diffinstruct.cluster.failures import close
 from diffinstruct.cluster.train import fit
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.reading import nearest_key
 from diffinstruct.errors import UserError, did_you_mean
 from diffinstruct.reports.frames import short
 from diffinstruct.run_folder import signals
@@ -80,7 +81,10 @@ class Trials:
         for key in point:
             if key.split(".")[0] == "cluster" or key == "reference.model":
                 raise UserError(f"{key}: {SHARED}")
-            if key.split(".")[0] in ("output_dir", "tracking", "name"):
+            touched = {
+                name for name in self.base.to_params() if f"{name}.".startswith(f"{key}.")
+            }  # it may be a section
+            if touched and touched.isdisjoint(self.base.identity):
                 raise UserError(f"{key}: is the sweep's, its trials have the same")
         experiment = changed(self.base, point)
         if set(experiment.rewards.names) != set(self.base.rewards.names):
@@ -93,7 +97,7 @@ class Trials:
         mistake: some values only go with some others."""
         known = self.base.to_params()
         if unknown := next((key for key in space if key not in known), None):
-            raise UserError(f"{unknown}: unknown key{did_you_mean(unknown, known)}")
+            raise UserError(f"{unknown}: unknown key{nearest_key(unknown, known)}")
         values, random, errors = {key: values_of(domain) for key, domain in space.items()}, np.random.RandomState(0), []
         for _ in range(DRAWN):
             try:
@@ -300,7 +304,7 @@ class Trial:
         step = take_over(experiment, self.trials.folder / run, self.trials.folder / donor["run"])
         close(
             before,
-            self.trials.experiment(i),
+            self.trials.base.tracking.uri,
             Paused(f"went on as {run} with the weights of {donor['run']} at step {step}"),
         )
         self.trials.add(i, point, run)

@@ -89,7 +89,7 @@ def sweep(
         _check_probes(trials, aim, scheduler)
     _check_trials(trials)
     with attached() as where:
-        check_fits(base)
+        check_fits(base.cluster, base.reward_actors)
         for experiment in _distinct(trials, {"prompts"}):
             embed(experiment)
         trials.open(keeps=isinstance(points, Optuna) or isinstance(scheduler, PopulationBasedTraining))
@@ -151,7 +151,7 @@ def _outcome(trials: Trials, failures: Mapping[int, BaseException]) -> Outcome:
     pause = Paused(f"{len(unfinished)} of {trials.count} trials are unfinished in {trials.folder}")
     for i in unfinished:
         if i in trials.known:
-            close(trials.run(i), trials.experiment(i), pause if paused else KeyboardInterrupt())
+            close(trials.run(i), trials.base.tracking.uri, pause if paused else KeyboardInterrupt())
     return Outcome("KILLED", reason, pause, paused)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffinstruct.config.addresses import one_line, quote_uri, redact, tracking_uri
-from diffinstruct.config.reading import load
+from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError
 from diffinstruct.tracking.records import is_start, read_json, records, replace_json
 
@@ -90,7 +90,7 @@ class MlflowDelivery:
             return own
         if named.startswith("sqlite:///"):
             return named
-        asked = load(recipe).tracking.uri if recipe.is_file() else None
+        asked = load_run(self.folder).tracking.uri if recipe.is_file() else None
         if named != asked:
             there = redact(tracking_uri(asked, self.folder.parent))
             raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ import torch
 from torch import nn
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.prompts import read_prompts
+from diffinstruct.config.prompts import PromptSet, read_prompt_set
+from diffinstruct.config.prompts import digest as digest  # of a run's prompts: loop and resume take it from here
 from diffinstruct.errors import UserError
 from diffinstruct.method.diffusion import Conditions, Schedule, log_normal_t, uniform_t
 from diffinstruct.method.distances import distance
@@ -49,9 +49,8 @@ def missing_embeddings(experiment: Experiment) -> list[str | None]:
     folder."""
     if experiment.prompts.embeddings is None:
         return []
-    prompts: list[str | None] = [NULL]
-    for source in (experiment.prompts.train, experiment.prompts.grid):
-        prompts += read_prompts(source, column=experiment.prompts.column)["prompt"].tolist()
+    grid = read_prompt_set(experiment.prompts.grid, experiment.prompts.column)
+    prompts: list[str | None] = [NULL, *training_prompts(experiment), *grid]
     stored = open_reference(experiment, torch.device("cpu")).embeddings
     assert stored is not None
     return stored.missing(prompts)
@@ -117,14 +116,5 @@ def make_step_config(experiment: Experiment, schedule: Schedule) -> StepConfig:
     )
 
 
-def training_prompts(experiment: Experiment) -> list[str]:
-    found: list[str] = read_prompts(experiment.prompts.train, column=experiment.prompts.column)["prompt"].tolist()
-    return found
-
-
-def digest(prompts: Sequence[str]) -> str:
-    """Of prompts in their order. The configuration has the file's name alone."""
-    found = hashlib.sha256()
-    for prompt in prompts:
-        found.update(prompt.encode(errors="surrogatepass") + b"\0")  # which is in none
-    return found.hexdigest()
+def training_prompts(experiment: Experiment) -> PromptSet:
+    return read_prompt_set(experiment.prompts.train, experiment.prompts.column)

@@ -15,13 +15,13 @@ from diffinstruct.models.roles import make_roles
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, flush
 from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.run_folder.state_tree import TensorShard
-from diffinstruct.training.build import digest, open_reference, training_prompts
+from diffinstruct.training.build import open_reference, training_prompts
 from diffinstruct.training.loop_state import BEST_PATH, EMA_PATH, STATE_OF_0_1, Identity, SavedState, check_version
 
 
 def identity_of(experiment: Experiment) -> Identity:
     """The identity of a run of `experiment` with its prompts as they are now."""
-    return Identity(experiment.config_hash, digest(training_prompts(experiment)))
+    return Identity(experiment.config_hash, training_prompts(experiment).digest)
 
 
 def newest(

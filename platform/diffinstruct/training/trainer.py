@@ -30,7 +30,6 @@ from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore
 from diffinstruct.run_folder.ranks import SINGLE
 from diffinstruct.tracking.journal import Parent
 from diffinstruct.training.build import (
-    digest,
     make_step_config,
     make_train_state,
     open_reference,
@@ -77,7 +76,7 @@ class Trainer:
         train_state = make_train_state(experiment, roles, reference.null_conditions(), self.worker.wrap)
         step_config = make_step_config(experiment, reference.schedule)
         self.prompts = training_prompts(experiment)
-        self.identity = Identity(experiment.config_hash, digest(self.prompts))
+        self.identity = Identity(experiment.config_hash, self.prompts.digest)
         rewards = RewardClient(
             experiment,
             actors,
