@@ -26,6 +26,7 @@ from diffinstruct.config.sections import (
     TrackingConfig,
 )
 from diffinstruct.errors import did_you_mean
+from diffinstruct.method.objectives import facts
 
 WHEREABOUTS: Mapping[str, Any] = {
     "output_dir": True,
@@ -162,7 +163,7 @@ class Experiment(Section):
     @classmethod
     def _something_to_climb(cls, value: RewardsConfig, info: ValidationInfo) -> RewardsConfig:
         objective = info.data.get("objective", ObjectiveConfig(reward_scale=0.0))
-        if not value.trained and (objective.reward_scale or objective.name == "reward_only"):
+        if not value.trained and (objective.reward_scale or not facts(objective.name).divergence):
             raise mistake_at(
                 "trained", [], broken_rule("should name a reward (only objective.reward_scale 0 goes without)")
             )
@@ -236,7 +237,7 @@ class Experiment(Section):
     def changes(self, before: Experiment) -> dict[str, tuple[Any, Any]]:
         """Keys that differ from `before`, with (before, now); what `derived_id` passes over is passed over here."""
         then, now = (dict(_flat(Experiment, e.model_dump(mode="json", exclude=WHEREABOUTS))) for e in (before, self))
-        return {k: (then[k], now[k]) for k in now if then[k] != now[k]}
+        return {key: (then.get(key), now.get(key)) for key in {**now, **then} if then.get(key) != now.get(key)}
 
     def without_secrets(self) -> Experiment:
         """The same without a tracking server's address that holds a password or a query, which came from the
@@ -249,7 +250,8 @@ class Experiment(Section):
         return self.model_copy(update={"tracking": self.tracking.model_copy(update={"uri": uri})})
 
     def to_params(self) -> dict[str, str | int | float | bool | None]:
-        """The whole configuration as one flat dictionary, "objective.t_min" -> 20; lists and mappings as JSON text."""
+        """The whole configuration as one flat dictionary, "objective.t_min" -> 20; lists and mappings as JSON text, but for
+        the arguments of objective and distance, which are keys of their own: "objective.distance_args.c"."""
         return dict(_flat(Experiment, self.model_dump(mode="json")))
 
     def to_yaml(self) -> str:
@@ -262,5 +264,8 @@ def _flat(kind: type[Section], content: dict[str, Any], prefix: str = "") -> Ite
         part = kind.model_fields[key].annotation
         if isinstance(part, type) and issubclass(part, Section):
             yield from _flat(part, value, f"{prefix}{key}.")
+        elif key in ("args", "distance_args"):  # sweeps vary them one by one, and pages name them
+            for name, argument in value.items():
+                yield f"{prefix}{key}.{name}", json.dumps(argument) if isinstance(argument, list) else argument
         else:
             yield prefix + key, json.dumps(value) if isinstance(value, list | dict) else value

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from diffinstruct.config.addresses import quote_uri, redact
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.fields import Section
+from diffinstruct.config.sections import ARGUMENTS, drop_arguments
 from diffinstruct.errors import ConfigErrors, did_you_mean, nearest_file
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -41,8 +42,8 @@ def load(path: str | Path, overrides: Iterable[str] = (), upgrade: bool = False)
     source.read_file(Path(path))
     if upgrade:
         _rename_old_keys(source.values)
-    for override in overrides:
-        source.override(override)
+    for override in sorted(overrides, key=lambda override: override.partition("=")[0] not in ARGUMENTS):
+        source.override(override)  # a distance before its arguments
     try:
         experiment = Experiment.model_validate(source.values)
     except ValidationError as error:
@@ -60,6 +61,8 @@ RENAMED = {
     "generator.start_rank": "generator.init_rank",
     "score_network.space": "score_network.loss_weighting",
     "objective.space": "objective.weighting",
+    "objective.huber_c": "objective.distance_args.c",
+    "objective.sid_alpha": "objective.args.alpha",
     "rewards.micro_batch": "rewards.micro_batch_size",
     "watch.every": "overoptimization.every",
     "watch.on_hacking": "overoptimization.on_alarm",
@@ -74,6 +77,8 @@ RENAMED = {
     "runs": "output_dir",
 }
 """Keys of version 0.1 and what they are called now; guidance_scale is cfg_scale + 1."""
+ONLY_OF = {"objective.huber_c": ("distance", "pseudo_huber"), "objective.sid_alpha": ("name", "sid")}
+"""Keys that version 0.1 wrote whatever the objective; they go over where another key has this value."""
 MOST_VALUES = 100_000
 """In one configuration."""
 LARGEST = 4 << 20
@@ -87,6 +92,8 @@ def _rename_old_keys(values: dict[str, Any]) -> None:
         if not sections or not isinstance(section, dict) or key not in section:
             continue
         value = section.pop(key)
+        if old in ONLY_OF and section.get(ONLY_OF[old][0], ONLY_OF[old][1]) != ONLY_OF[old][1]:
+            continue
         if key == "cfg_scale" and isinstance(value, int | float):
             value += 1
         *sections, key = new.split(".")
@@ -159,6 +166,7 @@ class _Source:
             return
         self.places = {place: where for place, where in self.places.items() if place[: len(loc)] != loc}
         self.places[loc] = (_LAST, "-s")
+        drop_arguments(self.values, key, value)
         section[last] = value
 
     def mistake(self, loc: Loc, what: str) -> None:

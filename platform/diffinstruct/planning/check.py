@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError
+from diffinstruct.method.objectives import facts
 from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.method.rewards import RewardModel
 from diffinstruct.models.lora import SharedBase
@@ -92,11 +93,10 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     )
     make_step_config(experiment, reference.schedule)  # refuses what only the schedule can tell
     generator, score = experiment.generator, experiment.score_network
-    k = score.updates_per_step if experiment.objective.name != "reward_only" else 0
+    objective = facts(experiment.objective.name)
+    k = score.updates_per_step if objective.divergence else 0
     guided = (k > 0) * (1 + (experiment.reference.guidance_scale != 0))  # conditional and null
-    through = int(
-        experiment.objective.name in ("di_star", "sim", "sid")
-    )  # gradient to the networks' inputs; KL has none
+    through = int(objective.divergence and objective.network_gradient)  # gradient to the networks' inputs; KL has none
     reference.one_step(nn.Identity(), generator.timestep)  # refuses a timestep that its schedule has not
     network = sum(p.numel() for p in reference.empty_network().parameters())
     held_frozen = frozen.itemsize * network

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ray.tune.search.sample import Categorical, Domain
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.sections import ARGUMENTS, drop_arguments
 from diffinstruct.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -82,11 +83,14 @@ def changed(base: Experiment, values: Mapping[str, Any]) -> Experiment:
     """`base` with the values of dotted keys; raises UserError, a line for each that does not fit."""
     content = base.without_secrets().model_dump()
     for key, value in values.items():
+        drop_arguments(content, key, value)
+    for key, value in values.items():
         *parents, last = key.split(".")
         section: Any = content
         for parent in parents:
             section = section.get(parent) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or last not in section:
+        argument = parents[:1] == ["objective"] and parents[1:] in [[key] for key in ARGUMENTS.values()]
+        if not isinstance(section, dict) or (last not in section and not argument):
             raise UserError(f"{key}: unknown key{did_you_mean(key, base.to_params())}")
         section[last] = value
     try:
