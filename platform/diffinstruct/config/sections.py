@@ -154,7 +154,8 @@ class ObjectiveConfig(Section):
     )
     args: dict[Text, Argument] = Field(
         {},
-        description="parameters that the objective has of its own, name -> value; of sid 'alpha', 1.0 by default (SiD: 1 to 1.2)",
+        description="parameters that the objective has of its own, name -> value; of sid 'alpha', by default 1.0 "
+        "(SiD: 1 to 1.2)",
     )
     distance: DistanceName = Field(
         "pseudo_huber",
@@ -163,8 +164,8 @@ class ObjectiveConfig(Section):
     )
     distance_args: dict[Text, Argument] = Field(
         {},
-        description="parameters of the distance, name -> value; of pseudo_huber 'c', per square root of a dimension, in the "
-        "units of `weighting` (left open; ours, kept by open_choices: neither 0.03 nor 0.3 is better)",
+        description="parameters of the distance, name -> value; of pseudo_huber 'c', per square root of a dimension, "
+        "in the units of `weighting` (left open; ours, kept by open_choices: neither 0.03 nor 0.3 is better)",
     )
     weighting: Literal["x0", "eps", "v", "score"] = Field(
         "x0",

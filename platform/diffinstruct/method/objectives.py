@@ -228,5 +228,5 @@ def objective(
 def _function(name: str) -> Callable[..., Loss] | None:
     function = OBJECTIVES[name].function if name in OBJECTIVES else import_attribute(name)
     if name not in OBJECTIVES and not callable(function):
-        raise TypeError(f"a {type(function).__name__} is no function")
+        raise TypeError(f"it is of type {type(function).__name__}, expected a function")
     return function

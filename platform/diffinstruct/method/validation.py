@@ -10,6 +10,7 @@ What is refused is a ValueError with one line: what was seen, and what was expec
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,35 +33,40 @@ WRONG = 0.01
 # ----------------------------------------------------------------------------------------------------- distances
 def validate_distance(distance: Distance) -> None:
     """Raises ValueError where d' is not the gradient of d, has none itself, or anything is not finite."""
-    draws = torch.Generator().manual_seed(0)
-    y = torch.randn(SHAPE, generator=draws, dtype=torch.float64, device="cpu")
     zero = torch.zeros(SHAPE, device="cpu")  # in the arithmetic of a round: it starts where both networks agree
     at_zero = _value(distance, zero, "at y = 0")
     _derivative(distance, zero, torch.ones_like(zero), "at y = 0")
-    curved = False
-    for scale in SCALES:
-        at, where = scale * y, f"at y of standard deviation {scale:g}"
-        if (_value(distance, at, where) < at_zero).any():
-            raise ValueError(f"d(y) is smaller {where} than at y = 0, where a distance is smallest")
-        for _ in range(DIRECTIONS):
-            v, w = (torch.randn(SHAPE, generator=draws, dtype=torch.float64, device="cpu") for _ in range(2))
-            slope = _dot(_gradient(distance, at, where), v)
-            differences = [_difference(lambda x: _value(distance, x, where), at, v, step * scale) for step in STEPS]
-            if (factor := _disagreement(slope, differences)) is not None:
-                raise ValueError(f"d' is not the gradient of d: differences of d are {factor:.3g} times what d' says")
-            second = _dot(_derivative(distance, at, v, where), w)
-            differences = [
-                _difference(lambda x, v=v: _dot(_gradient(distance, x, where), v), at, w, step * scale)  # type: ignore[misc]
-                for step in STEPS
-            ]
-            if (factor := _disagreement(second, differences)) is not None:
-                raise ValueError(
-                    f"d' is not differentiable as torch sees it: differences of d' are {factor:.3g} times its gradient "
-                    "(is a part of it detached?)"
-                )
-            curved = curved or bool(second.any())
-    if not curved:
+    draws = torch.Generator().manual_seed(0)
+    curved = [_derivatives_agree(distance, scale, at_zero, draws) for scale in SCALES]
+    if not any(curved):
         raise ValueError("d' has no derivative, it is 0 everywhere: no gradient would flow through the distance")
+
+
+def _derivatives_agree(distance: Distance, scale: float, at_zero: Tensor, draws: torch.Generator) -> bool:
+    """Whether d' has a derivative at this scale. Raises ValueError where one is not as differences say."""
+    y, *directions = torch.randn(1 + 2 * DIRECTIONS, *SHAPE, generator=draws, dtype=torch.float64, device="cpu")
+    y, where, steps, curved = (
+        scale * y,
+        f"at y of standard deviation {scale:g}",
+        [step * scale for step in STEPS],
+        False,
+    )
+    if (_value(distance, y, where) < at_zero).any():
+        raise ValueError(f"d(y) is smaller {where} than at y = 0, where a distance is smallest")
+    for v, w in zip(directions[::2], directions[1::2], strict=True):
+        slope = partial(_slope, distance, v, where)
+        differences = [_difference(partial(_value, distance, where=where), y, v, step) for step in steps]
+        if (factor := _disagreement(slope(y), differences)) is not None:
+            raise ValueError(f"d' is not the gradient of d: differences of d are {factor:.3g} times what d' says")
+        second = _dot(_derivative(distance, y, v, where), w)
+        differences = [_difference(slope, y, w, step) for step in steps]
+        if (factor := _disagreement(second, differences)) is not None:
+            raise ValueError(
+                f"d' is not differentiable as torch sees it: differences of d' are {factor:.3g} times its gradient "
+                "(is a part of it detached?)"
+            )
+        curved = curved or bool(second.any())
+    return curved
 
 
 def _value(distance: Distance, y: Tensor, where: str) -> Tensor:
@@ -70,11 +76,12 @@ def _value(distance: Distance, y: Tensor, where: str) -> Tensor:
     return value.double()
 
 
-def _gradient(distance: Distance, y: Tensor, where: str) -> Tensor:
+def _slope(distance: Distance, v: Tensor, where: str, y: Tensor) -> Tensor:
+    """[B]: <d'(y), v>."""
     with torch.no_grad():
         gradient = _called("d'", distance.gradient, y)
     _expect("d'(y)", gradient, tuple(y.shape), where)
-    return gradient.double()
+    return _dot(gradient.double(), v)
 
 
 def _derivative(distance: Distance, y: Tensor, v: Tensor, where: str) -> Tensor:
