@@ -37,8 +37,8 @@ def test_arguments_of_ones_own_are_kept_as_they_are(tmp_path):
     [
         (
             "name: di_stat",
-            "objective.name: should be 'di_star' or 'sim' or 'diff_instruct' or 'diff_instruct_pp' or 'sid' or 'dmd' or "
-            "'reward_only' or 'module:attribute', got 'di_stat', did you mean 'di_star'?",
+            "objective.name: should be 'di_star' or 'sim' or 'diff_instruct' or 'diff_instruct_pp' or 'sid' or 'dmd' "
+            "or 'reward_only' or 'module:attribute', got 'di_stat', did you mean 'di_star'?",
         ),
         (
             "name: sid, args: {alpa: 1.2}",

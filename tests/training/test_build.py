@@ -1,6 +1,8 @@
 """An objective and a distance in a file of the user's: trained with as they are, tried before the first step."""
 
 import json
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -53,19 +55,23 @@ number = 3
 '''
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Experiment:
+    return pipelines.experiment(
+        tmp_path_factory.mktemp("tiny"),
+        steps=2,
+        logging={"every": 1, "grid_every": 100, "checkpoint_every": 100},
+        overoptimization={"every": 0},
+    )
+
+
 @pytest.fixture
-def of_mine(tmp_path, monkeypatch):
-    """A tiny run whose objective section is given."""
+def of_mine(tiny, tmp_path, monkeypatch) -> Callable[..., Experiment]:
+    """The tiny run, with an objective section that may name what is in FILE."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "of_mine", raising=False)
+    monkeypatch.delitem(sys.modules, "of_mine", raising=False)
     (tmp_path / "of_mine.py").write_text(FILE)
-
-    def run(**objective) -> Experiment:
-        every = {"every": 1, "grid_every": 100, "checkpoint_every": 100}
-        sections = {"steps": 2, "logging": every, "overoptimization": {"every": 0}, "objective": objective}
-        return pipelines.experiment(tmp_path, **sections)
-
-    return run
+    return lambda **objective: Experiment.model_validate(tiny.model_dump() | {"objective": objective})
 
 
 def metrics(folder):
@@ -144,11 +150,3 @@ def test_guidance_beside_has_to_be_used_where_the_run_has_it(of_mine):
         make_step_config(Experiment.model_validate(content), SCHEDULE)
     content["reference"] = {"guidance": "in"}
     assert make_step_config(Experiment.model_validate(content), SCHEDULE).objective
-
-
-def test_networks_are_counted_as_for_the_costliest_objective(of_mine):
-    """`check` cannot know whether gradient flows through them in an objective of somebody's own."""
-    text, _ = report(of_mine(name="of_mine:scaled"))
-    built_in, _ = report(of_mine())
-    work = [line for line in text.splitlines() if line.startswith("work")]
-    assert work and work == [line for line in built_in.splitlines() if line.startswith("work")]

@@ -67,4 +67,4 @@ def _typed(name: str, parameter: Parameter, value: Any) -> Any:
     title, types = KINDS[kind]
     if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
         raise ArgumentError(name, f"should be {title}")
-    return float(value) if kind == "float" else value
+    return 1.0 * value if kind == "float" else value
