@@ -116,8 +116,9 @@ def dmd(
 ) -> Loss:
     """DMD without its GAN and regression losses (arXiv 2311.18828): Diff-Instruct, divided for each sample
     by mean|x0 - r|."""
-    networks = {"score_network": score_network, "reference": reference}
-    loss, record = diff_instruct(x0, t, eps, c, **networks, schedule=schedule, weighting=weighting)
+    loss, record = diff_instruct(
+        x0, t, eps, c, score_network=score_network, reference=reference, schedule=schedule, weighting=weighting
+    )
     return loss / record["reference_error"], record
 
 
