@@ -65,6 +65,7 @@ def _typed(name: str, parameter: Parameter, value: Any) -> Any:
     if kind not in KINDS:
         return value
     title, types = KINDS[kind]
-    if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
+    fits = isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
+    if not fits:
         raise ArgumentError(name, f"should be {title}")
-    return 1.0 * value if kind == "float" else value
+    return float(value) if kind == "float" else value

@@ -1,10 +1,10 @@
-"""Objectives and distances of others are tried before the first step, as rewards are: one that lies is refused.
+"""Objectives and distances of the user's own are tried before the first step, as rewards are.
 
-A distance is tried on its own: d' against differences of d, and the gradient of d' against differences of d', for that
-is what DI* trains with. Of an objective nobody knows the right gradient; tried are shapes, that all is finite at both
-ends of the run's t and where both networks agree, and that each sample's gradient is there and is its own.
+A distance has a right answer: d' is compared with differences of d, and the gradient of d' with differences of d', which
+is what DI* trains with. The right gradient of an objective is not known here. Shapes are checked, that all figures are
+finite at both ends of the run's t and where both networks agree, and that each sample's gradient is its own.
 
-What is refused is a ValueError with one line: what was seen, and what was expected.
+A mistake is a ValueError of one line, with what was seen and what was expected.
 """
 
 from __future__ import annotations
@@ -45,12 +45,8 @@ def validate_distance(distance: Distance) -> None:
 def _derivatives_agree(distance: Distance, scale: float, at_zero: Tensor, draws: torch.Generator) -> bool:
     """Whether d' has a derivative at this scale. Raises ValueError where one is not as differences say."""
     y, *directions = torch.randn(1 + 2 * DIRECTIONS, *SHAPE, generator=draws, dtype=torch.float64, device="cpu")
-    y, where, steps, curved = (
-        scale * y,
-        f"at y of standard deviation {scale:g}",
-        [step * scale for step in STEPS],
-        False,
-    )
+    y, steps, where = scale * y, [step * scale for step in STEPS], f"at y of standard deviation {scale:g}"
+    curved = False
     if (_value(distance, y, where) < at_zero).any():
         raise ValueError(f"d(y) is smaller {where} than at y = 0, where a distance is smallest")
     for v, w in zip(directions[::2], directions[1::2], strict=True):

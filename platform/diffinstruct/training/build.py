@@ -89,7 +89,7 @@ def make_train_state(
 
 def make_step_config(experiment: Experiment, schedule: Schedule) -> StepConfig:
     """The configuration as the step wants it. Raises UserError for what does not fit the schedule, cannot be imported,
-    or is an objective or a distance of somebody's own that does not keep what it promises."""
+    or is an objective or a distance of the user's own that validation refuses."""
     e = experiment.objective
     if e.t_max > len(schedule.alphas):
         raise UserError(f"objective.t_max: got {e.t_max}, the reference's schedule has {len(schedule.alphas)} steps")
@@ -115,7 +115,7 @@ def make_step_config(experiment: Experiment, schedule: Schedule) -> StepConfig:
 
 
 def make_objective(experiment: Experiment, schedule: Schedule) -> Objective | None:
-    """The objective with its distance; those of the user's own are tried on tiny samples. Raises UserError."""
+    """The objective with its distance; the user's own are tried on tiny samples. Raises UserError."""
     e, reference = experiment.objective, experiment.reference
     with _one_line("objective.distance", e.distance, "no pair (d, d')"):
         chosen = distance(e.distance, e.distance_args)
@@ -133,7 +133,7 @@ def make_objective(experiment: Experiment, schedule: Schedule) -> Objective | No
 
 @contextmanager
 def _one_line(key: str, name: str, verdict: str) -> Iterator[None]:
-    """Whatever somebody's module raises, as a UserError of one line."""
+    """Whatever the user's module raises becomes a UserError of one line."""
     try:
         yield
     except ArgumentError as error:
