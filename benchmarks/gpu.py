@@ -277,7 +277,7 @@ def plain(world: World, batch: int, step: int, clock: Clock) -> Metrics:
         both = x0_hat(reference, torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([c, null]))
         with_c, without = both.chunk(2)
         y = f - (with_c + (e.reference.guidance_scale - 1) * (with_c - without))
-        norm = (y.flatten(1).pow(2).sum(1) + e.objective.huber_c**2 * y[0].numel()).sqrt()
+        norm = (y.flatten(1).pow(2).sum(1) + e.objective.distance_args["c"] ** 2 * y[0].numel()).sqrt()
         loss = -((y / norm.view(-1, 1, 1, 1)) * (f - leaf)).flatten(1).sum(1)
     pull = e.objective.regularization_weight * torch.autograd.grad(loss.sum(), leaf)[0]
     metrics["loss/regularizer"] = loss.mean().item()

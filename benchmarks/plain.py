@@ -107,7 +107,7 @@ class Parts:
     def divergence(self, f: Tensor, guided: Tensor, x0: Tensor) -> Tensor:
         """DI*'s loss [B]."""
         y = f - guided
-        norm = (y.flatten(1).pow(2).sum(1) + self.e.objective.huber_c**2 * y[0].numel()).sqrt()
+        norm = (y.flatten(1).pow(2).sum(1) + self.e.objective.distance_args["c"] ** 2 * y[0].numel()).sqrt()
         return -((y / norm.view(-1, 1, 1, 1)) * (f - x0)).flatten(1).sum(1)
 
     def finish(self, losses: dict[str, float]) -> None:

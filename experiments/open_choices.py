@@ -35,8 +35,8 @@ OBJECTIVES: dict[
 }
 CHOICES: dict[str, Point] = {
     "the recipe": {},
-    "c 0.03": {"objective.huber_c": 0.03},
-    "c 0.3": {"objective.huber_c": 0.3},
+    "c 0.03": {"objective.distance_args.c": 0.03},
+    "c 0.3": {"objective.distance_args.c": 0.3},
     "space eps": {"objective.weighting": "eps"},
     "space v": {"objective.weighting": "v"},
     "t log-normal": {"objective.t_law": "log_normal"},
@@ -57,7 +57,7 @@ STUDY = Study(
         f"{objective}, {choice}": {**of, **what}
         for objective, of in OBJECTIVES.items()
         for choice, what in CHOICES.items()
-        if objective == "DI*" or "objective.huber_c" not in what
+        if objective == "DI*" or "objective.distance_args.c" not in what
     },
     seeds=(0,),
     measures={

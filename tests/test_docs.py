@@ -17,6 +17,8 @@ def rows(section: type[Section], prefix: str = "") -> Iterator[str]:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             yield from rows(kind, f"{prefix}{name}.")
+        elif name in ("args", "distance_args"):  # their values are keys of their own
+            yield f"| `{prefix}{name}` | `{getattr(Experiment().objective, name)}` | {field.description} |"
         else:
             default = str(values[prefix + name]).replace("|", "\\|")
             yield f"| `{prefix}{name}` | `{default}` | {field.description} |"

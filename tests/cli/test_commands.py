@@ -139,7 +139,7 @@ def test_resume_under_another_configuration_names_the_keys(file, tmp_path, runne
         "-s",
         "steps=7",
         "-s",
-        "objective.huber_c=0.2",
+        "objective.distance_args.c=0.2",
         "-s",
         "tracking.experiment=other",
         "-s",
@@ -147,7 +147,7 @@ def test_resume_under_another_configuration_names_the_keys(file, tmp_path, runne
     ]
     assert complaint(capsys, "train", file, "--resume", run, *changed).splitlines() == [
         f"steps: 7, but the run in {run} has 100",
-        f"objective.huber_c: 0.2, but the run in {run} has 0.1",
+        f"objective.distance_args.c: 0.2, but the run in {run} has 0.1",
         f"--resume: goes on with {run}/experiment.yaml, unchanged; --allow steps goes on with what is new",
     ]
     assert runners["cluster"] == []

@@ -46,7 +46,7 @@ CHANGED = [
     "reference={model: some/model, guidance_scale: 3}",
     "generator.init_from=reference",
     "generator.betas=[0, 0.999]",
-    "objective={name: reward_only, huber_c: 1e-3}",
+    "objective={name: reward_only, distance_args: {c: 1e-3}}",
     "rewards.trained=[{name: pickscore, weight: 0.5}, {name: 'my.module:Reward', weight: 1e2}]",
     "cluster.workers=4",
     "tracking.uri=http://localhost:5000",
@@ -70,7 +70,7 @@ def test_overrides_arrive_typed(tmp_path):
     assert e.generator.betas == (0.0, 0.999)
     assert isinstance(e.generator.betas[0], float)  # torch's Adam refuses (int, float)
     assert [(r.name, r.weight) for r in e.rewards.trained] == [("pickscore", 0.5), ("my.module:Reward", 100.0)]
-    assert e.objective.huber_c == 1e-3
+    assert e.objective.distance_args == {"c": 1e-3}
 
 
 def test_the_recipe_is_the_default_and_names_every_key():
@@ -120,7 +120,7 @@ def test_the_id_follows_the_configuration_and_not_its_whereabouts(tmp_path):
     assert same.config_hash == Experiment().config_hash
     assert len(same.config_hash) == 12
     assert int(same.config_hash, 16)
-    assert load(path, ["objective.huber_c=0.2"]).config_hash != same.config_hash
+    assert load(path, ["objective.distance_args.c=0.2"]).config_hash != same.config_hash
 
 
 OTHER_VALUES: dict[str, Any] = {
@@ -276,8 +276,8 @@ cluster:
             "run.yaml:1: score_network.weight_decay: should be less than or equal to 1000, got 1e+39",
         ),
         (
-            "objective: {huber_c: 1e39, reward_scale: 0}",
-            "run.yaml:1: objective.huber_c: should be less than or equal to 1000000, got 1e+39",
+            "objective: {distance_args: {c: 1e39}, reward_scale: 0}",
+            "run.yaml:1: objective.distance_args: c should be greater than 0 and at most 1000000, got {'c': 1e+39}",
         ),
         (
             "objective: {t_log_std: 1e-300, reward_scale: 0}",

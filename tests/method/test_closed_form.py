@@ -139,14 +139,9 @@ def by_code(level, space, reference, chosen, guide=guided, guide_score_network=F
     return torch.autograd.grad((weights * loss).sum(), theta)[0]
 
 
-def configured(name, level, space, distance_name="pseudo_huber", **settings):
-    return objective(
-        name,
-        schedule=schedule_of(level),
-        weighting=space,
-        distance=distance(distance_name, HUBER_C),
-        **{"sid_alpha": 1.0} | settings,
-    )
+def configured(name, level, space, distance_name="pseudo_huber", **args):
+    pair = distance(distance_name, {"c": HUBER_C} if distance_name == "pseudo_huber" else {})
+    return objective(name, schedule=schedule_of(level), weighting=space, distance=pair, args=args)
 
 
 def close(got, wanted):
@@ -196,11 +191,9 @@ def test_sid_is_the_squared_distance_at_alpha_1_and_fisher_at_one_half(level):
     for alpha, law_moves in [(1.0, False), (0.5, True)]:
         wanted = score_divergence(level, "squared", "score", PLAIN, law_moves)
         assert wanted.abs().min() > 1e-3
-        close(
-            2 * by_code(level, "score", PLAIN, unnormalised(configured("sid", level, "score", sid_alpha=alpha))), wanted
-        )
+        close(2 * by_code(level, "score", PLAIN, unnormalised(configured("sid", level, "score", alpha=alpha))), wanted)
     k = level[0] / level[1] ** 2
-    in_x0 = by_code(level, "x0", PLAIN, unnormalised(configured("sid", level, "x0", sid_alpha=0.5)))
+    in_x0 = by_code(level, "x0", PLAIN, unnormalised(configured("sid", level, "x0", alpha=0.5)))
     close(2 * k**2 * in_x0, wanted)
 
 
@@ -220,7 +213,7 @@ def test_the_normaliser_divides_each_sample_by_its_own_error_and_is_a_constant(n
         "reference": lambda xt, t, c: (posterior_mean(0.0, 1.0, *level)(xt, t, c), None),
     }
     t = torch.zeros(samples, dtype=torch.long)
-    normalised, _ = configured(name, level, "x0", sid_alpha=1.0)(x0, t, eps, {}, **given)
+    normalised, _ = configured(name, level, "x0")(x0, t, eps, {}, **given)
     xt = level[0] * x0 + level[1] * eps
     f, r = given["score_network"](xt, t, {}), given["reference"](xt, t, {})[0]
     plain = ((r - f) * (f - x0)).sum((1, 2)) if name == "sid" else ((f - r).detach() * xt).sum((1, 2))
@@ -318,7 +311,8 @@ def rebuilt(original="", planted="", only_in=""):
         inspect.getsource(m)
         for m in (diffinstruct.method.distances, diffinstruct.method.guidance, diffinstruct.method.objectives)
     ]
-    source = "\n".join(parts).replace("from __future__ import annotations", "")
+    late = "from __future__ import annotations\n"
+    source = late + "\n".join(parts).replace(late, "")
     if original:
         pieces = re.split(r"(?m)^(?=def )", source)
         holding = [i for i, piece in enumerate(pieces) if original in piece]
@@ -336,7 +330,7 @@ def gradients(namespace, kind):
     """By the code of a namespace and by the oracle, guided outside, inside and not at all, where an alpha shows."""
     level, (name, distance_name) = (0.6, 0.8), kind
     settings = {"alpha": 0.5} if name == "sid" else {}
-    settings |= {"distance": namespace["distance"](distance_name, HUBER_C)} if name == "di_star" else {}
+    settings |= {"distance": namespace["distance"](distance_name, {"c": HUBER_C})} if name == "di_star" else {}
     settings |= {"schedule": schedule_of(level), "weighting": "score" if name == "sid" else "eps"}
 
     def chosen(*args, **kwargs):
@@ -400,7 +394,7 @@ def test_pseudo_huber_tends_to_squared_for_large_c():
 
 
 def test_ones_own_pair_is_named_by_its_import_path():
-    pair = distance("tiny.rewards:cosh_distance", HUBER_C)
+    pair = distance("tiny.rewards:cosh_distance", {})
     y = torch.tensor([[0.5, -1.0]], dtype=torch.float64)
     torch.testing.assert_close(pair.gradient(y), torch.sinh(y))
     torch.testing.assert_close(pair.value(y), (torch.cosh(y) - 1).sum(1))

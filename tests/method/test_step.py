@@ -32,7 +32,8 @@ LAW = uniform_t(20, 980)
 
 
 def chosen(name):
-    return objective(name, schedule=SCHEDULE, weighting="x0", distance=pseudo_huber(0.1), sid_alpha=1.2)
+    args = {"alpha": 1.2} if name == "sid" else {}
+    return objective(name, schedule=SCHEDULE, weighting="x0", distance=pseudo_huber(0.1), args=args)
 
 
 class Network(nn.Module):
@@ -297,7 +298,7 @@ def test_settings_refuse_what_only_the_schedule_and_the_import_can_tell(objectiv
     (tmp_path / "broken.py").write_text("raise RuntimeError('not\\nnow')\n")
     monkeypatch.syspath_prepend(tmp_path)
     content = Experiment().model_dump()
-    content["objective"] |= objective
+    content["objective"] |= {"distance_args": {}} | objective
     with pytest.raises(UserError, match=f"^{said}$"):
         configured_settings(Experiment.model_validate(content), SCHEDULE)
 

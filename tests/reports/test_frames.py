@@ -279,12 +279,12 @@ def test_kept_rows_are_a_frame_too(tmp_path):
     """A key that older rows do not have makes them another configuration."""
     rows = TrialRows(tmp_path / "rows.csv")
     rows.add("old", {"seed": 0, "reward/pocket_judge": 3.0, "held_out/pocket_judge": 2.0})
-    rows.add("new", {"seed": 0, "reward/pocket_judge": 4.0, "objective.huber_c": 0.3})
+    rows.add("new", {"seed": 0, "reward/pocket_judge": 4.0, "objective.distance_args.c": 0.3})
     frame = load_sweep(rows.path)
     assert frame["run"].tolist() == ["old", "new"] and set(frame["status"]) == {"finished"}
-    assert swept(frame) == ["objective.huber_c"]
+    assert swept(frame) == ["objective.distance_args.c"]
     assert points(frame)["runs"].tolist() == [("old",), ("new",)]
-    assert [described(row, swept(frame)) for _, row in frame.iterrows()] == ["the recipe", "huber_c 0.3"]
+    assert [described(row, swept(frame)) for _, row in frame.iterrows()] == ["the recipe", "c 0.3"]
 
 
 @pytest.mark.parametrize(

@@ -152,10 +152,10 @@ def test_a_sweep_of_one_trial_and_one_without_metrics_have_their_page(tmp_path):
 
 
 def test_kept_rows_have_a_report(tmp_path):
-    rows = "trial,commit,at,seed,held_out/judge,reward/judge,objective.huber_c\n"
+    rows = "trial,commit,at,seed,held_out/judge,reward/judge,objective.distance_args.c\n"
     (tmp_path / "rows.csv").write_text(rows + "a,c0ffee,2026-01-01,0,1,2,\nb,c0ffee,2026-01-01,0,1,3,0.5\n")
     found = Page(page(tmp_path / "rows.csv", tmp_path))
-    assert ["objective.huber_c", "0.5, as the recipe"] in found.rows
+    assert ["objective.distance_args.c", "0.5, as the recipe"] in found.rows
     assert [row[:2] for row in found.rows if row[0] in "ab"] == [["b", "0.5"], ["a", "–"]]
 
 

@@ -163,7 +163,7 @@ def test_a_scheduler_ends_trials_that_are_behind_as_finished_runs(session, world
 
 def test_optuna_asks_for_the_same_points_in_a_second_life(world, tmp_path):
     """One trial at a time, simulated: what it asks for next depends on what was told, not on who is asking."""
-    space = {"objective.reward_scale": tune.loguniform(0.1, 100), "objective.huber_c": tune.choice([0.03, 0.1])}
+    space = {"objective.reward_scale": tune.loguniform(0.1, 100), "objective.distance_args.c": tune.choice([0.03, 0.1])}
     aim = SelectionCriterion(maximize="held", minimize="kid", floors={"diversity": 4.0}, ceilings={})
 
     def life(folder, until, trials=14):

@@ -30,6 +30,7 @@ from diffinstruct.config.sections import (
     TrackingConfig,
 )
 from diffinstruct.errors import did_you_mean
+from diffinstruct.method.objectives import facts
 
 
 class Experiment(Section):
@@ -150,7 +151,7 @@ class Experiment(Section):
     @classmethod
     def _something_to_climb(cls, value: RewardsConfig, info: ValidationInfo) -> RewardsConfig:
         objective = info.data.get("objective", ObjectiveConfig(reward_scale=0.0))
-        if not value.trained and (objective.reward_scale or objective.name == "reward_only"):
+        if not value.trained and (objective.reward_scale or not facts(objective.name).divergence):
             raise mistake_at(
                 "trained", [], broken_rule("should name a reward (only objective.reward_scale 0 goes without)")
             )
@@ -243,7 +244,8 @@ class Experiment(Section):
         return self.model_copy(update={"tracking": self.tracking.model_copy(update={"uri": uri})})
 
     def to_params(self) -> dict[str, str | int | float | bool | None]:
-        """The whole configuration as one flat dictionary, "objective.t_min" -> 20; lists and mappings as JSON text."""
+        """The whole configuration as one flat dictionary, "objective.t_min" -> 20; lists and mappings as JSON text, but for
+        the arguments of objective and distance, which are keys of their own: "objective.distance_args.c"."""
         return dict(_flat(Experiment, self.model_dump(mode="json")))
 
     def to_yaml(self) -> str:
@@ -256,5 +258,8 @@ def _flat(kind: type[Section], content: dict[str, Any], prefix: str = "") -> Ite
         part = kind.model_fields[name].annotation
         if isinstance(part, type) and issubclass(part, Section):
             yield from _flat(part, value, f"{prefix}{name}.")
+        elif name in ("args", "distance_args"):  # sweeps vary them one by one, and pages name them
+            for argument, setting in value.items():
+                yield f"{prefix}{name}.{argument}", json.dumps(setting) if isinstance(setting, list) else setting
         else:
             yield prefix + name, json.dumps(value) if isinstance(value, list | dict) else value

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cache
+from math import isfinite
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from diffinstruct.errors import did_you_mean
+from diffinstruct.method.distances import DISTANCES
+from diffinstruct.method.objectives import OBJECTIVES
 from reward_models import NAMES
 
 POCKET_SPLITS = ("train", "eval", "open", "grid")
 """Of the built-in prompts: for training, held-out combinations, face-free ones, and those of the picture grid."""
-DISTANCES = ("pseudo_huber", "squared")
 
 
 def broken_rule(what: str, hint: str = "") -> PydanticCustomError:
@@ -47,11 +49,25 @@ def _known_reward(name: str) -> str:
 
 
 def _known_distance(name: str) -> str:
-    if name not in DISTANCES and ":" not in name:
-        raise broken_rule(
-            f"should be {' or '.join(map(repr, DISTANCES))} or 'module:attribute'", did_you_mean(name, DISTANCES)
-        )
+    return _row_or_path(name, DISTANCES)
+
+
+def _known_objective(name: str) -> str:
+    return _row_or_path(name, OBJECTIVES)
+
+
+def _row_or_path(name: str, table: Iterable[str]) -> str:
+    if name not in table and ":" not in name:
+        raise broken_rule(f"should be {' or '.join(map(repr, table))} or 'module:attribute'", did_you_mean(name, table))
     return name
+
+
+def _argument(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    for item in items:
+        if not isinstance(item, bool | int | float | str) or (isinstance(item, float) and not isfinite(item)):
+            raise broken_rule("should be a finite number, a text, true, false or a list of those")
+    return value
 
 
 def _no_nul(text: str) -> str:
@@ -72,7 +88,11 @@ LearningRate = Annotated[float, Field(gt=0, le=1)]
 WeightDecay = Annotated[float, Field(ge=0, le=1000)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 RewardName = Annotated[str, AfterValidator(_known_reward)]
+ObjectiveName = Annotated[str, AfterValidator(_known_objective)]
 DistanceName = Annotated[str, AfterValidator(_known_distance)]
+Argument = Annotated[
+    Any, PlainValidator(_argument, json_schema_input_type=bool | int | float | str | list[bool | int | float | str])
+]
 
 
 class Section(BaseModel):

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from diffinstruct.config.addresses import quote_uri, redact
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.fields import Section
+from diffinstruct.config.sections import ARGUMENTS, drop_arguments
 from diffinstruct.errors import ConfigErrors, did_you_mean, nearest_file
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -27,6 +28,8 @@ RENAMED = {
     "generator.start_rank": "generator.init_rank",
     "score_network.space": "score_network.loss_weighting",
     "objective.space": "objective.weighting",
+    "objective.huber_c": "objective.distance_args.c",
+    "objective.sid_alpha": "objective.args.alpha",
     "rewards.micro_batch": "rewards.micro_batch_size",
     "watch.every": "overoptimization.every",
     "watch.on_hacking": "overoptimization.on_alarm",
@@ -41,6 +44,8 @@ RENAMED = {
     "runs": "output_dir",
 }
 """Keys of version 0.1 and what they are called now; guidance_scale is cfg_scale + 1. A section comes after its keys."""
+ONLY_OF = {"objective.huber_c": ("distance", "pseudo_huber"), "objective.sid_alpha": ("name", "sid")}
+"""Keys that version 0.1 wrote whatever the objective; they go over where another key has this value."""
 MOST_VALUES = 100_000
 """In one configuration."""
 LARGEST = 4 << 20
@@ -63,8 +68,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
     """
     source = _Source()
     source.read_file(Path(path))
-    for override in overrides:
-        source.override(override)
+    for override in sorted(overrides, key=lambda override: override.partition("=")[0] not in ARGUMENTS):
+        source.override(override)  # a distance before its arguments
     for old, new in source.rename_old_keys():
         source.mistake(tuple(old.split(".")), f"unknown key, {_now_called(old, new)}")
     return source.experiment()
@@ -143,6 +148,7 @@ class _Source:
             return
         self.places = {place: where for place, where in self.places.items() if place[: len(loc)] != loc}
         self.places[loc] = (_LAST, "-s")
+        drop_arguments(self.values, key, value)
         section[last] = value
 
     def rename_old_keys(self) -> list[tuple[str, str]]:
@@ -162,8 +168,10 @@ class _Source:
             if parents and not section:
                 self.values.pop(parents[0], None)
             renamed.append((old, new))
-            self._put(target, value)
-            self.places.setdefault(tuple(target), self.places[*parents, last])
+            key, only = ONLY_OF.get(old, ("", None))
+            if only is None or section.get(key, only) == only:
+                self._put(target, value)
+                self.places.setdefault(tuple(target), self.places[*parents, last])
         return renamed
 
     def _put(self, keys: list[str], value: Any) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from diffinstruct.config.addresses import IN_ENVIRONMENT, TRACKING_SCHEMES, keeps_nothing, quote_uri, redact
 from diffinstruct.config.fields import (
     POCKET_SPLITS,
+    Argument,
     Beta,
     Count,
     DistanceName,
     LearningRate,
     NotNegative,
+    ObjectiveName,
     Positive,
     Rank,
     RewardName,
@@ -28,6 +31,9 @@ from diffinstruct.config.fields import (
     no_repeats,
 )
 from diffinstruct.errors import did_you_mean
+from diffinstruct.method.arguments import ArgumentError
+from diffinstruct.method.distances import DISTANCES, distance, distance_arguments
+from diffinstruct.method.objectives import OBJECTIVES, OWN, facts, objective_arguments
 
 RAYS_OWN = {
     "CPU": "cpus_per_worker and rewards.cpus ask for CPUs",
@@ -129,26 +135,50 @@ class ScoreNetworkConfig(OptimizerConfig):
     )
 
 
+ARGUMENTS = {"objective.name": "args", "objective.distance": "distance_args"}
+"""Which key of `objective` has the arguments of which."""
+
+
+def drop_arguments(content: dict[str, Any], key: str, value: object) -> None:
+    """Before another objective or distance is put into `content`, drop the arguments of the one before."""
+    objective = content.get("objective")
+    if key in ARGUMENTS and isinstance(objective, dict) and objective.get(key.partition(".")[2]) != value:
+        objective[ARGUMENTS[key]] = {}
+
+
+def _complete(
+    name: str, args: dict[str, Any], complete: Callable[[str, dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Arguments with the defaults of what they leave out; those of your own are known when it is imported, with torch."""
+    try:
+        return complete(name, args)
+    except ArgumentError as error:
+        hint = did_you_mean(error.name, error.known)
+        raise mistake_at(error.name, args.get(error.name), broken_rule(error.reason, hint)) from None
+
+
 class ObjectiveConfig(Section):
     """What the generator minimises: -reward_scale * reward + regularization_weight * divergence."""
 
-    name: Literal["di_star", "sim", "diff_instruct", "diff_instruct_pp", "sid", "dmd", "reward_only"] = key(
+    name: ObjectiveName = key(
         "di_star",
-        description="DI* (the paper), SIM (DI* at reward_scale 0), Diff-Instruct (KL, reward_scale 0), "
-        "Diff-Instruct++ (KL and reward), SiD, DMD without GAN, or the reward term alone",
+        description="; ".join(f"'{name}': {facts.title}" for name, facts in OBJECTIVES.items()) + f"; or {OWN.title}",
+    )
+    args: dict[Text, Argument] = key(
+        {},
+        description="parameters that the objective has of its own, name -> value; of sid 'alpha', by default 1.0 "
+        "(SiD: 1 to 1.2)",
     )
     distance: DistanceName = key(
         "pseudo_huber",
         description="between two scores, of di_star and sim: 'pseudo_huber', 'squared', or your own pair (d, d') as "
         "'module:attribute' (the paper)",
     )
-    huber_c: Positive = key(
-        0.1,
-        le=1e6,
-        description="pseudo-Huber's c per square root of a dimension, in the units of `weighting` (left open; ours, "
-        "kept by open_choices: neither 0.03 nor 0.3 is better)",
+    distance_args: dict[Text, Argument] = key(
+        {},
+        description="parameters of the distance, name -> value; of pseudo_huber 'c', per square root of a dimension, "
+        "in the units of `weighting` (left open; ours, kept by open_choices: neither 0.03 nor 0.3 is better)",
     )
-    sid_alpha: float = key(1.0, description="SiD's alpha, of sid (SiD: 1 to 1.2)")
     weighting: Literal["x0", "eps", "v", "score"] = key(
         "x0",
         description="in which differences of predictions are measured: w(t) (left open; ours, kept by open_choices: "
@@ -178,10 +208,29 @@ class ObjectiveConfig(Section):
     t_min: int = key(20, ge=0, description="lowest t drawn, index into the schedule (neighbours' choice; ours)")
     t_max: int = key(980, description="t is drawn below this (neighbours' choice; ours)")
 
+    @field_validator("args")
+    @classmethod
+    def _arguments(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        name = info.data.get("name", "")
+        return _complete(name, value, objective_arguments) if name in OBJECTIVES else value
+
+    @field_validator("distance_args")
+    @classmethod
+    def _distance_arguments(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        name = info.data.get("distance", "")
+        if name not in DISTANCES:
+            return value
+        complete = _complete(name, value, distance_arguments)
+        try:
+            distance(name, complete)
+        except ValueError as error:  # a value that this distance does not take
+            raise broken_rule(str(error)) from None
+        return complete
+
     @field_validator("reward_scale")
     @classmethod
     def _zero_without_reward(cls, value: float, info: ValidationInfo) -> float:
-        with_reward = {"sim": "di_star", "diff_instruct": "diff_instruct_pp"}.get(info.data.get("name", ""))
+        with_reward = facts(info.data.get("name", "")).with_reward
         if value and with_reward:
             raise broken_rule(f"should be 0 for {info.data['name']} (with a reward it is {with_reward!r})")
         return value

@@ -85,11 +85,6 @@ class Schedule:
         raise ValueError(f"prediction: got {prediction!r}, known are {known}")
 
 
-def per_sample_sum(x: Tensor) -> Tensor:
-    """[B, ...] -> [B]: the sum over a sample's dimensions, the reduction of every objective here."""
-    return x.flatten(1).sum(1)
-
-
 def denoising_loss(
     denoiser: Denoiser, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, c: Conditions, weighting: str = "eps"
 ) -> Tensor:

@@ -13,21 +13,32 @@ pulls with its own strength, so compare them at equal distance to the reference.
 
 Each returns the loss [B] and its record, per sample: "x0_gap", the mean of e^2 over dimensions (of x0 predictions in
 all objectives, so that one plot compares them), "reference_error", mean|x0 - r|, and what else it has to tell.
+
+A new objective is one function here and one row of `OBJECTIVES`; or the same function in a file of your own, named
+`module:attribute` in the recipe. It takes x0, t, eps, c, score_network and reference, those of schedule, weighting and
+distance that its signature names, and parameters of its own, which come from `objective.args`:
+
+    def half_distance(x0, t, eps, c, *, score_network, reference, schedule, weighting, distance, factor=0.5): ...
+
+`validation.validate_objective` tries your own before the first step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
+from diffinstruct.method.arguments import complete_arguments, import_attribute, parameters
 
-from diffinstruct.method.diffusion import Conditions, Denoiser, GuidedReference, Schedule, per_sample_sum
-from diffinstruct.method.distances import Distance
+if TYPE_CHECKING:  # the configuration reads OBJECTIVES before torch is there, and answers in half a second
+    from torch import Tensor
 
-Loss = tuple[Tensor, dict[str, Tensor]]
+    from diffinstruct.method.diffusion import Conditions, Denoiser, GuidedReference, Schedule
+    from diffinstruct.method.distances import Distance
+
+    Loss = tuple[Tensor, dict[str, Tensor]]
 
 
 class Objective(Protocol):
@@ -84,16 +95,30 @@ def diff_instruct(
 
     No gradient flows through the networks: that is the method. "x0" is w_t = sigma_t^2 / alpha_t, DMD's.
     """
+    import torch
+
     xt, m = schedule.diffuse(x0, t, eps), schedule.scale(weighting, t, x0)
     with torch.no_grad():
         f, (r, g) = score_network(xt, t, c), reference(xt, t, c)
     return per_sample_sum(m * (f - r) * xt) + _beside(g, m, xt), _record(f, r, x0)
 
 
-def dmd(x0: Tensor, t: Tensor, eps: Tensor, c: Conditions, **given: Any) -> Loss:
+def dmd(
+    x0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    c: Conditions,
+    *,
+    score_network: Denoiser,
+    reference: GuidedReference,
+    schedule: Schedule,
+    weighting: str,
+) -> Loss:
     """DMD without its GAN and regression losses (arXiv 2311.18828): Diff-Instruct, divided for each sample
-    by mean|x0 - r|. Takes what `diff_instruct` takes."""
-    loss, record = diff_instruct(x0, t, eps, c, **given)
+    by mean|x0 - r|."""
+    loss, record = diff_instruct(
+        x0, t, eps, c, score_network=score_network, reference=reference, schedule=schedule, weighting=weighting
+    )
     return loss / record["reference_error"], record
 
 
@@ -107,7 +132,7 @@ def sid(
     reference: GuidedReference,
     schedule: Schedule,
     weighting: str,
-    alpha: float,
+    alpha: float = 1.0,
 ) -> Loss:
     """SiD, score identity distillation (arXiv 2404.04057).
 
@@ -122,6 +147,11 @@ def sid(
     loss = per_sample_sum(m * (r - f) * m * ((r - x0) - alpha * (r - f))) + _beside(g, m, xt)
     record = _record(f, r, x0)
     return loss / record["reference_error"], record
+
+
+def per_sample_sum(x: Tensor) -> Tensor:
+    """[B, ...] -> [B]: the sum over a sample's dimensions, the reduction of every objective here."""
+    return x.flatten(1).sum(1)
 
 
 def _beside(g: Tensor | None, m: Tensor, xt: Tensor) -> Tensor | float:
@@ -139,18 +169,65 @@ def _record(f: Tensor, r: Tensor, x0: Tensor) -> dict[str, Tensor]:
     }
 
 
+# ----------------------------------------------------------------------------------------------------- the table
+@dataclass(frozen=True)
+class ObjectiveFacts:
+    """What the rest of the platform has to know of an objective."""
+
+    title: str
+    function: Callable[..., Loss] | None = None
+    divergence: bool = True  # False: the reward alone, so no score network is trained
+    network_gradient: bool = True  # gradient flows through the networks to x_t; else their outputs are constants
+    with_reward: str | None = None  # reward_scale has to be 0; the same objective with a reward has this name
+
+
+OBJECTIVES: dict[str, ObjectiveFacts] = {
+    "di_star": ObjectiveFacts("DI* (the paper)", diff_instruct_star),
+    "sim": ObjectiveFacts("SIM (DI* at reward_scale 0)", diff_instruct_star, with_reward="di_star"),
+    "diff_instruct": ObjectiveFacts(
+        "Diff-Instruct (KL, reward_scale 0)", diff_instruct, network_gradient=False, with_reward="diff_instruct_pp"
+    ),
+    "diff_instruct_pp": ObjectiveFacts("Diff-Instruct++ (KL and reward)", diff_instruct, network_gradient=False),
+    "sid": ObjectiveFacts("SiD", sid),
+    "dmd": ObjectiveFacts("DMD without GAN", dmd, network_gradient=False),
+    "reward_only": ObjectiveFacts("the reward term alone (ReFL and DRaFT-1 on a one-step model)", divergence=False),
+}
+"""The built-in objectives by their name in a recipe."""
+
+OWN = ObjectiveFacts("your own as 'module:attribute'")
+"""Of an objective that is no row above the costlier case is assumed: gradient flows through the networks."""
+
+OF_THE_ROUND = ("score_network", "reference")
+OF_THE_RUN = ("schedule", "weighting", "distance")
+"""Parameters of an objective that the platform fills in; all others that are not positional are its own."""
+
+
+def facts(name: str) -> ObjectiveFacts:
+    """The facts of a configuration's `objective.name`."""
+    return OBJECTIVES.get(name, OWN)
+
+
+def objective_arguments(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """`objective.args` with the defaults of what it leaves out. Raises ArgumentError; what a module of yours raises."""
+    function = _function(name)
+    given = ("x0", "t", "eps", "c", *OF_THE_ROUND, *OF_THE_RUN)
+    return complete_arguments(name, parameters(function, without=given) if function else {}, args)
+
+
 def objective(
-    name: str, *, schedule: Schedule, weighting: str, distance: Distance, sid_alpha: float
+    name: str, *, schedule: Schedule, weighting: str, distance: Distance, args: Mapping[str, Any]
 ) -> Objective | None:
-    """The objective of a configuration. None trains on the reward alone (ReFL and DRaFT-1 on a one-step model)."""
-    known: dict[str, Callable[..., Loss] | None] = {
-        "di_star": partial(diff_instruct_star, distance=distance),
-        "sim": partial(diff_instruct_star, distance=distance),  # with reward scale 0
-        "diff_instruct": diff_instruct,  # with reward scale 0
-        "diff_instruct_pp": diff_instruct,
-        "dmd": dmd,
-        "sid": partial(sid, alpha=sid_alpha),
-        "reward_only": None,
-    }
-    chosen = known[name]
-    return partial(chosen, schedule=schedule, weighting=weighting) if chosen else None
+    """The objective of a configuration. None trains on the reward alone."""
+    function = _function(name)
+    if function is None:
+        return None
+    of_the_run = {"schedule": schedule, "weighting": weighting, "distance": distance}
+    named = {key: of_the_run[key] for key in parameters(function) if key in of_the_run}
+    return partial(function, **named, **objective_arguments(name, args))
+
+
+def _function(name: str) -> Callable[..., Loss] | None:
+    function = OBJECTIVES[name].function if name in OBJECTIVES else import_attribute(name)
+    if name not in OBJECTIVES and not callable(function):
+        raise TypeError(f"it is of type {type(function).__name__}, expected a function")
+    return function

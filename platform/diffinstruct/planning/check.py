@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError
+from diffinstruct.method.objectives import facts
 from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.method.rewards import RewardModel
 from diffinstruct.models.lora import SharedBase
@@ -244,7 +245,7 @@ def _roles(experiment: Experiment, reference: Reference, training: Footprint) ->
         adapter = sum(weight.numel() for weight in base.role("it").parameters())
         return ModelMemory(f"{name}'s adapter", adapter, 4 * adapter, **more)
 
-    trains_score = experiment.objective.name != "reward_only" and score.updates_per_step > 0
+    trains_score = facts(experiment.objective.name).divergence and score.updates_per_step > 0
     models = [
         role("generator", generator.lora_rank, trained=True, averaged=True),
         role("score network", score.lora_rank, trained=trains_score),

@@ -13,6 +13,7 @@ from ray.tune.search.sample import Categorical, Domain
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import nearest_key
+from diffinstruct.config.sections import ARGUMENTS, drop_arguments
 from diffinstruct.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,11 +84,14 @@ def changed(base: Experiment, values: Mapping[str, Any]) -> Experiment:
     """`base` with the values of dotted keys; raises UserError, a line for each that does not fit."""
     content = base.without_secrets().model_dump()
     for key, value in values.items():
+        drop_arguments(content, key, value)
+    for key, value in values.items():
         *parents, last = key.split(".")
         section: Any = content
         for parent in parents:
             section = section.get(parent) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or last not in section:
+        argument = parents[:1] == ["objective"] and parents[1:] in [[key] for key in ARGUMENTS.values()]
+        if not isinstance(section, dict) or (last not in section and not argument):
             raise UserError(f"{key}: unknown key{nearest_key(key, base.to_params())}")
         section[last] = value
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ from torch import nn
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.prompts import PromptSet, read_prompt_set
-from diffinstruct.config.prompts import digest as digest  # of a run's prompts: loop and resume take it from here
-from diffinstruct.errors import UserError
+from diffinstruct.errors import UserError, did_you_mean
+from diffinstruct.method.arguments import ArgumentError
 from diffinstruct.method.diffusion import Conditions, Schedule, log_normal_t, uniform_t
-from diffinstruct.method.distances import distance
+from diffinstruct.method.distances import DISTANCES, distance
 from diffinstruct.method.guidance import guided
-from diffinstruct.method.objectives import objective
+from diffinstruct.method.objectives import OBJECTIVES, Objective, objective
 from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.method.step import StepConfig, TrainState
+from diffinstruct.method.validation import validate_distance, validate_objective
 from diffinstruct.models.pipeline import Reference, load_reference
 from diffinstruct.models.prompt_embeddings import NULL
 from diffinstruct.models.roles import Roles
@@ -84,24 +86,18 @@ def make_train_state(
 
 
 def make_step_config(experiment: Experiment, schedule: Schedule) -> StepConfig:
-    """The configuration as the step wants it. Raises UserError for what does not fit the schedule or cannot be
-    imported."""
+    """The configuration as the step wants it. Raises UserError for what does not fit the schedule, cannot be imported,
+    or is an objective or a distance of the user's own that validation refuses."""
     e = experiment.objective
     if e.t_max > len(schedule.alphas):
         raise UserError(f"objective.t_max: got {e.t_max}, the reference's schedule has {len(schedule.alphas)} steps")
-    try:
-        chosen = distance(e.distance, e.huber_c)
-    except (Exception, SystemExit) as error:  # whatever somebody's module raises
-        raise UserError(
-            f"objective.distance: {e.distance!r} is no pair (d, d'): {' '.join(str(error).split())}"
-        ) from None
     law_of_t = (
         uniform_t(e.t_min, e.t_max)
         if e.t_law == "uniform"
         else log_normal_t(schedule, e.t_log_mean, e.t_log_std, e.t_min, e.t_max)
     )
     return StepConfig(
-        objective=objective(e.name, schedule=schedule, weighting=e.weighting, distance=chosen, sid_alpha=e.sid_alpha),
+        objective=make_objective(experiment, schedule),
         regularization_weight=e.regularization_weight,
         reward_scale=e.reward_scale,
         score_updates=experiment.score_network.updates_per_step,
@@ -118,3 +114,32 @@ def make_step_config(experiment: Experiment, schedule: Schedule) -> StepConfig:
 
 def training_prompts(experiment: Experiment) -> PromptSet:
     return read_prompt_set(experiment.prompts.train, experiment.prompts.column)
+
+
+def make_objective(experiment: Experiment, schedule: Schedule) -> Objective | None:
+    """The objective with its distance; the user's own are tried on tiny samples. Raises UserError."""
+    e, reference = experiment.objective, experiment.reference
+    with _one_line("objective.distance", e.distance, "no pair (d, d')"):
+        chosen = distance(e.distance, e.distance_args)
+    if e.distance not in DISTANCES:
+        with _one_line("objective.distance", e.distance, "refused"):
+            validate_distance(chosen)
+    with _one_line("objective.name", e.name, "no objective"):
+        loss = objective(e.name, schedule=schedule, weighting=e.weighting, distance=chosen, args=e.args)
+    if loss and e.name not in OBJECTIVES:
+        with _one_line("objective.name", e.name, "refused"):
+            beside = reference.guidance == "out" and reference.guidance_scale != 1
+            validate_objective(loss, e.t_min, e.t_max, guidance_beside=beside)
+    return loss
+
+
+@contextmanager
+def _one_line(key: str, name: str, verdict: str) -> Iterator[None]:
+    """Whatever the user's module raises becomes a UserError of one line."""
+    try:
+        yield
+    except ArgumentError as error:
+        args = "objective.args" if key == "objective.name" else "objective.distance_args"
+        raise UserError(f"{args}.{error.name}: {error.reason}{did_you_mean(error.name, error.known)}") from None
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{key}: {name!r} is {verdict}: {' '.join(str(error).split())}") from error
