@@ -30,7 +30,9 @@ PARAMS = {"seed": 0, "generator.learning_rate": 1e-4}
 GRID = np.arange(8 * 16 * 3, dtype=np.uint8).reshape(8, 16, 3)
 RACER = """
 import sys
-PATIENCE = 100  # creating the tables takes 4 s of CPU
+from diffinstruct.tracking import journal
+from diffinstruct.tracking.journal import Tracker
+journal.PATIENCE = 100  # creating the tables takes 4 s of CPU
 tracker = Tracker(sys.argv[1], "race", sys.argv[2], sys.argv[3], {}, {})
 tracker.metrics(1, {"loss": 1.0})
 sys.exit(0 if tracker.finish() else 1)
@@ -249,7 +251,7 @@ def test_a_run_mlflow_has_lost_is_made_anew_with_the_whole_journal(
 def test_death_in_the_middle_of_a_line(tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture) -> None:
     code = """
 import os, signal, sys
-from diffinstruct.tracking import Tracker
+from diffinstruct.tracking.journal import Tracker
 tracker = Tracker(sys.argv[1], "test", "a run", sys.argv[2], {}, {})
 tracker.run_id
 for step in range(200):
@@ -276,7 +278,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_stopped_trial_is_closed_by_another_process(tmp_path: Path, uri: str) -> None:
     code = """
 import os, signal, sys
-from diffinstruct.tracking import Tracker
+from diffinstruct.tracking.journal import Tracker
 tracker = Tracker(sys.argv[1], "experiment", "run", sys.argv[2], {}, {})
 tracker.metrics(1, {"loss": 1.0})
 tracker.run_id
@@ -579,7 +581,7 @@ def test_a_death_while_the_tables_are_made_spoils_nothing(tmp_path: Path) -> Non
     uri = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
     code = """
 import os, signal, sys, threading, time
-from diffinstruct.tracking import Tracker
+from diffinstruct.tracking.journal import Tracker
 def kill():
     file = sys.argv[1].removeprefix("sqlite:///") + ".tmp"
     while not (os.path.exists(file) and os.path.getsize(file) > 40_000):

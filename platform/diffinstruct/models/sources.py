@@ -13,13 +13,13 @@ import diffusers
 import torch
 from diffusers import ConfigMixin
 from diffusers.utils import logging as diffusers_logging
-from filelock import FileLock
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from diffinstruct.errors import UserError, nearest_file
+from diffinstruct.locks import exclusive
 from diffinstruct.models.families import FAMILIES
 from diffinstruct.models.prompt_embeddings import digest
 
@@ -55,7 +55,7 @@ def unpacked(file: Path) -> Path:
     partial = folder.with_name(f".{folder.name}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{folder.name}.lock")), quiet(), warnings.catch_warnings():
+        with exclusive(folder.with_name(f"{folder.name}.lock")), quiet(), warnings.catch_warnings():
             if folder.is_dir():  # of a node's processes another one has made it
                 return folder
             warnings.simplefilter("ignore")
