@@ -57,6 +57,7 @@ def close(folder: Path, experiment: Experiment, reason: BaseException) -> None:
     status = "KILLED" if isinstance(reason, Paused) or not isinstance(reason, Exception) else "FAILED"
     try:
         if (folder / "journal.jsonl").exists():
-            deliver(folder, experiment.tracking.uri, status, f"{type(reason).__name__}: {reason}")
+            text = f"{type(reason).__name__}: {reason}"
+            deliver(folder, experiment.tracking.uri, status, text, experiment.tracking.also)
     except Exception as error:
         logger.warning("the end of %s has not reached MLflow: %s", folder, one_line(error))

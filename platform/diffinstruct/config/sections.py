@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from diffinstruct.config.addresses import IN_ENVIRONMENT, TRACKING_SCHEMES, keeps_nothing, quote_uri, redact
 from diffinstruct.config.fields import (
@@ -354,14 +354,32 @@ class ClusterConfig(Section):
         return {"CPU": self.rewards.cpus, "GPU": self.rewards.gpus} | self.rewards.resources
 
 
+TRACKERS = {"tensorboard": "diffinstruct.tracking.tensorboard:TensorBoardDelivery"}
+"""Short names of trackers besides MLflow -> `module:attribute`."""
+
+
+def _known_tracker(name: str) -> str:
+    if name not in TRACKERS and ":" not in name:
+        raise broken_rule(
+            f"should be {' or '.join(map(repr, TRACKERS))} or 'module:attribute'", did_you_mean(name, TRACKERS)
+        )
+    return name
+
+
 class TrackingConfig(Section):
-    """Where MLflow keeps the run."""
+    """Where the run is tracked: MLflow keeps it, and other trackers may have it, too."""
 
     uri: Text | None = Field(
         None,
         description="of the tracking server; none is MLFLOW_TRACKING_URI, else sqlite in the folder of runs (ours)",
     )
     experiment: Text = Field("diffinstruct", description="MLflow's name for the group of runs (ours)")
+    also: tuple[Annotated[str, AfterValidator(_known_tracker)], ...] = Field(
+        (),
+        strict=False,
+        description="trackers besides MLflow: `tensorboard` (files in the run's folder), or `module:attribute` of your "
+        "own `Delivery` (ours)",
+    )
 
     @field_validator("uri")
     @classmethod

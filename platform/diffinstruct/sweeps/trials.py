@@ -26,8 +26,8 @@ from diffinstruct.reports.frames import short
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.signals import Paused
 from diffinstruct.sweeps.criterion import SelectionCriterion
-from diffinstruct.tracking.journal import Parent, add_examination
-from diffinstruct.tracking.records import records
+from diffinstruct.tracking.journal import Parent, add_evaluation
+from diffinstruct.tracking.records import MetricsRecord, json_lines, records
 
 if TYPE_CHECKING:
     from diffinstruct.reward_service.client import RewardBackend
@@ -134,7 +134,7 @@ class Trials:
         asked = self.varied if isinstance(self.points, Optuna) else [dict(point) for point in self.points]
         search = json.dumps([self.base.config_hash, asked], sort_keys=True)
         first = {"search": hashlib.sha256(search.encode()).hexdigest()[:12]}
-        found = next((line for _, _, line in records(self.ledger)), None)
+        found = next((line for _, _, line in json_lines(self.ledger)), None)
         if found is None:
             self._write(first)
         elif found != first:
@@ -142,7 +142,7 @@ class Trials:
         self.read()
 
     def read(self) -> None:
-        for _, _, line in records(self.ledger):
+        for _, _, line in json_lines(self.ledger):
             if "trial" in line:
                 self.known[line["trial"]] = (line["point"], line["run"])
 
@@ -220,7 +220,8 @@ class Trial:
         if self.trials.examine and not (examination := self.folder / "examination.json").exists():
             found = examine(self.trials.examine, experiment, self.folder, self.started_in)
             values = {key: value for key, value in found.items() if key.rpartition(".")[2] not in ("low", "high", "n")}
-            add_examination(self.folder, experiment.tracking.uri, self.trials.row(i)["step"], values)
+            step = self.trials.row(i)["step"]
+            add_evaluation(self.folder, experiment.tracking.uri, step, values, experiment.tracking.also)
             examination.with_suffix(".tmp").write_text(json.dumps(found, indent=2) + "\n")
             examination.with_suffix(".tmp").replace(examination)
         figures = report | {k: v for k, v in self.trials.row(i).items() if isinstance(v, int | float)}
@@ -304,11 +305,13 @@ class Reports:
         """What has been written since."""
         for _, end, record in records(self.journal, self.offset):
             self.offset = end
-            metrics = record.get("metrics", {})
+            if not isinstance(record, MetricsRecord):
+                continue
+            metrics = record.metrics
             looked = {key: value for key, value in metrics.items() if key.startswith("overoptimization/")}
             self.watched |= looked
             if len(metrics) > len(looked):
-                yield {"step": record["step"], **metrics, **self.watched}
+                yield {"step": record.step, **metrics, **self.watched}
 
 
 def examine(how: Examine, experiment: Experiment, folder: Path, started_in: str) -> dict[str, float]:

@@ -39,7 +39,7 @@ from diffinstruct.reward_service.monitor import METRICS
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.signals import Paused
 from diffinstruct.sweeps.criterion import SelectionCriterion
-from diffinstruct.tracking.journal import Tracker
+from diffinstruct.tracking.journal import Journal
 
 if TYPE_CHECKING:
     from diffinstruct.reward_service.client import RewardBackend
@@ -102,7 +102,10 @@ def sweep(
         trials.open(keeps=isinstance(points, Optuna) or isinstance(scheduler, PopulationBasedTraining))
         signals.clear(folder)
         tags = {"sweep": folder, "trials": trials.count}
-        parent = Tracker(base.tracking.uri, base.tracking.experiment, folder.name, folder, trials.varied, tags)
+        parent = Journal(
+            *(base.tracking.uri, base.tracking.experiment, folder.name, folder, trials.varied, tags),
+            also=base.tracking.also,
+        )
         print(f"sweep {folder}  {trials.count} trials  tracking {parent.url}  {where}\n{placement(base)}", flush=True)
         status, reason = "KILLED", None
         try:

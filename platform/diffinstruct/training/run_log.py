@@ -23,7 +23,7 @@ from diffinstruct.models.pipeline import Reference
 from diffinstruct.models.sampling import EVALUATION_SEED, sample_latents
 from diffinstruct.reward_service.monitor import Alarm, ProbeHistory
 from diffinstruct.run_folder import signals
-from diffinstruct.tracking.journal import Parent, Tracker
+from diffinstruct.tracking.journal import Journal, Parent
 from diffinstruct.training.guards import GO_ON, LOWER_SCALE, SKIPS, SPIKE, STOP
 from diffinstruct.training.resume import keep_configuration
 
@@ -126,7 +126,7 @@ class Output:
         self.experiment, self.folder, self.reference = experiment, folder, reference
         self.where = f"  {where}" if where else ""
         keep_configuration(experiment, folder)
-        self.tracker = Tracker(
+        self.tracker = Journal(
             experiment.tracking.uri,
             experiment.tracking.experiment,
             parent.child if parent else folder.name,
@@ -134,6 +134,7 @@ class Output:
             params=experiment.without_secrets().to_params(),
             tags={"diffinstruct.experiment_id": experiment.config_hash},
             parent_run_id=parent.run_id if parent else None,
+            also=experiment.tracking.also,
         )
         self.started = time.perf_counter()
         self.first_step: int | None = None
