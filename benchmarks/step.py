@@ -44,7 +44,7 @@ from diffinstruct.method.rewards import Collect, RewardRequest
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.reward_service.client import LocalRewards, RewardBackend, make_rewards
 from diffinstruct.reward_service.validation import Report
-from diffinstruct.tracking.journal import Tracker
+from diffinstruct.tracking.journal import Journal
 from diffinstruct.training.loop import train
 
 PAIRS, WARM_UP = 48, 8
@@ -74,8 +74,8 @@ class Meter:
             self.running = {name: LOOPS[name](parts) for name, parts in self.parts.items()}
             for loop in self.running.values():
                 next(loop)
-            Tracker.metrics = self.timed(Tracker.metrics)  # type: ignore[method-assign]
-            Tracker.image = self.timed(Tracker.image)  # type: ignore[method-assign]
+            Journal.metrics = self.timed(Journal.metrics)  # type: ignore[method-assign]
+            Journal.image = self.timed(Journal.image)  # type: ignore[method-assign]
         else:
             self.ours.append(self.burnt() - self.began)
         if len(self.ours) % 2:

@@ -14,6 +14,7 @@ OURS = {"diffinstruct", "reward_models", "experiments", "benchmarks", "tests"}
 ROOMS = (
     *(
         "errors",
+        "locks",
         "statistics",
         "metrics",
         "method",
@@ -32,6 +33,7 @@ CALLERS = {
     "ray": ("cluster", "sweeps"),
     "optuna": ("sweeps",),
     "mlflow": ("tracking.mlflow",),
+    "fcntl": ("locks",),
     "fsspec": ("config", "run_folder.mirror"),
     "diffusers": ("models", "reward_models"),
     "transformers": ("models", "reward_models"),

@@ -111,12 +111,12 @@ def one(folder: Path, line: Line, direct: str, number: int) -> list[str]:
     import numpy as np
     from mlflow import MlflowClient
 
-    from diffinstruct.tracking.journal import Tracker, deliver
+    from diffinstruct.tracking.journal import Journal, deliver
 
     plan, name = random.Random(number), f"run-{number}"
     params = {"seed": number, "a.key": "a value"}
     with bad_weather(line, plan):
-        tracker = Tracker(line.uri, "chaos", name, folder / name, params, {"kind": "chaos"})
+        tracker = Journal(line.uri, "chaos", name, folder / name, params, {"kind": "chaos"})
         wanted: dict[str, list[tuple[int, float]]] = {f"key/{k}": [] for k in range(KEYS)}
         for step in range(ROWS):
             values = {key: plan.random() for key in wanted}
@@ -128,7 +128,8 @@ def one(folder: Path, line: Line, direct: str, number: int) -> list[str]:
         tracker.event(9, "spike", "a word")
         tracker.finish()
     until = time.monotonic() + 120
-    while not tracker._complete:
+    (thread,) = tracker._threads
+    while not thread.complete:
         try:
             deliver(folder / name, line.uri)
             break
@@ -136,7 +137,7 @@ def one(folder: Path, line: Line, direct: str, number: int) -> list[str]:
             if time.monotonic() > until:
                 raise
             time.sleep(0.2)
-    tracker._thread.join()  # it may be at it, too
+    thread.join()  # it may be at it, too
     client = MlflowClient(direct)
     runs = client.search_runs(
         [client.get_experiment_by_name("chaos").experiment_id], f"attributes.run_name = '{name}'"
@@ -167,10 +168,10 @@ def chaos(folder: Path, schedules: int, seed: int = 0) -> tuple[str, bool]:
     from mlflow import MlflowClient
     from tiny.server import Server
 
-    from diffinstruct.tracking import journal, mlflow
+    from diffinstruct.tracking import delivery, journal, mlflow
 
     logging.getLogger("diffinstruct.tracking").setLevel(logging.ERROR)
-    journal.INTERVAL, journal.LONGEST_PAUSE, journal.PATIENCE, mlflow.POSTPONED_AGAIN = 0.05, 0.3, 2.0, 0.3
+    delivery.INTERVAL, delivery.LONGEST_PAUSE, journal.PATIENCE, mlflow.POSTPONED_AGAIN = 0.05, 0.3, 2.0, 0.3
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "10"
     server, began = Server(folder), time.monotonic()
     server.start()

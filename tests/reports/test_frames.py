@@ -28,7 +28,7 @@ from diffinstruct.reports.frames import (
     swept,
 )
 from diffinstruct.statistics import Estimate, at_distance, by_seed, over_seeds, paired_by_seed, seed_noise
-from diffinstruct.tracking.journal import Tracker
+from diffinstruct.tracking.journal import Journal
 from diffinstruct.tracking.records import read_journal
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def test_a_run_names_the_commits_of_its_code_and_rows_alone_do_not_make_one_dirt
         ).stdout
 
     def started():
-        Tracker(f"sqlite:///{tmp_path}/mlflow.db", "x", "run", tmp_path / "run", {}, {}).finish()
+        Journal(f"sqlite:///{tmp_path}/mlflow.db", "x", "run", tmp_path / "run", {}, {}).finish()
         return ran_with(read_journal(tmp_path / "run"))
 
     code, rows = tmp_path / "platform" / "code.py", TrialRows(tmp_path / "docs" / "rows.csv")

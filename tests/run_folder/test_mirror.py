@@ -103,6 +103,24 @@ def test_a_folder_that_is_lost_comes_back(tmp_path):
     assert Mirror(URL, folder).pull() is None  # nothing newer there
 
 
+def test_how_far_trackers_are_goes_with_the_journal(tmp_path):
+    """But for TensorBoard's: its files stay where they are, and are made again."""
+    folder = saved(tmp_path / "run", 1)
+    (folder / "tensorboard").mkdir()
+    for name in ("journal.ack", "mine.ack", "tensorboard.ack", "tensorboard/events.out.tfevents.1"):
+        (folder / name).write_text("{}")
+    Mirror(URL, folder).push()
+    files, root = fsspec.url_to_fs(f"{URL}/run")
+    assert not files.exists(f"{root}/tensorboard") and not files.exists(f"{root}/tensorboard.ack")
+
+    other = tmp_path / "other" / "run"
+    other.mkdir(parents=True)
+    for name in ("tensorboard.ack", "old.ack"):  # of a journal that is replaced
+        (other / name).write_text("{}")
+    assert Mirror(URL, other).pull() == 1
+    assert sorted(path.name for path in other.glob("*.ack")) == ["journal.ack", "mine.ack"]
+
+
 def test_what_the_folder_has_no_more_goes(tmp_path):
     folder = saved(tmp_path / "run", 2, 4)
     Mirror(URL, folder).push()

@@ -64,7 +64,7 @@ def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, wor
     child = next(run for run in runs if run.info.run_name == "timestep=600")
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert (parent.info.status, child.info.status) == ("FAILED", "FINISHED")
-    assert child.data.metrics["examined/examined"] == 2
+    assert child.data.metrics["eval/examined"] == 2
     assert child.data.tags["diffinstruct.experiment_id"] == good and "got 5000" in parent.data.tags["reason"]
     assert "table.csv" in [file.path for file in client.list_artifacts(parent.info.run_id)]
     shown = capfd.readouterr().out

@@ -33,7 +33,7 @@ from diffinstruct.run_folder.location import run_folder
 from diffinstruct.run_folder.locks import LOCK, Busy, locked, only_writer
 from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.run_folder.signals import Paused
-from diffinstruct.tracking.journal import Tracker
+from diffinstruct.tracking.journal import Journal
 from diffinstruct.training import local
 from diffinstruct.training.metric_window import MetricWindow
 from diffinstruct.training.resume import change
@@ -456,7 +456,7 @@ def test_a_folder_that_is_taken_away_while_one_waits_for_it(tmp_path):
 # ------------------------------------------------------------------------------------------------------- at once
 def test_a_run_that_is_to_end_at_once_waits_for_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr("diffinstruct.tracking.journal.PATIENCE", 10_000.0)
-    tracker = Tracker("http://127.0.0.1:9", "x", "run", tmp_path, {}, {})
+    tracker = Journal("http://127.0.0.1:9", "x", "run", tmp_path, {}, {})
     ending = threading.Thread(target=lambda: tracker.finish("KILLED", "KeyboardInterrupt: ", hurry=True), daemon=True)
     ending.start()
     ending.join(60)

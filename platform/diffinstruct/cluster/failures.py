@@ -10,6 +10,7 @@ from ray.exceptions import RayTaskError
 from ray.train import ControllerError, UserCallback, WorkerGroupError
 
 from diffinstruct.config.addresses import one_line
+from diffinstruct.config.sections import TrackingConfig
 from diffinstruct.errors import UserError
 from diffinstruct.method.nonfinite import NonFinite
 from diffinstruct.method.rewards import RewardError
@@ -50,11 +51,11 @@ def final_error(error: BaseException | None) -> Exception | None:
     return None
 
 
-def close(folder: Path, tracking_uri: str | None, reason: BaseException) -> None:
-    """End the MLflow run of a folder with the reason: a worker that was killed could not."""
+def close(folder: Path, tracking: TrackingConfig, reason: BaseException) -> None:
+    """End the run of a folder in its trackers with the reason: a worker that was killed could not."""
     status = "KILLED" if isinstance(reason, Paused) or not isinstance(reason, Exception) else "FAILED"
     try:
         if (folder / "journal.jsonl").exists():
-            deliver(folder, tracking_uri, status, f"{type(reason).__name__}: {reason}")
+            deliver(folder, tracking.uri, status, f"{type(reason).__name__}: {reason}", tracking.also)
     except Exception as error:
         logger.warning("the end of %s has not reached MLflow: %s", folder, one_line(error))

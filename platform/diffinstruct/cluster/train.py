@@ -104,7 +104,7 @@ def fit(
         # Ray answers Ctrl-C by ending the workers and the program, with status 0.
         reason = KeyboardInterrupt() if isinstance(error, SystemExit) else final_error(error) or error
         if not isinstance(reason, Busy):  # whose run it is sees to its end
-            close(folder, experiment.tracking.uri, reason)
+            close(folder, experiment.tracking, reason)
         if reason is error:
             raise
         raise reason from None

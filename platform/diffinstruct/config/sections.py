@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from diffinstruct.config.addresses import IN_ENVIRONMENT, TRACKING_SCHEMES, keeps_nothing, quote_uri, redact
 from diffinstruct.config.fields import (
@@ -438,8 +438,20 @@ class ClusterConfig(Section):
         return {"CPU": self.rewards.cpus, "GPU": self.rewards.gpus} | self.rewards.resources
 
 
+TRACKERS = {"tensorboard": "diffinstruct.tracking.tensorboard:TensorBoardDelivery"}
+"""Short names of trackers besides MLflow -> `module:attribute`."""
+
+
+def _known_tracker(name: str) -> str:
+    if name not in TRACKERS and ":" not in name:
+        raise broken_rule(
+            f"should be {' or '.join(map(repr, TRACKERS))} or 'module:attribute'", did_you_mean(name, TRACKERS)
+        )
+    return name
+
+
 class TrackingConfig(Section):
-    """Where MLflow keeps the run."""
+    """Where the run is tracked: MLflow keeps it, and other trackers may have it, too."""
 
     uri: Text | None = key(
         None,
@@ -447,6 +459,13 @@ class TrackingConfig(Section):
         identity=False,
     )
     experiment: Text = key("diffinstruct", description="MLflow's name for the group of runs (ours)", identity=False)
+    also: tuple[Annotated[str, AfterValidator(_known_tracker)], ...] = key(
+        (),
+        strict=False,
+        identity=False,
+        description="trackers besides MLflow: `tensorboard` (files in the run's folder), or `module:attribute` of your "
+        "own `Delivery` (ours)",
+    )
 
     @field_validator("uri")
     @classmethod

@@ -18,7 +18,6 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin
 from diffusers.utils import logging as diffusers_logging
-from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
@@ -27,6 +26,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from diffinstruct.errors import UserError, nearest_file
+from diffinstruct.locks import exclusive
 from diffinstruct.method.diffusion import Conditions
 from diffinstruct.models.families import FAMILIES, StableDiffusion
 from diffinstruct.models.prompt_embeddings import digest
@@ -164,7 +164,7 @@ def unpacked(file: Path) -> Path:
     partial = folder.with_name(f".{folder.name}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{folder.name}.lock")), quiet(), warnings.catch_warnings():
+        with exclusive(folder.with_name(f"{folder.name}.lock")), quiet(), warnings.catch_warnings():
             if folder.is_dir():  # of a node's processes another one has made it
                 return folder
             warnings.simplefilter("ignore")

@@ -25,12 +25,12 @@ import os
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
-from filelock import FileLock
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import RENAMED as RENAMED_KEYS
 from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError, nearest_file
+from diffinstruct.locks import exclusive
 from diffinstruct.metrics import DISTANCES, HELD_OUT, METRICS
 from diffinstruct.statistics import Estimate, Summary, over_seeds
 from diffinstruct.tracking.journal import COMMIT
@@ -92,9 +92,8 @@ class TrialRows:
         new = pd.DataFrame([{KEY: trial, "commit": "unknown", "at": f"{pd.Timestamp.now(tz='UTC'):%Y-%m-%d}", **row}])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(self.path.name + ".tmp")
-        with FileLock(
-            self.path.with_name(f".{self.path.name}.lock")
-        ):  # studies that share the file may run side by side
+        lock = self.path.with_name(f".{self.path.name}.lock")  # studies that share the file may run side by side
+        with exclusive(lock):
             pd.concat([self.read(), new], ignore_index=True).to_csv(temporary, index=False, float_format="%.6g")
             os.replace(temporary, self.path)
 

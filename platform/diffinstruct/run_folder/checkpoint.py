@@ -34,7 +34,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffinstruct.run_folder.locks import FULL, locked
+from diffinstruct.locks import locked
+from diffinstruct.run_folder.locks import FULL
 from diffinstruct.run_folder.ranks import SINGLE, Ranks
 from diffinstruct.run_folder.state_tree import State, decode, encode
 

@@ -1,30 +1,25 @@
-"""Who may write to a run's folder, and which checkpoint is being read: locks that end with the process that holds
-them."""
+"""Which process may write to a run's folder: a lock that ends with the process that holds it."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import logging
 import os
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
 
 from diffinstruct.errors import UserError
+from diffinstruct.locks import locked
 
 LOCK = "lock"
-"""Of the process that writes checkpoints and journal."""
+"""The file that the process holds which writes checkpoints and journal."""
 COMMAND = "command"
-"""Of the command that has started it, maybe on another machine."""
+"""The file that the command holds which has started that process, maybe on another machine."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What is wrong with a disk, or somebody's quota on it, that takes no more."""
-
-logger = logging.getLogger(__name__)
+"""Error numbers of a disk, or of somebody's quota on it, that takes no more."""
 
 
 class Busy(UserError):
@@ -52,15 +47,3 @@ def only_writer(folder: Path, patience: float = 0.0, name: str = LOCK) -> Iterat
         except OSError as error:  # of a file that is open it does not tell the name
             raise OSError(error.errno, error.strerror, file.name) from None
         yield
-
-
-def locked(file: IO[Any], shared: bool = False) -> bool:
-    """Whether the file is locked now, for as long as it is open. Where a disk knows no locks there is nothing to wait
-    for."""
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        logger.warning("%s cannot be locked (%s): see to it that nobody else uses this run", file.name, error.strerror)
-    return True

@@ -38,11 +38,13 @@ LONGEST_PAUSE = 30.0
 """Seconds between two attempts while the store takes nothing."""
 ATTEMPTS = 3
 """At the end of a run, a second longer apart each time."""
-BROUGHT = ("experiment.yaml", "journal.jsonl", "journal.ack", "mlflow.json")
+BROUGHT = ("experiment.yaml", "journal.jsonl", "mlflow.json")
 IMAGE = re.compile(r"[^/\\]+\.png")
+ACKNOWLEDGEMENT = re.compile(r"[\w-]+\.ack")
+"""How far a tracker has confirmed the journal: goes with it, else the tracker would be sent all of it once more."""
 FILE = re.compile(rf"{re.escape(TREE)}|tensors(-\d{{5}}-of-\d{{5}})?\.safetensors")
-OWN = {LOCK, COMMAND, "checkpoints", "ray", *signals.FILES.values()}
-"""What of a run's folder is not copied as it lies there."""
+OWN = {LOCK, COMMAND, "checkpoints", "ray", "tensorboard", "tensorboard.ack", *signals.FILES.values()}
+"""What of a run's folder is not copied as it lies there. TensorBoard's files are made again from the journal."""
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +117,9 @@ class Mirror:
     def _bring_others(self) -> None:
         (self.folder / "images").mkdir(exist_ok=True)
         images = [f"images/{name}" for name in self._names("images") if IMAGE.fullmatch(name)]
-        for name in (*images, *BROUGHT):
+        names = {*self._names(""), *(path.name for path in self.folder.iterdir())}
+        acknowledgements = [name for name in sorted(names) if ACKNOWLEDGEMENT.fullmatch(name)]
+        for name in (*images, *BROUGHT, *acknowledgements):
             if self.files.exists(f"{self.root}/{name}"):
                 self.files.get_file(f"{self.root}/{name}", passing := f"{self.folder / name}.tmp")
                 Path(passing).replace(self.folder / name)

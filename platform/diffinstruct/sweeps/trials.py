@@ -27,8 +27,8 @@ from diffinstruct.reports.frames import short
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.signals import Paused
 from diffinstruct.sweeps.criterion import SelectionCriterion
-from diffinstruct.tracking.journal import Parent, add_examination
-from diffinstruct.tracking.records import records
+from diffinstruct.tracking.journal import Parent, add_evaluation
+from diffinstruct.tracking.records import MetricsRecord, json_lines, records
 
 if TYPE_CHECKING:
     from diffinstruct.reward_service.client import RewardBackend
@@ -138,7 +138,7 @@ class Trials:
         asked = self.varied if isinstance(self.points, Optuna) else [dict(point) for point in self.points]
         search = json.dumps([self.base.config_hash, asked], sort_keys=True)
         first = {"search": hashlib.sha256(search.encode()).hexdigest()[:12]}
-        found = next((line for _, _, line in records(self.ledger)), None)
+        found = next((line for _, _, line in json_lines(self.ledger)), None)
         if found is None:
             self._write(first)
         elif found != first:
@@ -146,7 +146,7 @@ class Trials:
         self.read()
 
     def read(self) -> None:
-        for _, _, line in records(self.ledger):
+        for _, _, line in json_lines(self.ledger):
             if "trial" in line:
                 self.known[line["trial"]] = (line["point"], line["run"])
 
@@ -234,7 +234,8 @@ class Trial:
             values = {
                 key: value for key, value in evaluation.items() if key.rpartition(".")[2] not in ("low", "high", "n")
             }
-            add_examination(self.folder, experiment.tracking.uri, self.trials.row(i)["step"], values)
+            step = self.trials.row(i)["step"]
+            add_evaluation(self.folder, experiment.tracking.uri, step, values, experiment.tracking.also)
             file.with_suffix(".tmp").write_text(json.dumps(evaluation, indent=2) + "\n")
             file.with_suffix(".tmp").replace(file)
         figures = report | {k: v for k, v in self.trials.row(i).items() if isinstance(v, int | float)}
@@ -304,7 +305,7 @@ class Trial:
         step = take_over(experiment, self.trials.folder / run, self.trials.folder / donor["run"])
         close(
             before,
-            self.trials.base.tracking.uri,
+            self.trials.base.tracking,
             Paused(f"went on as {run} with the weights of {donor['run']} at step {step}"),
         )
         self.trials.add(i, point, run)
@@ -322,11 +323,13 @@ class Reports:
         """What has been written since."""
         for _, end, record in records(self.journal, self.offset):
             self.offset = end
-            metrics = record.get("metrics", {})
+            if not isinstance(record, MetricsRecord):
+                continue
+            metrics = record.metrics
             looked = {key: value for key, value in metrics.items() if key.startswith("overoptimization/")}
             self.watched |= looked
             if len(metrics) > len(looked):
-                yield {"step": record["step"], **metrics, **self.watched}
+                yield {"step": record.step, **metrics, **self.watched}
 
 
 def evaluation_file(folder: Path) -> Path:

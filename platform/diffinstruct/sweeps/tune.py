@@ -44,7 +44,7 @@ from diffinstruct.sweeps.criterion import SelectionCriterion
 from diffinstruct.sweeps.points import Optuna, Point
 from diffinstruct.sweeps.searchers import Asking, Listed
 from diffinstruct.sweeps.trials import EvaluateRun, Shared, Trial, Trials
-from diffinstruct.tracking.journal import Tracker
+from diffinstruct.tracking.journal import Journal
 
 DRIVER = {HEAD: 0.001}
 """What a trial's own process asks for: a slot that every cluster has, on its head. If it took a CPU, trials could hold
@@ -95,7 +95,10 @@ def sweep(
         trials.open(keeps=isinstance(points, Optuna) or isinstance(scheduler, PopulationBasedTraining))
         signals.clear(folder)
         tags = {"sweep": folder, "trials": trials.count}
-        parent = Tracker(base.tracking.uri, base.tracking.experiment, folder.name, folder, trials.varied, tags)
+        parent = Journal(
+            *(base.tracking.uri, base.tracking.experiment, folder.name, folder, trials.varied, tags),
+            also=base.tracking.also,
+        )
         print(f"sweep {folder}  {trials.count} trials  tracking {parent.url}  {where}\n{placement(base)}", flush=True)
         end = Outcome("KILLED")
         try:
@@ -151,11 +154,11 @@ def _outcome(trials: Trials, failures: Mapping[int, BaseException]) -> Outcome:
     pause = Paused(f"{len(unfinished)} of {trials.count} trials are unfinished in {trials.folder}")
     for i in unfinished:
         if i in trials.known:
-            close(trials.run(i), trials.base.tracking.uri, pause if paused else KeyboardInterrupt())
+            close(trials.run(i), trials.base.tracking, pause if paused else KeyboardInterrupt())
     return Outcome("KILLED", reason, pause, paused)
 
 
-def _kept_table(trials: Trials, parent: Tracker) -> pd.DataFrame:
+def _kept_table(trials: Trials, parent: Journal) -> pd.DataFrame:
     """The finished trials' rows, kept as table.csv and report.html in the sweep's folder and in its parent run."""
     from diffinstruct.reports.page import write
 

@@ -1,4 +1,4 @@
-"""The journal of a run, and its delivery to MLflow. Training writes a line to a file and goes on; a thread does the
+"""The journal of a run, and its delivery to trackers. Training writes a line to a file and goes on; threads do the
 rest.
 
     <run>/journal.jsonl   one JSON object a line, appended, never rewritten; each has "time" (ms) and one of
@@ -11,14 +11,15 @@ rest.
                                 measured
                           "artifact": path                          (relative to the run's folder, in which it lies)
                           "finish": status, "reason": ...
-    <run>/journal.ack     how far MLflow has confirmed it: {"offset": bytes, "postponed": [offsets of pictures and
-    files]}
+                          "evaluated": {key: value}, "step": n      (of the finished run; "examined" in older journals)
+    <run>/journal.ack     how far MLflow has confirmed it: {"offset": bytes, "postponed": [offsets of images and files]}
     <run>/mlflow.json     the MLflow run: uri, experiment_id, run_id
+    <run>/tensorboard.ack and other trackers' files: how far they have confirmed it
 
-What MLflow has not confirmed is sent again: by the thread, at the next start in the same folder, or by
-`deliver(folder)`. Sending twice changes nothing (a metric is the same row if key, step, time and value are the same; a
-picture that is there is not sent again), so everything arrives exactly once. A run that MLflow does not know (any more)
-is made anew and gets the whole journal.
+What a tracker has not confirmed is sent again: by its thread, at the next start in the same folder, or by
+`deliver(folder)`. Sending twice to MLflow changes nothing (a metric is the same row if key, step, time and value are
+the same; an image that is there is not sent again), so everything arrives exactly once. A run that MLflow does not know
+(any more) is made anew and gets the whole journal.
 
 MLflow turns inf into 1.8e308, so values that are not finite are not sent: the tag `nonfinite.<key>` holds the first
 such step, the journal the value. Parameters are write-once: where a resumed run differs, the tag `resumed.<key>` says
@@ -33,23 +34,35 @@ import os
 import shlex
 import shutil
 import subprocess
-import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from diffinstruct.config.addresses import one_line, redact, tracking_uri
+from diffinstruct.tracking.delivery import Delivery, DeliveryThread, deliveries
 from diffinstruct.tracking.mlflow import MlflowDelivery, mlflow_key
-from diffinstruct.tracking.records import is_start, read_journal, read_json, records
+from diffinstruct.tracking.records import (
+    ArtifactRecord,
+    EvaluationRecord,
+    EventRecord,
+    FinishRecord,
+    ImageRecord,
+    MetricsRecord,
+    Record,
+    RollbackRecord,
+    RunDescription,
+    StartRecord,
+    read_json,
+    records,
+)
+from diffinstruct.tracking.tensorboard import ACKNOWLEDGEMENT as TENSORBOARD
 
 logger = logging.getLogger(__name__)
 
-INTERVAL = 2.0  # seconds between deliveries; on sqlite a batch of 20 values costs 12 ms of CPU, one of 200 30 ms
-LONGEST_PAUSE = 30.0  # seconds between two attempts while MLflow does not answer
 HURRY = 1.0  # seconds it waits where somebody has asked twice
 PATIENCE = 20.0  # seconds `finish` waits for a server; six times that for a file, which is there however slow
 COMMIT = "mlflow.source.git.commit"
@@ -57,15 +70,16 @@ COMMIT = "mlflow.source.git.commit"
 
 
 class Parent(NamedTuple):
-    """Where in MLflow a run stands that is not by itself: under `run_id` (None: there was no answer), with the name
-    `child`."""
+    """The MLflow run under which a run stands that is one of many, and its name there. `run_id` is None where MLflow
+    gave no answer."""
 
     run_id: str | None
     child: str
 
 
-class Tracker:
-    """One run's journal, delivered to MLflow by a thread. No method waits for MLflow but `run_id` and `finish`.
+class Journal:
+    """One run's journal, delivered to MLflow and to other trackers by a thread each. No method waits for a tracker but
+    `run_id` and `finish`.
 
     A folder that has a journal is a resumed run: the same MLflow run goes on. If its parameters are the same, the steps
     between the checkpoint and the crash are not journaled a second time.
@@ -80,46 +94,60 @@ class Tracker:
         params: Mapping[str, Any],
         tags: Mapping[str, Any],
         parent_run_id: str | None = None,
+        also: Sequence[str] = (),
     ) -> None:
+        """`also`: the trackers besides MLflow, as the key `tracking.also` names them; UserError for an unknown one."""
         self.folder = Path(run_folder).absolute()
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         self.uri = tracking_uri(uri, self.folder.parent)
-        start = {
-            "journal": uuid.uuid4().hex,  # by it the run is found again if the answer to its creation was lost
-            "uri": redact(self.uri),
-            "experiment": experiment_name,
-            "name": run_name,
-            "params": {key: str(value) for key, value in params.items()},
-            "tags": {key: str(value) for key, value in tags.items()} | commit_of_code(),
-            "parent": parent_run_id,
-        }
-        journal = self.folder / "journal.jsonl"
-        before = [record for _, _, record in records(journal)]
-        starts = [record["start"] for record in before if is_start(record)]
+        self._mlflow = MlflowDelivery(self.folder, self.uri)
+        self._deliveries: list[Delivery] = [self._mlflow, *deliveries(also, self.folder)]
+        description = RunDescription(
+            journal=uuid.uuid4().hex,
+            uri=redact(self.uri),
+            experiment=experiment_name,
+            name=run_name,
+            params={key: str(value) for key, value in params.items()},
+            tags={key: str(value) for key, value in tags.items()} | commit_of_code(),
+            parent=parent_run_id,
+        )
         self._seen: dict[int, set[str]] = {}  # keys the journal has, by step
-        if starts:
-            start["journal"] = starts[-1]["journal"]
-        if starts and starts[-1]["params"] == start["params"]:
-            for record in before:
-                if "back_to" in record:
-                    self._forget(record["back_to"])
-                elif "step" in record:
-                    once = f"event:{record['event']}" if "event" in record else f"image:{record.get('key')}"
-                    self._seen.setdefault(record["step"], set()).update(record.get("metrics") or [once])
+        description = self._resumed(description)
+        journal = self.folder / "journal.jsonl"
         torn = journal.exists() and not journal.read_bytes().endswith(b"\n")
         self._file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._separator = b"\n" if torn else b""
-        self._append({"start": start})
-        self._delivery, self._complete = MlflowDelivery(self.folder, self.uri), False
-        self._finishing, self._answered = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
-        self._thread.start()
+        self._append(StartRecord(time=_now(), start=description))
+        self._finished = False
+        self._threads = [DeliveryThread(delivery, journal) for delivery in self._deliveries]
+        for thread in self._threads:
+            thread.start()
+
+    def _resumed(self, description: RunDescription) -> RunDescription:
+        """The description under which the folder's run goes on. Where its parameters are the same, `_seen` holds what
+        the journal has."""
+        before = [record for _, _, record in records(self.folder / "journal.jsonl")]
+        starts = [record.start for record in before if isinstance(record, StartRecord)]
+        if not starts:
+            return description
+        if _computed(starts[-1]) == _computed(description):
+            for record in before:
+                match record:
+                    case RollbackRecord():
+                        self._forget(record.back_to)
+                    case MetricsRecord():
+                        self._seen.setdefault(record.step, set()).update(record.metrics)
+                    case ImageRecord():
+                        self._seen.setdefault(record.step, set()).add(f"image:{record.key}")
+                    case EventRecord():
+                        self._seen.setdefault(record.step, set()).add(f"event:{record.event}")
+        return description.model_copy(update={"journal": starts[-1].journal})
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Journals `values` (floats or 0-d tensors) of `step`."""
         seen = self._seen.get(step, ())
         if fresh := {key: float(value) for key, value in values.items() if key not in seen}:
-            self._append({"step": int(step), "metrics": fresh})
+            self._append(MetricsRecord(time=_now(), step=int(step), metrics=fresh))
 
     def image(self, key: str, step: int, pixels: np.ndarray) -> None:
         """Stores an image (uint8, [H, W, 3]) in the run's folder and journals it. One key has a step slider in
@@ -133,114 +161,107 @@ class Tracker:
             except OSError as error:
                 logger.warning("%s is not drawn (%s); training goes on", self.folder / path, error)
             else:
-                self._append({"step": int(step), "key": key, "image": path})
+                self._append(ImageRecord(time=_now(), step=int(step), key=key, image=path))
 
     def event(self, step: int, kind: str, text: str) -> None:
         """Journals that something has happened, at most once of a kind and step."""
         if f"event:{kind}" not in self._seen.get(step, ()):
-            self._append({"step": int(step), "event": kind, "text": text})
+            self._append(EventRecord(time=_now(), step=int(step), event=kind, text=text))
 
     def back_to(self, step: int, at: int, text: str) -> None:
         """Journals that the run has gone back from `at` to an earlier step, and comes by the steps between once
         more."""
         self._forget(step)
-        self._append({"step": int(at), "event": "back_to", "text": text, "back_to": int(step)})
+        self._append(RollbackRecord(time=_now(), step=int(at), event="back_to", text=text, back_to=int(step)))
 
     def _forget(self, step: int) -> None:
-        self._seen = {of: keys for of, keys in self._seen.items() if of <= step}
+        self._seen = {seen_step: keys for seen_step, keys in self._seen.items() if seen_step <= step}
 
     def artifact(self, path: Path | str) -> None:
         """Journals a file, or a folder in the run's own, to be stored under its own name. It is read when it is
         delivered."""
-        self._append({"artifact": _kept(self.folder, Path(path))})
+        self._append(ArtifactRecord(time=_now(), artifact=_kept(self.folder, Path(path))))
 
     def finish(self, status: str = "FINISHED", reason: str | None = None, hurry: bool = False) -> bool:
-        """Ends the run as FINISHED, FAILED or KILLED and waits a while (PATIENCE) for the delivery; whether all of it
+        """Ends the run as FINISHED, FAILED or KILLED and waits a while (PATIENCE) for the deliveries; whether all of it
         arrived. In a `hurry`, since somebody has asked twice, for HURRY seconds.
 
         What did not arrive is kept; one warning says how to deliver it.
         """
-        if not self._finishing.is_set():
-            if not _after_the_end(self.folder, status):
-                self._append({"finish": status, "reason": reason})
-            self._finishing.set()
-            self._thread.join(HURRY if hurry else PATIENCE if self.uri.startswith("http") else 6 * PATIENCE)
-            if not self._complete:
-                how = f"diffinstruct sync {shlex.quote(str(self.folder))}"
-                logger.warning("not all of this run has reached MLflow; later: %s", how)
-        return self._complete
+        if not self._finished:
+            self._finished = True
+            if not _ended_by_hand(self.folder, status):
+                self._append(FinishRecord(time=_now(), finish=status, reason=reason))
+            patience = HURRY if hurry else PATIENCE if self.uri.startswith("http") else 6 * PATIENCE
+            until = time.monotonic() + patience
+            for thread in self._threads:
+                thread.finishing.set()
+            for thread in self._threads:
+                thread.join(max(0.0, until - time.monotonic()))
+            self._warn_of_rest()
+        return all(thread.complete for thread in self._threads)
+
+    def _warn_of_rest(self) -> None:
+        mlflow, *others = self._threads
+        if not mlflow.complete:
+            how = f"diffinstruct sync {shlex.quote(str(self.folder))}"
+            logger.warning("not all of this run has reached MLflow; later: %s", how)
+        for thread in others:
+            if not thread.complete:
+                name = thread.delivery.name
+                logger.warning("not all of this run has reached %s; the run's next start goes on with it", name)
 
     @property
     def run_id(self) -> str | None:
         """The MLflow run; waits until MLflow has answered once. None while it has not given one."""
-        self._answered.wait()
-        return self._delivery.run_id
+        self._threads[0].answered.wait()
+        return self._mlflow.run_id
 
     @property
     def url(self) -> str:
-        """The line to print: the run's page on a server (the server's, until the run is known), or how to open the
-        file."""
-        if self.uri.startswith("sqlite:"):
-            return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
-        page = f"/#/experiments/{self._delivery.experiment_id}/runs/{self._delivery.run_id}"
-        return redact(self.uri).rstrip("/") + (page if self._delivery.run_id else "")
+        """Where the run is to be seen, to be printed: an address or a command for each tracker."""
+        return "  ".join(delivery.url for delivery in self._deliveries if delivery.url)
 
-    def _append(self, record: dict[str, Any]) -> None:
-        line = self._separator + json.dumps({"time": int(time.time() * 1000), **record}).encode() + b"\n"
-        try:
-            written = os.write(
-                self._file, line
-            )  # one write: lines of two processes do not mix, a kill loses at most one
-            why = "it took a part of it"
+    def _append(self, record: Record) -> None:
+        line = self._separator + _encoded(record)
+        try:  # one write: lines of two processes do not mix, a kill loses at most one
+            written = os.write(self._file, line)
+            problem = "it took a part of it"
         except OSError as error:
-            written, why = 0, str(error)
+            written, problem = 0, str(error)
         if written < len(line):
-            logger.warning("the journal of %s does not take a line (%s); training goes on", self.folder, why)
+            logger.warning("the journal of %s does not take a line (%s); training goes on", self.folder, problem)
         self._separator = b"" if written == len(line) else b"\n"
-
-    def _deliver(self) -> None:
-        """The thread: deliver, pause, until the journal is finished and confirmed. While MLflow is away, ever more
-        rarely."""
-        pause, away = INTERVAL, False
-        while not self._complete:
-            finishing = self._finishing.is_set()
-            try:
-                self._delivery.connect()
-                self._answered.set()
-                self._complete = self._delivery.pump(everything=finishing) and finishing
-                if away:
-                    logger.info("MLflow answers again")
-                pause, away = INTERVAL, False
-            except Exception as error:  # whatever it is, training must not hear of it
-                self._answered.set()
-                if not away:
-                    logger.warning(
-                        "MLflow (%s) does not take this run's data: %s. Training goes on, %s keeps them until it does",
-                        redact(self.uri),
-                        one_line(error),
-                        self._delivery.journal,
-                    )
-                pause, away = min(2 * pause, LONGEST_PAUSE) if away else 1.0, True
-            if finishing and not self._complete:
-                time.sleep(0.5)
-            self._finishing.wait(pause)
 
 
 def deliver(
-    run_folder: Path | str, uri: str | None = None, status: str | None = None, reason: str | None = None
+    run_folder: Path | str,
+    uri: str | None = None,
+    status: str | None = None,
+    reason: str | None = None,
+    also: Sequence[str] = (),
 ) -> None:
     """Sends what a run's journal still holds; nothing if there is nothing. Raises whatever keeps it from arriving.
 
     `uri` where it is not the one the run began with (a password in a URI is not stored), or nobody but the journal
-    names it. `status` ends a run that could not do so itself, such as a trial that a scheduler stopped.
+    names it. `status` ends a run that could not do so itself, such as a trial that a scheduler stopped. `also`: the
+    trackers besides MLflow, as the configuration names them. Without it a run that has TensorBoard's files gets them
+    completed; a tracker of the user's own is code, which no folder from elsewhere may name.
     """
     folder = Path(run_folder).absolute()
-    if status and not _after_the_end(folder, status):
-        _add(folder, {"finish": status, "reason": reason})
-    delivery = MlflowDelivery(folder, uri)
-    delivery.connect()
-    if not delivery.pump(everything=True):
-        raise RuntimeError(f"{len(delivery.postponed)} pictures or files of {folder} could not be stored in MLflow")
+    if status and not _ended_by_hand(folder, status):
+        _add(folder, FinishRecord(time=_now(), finish=status, reason=reason))
+    also = also or ["tensorboard"] * (folder / TENSORBOARD).exists()
+    errors = []
+    for delivery in (MlflowDelivery(folder, uri), *deliveries(also, folder)):
+        try:
+            delivery.connect()
+            if not delivery.pump(everything=True):
+                raise RuntimeError(f"not all images or files of {folder} could be stored in {delivery.name}")
+        except Exception as error:  # one that is down does not hold up another
+            errors.append(error)
+    for error in errors:
+        raise error
 
 
 def undelivered(run_folder: Path | str) -> int:
@@ -253,21 +274,23 @@ def attach(run_folder: Path | str, *paths: Path) -> None:
     """Adds files to a run that has ended: journaled, then delivered; a warning where MLflow does not take them now."""
     folder = Path(run_folder).absolute()
     for path in paths:
-        _add(folder, {"artifact": _kept(folder, path)})
+        _add(folder, ArtifactRecord(time=_now(), artifact=_kept(folder, path)))
     _deliver_now(folder)
 
 
-def add_examination(run_folder: Path | str, uri: str | None, step: int, figures: Mapping[str, float]) -> None:
-    """Adds what was found on examination to a run that has ended, once: in MLflow these are metrics `examined/...`."""
+def add_evaluation(
+    run_folder: Path | str, uri: str | None, step: int, values: Mapping[str, float], also: Sequence[str] = ()
+) -> None:
+    """Adds the results of an evaluation to a run that has ended, once: in trackers these are metrics `eval/...`."""
     folder = Path(run_folder).absolute()
-    if not any("examined" in record for record in read_journal(folder)):
-        _add(folder, {"step": step, "examined": dict(figures)})
-    _deliver_now(folder, uri)
+    if not any(isinstance(record, EvaluationRecord) for _, _, record in records(folder / "journal.jsonl")):
+        _add(folder, EvaluationRecord(time=_now(), step=step, evaluated=dict(values)))
+    _deliver_now(folder, uri, also)
 
 
-def _deliver_now(folder: Path, uri: str | None = None) -> None:
+def _deliver_now(folder: Path, uri: str | None = None, also: Sequence[str] = ()) -> None:
     try:
-        deliver(folder, uri)
+        deliver(folder, uri, also=also)
     except Exception as error:
         logger.warning("%s: what was added has not all reached MLflow: %s", folder, one_line(error))
 
@@ -275,22 +298,32 @@ def _deliver_now(folder: Path, uri: str | None = None) -> None:
 def commit_of_code() -> dict[str, str]:
     """The tag COMMIT, "-dirty" where files other than docs (a study's rows) differ; nothing where git knows of no
     commit."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-
-    def said(*command: str) -> str:
-        try:
-            return subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
-        except OSError:
-            return ""
-
-    changed = said("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/docs")
-    return {COMMIT: commit + "-dirty" * bool(changed)} if (commit := said("rev-parse", "--short", "HEAD")) else {}
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/docs")
+    return {COMMIT: commit + "-dirty" * bool(changes)} if (commit := _git("rev-parse", "--short", "HEAD")) else {}
 
 
-def _after_the_end(folder: Path, status: str) -> bool:
-    """Whether somebody has ended the run since it was last started: what breaks in it after that is no failure."""
-    marks = [record for _, _, record in records(folder / "journal.jsonl") if record.keys() & {"start", "finish"}]
-    return status == "FAILED" and bool(marks) and marks[-1].get("finish") == "KILLED"
+def _git(*command: str) -> str:
+    """What git answers of the code's repository; nothing where there is none, or no git."""
+    folder = str(Path(__file__).parent)
+    try:
+        return subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def _computed(description: RunDescription) -> dict[str, str]:
+    """The parameters of a run but those that say where it is tracked, which change nothing that it measures."""
+    return {key: value for key, value in description.params.items() if not key.startswith("tracking.")}
+
+
+def _ended_by_hand(folder: Path, status: str) -> bool:
+    """Whether `status` is a failure of a run that somebody has ended since it was last started: what breaks in it after
+    that is no failure."""
+    marks = [
+        record for _, _, record in records(folder / "journal.jsonl") if isinstance(record, StartRecord | FinishRecord)
+    ]
+    last = marks[-1] if marks else None
+    return status == "FAILED" and isinstance(last, FinishRecord) and last.finish == "KILLED"
 
 
 def _kept(folder: Path, path: Path) -> str:
@@ -302,15 +335,24 @@ def _kept(folder: Path, path: Path) -> str:
     return str(path.absolute().relative_to(folder))
 
 
-def _add(folder: Path, record: dict[str, Any]) -> None:
-    """A line in the journal of a run whose own process is gone; the line before it may be torn."""
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _encoded(record: Record) -> bytes:
+    return json.dumps(record.model_dump()).encode() + b"\n"
+
+
+def _add(folder: Path, record: Record) -> None:
+    """Adds a line to the journal of a run whose own process is gone; the line before it may be torn."""
     with (folder / "journal.jsonl").open("ab") as file:
-        file.write(b"\n" + json.dumps({"time": int(time.time() * 1000), **record}).encode() + b"\n")
+        file.write(b"\n" + _encoded(record))
 
 
 def publish(uri: str, experiment_name: str, folder: Path, *paths: Path) -> None:
-    """A finished run, kept in `folder` and named like it, that holds files only. The same call again replaces them."""
-    tracker = Tracker(uri, experiment_name, folder.name, folder, {}, {})
+    """Publishes a finished run, kept in `folder` and named like it, that holds files only. The same call again replaces
+    them."""
+    journal = Journal(uri, experiment_name, folder.name, folder, {}, {})
     for path in paths:
-        tracker.artifact(path)
-    tracker.finish()
+        journal.artifact(path)
+    journal.finish()

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from diffinstruct.config.addresses import one_line, quote_uri, redact, tracking_uri
 from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError
-from diffinstruct.tracking.records import is_start, read_json, records, replace_json
+from diffinstruct.locks import exclusive, locked
+from diffinstruct.tracking.delivery import Acknowledgement, leads_outside
+from diffinstruct.tracking.records import (
+    ArtifactRecord,
+    EvaluationRecord,
+    EventRecord,
+    FinishRecord,
+    ImageRecord,
+    MetricsRecord,
+    Record,
+    RunDescription,
+    StartRecord,
+    StepRecord,
+    read_json,
+    records,
+    replace_json,
+)
 
 logger = logging.getLogger(__name__)
 
-POSTPONED_AGAIN = 60.0  # seconds until pictures and files that could not be stored are tried again
+POSTPONED_AGAIN = 60.0  # seconds until images and files that could not be stored are tried again
 LIMITS = {"Metric": 1000, "Param": 100, "RunTag": 100}  # entities MLflow takes in a batch
 LONGEST_PARAM, LONGEST_TAG = 6000, 5000  # characters; what is longer is cut
 ENVIRONMENT = {  # of this process, where the user has not said otherwise: fail fast, the journal is what waits
@@ -36,46 +52,51 @@ class MlflowDelivery:
     """Brings a journal to MLflow. A function of the run's folder alone, so anybody can go on with it."""
 
     def __init__(self, folder: Path, uri: str | None) -> None:
-        self.folder, self.journal = folder, folder / "journal.jsonl"
+        self.folder = folder
+        self.acknowledgement = Acknowledgement(folder, "journal.ack")
+        self.journal = self.acknowledgement.journal
         self.uri = uri and quote_uri(uri)
         self.run_id: str | None = None
         self.experiment_id: str | None = None
-        self.offset = 0
-        self.postponed: list[int] = []
+        self.postponed: list[int] = []  # first bytes of the records whose images and files could not be stored
         self._postponed_again = 0.0
         self._client: Any = None
-        self._nonfinite: set[str] = set()  # keys whose first step without a finite value has been told
+        self._nonfinite: set[str] = set()  # tags of keys whose first step without a finite value has been told
         self._refused: set[str] = set()  # what has been reported as not taken
+
+    @property
+    def name(self) -> str:
+        return f"MLflow ({redact(self.uri or '')})"
+
+    @property
+    def url(self) -> str:
+        """The run's page on a server (the server's, until the run is known), or the command that shows the file."""
+        uri = self.uri or ""
+        if uri.startswith("sqlite:"):
+            return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        page = f"/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return redact(uri).rstrip("/") + (page if self.run_id else "")
 
     def connect(self) -> None:
         """Finds the journal's run, or makes it, and what of the journal it has. Nothing if that is known."""
         if self._client is not None:
             return
         with self.journal.open("r+b") as file:
-            with suppress(OSError):  # not every disk knows locks
-                fcntl.flock(file, fcntl.LOCK_EX)  # a run and a `sync` that meet MLflow at once would make a run each
+            locked(file, wait=True)  # a run and a `sync` that reach MLflow at once would make a run each
             self._connect()
 
     def _connect(self) -> None:
-        starts = [(record["start"], record["time"]) for _, _, record in records(self.journal) if is_start(record)]
+        starts = [record for _, _, record in records(self.journal) if isinstance(record, StartRecord)]
         if not starts:
             raise FileNotFoundError(f"{self.journal} does not hold a run")
-        (_, began), (start, _) = starts[0], starts[-1]
-        self.uri = self.uri or self._server(redact(start["uri"]))
-        client, experiment_id = _open(self.uri, start["experiment"])
+        description = starts[-1].start
+        self.uri = self.uri or self._server(redact(description.uri))
+        client, experiment_id = _open(self.uri, description.experiment)
         known = read_json(self.folder / "mlflow.json").get("run_id")
-        run = _active_run(client, known)
-        if run is None:
-            token = start["journal"]
-            found = client.search_runs([experiment_id], f"tags.journal = '{token}'", max_results=1)
-            parent = {"mlflow.parentRunId": start["parent"]} if start["parent"] else {}
-            tags = {"journal": token, **parent}
-            run = found[0] if found else client.create_run(experiment_id, began, tags=tags, run_name=start["name"])
-        confirmed = read_json(self.folder / "journal.ack") if run.info.run_id == known else {}
-        self.offset, self.postponed = confirmed.get("offset", 0), confirmed.get("postponed", [])
-        if self.offset > self.journal.stat().st_size:  # lines confirmed, then lost with the machine's memory
-            self.offset, self.postponed = 0, []
-        self._confirm(self.offset)
+        run = _active_run(client, known) or _found_or_created(client, experiment_id, description, starts[0].time)
+        confirmed = self.acknowledgement.read() if run.info.run_id == known else {}
+        self.postponed = confirmed.get("postponed", [])
+        self._confirm(confirmed.get("offset", 0))
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
         where = {"uri": redact(self.uri), "experiment_id": self.experiment_id, "run_id": self.run_id}
         replace_json(self.folder / "mlflow.json", where)
@@ -85,92 +106,103 @@ class MlflowDelivery:
     def _server(self, named: str) -> str:
         """What the journal names, with its password. Journals come from others, too: a server gets files and MLflow's
         password only where the environment or the recipe names it as well. An sqlite file is no server."""
-        own, recipe = quote_uri(os.environ.get("MLFLOW_TRACKING_URI", "")), self.folder / "experiment.yaml"
-        if named == redact(own):
-            return own
+        environment = quote_uri(os.environ.get("MLFLOW_TRACKING_URI", ""))
+        if named == redact(environment):
+            return environment
         if named.startswith("sqlite:///"):
             return named
-        asked = load_run(self.folder).tracking.uri if recipe.is_file() else None
-        if named != asked:
-            there = redact(tracking_uri(asked, self.folder.parent))
+        recipe = self.folder / "experiment.yaml"
+        configured = load_run(self.folder).tracking.uri if recipe.is_file() else None
+        if named != configured:
+            there = redact(tracking_uri(configured, self.folder.parent))
             raise UserError(
                 f"{self.journal}: uri: {named!r} is not where the run would be tracked, {there!r}: --uri decides"
             )
         return named
 
     def pump(self, everything: bool) -> bool:
-        """Delivers all complete lines that are not confirmed; whether no picture or file had to be postponed.
+        """Delivers all complete lines that are not confirmed; whether no image or file had to be postponed.
 
         Raises what MLflow raises; what was confirmed stays so. `everything`: try what was postponed now.
         """
         try:
-            batch: list[Any] = []
-            end = self.offset
-            for begin, end, record in records(self.journal, self.offset):
-                if "metrics" in record:
-                    batch += self._measured(record)
-                    if len(batch) < LIMITS["Metric"]:
-                        continue
-                self._send(batch)
-                batch = []
-                if "image" in record or "artifact" in record:
-                    self._store(begin, record)
-                elif "examined" in record:
-                    figures = {f"examined/{key}": value for key, value in record["examined"].items()}
-                    self._send(self._measured({**record, "metrics": figures}))
-                elif "event" in record:
-                    self._send(_entities(tags={f"event.{record['event']}": f"step {record['step']}: {record['text']}"}))
-                elif is_start(record):
-                    self._start(record["start"])
-                elif "finish" in record:
-                    _finish(self._client, self.run_id, record["finish"], record["reason"], record["time"])
-                elif "metrics" not in record and begin + 1 < end:
-                    logger.warning("%s: the line at byte %d cannot be read and is left out", self.journal, begin)
-                self._confirm(end)
-            if end > self.offset:
-                self._send(batch)
-                self._confirm(end)
+            self._deliver_unconfirmed()
             if self.postponed and (everything or time.monotonic() > self._postponed_again):
-                for begin in list(self.postponed):
-                    _, _, record = next(records(self.journal, begin))
-                    self._store(begin, record)
-                    self._confirm(self.offset)
-                    if begin in self.postponed:
-                        break  # one attempt may take long
+                self._deliver_postponed()
             return not self.postponed
         except Exception:
             self._client = None  # look again whether the run is still there
             raise
 
-    def _measured(self, record: dict[str, Any]) -> list[Any]:
-        finite = {key: value for key, value in record["metrics"].items() if math.isfinite(value)}
-        tags = {f"nonfinite.{mlflow_key(key)}": record["step"] for key in record["metrics"] if key not in finite}
+    def _deliver_unconfirmed(self) -> None:
+        batch: list[Any] = []
+        end: int | None = None
+        for begin, end, record in self.acknowledgement.unconfirmed():
+            if isinstance(record, MetricsRecord):
+                batch += self._metrics(record.metrics, record)
+                if len(batch) < LIMITS["Metric"]:
+                    continue
+            self._send(batch)
+            batch = []
+            self._deliver(begin, record)
+            self._confirm(end)
+        if end is not None:
+            self._send(batch)
+            self._confirm(end)
+
+    def _deliver(self, begin: int, record: Record | None) -> None:
+        """One record that is no batch of metrics."""
+        match record:
+            case ImageRecord() | ArtifactRecord():
+                self._store(begin, record)
+            case EvaluationRecord():
+                self._send(self._metrics({f"eval/{key}": value for key, value in record.evaluated.items()}, record))
+            case EventRecord():
+                self._send(_entities(tags={f"event.{record.event}": f"step {record.step}: {record.text}"}))
+            case StartRecord():
+                self._start(record.start)
+            case FinishRecord():
+                if record.reason:
+                    self._client.set_tag(self.run_id, "reason", record.reason[:LONGEST_TAG])
+                self._client.set_terminated(self.run_id, record.finish, record.time)
+
+    def _deliver_postponed(self) -> None:
+        for begin in list(self.postponed):
+            _, _, record = next(records(self.journal, begin))
+            self._deliver(begin, record)
+            self._confirm(self.acknowledgement.offset)
+            if begin in self.postponed:
+                return  # one attempt may take long
+
+    def _metrics(self, values: Mapping[str, float], record: StepRecord) -> list[Any]:
+        finite = {key: value for key, value in values.items() if math.isfinite(value)}
+        tags = {f"nonfinite.{mlflow_key(key)}": record.step for key in values if key not in finite}
         first = {tag: step for tag, step in tags.items() if tag not in self._nonfinite}
         self._nonfinite.update(first)
-        return _entities(metrics=finite, tags=first, step=record["step"], at=record["time"])
+        return _entities(metrics=finite, tags=first, step=record.step, at=record.time)
 
-    def _start(self, start: dict[str, Any]) -> None:
+    def _start(self, start: RunDescription) -> None:
         run = self._client.get_run(self.run_id)
-        asked = {mlflow_key(key): value[:LONGEST_PARAM] for key, value in start["params"].items()}
-        changed = {f"resumed.{key}": value for key, value in asked.items() if run.data.params.get(key, value) != value}
-        new = {key: value for key, value in asked.items() if key not in run.data.params}
-        self._send(_entities(params=new, tags={**start["tags"], **changed}))
+        params = {mlflow_key(key): value[:LONGEST_PARAM] for key, value in start.params.items()}
+        changed = {f"resumed.{key}": value for key, value in params.items() if run.data.params.get(key, value) != value}
+        new = {key: value for key, value in params.items() if key not in run.data.params}
+        self._send(_entities(params=new, tags={**start.tags, **changed}))
         if run.info.status != "RUNNING":
             self._client.update_run(self.run_id, status="RUNNING")
         if "reason" in run.data.tags:  # why it had ended
             self._client.delete_tag(self.run_id, "reason")
 
-    def _store(self, begin: int, record: dict[str, Any]) -> None:
-        """A picture or file. What holds one up (a store without credentials, say) must not hold up the metrics."""
-        path = self.folder / (record.get("image") or record["artifact"])
+    def _store(self, begin: int, record: ImageRecord | ArtifactRecord) -> None:
+        """An image or file. What holds one up (a store without credentials, say) must not hold up the metrics."""
+        path = self.folder / (record.image if isinstance(record, ImageRecord) else record.artifact)
         if begin in self.postponed:
             self.postponed.remove(begin)
         try:
             if not path.exists():
                 logger.warning("%s is gone and does not reach MLflow", path)
-            elif not all(file.resolve().is_relative_to(self.folder.resolve()) for file in (path, *path.rglob("*"))):
+            elif leads_outside(self.folder, path):
                 logger.warning("%r is, or leads, outside of the run's folder and does not reach MLflow", str(path))
-            elif "image" in record:
+            elif isinstance(record, ImageRecord):
                 self._image(path, record)
             elif path.is_dir():
                 self._client.log_artifacts(self.run_id, str(path), path.name)
@@ -183,25 +215,24 @@ class MlflowDelivery:
                 self._refused.add(str(path))
                 logger.warning("%s does not reach MLflow yet: %s", path, one_line(error))
 
-    def _image(self, path: Path, record: dict[str, Any]) -> None:
+    def _image(self, path: Path, record: ImageRecord) -> None:
         from PIL import Image
 
-        key, step, at = mlflow_key(record["key"]), record["step"], record["time"]
-        # MLflow gives each picture a new name; its thumbnail comes last, so where that one is, the picture is
-        sent = f"images/{key.replace('/', '~')}+step+{step}+timestamp+{at}+"
-        there = [file.path for file in self._client.list_artifacts(self.run_id, "images")]
-        if any(name.startswith(sent) and name.endswith("+compressed.webp") for name in there):
+        key = mlflow_key(record.key)
+        # MLflow gives each image a new name; its thumbnail comes last, so where that one is, the image is
+        prefix = f"images/{key.replace('/', '~')}+step+{record.step}+timestamp+{record.time}+"
+        stored = [file.path for file in self._client.list_artifacts(self.run_id, "images")]
+        if any(name.startswith(prefix) and name.endswith("+compressed.webp") for name in stored):
             self._client.set_tag(self.run_id, "mlflow.loggedImages", True)
             return
         with Image.open(path) as image:
-            self._client.log_image(self.run_id, image, key=key, step=step, timestamp=at)
+            self._client.log_image(self.run_id, image, key=key, step=record.step, timestamp=record.time)
 
     def _send(self, entities: list[Any]) -> None:
         _send(self._client, self.run_id, entities, self._refused)
 
     def _confirm(self, offset: int) -> None:
-        self.offset = offset
-        replace_json(self.folder / "journal.ack", {"offset": offset, "postponed": self.postponed})
+        self.acknowledgement.confirm(offset, postponed=self.postponed)
 
 
 def _open(uri: str, experiment_name: str | None = None) -> tuple[Any, str | None]:
@@ -234,8 +265,7 @@ def _alone(uri: str) -> Iterator[str | None]:
         yield None
         return
     Path(database).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{database}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with exclusive(Path(f"{database}.lock")):
         if not Path(database).exists():
             # MLflow takes seconds to make its tables and never mends a file that it was killed over: make it aside.
             from mlflow import MlflowClient
@@ -245,6 +275,15 @@ def _alone(uri: str) -> Iterator[str | None]:
             MlflowClient(f"sqlite:///{database}.tmp").search_experiments(max_results=1)
             os.replace(f"{database}.tmp", database)
         yield (Path(database).absolute().parent / "mlartifacts").as_uri()
+
+
+def _found_or_created(client: Any, experiment_id: str | None, run: RunDescription, began: int) -> Any:
+    """The journal's run where the answer to its creation was lost, else a new one."""
+    runs = client.search_runs([experiment_id], f"tags.journal = '{run.journal}'", max_results=1)
+    if runs:
+        return runs[0]
+    parent = {"mlflow.parentRunId": run.parent} if run.parent else {}
+    return client.create_run(experiment_id, began, tags={"journal": run.journal, **parent}, run_name=run.name)
 
 
 def _active_run(client: Any, run_id: str | None) -> Any:
@@ -301,12 +340,6 @@ def _send(client: Any, run_id: str | None, entities: list[Any], refused: set[str
     _send(client, run_id, entities[half:], refused)
 
 
-def _finish(client: Any, run_id: str | None, status: str, reason: str | None, at: int) -> None:
-    if reason:
-        client.set_tag(run_id, "reason", reason[:LONGEST_TAG])
-    client.set_terminated(run_id, status, at)
-
-
 def mlflow_key(key: str) -> str:
-    """A key in the characters MLflow takes for metrics and pictures alike."""
+    """A key in the characters MLflow takes for metrics and images alike."""
     return re.sub(r"[^A-Za-z0-9_\-./ ]", "_", key)

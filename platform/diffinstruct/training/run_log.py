@@ -24,7 +24,7 @@ from diffinstruct.models.denoiser import OneStepGenerator
 from diffinstruct.models.pipeline import Reference
 from diffinstruct.models.sampling import EVALUATION_SEED, sample_latents
 from diffinstruct.run_folder import signals
-from diffinstruct.tracking.journal import Parent, Tracker
+from diffinstruct.tracking.journal import Journal, Parent
 from diffinstruct.training.guards import SKIPS
 from diffinstruct.training.resume import keep_configuration
 
@@ -77,7 +77,7 @@ class RunLog:
         self.experiment, self.folder, self.reference = experiment, folder, reference
         self.where = f"  {where}" if where else ""
         keep_configuration(experiment, folder)
-        self.tracker = Tracker(
+        self.tracker = Journal(
             experiment.tracking.uri,
             experiment.tracking.experiment,
             parent.child if parent else folder.name,
@@ -85,6 +85,7 @@ class RunLog:
             params=experiment.without_secrets().to_params(),
             tags={"diffinstruct.experiment_id": experiment.config_hash},
             parent_run_id=parent.run_id if parent else None,
+            also=experiment.tracking.also,
         )
         self.started = time.perf_counter()
         self.first_step: int | None = None

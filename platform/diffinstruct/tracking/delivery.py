@@ -1,0 +1,133 @@
+"""The seam between the journal and trackers: what a tracker has to do, and the thread that makes it do so.
+
+A tracker of your own is one class with the four members of `Delivery`, made with the run's folder, and named in the
+configuration as `tracking.also: [mypackage.mytracker:MyDelivery]`. `Acknowledgement` keeps how far it has got.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from diffinstruct.config.addresses import one_line
+from diffinstruct.config.sections import TRACKERS
+from diffinstruct.errors import UserError, did_you_mean
+from diffinstruct.tracking.records import Record, read_json, records, replace_json, warn_of_unreadable
+
+logger = logging.getLogger(__name__)
+
+INTERVAL = 2.0  # seconds between deliveries; on sqlite a batch of 20 values costs 12 ms of CPU, one of 200 30 ms
+LONGEST_PAUSE = 30.0  # seconds between two attempts while a tracker does not answer
+
+
+class Delivery(Protocol):
+    """Brings the journal of a run's folder to one tracker. What the tracker has confirmed is kept in that folder, so
+    whoever goes on with the folder goes on with the delivery."""
+
+    @property
+    def name(self) -> str:
+        """The tracker, in messages."""
+
+    @property
+    def url(self) -> str:
+        """Where the run is to be seen, to be printed: an address, or the command that shows it."""
+
+    def connect(self) -> None:
+        """Makes sure that the tracker answers and has the run. Called before each `pump`; raises whatever it likes."""
+
+    def pump(self, everything: bool) -> bool:
+        """Delivers what is not confirmed yet, and returns whether nothing is left. Raises whatever it likes; what was
+        confirmed stays so. `everything`: the journal has ended, so what was put off is tried now."""
+
+
+class Acknowledgement:
+    """How far a tracker has confirmed a run's journal: a file of the run's folder, {"offset": bytes, ...}."""
+
+    def __init__(self, folder: Path, file_name: str) -> None:
+        self.journal, self.path, self.offset = folder / "journal.jsonl", folder / file_name, 0
+
+    def read(self) -> dict[str, Any]:
+        """What was confirmed last; from there `unconfirmed` goes on. Nothing where the journal is shorter than that:
+        lines were confirmed, then lost with the machine's memory."""
+        content = read_json(self.path)
+        if content.get("offset", 0) > self.journal.stat().st_size:
+            content = {}
+        self.offset = content.get("offset", 0)
+        return content
+
+    def unconfirmed(self) -> Iterator[tuple[int, int, Record | None]]:
+        """(first byte, byte after the end, record) of each complete line that is not confirmed; None for one that is no
+        record, which is to be confirmed, too."""
+        for begin, end, record in records(self.journal, self.offset):
+            if record is None:
+                warn_of_unreadable(self.journal, begin, end)
+            yield begin, end, record
+
+    def confirm(self, offset: int, **state: Any) -> None:
+        """Keeps that all before `offset` has arrived, and what else the tracker has to know next time."""
+        self.offset = offset
+        replace_json(self.path, {"offset": offset, **state})
+
+
+class DeliveryThread(threading.Thread):
+    """Delivers and pauses, until the journal is finished and confirmed; while the tracker is away, ever more rarely."""
+
+    def __init__(self, delivery: Delivery, journal: Path) -> None:
+        super().__init__(name="tracking", daemon=True)
+        self.delivery, self.journal = delivery, journal
+        self.finishing, self.answered = threading.Event(), threading.Event()
+        self.complete = False
+
+    def run(self) -> None:
+        pause, away = INTERVAL, False
+        while not self.complete:
+            finishing = self.finishing.is_set()
+            try:
+                self.delivery.connect()
+                self.answered.set()
+                self.complete = self.delivery.pump(everything=finishing) and finishing
+                if away:
+                    logger.info("%s answers again", self.delivery.name)
+                pause, away = INTERVAL, False
+            except Exception as error:  # whatever it is, training must not hear of it
+                self.answered.set()
+                if not away:
+                    logger.warning(
+                        "%s does not take this run's data: %s. Training goes on, %s keeps them until it does",
+                        self.delivery.name,
+                        one_line(error),
+                        self.journal,
+                    )
+                pause, away = min(2 * pause, LONGEST_PAUSE) if away else 1.0, True
+            if finishing and not self.complete:
+                time.sleep(0.5)
+            self.finishing.wait(pause)
+
+
+def deliveries(names: Iterable[str], folder: Path) -> list[Delivery]:
+    """The trackers of the key `tracking.also`. Raises UserError in one line for one that cannot be made."""
+    return [_delivery(name, folder) for name in names]
+
+
+def _delivery(name: str, folder: Path) -> Delivery:
+    module, _, attribute = TRACKERS.get(name, name).partition(":")
+    try:
+        namespace = import_module(module)
+    except ImportError as error:
+        raise UserError(f"tracking.also: cannot import {name!r}: {error}") from None
+    if not hasattr(namespace, attribute):
+        near = did_you_mean(attribute, vars(namespace))
+        raise UserError(f"tracking.also: {name!r}: {module} has no {attribute!r}{near}")
+    delivery: Delivery = getattr(namespace, attribute)(folder)
+    return delivery
+
+
+def leads_outside(folder: Path, path: Path) -> bool:
+    """Whether a file of a run, or one in it, is or leads by a link outside of the run's folder: journals come from
+    others, too."""
+    return not all(file.resolve().is_relative_to(folder.resolve()) for file in (path, *path.rglob("*")))
