@@ -57,7 +57,7 @@ def file(tmp_path_factory) -> Path:
 steps: 2
 global_batch_size: 4
 reference: {{model: {pipelines.build(folder / "tiny")}}}
-generator: {{start: reference}}
+generator: {{init_from: reference}}
 rewards: {{trained: [{{name: "tiny.rewards:Red"}}], held_out: []}}
 prompts: {{train: {folder / "prompts.txt"}, grid: {folder / "prompts.txt"}}}
 logging: {{every: 1, grid_prompts: 1}}

@@ -53,7 +53,7 @@ def world(tmp_path_factory):
         return Experiment.model_validate(
             {
                 "reference": {"model": str(model)},
-                "generator": {"start": "reference"},
+                "generator": {"init_from": "reference"},
                 "rewards": {"trained": trained, "held_out": [n if ":" in n else f"tiny.rewards:{n}" for n in held_out]},
                 "cluster": cluster or {},
             }
