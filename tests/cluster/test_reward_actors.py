@@ -64,7 +64,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool(session, world):
-    with reward_pool(world({"replicas": 2})) as pool:
+    with reward_pool(world({"rewards": {"replicas": 2}})) as pool:
         yield pool
 
 
@@ -314,7 +314,7 @@ def apart(session, world, tmp_path_factory):
     (folder / "odd.yaml").write_text("py_modules: [odd_rewards]\nenv_vars: {FACTOR: '3'}\n")
     odd = ("odd_rewards:Odd", "odd_rewards:Pid")
     experiment = world(
-        {"environments": [{"rewards": odd[::-1], "runtime_env": "odd.yaml"}]},
+        {"rewards": {"environments": [{"rewards": odd[::-1], "runtime_env": "odd.yaml"}]}},
         [*TRAINED[:1], {"name": odd[0], "weight": 0.5}],
         ["Calm", odd[1]],
     )
@@ -375,7 +375,7 @@ def test_a_bad_environment_is_said_in_one_line(session, world, tmp_path, monkeyp
     file = tmp_path / "mine.yaml"
     if content is not None:
         file.write_text(content)
-    experiment = world({"environments": [{"rewards": ["tiny.rewards:Calm"], "runtime_env": str(file)}]})
+    experiment = world({"rewards": {"environments": [{"rewards": ["tiny.rewards:Calm"], "runtime_env": str(file)}]}})
     with (
         pytest.raises(UserError, match=rf"^cluster\.rewards\.environments: {file}: {said}$") as error,
         reward_pool(experiment),
