@@ -5,11 +5,9 @@ One cluster of three nodes on this machine: a head with room for everybody, and 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
-from conftest import BUSY
 from tiny import actors as tiny_actors
 from tiny import pipelines
 
@@ -24,29 +22,23 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def nodes():
+def nodes(ray_environment):
     """Name -> id of the head and of the nodes that declare a resource of that name."""
     import ray
     from ray.cluster_utils import Cluster
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_worker_niceness", "0")
-        for limit, value in BUSY.items():
-            patch.setenv(limit, value)
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT / "tests", ROOT / "platform", ROOT))))
-        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        made = Cluster()
-        try:
-            found = {
-                "head": made.add_node(num_cpus=16, include_dashboard=False).node_id
-            }  # draws whoever asks for a CPU alone
-            found["trainer"] = made.add_node(num_cpus=3, resources={"trainer": 2}).node_id
-            found["reward"] = made.add_node(num_cpus=3, resources={"reward": 1}).node_id
-            ray.init(address=made.address, log_to_driver=False)
-            yield found
-        finally:
-            ray.shutdown()
-            made.shutdown()
+    made = Cluster()
+    try:
+        found = {
+            "head": made.add_node(num_cpus=16, include_dashboard=False).node_id
+        }  # draws whoever asks for a CPU alone
+        found["trainer"] = made.add_node(num_cpus=3, resources={"trainer": 2}).node_id
+        found["reward"] = made.add_node(num_cpus=3, resources={"reward": 1}).node_id
+        ray.init(address=made.address, log_to_driver=False)
+        yield found
+    finally:
+        ray.shutdown()
+        made.shutdown()
 
 
 @pytest.fixture(scope="module")

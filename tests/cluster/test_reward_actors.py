@@ -32,19 +32,6 @@ WATCHED = ["Calm", "Sleepy", "Patient", "Deadly", "BlackBox", "Relative"]
 
 
 @pytest.fixture(scope="module")
-def session():
-    import ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_worker_niceness", "0")  # by default Ray's workers stand back behind everything else, at 15
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT / "tests", ROOT / "platform", ROOT))))
-        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
-        yield ray
-        ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """experiment(rewards, cluster) on the tiny pipeline."""
     model = pipelines.build(tmp_path_factory.mktemp("world") / "tiny")

@@ -1,6 +1,6 @@
 """Sweeps: tables of child runs, what ends them and goes on, schedulers and searches, studies with kept rows.
 
-One Ray session for the module.
+Ray as conftest.py starts it, once for several files.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def test_a_scheduler_ends_trials_that_are_behind_as_finished_runs(session, world
     """One after the other, the best first; so the second comes to a rung where it is behind. A second life tells the
     scheduler of those that have ended, runs none of them, and the table is the same."""
     base = slow(
-        world, steps=30, cluster__cpus_per_worker=3
-    )  # of 5; a killed trial's place is not freed without a dashboard
+        world, steps=30, cluster__cpus_per_worker=5
+    )  # of 8; a killed trial's place is not freed without a dashboard
     points = grid({"objective.reward_scale": [10.0, 0.2]})
 
     def halving():
