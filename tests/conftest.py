@@ -98,7 +98,9 @@ def world(tmp_path_factory):
             "generator.init_from": "reference", "prompts.train": str(folder / "prompts.txt"),
             "prompts.grid": str(folder / "prompts.txt"), "objective.reward_scale": 10.0, "logging.every": 1,
             "logging.grid_every": 1000, "logging.grid_prompts": 2, "logging.checkpoint_every": 1,
-            "rewards.trained": [{"name": f"tiny.rewards:{name}", "weight": w} for name, w in [("Red", 1.0), ("Broken", 0.5)]],
+            "rewards.trained": [
+                {"name": "tiny.rewards:Red", "weight": 1.0}, {"name": "tiny.rewards:Broken", "weight": 0.5}
+            ],
             "rewards.held_out": ["tiny.rewards:Calm"], "cluster.rewards.placement": "actor",
         }  # fmt: skip
         content = Experiment().model_dump()

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.reading import RENAMED
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 GUIDES = dict(re.findall(r"<!-- guide: (\w+) -->\n(.*?)(?=<!-- guide:|\Z)", TEXT, re.DOTALL))
@@ -83,3 +84,9 @@ def test_a_guide_ends_in_a_run(name: str, tree: Path) -> None:
 def test_these_are_the_guides() -> None:
     assert GUIDES.keys() == {"reward", "family", "objective"}
     assert all(len(guide.splitlines()) <= 90 for guide in GUIDES.values())  # a page each
+
+
+def test_the_changelog_has_every_renamed_key() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    missing = [old for old, new in RENAMED.items() if f"| `{old}` | `{new}`" not in changelog]
+    assert not missing

@@ -98,7 +98,8 @@ def test_so_many_trials_at_once_as_have_their_resources(nodes, file, asked, tria
         ("rewards.replicas=3", r"asks for 1.5 reward \(1 workers x 0 \+ 3 reward actors x 0.5\), Ray has 1"),
         ("workers=4", r"asks for 4 trainer \(4 workers x 1 \+ 1 reward actors x 0\), Ray has 2"),
         ("cpus_per_worker=4", r"no node has all that one training worker asks for \(4 CPU, 1 trainer\)"),
-        ("rewards.resources={reward: 1, trainer: 1}", r"no node has all that .* actor asks for \(1 CPU, 1 reward, 1 trainer\)"),
+        ("rewards.resources={reward: 1, trainer: 1}",
+         r"no node has all that .* actor asks for \(1 CPU, 1 reward, 1 trainer\)"),
     ],
 )  # fmt: skip
 def test_what_the_nodes_do_not_declare_is_said_before_the_start(nodes, file, override, said):
