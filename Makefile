@@ -1,22 +1,43 @@
-# `make quickstart` and `make test` need Python 3.11 and make, nothing else: whichever comes first creates .venv.
+# Every target needs Python 3.11 and make, nothing else: whichever comes first creates .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: quickstart test chaos
+.DEFAULT_GOAL := help
+.PHONY: help quickstart check lint types pure test docs long chaos
 
-quickstart: $(READY)
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
+
+quickstart: $(READY)  ## train the pocket world's generator and print the README's table (6 minutes)
 	$(BIN)/python experiments/quickstart.py
 
-test: $(READY)
+check: lint types pure  ## lint, types and the tests that train nothing (3 minutes): before each commit
+
+lint: $(READY)  ## style and format
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(READY)  ## mypy over the package and everything else
 	$(BIN)/mypy
+
+pure: $(READY)  ## the tests that neither start Ray nor train
+	$(BIN)/pytest -n 2 --dist loadfile -m pure
+
+test: lint types  ## all of it but `long` (15 minutes): before each merge
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Kills, full disks, damage and whatever else takes too long for `make test`; needs strace. Its parts take four hours one after the
-# other and know nothing of each other: `make -k -j2 chaos` runs two at a time, in two hours (benchmarks/RESULTS.md).
+docs: $(READY)  ## the documentation's site, in site/
+	$(BIN)/mkdocs build --strict
+
+long: $(READY)  ## the tests that take minutes each
+	$(BIN)/pytest -m long
+
+# Kills, full disks, damage and whatever else takes too long for `make test`; needs strace. Its parts take four hours
+# one after the other and know nothing of each other: `make -k -j2 chaos` runs two at a time, in two hours
+# (benchmarks/RESULTS.md).
 CHAOS := endurance nonfinite long sweep run cluster tracker rewards sharded mirror configurations store
-chaos: $(CHAOS:%=chaos-%)
+chaos: $(CHAOS:%=chaos-%)  ## kills, full disks and damage, for hours
 
 chaos-%: $(READY)
 	$(BIN)/python tests/chaos/$*.py
@@ -27,12 +48,11 @@ chaos-mirror: $(READY)
 chaos-sharded: $(READY)
 	$(BIN)/python tests/chaos/nonfinite.py --sharded --injections 100
 
-chaos-long: $(READY)
-	$(BIN)/pytest -m long
+chaos-long: long
 
 # torch goes first and alone: whatever build of it pip is set up to find here, CPU or CUDA, stays.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install torch==2.13.0
-	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -c constraints.txt -e '.[dev,docs]'
 	touch $@

@@ -14,7 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import gpu
 
 ROOT = Path(__file__).parents[1]
-BARE = "import runpy, sys; sys.modules.update(ray=None, mlflow=None); runpy.run_path('benchmarks/gpu.py', run_name='__main__')"
+BARE = (
+    "import runpy, sys; sys.modules.update(ray=None, mlflow=None); "
+    "runpy.run_path('benchmarks/gpu.py', run_name='__main__')"
+)
 CPU = torch.device("cpu")
 
 

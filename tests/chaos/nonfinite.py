@@ -220,7 +220,8 @@ def chaos(folder: Path, injections: int, seed: int = 0, spread: bool = False) ->
     assert spread or CheckpointStore(folder / "run/checkpoints").latest()
     of = ", ".join(f"{n} in {place}" for place, n in Counter(each.place for each in planned.values()).items())
     return (
-        f"{injections} values that are not finite in {2 * injections} rounds of two {'sharded ' * spread}processes ({of}), "
+        f"{injections} values that are not finite in {2 * injections} rounds of "
+        f"two {'sharded ' * spread}processes ({of}), "
         f"{time.monotonic() - began:.0f} s: "
         + (
             f"{len(faults)} FAULTS: {'; '.join(faults[:5])}"

@@ -81,7 +81,7 @@ def chaos(folder: Path, kills: int, stops: int, seed: int = 0) -> tuple[str, boo
     return (
         f"{steps} rounds, reward actor killed {came[0]} of {kills} times, stopped {came[1]} of {stops} times, "
         f"{restarts} restarts, {took:.0f} s ({calm:.0f} s of them undisturbed): "
-        f"{'DIFFERENT: ' + ', '.join(differences[:5]) if differences else 'checkpoint and metrics equal to the last bit'}"
+        f"{'DIFFERENT: ' + ', '.join(differences[:5]) if differences else 'checkpoint, metrics equal to the last bit'}"
         f"{'' if good or differences else ', but DISTURBED TOO LITTLE'}"
     ), good
 
@@ -128,8 +128,8 @@ def compare(one: Path, other: Path) -> list[str]:
     found = [CheckpointStore(folder / "checkpoints").latest() for folder in (one, other)]
     theirs = metrics(other)
     different = [f"metrics of step {step}" for step, said in metrics(one).items() if theirs.get(step) != said]
-    assert found[0] and len(metrics(one)) > 0
-    kept = [path for path in unequal(*found) if "/time/" not in path and "/throughput/" not in path]
+    assert found[0] and found[1] and len(metrics(one)) > 0
+    kept = [path for path in unequal(found[0], found[1]) if "/time/" not in path and "/throughput/" not in path]
     return different + [f"checkpoint {path}" for path in kept]
 
 

@@ -160,7 +160,8 @@ def test_keys_that_may_change_do_so_one_by_one(file, tmp_path, runners, capsys):
     asked = ["train", file, "--resume", run, "-s", "steps=7", "-s", "generator.learning_rate=2e-4"]
     assert complaint(capsys, *asked, "--allow", "steps").splitlines() == [
         f"generator.learning_rate: 0.0002, but the run in {run} has 0.0001",
-        f"--resume: goes on with {run}/experiment.yaml, unchanged; --allow generator.learning_rate goes on with what is new",
+        f"--resume: goes on with {run}/experiment.yaml, unchanged; "
+        "--allow generator.learning_rate goes on with what is new",
     ]
     assert complaint(capsys, *asked, "--allow", "stepps") == "--allow: stepps: unknown key, did you mean 'steps'?"
     never = complaint(
@@ -516,7 +517,8 @@ def test_evaluate_knows_the_pocket_worlds_truth(tmp_path, capsys):
     folder.mkdir()
     (folder / "experiment.yaml").write_text(Experiment().to_yaml())
     export("pocket", load_reference("pocket").generator(625, "pocket-distilled"), folder / "export")
-    rows = "a tulip in a yellow pot on a blue background,yellow,blue\na pink round critter on a dark background,pink,dark\n"
+    rows = "a tulip in a yellow pot on a blue background,yellow,blue\n"
+    rows += "a pink round critter on a dark background,pink,dark\n"
     (tmp_path / "few.csv").write_text("prompt,colour,background\n" + 4 * rows)
     asked = ["evaluate", str(folder), "--prompts", str(tmp_path / "few.csv"), "--reference-pictures", "0"]
     assert main([*asked, "-o", str(tmp_path / "o")]) == 0

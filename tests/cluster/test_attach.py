@@ -38,8 +38,8 @@ time.sleep(600)
 """
 
 SMALL = (
-    "-s global_batch_size=2 -s overoptimization.every=0 -s rewards.held_out=[] -s logging.every=1 -s logging.grid_prompts=1 "
-    "-s cluster.rewards.placement=process"
+    "-s global_batch_size=2 -s overoptimization.every=0 -s rewards.held_out=[] -s logging.every=1 "
+    "-s logging.grid_prompts=1 -s cluster.rewards.placement=process"
 )
 
 
@@ -64,8 +64,8 @@ def cluster():
     subprocess.run(["ray", "get-auth-token", "--generate"], env=shell, check=True, capture_output=True)
     start = "ray start --head --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1"
     ours = (
-        f"--block --port={port} --dashboard-port={dashboard} --dashboard-agent-listen-port={agent} --temp-dir={home}/ray "
-        f"--num-cpus=3 --object-store-memory={10**8} --disable-usage-stats"
+        f"--block --port={port} --dashboard-port={dashboard} --dashboard-agent-listen-port={agent} "
+        f"--temp-dir={home}/ray --num-cpus=3 --object-store-memory={10**8} --disable-usage-stats"
     )
     with (home / "said").open("w") as said:
         # It dies with this process: `ray stop` would end everybody's clusters.

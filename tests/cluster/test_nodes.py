@@ -5,11 +5,9 @@ One cluster of three nodes on this machine: a head with room for everybody, and 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
-from conftest import BUSY
 from tiny import actors as tiny_actors
 from tiny import pipelines
 
@@ -24,29 +22,23 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def nodes():
+def nodes(ray_environment):
     """Name -> id of the head and of the nodes that declare a resource of that name."""
     import ray
     from ray.cluster_utils import Cluster
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_worker_niceness", "0")
-        for limit, value in BUSY.items():
-            patch.setenv(limit, value)
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT / "tests", ROOT / "platform", ROOT))))
-        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        made = Cluster()
-        try:
-            found = {
-                "head": made.add_node(num_cpus=16, include_dashboard=False).node_id
-            }  # draws whoever asks for a CPU alone
-            found["trainer"] = made.add_node(num_cpus=3, resources={"trainer": 2}).node_id
-            found["reward"] = made.add_node(num_cpus=3, resources={"reward": 1}).node_id
-            ray.init(address=made.address, log_to_driver=False)
-            yield found
-        finally:
-            ray.shutdown()
-            made.shutdown()
+    made = Cluster()
+    try:
+        found = {
+            "head": made.add_node(num_cpus=16, include_dashboard=False).node_id
+        }  # draws whoever asks for a CPU alone
+        found["trainer"] = made.add_node(num_cpus=3, resources={"trainer": 2}).node_id
+        found["reward"] = made.add_node(num_cpus=3, resources={"reward": 1}).node_id
+        ray.init(address=made.address, log_to_driver=False)
+        yield found
+    finally:
+        ray.shutdown()
+        made.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +98,8 @@ def test_so_many_trials_at_once_as_have_their_resources(nodes, file, asked, tria
         ("rewards.replicas=3", r"asks for 1.5 reward \(1 workers x 0 \+ 3 reward actors x 0.5\), Ray has 1"),
         ("workers=4", r"asks for 4 trainer \(4 workers x 1 \+ 1 reward actors x 0\), Ray has 2"),
         ("cpus_per_worker=4", r"no node has all that one training worker asks for \(4 CPU, 1 trainer\)"),
-        ("rewards.resources={reward: 1, trainer: 1}", r"no node has all that .* actor asks for \(1 CPU, 1 reward, 1 trainer\)"),
+        ("rewards.resources={reward: 1, trainer: 1}",
+         r"no node has all that .* actor asks for \(1 CPU, 1 reward, 1 trainer\)"),
     ],
 )  # fmt: skip
 def test_what_the_nodes_do_not_declare_is_said_before_the_start(nodes, file, override, said):

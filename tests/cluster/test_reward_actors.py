@@ -32,19 +32,6 @@ WATCHED = ["Calm", "Sleepy", "Patient", "Deadly", "BlackBox", "Relative"]
 
 
 @pytest.fixture(scope="module")
-def session():
-    import ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_worker_niceness", "0")  # by default Ray's workers stand back behind everything else, at 15
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT / "tests", ROOT / "platform", ROOT))))
-        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
-        yield ray
-        ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """experiment(rewards, cluster) on the tiny pipeline."""
     model = pipelines.build(tmp_path_factory.mktemp("world") / "tiny")
@@ -64,7 +51,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool(session, world):
-    with reward_pool(world({"replicas": 2})) as pool:
+    with reward_pool(world({"rewards": {"replicas": 2}})) as pool:
         yield pool
 
 
@@ -314,7 +301,7 @@ def apart(session, world, tmp_path_factory):
     (folder / "odd.yaml").write_text("py_modules: [odd_rewards]\nenv_vars: {FACTOR: '3'}\n")
     odd = ("odd_rewards:Odd", "odd_rewards:Pid")
     experiment = world(
-        {"environments": [{"rewards": odd[::-1], "runtime_env": "odd.yaml"}]},
+        {"rewards": {"environments": [{"rewards": odd[::-1], "runtime_env": "odd.yaml"}]}},
         [*TRAINED[:1], {"name": odd[0], "weight": 0.5}],
         ["Calm", odd[1]],
     )
@@ -375,7 +362,7 @@ def test_a_bad_environment_is_said_in_one_line(session, world, tmp_path, monkeyp
     file = tmp_path / "mine.yaml"
     if content is not None:
         file.write_text(content)
-    experiment = world({"environments": [{"rewards": ["tiny.rewards:Calm"], "runtime_env": str(file)}]})
+    experiment = world({"rewards": {"environments": [{"rewards": ["tiny.rewards:Calm"], "runtime_env": str(file)}]}})
     with (
         pytest.raises(UserError, match=rf"^cluster\.rewards\.environments: {file}: {said}$") as error,
         reward_pool(experiment),

@@ -1,7 +1,7 @@
 """On Ray: workers against `local.py`, what dies and comes back. (Reward actors: test_reward_actors.py, sweeps:
 test_tune.py.)
 
-One Ray session for the module, one pair of reward actors for most of it.
+Ray as conftest.py starts it, one pair of reward actors for most of it.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def test_an_error_that_would_come_again_is_not_tried_again(pool, world, tmp_path
 
 def test_what_does_not_fit_the_cluster_is_said_in_one_line(session, world):
     with pytest.raises(
-        UserError, match=r"^cluster: asks for 9 CPUs \(4 workers x 2 \+ 1 reward actors x 1\), Ray has 5$"
+        UserError, match=r"^cluster: asks for 9 CPUs \(4 workers x 2 \+ 1 reward actors x 1\), Ray has 8$"
     ):
         check_fits(world[1](cluster__workers=4, cluster__cpus_per_worker=2).cluster, 1)
 

@@ -98,7 +98,7 @@ def test_it_is_frozen_and_every_field_is_described():
     with pytest.raises(pydantic.ValidationError):
         experiment.steps = 3  # type: ignore[misc]
     sections = [Experiment, *(type(getattr(experiment, name)) for name in Experiment.model_fields)]
-    for section in [s for s in sections if issubclass(s, Section)]:
+    for section in [s for s in sections if isinstance(s, type) and issubclass(s, Section)]:
         for name, field in section.model_fields.items():
             if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
                 assert field.description, f"{section.__name__}.{name}"
@@ -193,12 +193,13 @@ cluster:
         "run.yaml:2: step: unknown key, did you mean 'steps'?",
         "run.yaml:3: steps: should be a whole number, got True",
         "run.yaml:4: steps: written twice",
-        "run.yaml:5: learning_rate: unknown key, did you mean 'generator.learning_rate' or 'score_network.learning_rate'?",
+        "run.yaml:5: learning_rate: unknown key, "
+        "did you mean 'generator.learning_rate' or 'score_network.learning_rate'?",
         "run.yaml:7: generator.learning_rate: should be greater than 0, got -0.0001",
         "run.yaml:8: generator.betas.1: should be less than 1, got 1.5",
         "run.yaml:9: objective.t_max: should be greater than t_min (990), got 980",  # not written: its section's line
-        "run.yaml:10: objective.distance: should be 'pseudo_huber' or 'squared' or 'module:attribute', got 'pseudo_hubr', "
-        "did you mean 'pseudo_huber'?",
+        "run.yaml:10: objective.distance: should be 'pseudo_huber' or 'squared' or 'module:attribute', "
+        "got 'pseudo_hubr', did you mean 'pseudo_huber'?",
         "run.yaml:12: score_network: should be a section with keys of its own, got 3",
         "run.yaml:15: rewards.trained.0.name: is missing",
         "run.yaml:15: rewards.trained.0.weight: should be a finite number, got nan",
@@ -245,8 +246,8 @@ cluster:
         ),
         (
             "cluster:\n  worker_resources:\n    GPU: 1",
-            "run.yaml:3: cluster.worker_resources.GPU: should be a resource that nodes declare (use_gpu and rewards.gpus ask "
-            "for GPUs), got 1.0",
+            "run.yaml:3: cluster.worker_resources.GPU: should be a resource that nodes declare "
+            "(use_gpu and rewards.gpus ask for GPUs), got 1.0",
         ),
         (
             "cluster:\n  rewards: {resources: {reward: 1.5}}",
@@ -529,7 +530,8 @@ def test_prompts_that_cannot_be_read(tmp_path, source, message):
         ("a: &a [*a]", "run.yaml:1: nested too deeply, or into itself"),
         ("? [1, 2]\n: 3", "run.yaml:1: not YAML: a key should be a word"),
         ("generator: {betas: 3}", "run.yaml:1: generator.betas: should be a list, got 3"),
-        ("tracking: {uri: 'foo://bar'}", "run.yaml:1: tracking.uri: should begin with one of http://, https://, sqlite://, "
+        ("tracking: {uri: 'foo://bar'}",
+         "run.yaml:1: tracking.uri: should begin with one of http://, https://, sqlite://, "
          "postgresql://, mysql://, mssql://, databricks://, got 'foo://bar'"),
     ],
 )  # fmt: skip

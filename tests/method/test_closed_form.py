@@ -329,7 +329,7 @@ def rebuilt(original="", planted="", only_in=""):
 def gradients(namespace, kind):
     """By the code of a namespace and by the oracle, guided outside, inside and not at all, where an alpha shows."""
     level, (name, distance_name) = (0.6, 0.8), kind
-    settings = {"alpha": 0.5} if name == "sid" else {}
+    settings: dict = {"alpha": 0.5} if name == "sid" else {}
     settings |= {"distance": namespace["distance"](distance_name, {"c": HUBER_C})} if name == "di_star" else {}
     settings |= {"schedule": schedule_of(level), "weighting": "score" if name == "sid" else "eps"}
 

@@ -82,7 +82,8 @@ def make_train_state(adam=True):
 def make_step_config(**changes):
     settings = {
         "objective": chosen("di_star"), "regularization_weight": 0.7, "reward_scale": 30.0, "score_updates": 1,
-        "reuse_sample": True, "score_weighting": "eps", "law_of_t": LAW, "generator_max_grad_norm": 1e9, "score_max_grad_norm": 1e9,
+        "reuse_sample": True, "score_weighting": "eps", "law_of_t": LAW,
+        "generator_max_grad_norm": 1e9, "score_max_grad_norm": 1e9,
         "ema_decay": 0.9, "precision": "fp32", "micro_batch_size": None,
     }  # fmt: skip
     return StepConfig(**settings | changes)

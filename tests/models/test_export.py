@@ -62,7 +62,7 @@ for folder in folders:
 """
 
 
-def trained(folder: Path, timestep: int, scale: str) -> OneStepGenerator:
+def trained(folder: Path, timestep: int, scale: Any) -> OneStepGenerator:
     """A generator that has left the reference's weights, as training does."""
     generator = load_reference(str(folder)).generator(timestep, input_scale=scale)
     torch.manual_seed(1)

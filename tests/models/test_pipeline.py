@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def noise(batch: int = 3, seed: int = 0) -> torch.Tensor:
 
 def test_schedule_and_shape_are_the_pipelines(reference: Reference, stock: StableDiffusionPipeline) -> None:
     assert reference.latent_shape == pipelines.LATENT
-    assert len(reference.betas) == len(reference.schedule.alphas) == 1000
+    assert reference.betas and len(reference.betas) == len(reference.schedule.alphas) == 1000
     torch.testing.assert_close(reference.schedule.alphas**2, stock.scheduler.alphas_cumprod)
     torch.testing.assert_close(reference.schedule.alphas**2 + reference.schedule.sigmas**2, torch.ones(1000))
 
@@ -157,7 +158,7 @@ def test_a_generator_starts_from_a_unet_or_from_another_pipeline(reference: Refe
     other.save_pretrained(tmp_path / "pipeline" / "unet")
     for start in ("alone", "pipeline"):
         unet = reference.generator(625, str(tmp_path / start)).denoiser.network
-        assert torch.equal(unet.conv_out.bias, other.conv_out.bias)
+        assert torch.equal(unet.conv_out.bias, other.conv_out.bias)  # type: ignore[arg-type]
 
 
 def test_pocket_names_the_folders_inside_the_package(
@@ -219,7 +220,8 @@ def test_a_start_or_timestep_that_does_not_fit_is_refused(reference: Reference, 
     other = tmp_path / "other"
     pipelines.build(other)
     config = json.loads((other / "unet" / "config.json").read_text()) | {"cross_attention_dim": 32}
-    type(reference.denoiser().network).from_config(config).save_pretrained(other / "unet")
+    network: Any = type(reference.denoiser().network)
+    network.from_config(config).save_pretrained(other / "unet")
     with pytest.raises(UserError, match="cross_attention_dim is 32, not 16"):
         reference.generator(625, str(other))
     with pytest.raises(UserError, match=r"got 1000, .* 0 to 999"):

@@ -132,7 +132,7 @@ def test_students_interval_over_seeds():
 
 def test_students_interval_covers_the_mean_of_three_seeds():
     rng = np.random.default_rng(0)
-    figures = [over_seeds(rng.normal(5, 2, 3)) for _ in range(2000)]
+    figures = [over_seeds(rng.normal(5, 2, 3).tolist()) for _ in range(2000)]
     assert np.mean([f.low <= 5 <= f.high for f in figures]) == pytest.approx(0.95, abs=0.02)
 
 

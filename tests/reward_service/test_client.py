@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from functools import reduce
 from operator import getitem
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,8 @@ def world(tmp_path_factory):
             "seed": 1, "steps": 6, "global_batch_size": 8, "reference.model": str(folder / "tiny"),
             "generator.init_from": "reference", "prompts.train": str(folder / "prompts.txt"),
             "prompts.grid": str(folder / "prompts.txt"), "objective.reward_scale": 10.0, "logging.every": 1,
-            "logging.grid_every": 1000, "logging.grid_prompts": 2, "logging.checkpoint_every": 2, "overoptimization.every": 2,
+            "logging.grid_every": 1000, "logging.grid_prompts": 2, "logging.checkpoint_every": 2,
+            "overoptimization.every": 2,
             "rewards.trained": [{"name": "tiny.rewards:Red", "weight": 2.0}], "rewards.held_out": ["tiny.rewards:Calm"],
             "tracking.uri": f"sqlite:///{folder / 'mlflow.db'}",  # making a database takes longer than a run
         }  # fmt: skip
@@ -164,7 +166,7 @@ def test_the_micro_batch_that_memory_holds_is_kept_and_asked_for_again(world, tm
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
-class Fake:
+class Fake(Any):
     """A service that answers when it is told to have taken `seconds`."""
 
     def __init__(self, clock, seconds):

@@ -226,8 +226,8 @@ def test_score_refuses_what_does_not_match_or_cannot_be_read(folder, prompts, tm
     asked = ["rewards", "score", folder, prompts, "--reward", RED, "-o", tmp_path / "s.csv"]
     prompts.write_text("one\n\ntwo\n")
     assert complaint(capsys, *asked) == (
-        f"{folder}: 5 pictures, but 2 prompts in {prompts}; give one for each, in the order of names, or a .csv with columns "
-        "'image' and 'prompt'"
+        f"{folder}: 5 pictures, but 2 prompts in {prompts}; give one for each, in the order of names, "
+        "or a .csv with columns 'image' and 'prompt'"
     )
     (tmp_path / "pairs.csv").write_text("image,prompt\na1.png,one\na3.webp,two\n")
     said = complaint(capsys, "rewards", "score", folder, tmp_path / "pairs.csv", "--reward", RED)

@@ -532,8 +532,8 @@ def test_the_report_says_in_a_line_what_was_seen():
     assert report.figures["pictures_per_second"] > 0 <= report.figures["memory"]
     assert report.figures["gradient_error"] < 0.01
     assert re.fullmatch(
-        rf"reward honest: scores {scores.min():.4g} to {scores.max():.4g} \(mean .*, std .*\) on 64 pictures, .* pictures/s; "
-        r"the gradient misses at most 0.\d% of a change, in 12 directions; its peak grew by \d+ MiB",
+        rf"reward honest: scores {scores.min():.4g} to {scores.max():.4g} \(mean .*, std .*\) on 64 pictures, "
+        r".* pictures/s; the gradient misses at most 0.\d% of a change, in 12 directions; its peak grew by \d+ MiB",
         str(report),
     )
     assert str(met(column)) == "reward column: 4 images got scores of shape [4, 1], expected [4]"

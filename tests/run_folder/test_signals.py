@@ -91,10 +91,14 @@ def test_sigterm_saves_and_says_how_to_go_on(world, tmp_path):
     file.write_text(
         world[1](steps=100_000, logging__checkpoint_every=100_000, output_dir=str(tmp_path / "runs")).to_yaml()
     )
+    paths = os.pathsep.join(map(str, (ROOT / "tests", ROOT / "platform", ROOT)))
     run = subprocess.Popen(
-        [sys.executable, "-m", "diffinstruct", "train", file, "--local"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests", ROOT / "platform", ROOT)))},
-    )  # fmt: skip
+        [sys.executable, "-m", "diffinstruct", "train", file, "--local"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
     while not (journals := [*(tmp_path / "runs").glob("*/journal.jsonl")]) or not journal(journals[0].parent)[0]:
         assert run.poll() is None, run.communicate()
         time.sleep(0.1)

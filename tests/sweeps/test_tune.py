@@ -1,6 +1,6 @@
 """Sweeps: tables of child runs, what ends them and goes on, schedulers and searches, studies with kept rows.
 
-One Ray session for the module.
+Ray as conftest.py starts it, once for several files.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def test_a_scheduler_ends_trials_that_are_behind_as_finished_runs(session, world
     """One after the other, the best first; so the second comes to a rung where it is behind. A second life tells the
     scheduler of those that have ended, runs none of them, and the table is the same."""
     base = slow(
-        world, steps=30, cluster__cpus_per_worker=3
-    )  # of 5; a killed trial's place is not freed without a dashboard
+        world, steps=30, cluster__cpus_per_worker=5
+    )  # of 8; a killed trial's place is not freed without a dashboard
     points = grid({"objective.reward_scale": [10.0, 0.2]})
 
     def halving():
@@ -202,7 +202,8 @@ def test_what_the_aim_cannot_see_is_refused(world, tmp_path):
     for base, scheduler, message in [
         (world[1](overoptimization__every=0), ASHAScheduler(time_attr="step"),
          "overoptimization.every: is 0, but the sweep looks at overoptimization/held_out"),
-        (world[1](rewards__held_out=[]), ASHAScheduler(time_attr="step"), "rewards.held_out: is empty, but the sweep looks"),
+        (world[1](rewards__held_out=[]), ASHAScheduler(time_attr="step"),
+         "rewards.held_out: is empty, but the sweep looks"),
         (world[1](), ASHAScheduler(), 'scheduler: time_attr should be "step", got \'training_iteration\''),
         (world[1](logging__checkpoint_every=9),
          PopulationBasedTraining(time_attr="step", perturbation_interval=5, hyperparam_mutations={"seed": [1, 2]}),
@@ -219,7 +220,7 @@ SCALE = "objective.reward_scale"
 @pytest.mark.parametrize(
     ("points", "more", "message"),
     [
-        (lambda: grid({SCALE: 2.0}), {}, f"{SCALE}: a grid takes a list of values, got 2.0"),
+        (lambda: grid({SCALE: 2.0}), {}, f"{SCALE}: a grid takes a list of values, got 2.0"),  # type: ignore[dict-item]
         (lambda: grid({"prompts.train": "my.csv"}), {}, "prompts.train: a grid takes a list of values, got 'my.csv'"),
         (lambda: grid({"prompts.train": ["nowhere.csv"]}), {}, "prompts.train: nowhere.csv: no such file"),
         (lambda: grid({"seed": []}), {}, "sweep: should have one trial or more, got 0"),
@@ -235,11 +236,14 @@ SCALE = "objective.reward_scale"
         (lambda: Optuna({"objective.reward_scal": tune.uniform(0, 1)}, 3), {},
          "objective.reward_scal: unknown key, did you mean 'objective.reward_scale'?"),
         (lambda: Optuna({"generator.learning_rate": tune.uniform(-2, -1)}, 3), {}, "generator.learning_rate: "),
-        (lambda: Optuna({"rewards.held_out": tune.choice([[]])}, 3), {}, "rewards: which rewards there are is the same"),
+        (lambda: Optuna({"rewards.held_out": tune.choice([[]])}, 3), {},
+         "rewards: which rewards there are is the same"),
         (lambda: Optuna({SCALE: tune.uniform(0, 1)}, 0), {}, "sweep: should have one trial or more, got 0"),
-        (lambda: [{"seed": 1}], {"scheduler": PopulationBasedTraining(hyperparam_mutations={SCALE: [1, 2]}, **POPULATION)},
+        (lambda: [{"seed": 1}],
+         {"scheduler": PopulationBasedTraining(hyperparam_mutations={SCALE: [1, 2]}, **POPULATION)},
          "scheduler: it changes objective.reward_scale, which the points do not"),
-        (lambda: [{SCALE: 1.0}], {"scheduler": PopulationBasedTraining(hyperparam_mutations={SCALE: [-1, -2]}, **POPULATION)},
+        (lambda: [{SCALE: 1.0}],
+         {"scheduler": PopulationBasedTraining(hyperparam_mutations={SCALE: [-1, -2]}, **POPULATION)},
          f"{SCALE}: "),
         (lambda: [{"seed": 1}],
          {"scheduler": ASHAScheduler(time_attr="step"), "aim": SelectionCriterion(maximize="overoptimization/heldout")},
@@ -321,8 +325,10 @@ def test_a_study_whose_rows_are_all_there_answers_at_once(tmp_path, monkeypatch,
         for seed in (0, 1):
             rows.add(f"generator.timestep={t} seed={seed}", {"generator.timestep": t, "seed": seed, "kid": t + seed})
     study = studies.Study(
-        name="when", question="?", recipe=tmp_path / "recipe.yaml", seeds=(0, 1), measures={"kid": "KID"}, rows=rows.path,
-        arms={"early": {"generator.timestep": 500}, "late": {"generator.timestep": 600}}, evaluate=tiny_rewards.steps_done,
+        name="when", question="?", recipe=tmp_path / "recipe.yaml", seeds=(0, 1), measures={"kid": "KID"},
+        rows=rows.path,
+        arms={"early": {"generator.timestep": 500}, "late": {"generator.timestep": 600}},
+        evaluate=tiny_rewards.steps_done,
     )  # fmt: skip
     answer = study.answer()
     assert answer.table["late"]["kid"].value == 600.5 and answer.table["late"]["kid"].n == 2

@@ -95,7 +95,8 @@ def _sdxl(folder: Path, prediction: str) -> dict[str, Any]:
     unet = UNet2DConditionModel(
         sample_size=LATENT[1], block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=32, attention_head_dim=(1, 2),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True, transformer_layers_per_block=(1, 2),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+        transformer_layers_per_block=(1, 2),
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=16 + 6 * 8,
     )  # fmt: skip
     scheduler = EulerDiscreteScheduler(
@@ -145,7 +146,8 @@ def _sd3(folder: Path, prediction: str) -> dict[str, Any]:
 
 def kl_decoder(channels: int, **more: Any) -> AutoencoderKL:
     vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
         latent_channels=channels, norm_num_groups=4, sample_size=32, scaling_factor=0.7, **more,
     )  # fmt: skip
     vae.decoder.conv_out.weight.data *= 3

@@ -6,7 +6,7 @@ import os
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
@@ -98,7 +98,7 @@ def process(rank: int, world: int, experiment: Experiment, folder: Path) -> None
             module: Any = getattr(by, role)
             network = getattr(module, "denoiser", module).network
             networks[f"{name}/{role}"] = gathered(network, reference.network(device="meta")).state_dict()
-    held = sum(parameter.to_local().numel() for parameter in train_state.generator.parameters())
+    held = sum(cast(Any, parameter).to_local().numel() for parameter in train_state.generator.parameters())
     all_of_it = sum(parameter.numel() for parameter in train_state.generator.parameters())
     torch.save({"held": held / all_of_it}, folder / f"rank-{rank}.pt")
     if rank == 0:

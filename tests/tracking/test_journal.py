@@ -294,7 +294,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_lines_that_no_run_wrote_hold_nothing_up(tmp_path: Path, uri: str) -> None:
     (tmp_path / "run").mkdir()
-    lines = [{"start": {}}, {"start": {"params": {"a": 5}}}, {"step": 1, "metrics": {"loss": 10**400}}]
+    lines: list[dict] = [{"start": {}}, {"start": {"params": {"a": 5}}}, {"step": 1, "metrics": {"loss": 10**400}}]
     (tmp_path / "run/journal.jsonl").write_text("".join(json.dumps({"time": 1, **line}) + "\n" for line in lines))
     tracker = journal_of(tmp_path, uri)
     tracker.metrics(2, {"loss": 2.0})
