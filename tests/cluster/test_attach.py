@@ -1,6 +1,6 @@
 """A cluster that is up already: told from one of our own, asked for its token, and sent jobs as the README says.
 
-One token-protected cluster for the module, started as docs/clusters.md says but for its ports and folders.
+One token-protected cluster for the module, started as docs/how-to/cluster.md says but for its ports and folders.
 """
 
 from __future__ import annotations
