@@ -13,7 +13,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -59,22 +59,29 @@ def _section(section: Any, prefix: str, values: dict[str, Any]) -> Iterator[str]
 
     fields = section.model_fields
     inner = {name: field.annotation for name, field in fields.items() if _is(field.annotation, Section)}
-    title = f"## `{prefix.rstrip('.')}`" if prefix else "## The run"
+    title = f"## {prefix.rstrip('.')}\n\n{section.__doc__}" if prefix else "## Keys of no section"
     rows = [_row(prefix + name, field, values) for name, field in fields.items() if name not in inner]
-    head = "| key | default | meaning | source |\n|---|---|---|---|\n"
-    yield f"{title}\n\n{section.__doc__}\n\n{head}" + "\n".join(rows)
+    head = "| key | default | meaning | source | may it change? |\n|---|---|---|---|---|\n"
+    yield f"{title}\n\n{head}" + "\n".join(rows)
     for name, kind in inner.items():
         yield from _section(kind, f"{prefix}{name}.", values)
 
 
 def _row(key: str, field: Any, values: dict[str, Any]) -> str:
-    meaning, source = SOURCE.match(field.description or "").groups() if SOURCE.match(field.description or "") else (
-        field.description or "", ""
-    )  # fmt: skip
-    default = "none" if values[key] is None else str(values[key])
-    anchor = key.replace(".", "-").replace("_", "-")
-    cells = (f"`{key}` {{: #{anchor} }}", f"`{default}`", meaning, source)
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+    """Default and meaning of a key; its description ends with where the default comes from, in brackets."""
+    description = SOURCE.match(field.description)
+    meaning, source = description.groups() if description else (field.description, "")
+    value = values[key]
+    default = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    cells = (f"`{key}`", f"`{default}`", meaning, source, _change(field.json_schema_extra or {}))
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _change(traits: Mapping[str, Any]) -> str:
+    """Whether a run that has begun may go on with another value."""
+    if not traits.get("identity", True):
+        return "freely"
+    return "with `--allow`" if traits.get("resume") else "no"
 
 
 def _is(kind: Any, base: type) -> bool:
