@@ -102,20 +102,11 @@ def help_text(words: list[str]) -> str:
 
 # -------------------------------------------------------------------------------------------------------- Python
 def public() -> str:
-    """mkdocstrings' directive for each name that the package shows."""
+    """mkdocstrings' directive for each name that the package shows; none where it shows none."""
     import diffinstruct
 
-    return "\n\n".join(f"::: {where}" for where in map(_where, getattr(diffinstruct, "__all__", ())) if where)
-
-
-def _where(name: str) -> str:
-    """The full name of what `diffinstruct.name` is; empty for what is no function or class."""
-    import diffinstruct
-
-    value = getattr(diffinstruct, name)
-    if not hasattr(value, "__qualname__"):
-        return ""
-    return f"{value.__module__}.{value.__qualname__}"
+    names = getattr(diffinstruct, "__all__", ())
+    return "\n\n".join(f"::: diffinstruct.{name}\n    options: {{heading: diffinstruct.{name}}}" for name in names)
 
 
 # ------------------------------------------------------------------------------------------------------- rewards

@@ -103,7 +103,7 @@ def of_run(folder: Path, run: pd.Series) -> str:
         pictures=pictures_over_time(folder, experiment),
         examination=[(measure, figure(run, measure), int(run[f"{measure}.n"])) for measure in intervals],
         metrics=metrics,
-        alarms=[record["text"] for record in events if record["event"] == "hacking"][:MOST_EVENTS],
+        alarms=[event["text"] for event in events if event["event"] in ("overoptimization", "hacking")][:MOST_EVENTS],
         events=events[:MOST_EVENTS],
         events_left_out=len(events[MOST_EVENTS:]),
     )
