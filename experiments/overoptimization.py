@@ -1,9 +1,9 @@
-"""Does the watch raise its alarm before the pictures break, and only then?
+"""Does the monitor raise its alarm before the pictures break, and only then?
 
     python experiments/overoptimization.py [--smoke] [--trials N]
 
 The pocket recipe, where nothing should be told of; the recipe with its reward scale times four and with the reward
-alone; and experiments/hackable.py, a reward that is planted to be hacked. A run's looks are kept (every 10 rounds, 64
+alone; and experiments/hackable.py, a reward that is planted to be hacked. A run's probes are kept (every 10 rounds, 64
 pictures of training prompts), and its generator is evaluated at the end. Budget: 10 + 2 + 2 trials of 100 rounds on the
 pocket world, one row each in docs/results/overoptimization.csv and overoptimization_planted.csv (rewards differ, so
 does the recipe). `--trials` limits each group of them. Prints tables, a line a trial, and draws overoptimization.png.
@@ -26,17 +26,17 @@ RESULTS = HERE.parent / "docs" / "results"
 
 
 def evaluate_watched(experiment: Experiment, folder: Path, every: int = 1) -> dict[str, float]:
-    """What the evaluation measures, the step of the first alarm (NaN: none), and each figure of each look as
+    """What the evaluation measures, the step of the first alarm (NaN: none), and each figure of each probe as
     `overoptimization/x@step`."""
     records = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines() if line]
-    looks = {
+    probes = {
         f"{key}@{record['step']}": value
         for record in records
         for key, value in record.get("metrics", {}).items()
         if key.startswith("overoptimization/")
     }
-    alarms = [float(record["step"]) for record in records if record.get("event") == "hacking"]
-    return evaluate_run(experiment, folder, every) | {"alarm": min(alarms, default=math.nan)} | looks
+    alarms = [float(record["step"]) for record in records if record.get("event") == "overoptimization"]
+    return evaluate_run(experiment, folder, every) | {"alarm": min(alarms, default=math.nan)} | probes
 
 
 def study(name: str, recipe: str, rows: str, arms: dict[str, dict[str, object]], seeds: range) -> Study:
@@ -78,7 +78,7 @@ def main() -> None:
             most = max(course(trial, "unexplained").max() for _, trial in trials.iterrows())
             least = min(course(trial, "variety").min() for _, trial in trials.iterrows())
             whole[-1].say(
-                f"- {arm}: an alarm in {trials['alarm'].notna().sum()} of {len(trials)} runs; at most {most:.2f} spreads "
+                f"- {arm}: an alarm in {trials['alarm'].notna().sum()} of {len(trials)} runs; at most {most:.2f} std "
                 f"unexplained, at least {least:.2f} of the start's variety left"
             )
         publish(whole, rows)
@@ -93,7 +93,7 @@ def publish(answers: list[StudyResult], rows: pd.DataFrame) -> None:
 
 
 def course(trial: pd.Series, figure: str) -> pd.Series:
-    """A figure of the watch against the step."""
+    """A figure of the monitor against the step."""
     of = {
         int(str(key).partition("@")[2]): value
         for key, value in trial.items()
@@ -114,8 +114,8 @@ def told(trial: pd.Series) -> str:
     lost = (held_out[peak] - held_out[held_out.index >= peak]) / held_out[peak]
     at_alarm = "no alarm" if math.isnan(alarm) else f"alarm at step {alarm:.0f}, with {lost.get(alarm, 0.0):.1%} lost"
     return (
-        f"the held-out preference peaks at step {peak}, {lost.iloc[-1]:.1%} of its gain is lost at step {lost.index[-1]}; "
-        f"{at_alarm}"
+        f"the held-out preference peaks at step {peak}, {lost.iloc[-1]:.1%} of its gain is lost at step "
+        f"{lost.index[-1]}; {at_alarm}"
     )
 
 
@@ -127,8 +127,8 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     titles = {
-        "trained": "trained reward, gain in spreads",
-        "held_out": "held-out preference, gain in spreads",
+        "trained": "trained reward, gain in within-prompt std",
+        "held_out": "held-out preference, gain in within-prompt std",
         "variety": "variety, share of the start's",
     }
     picture, axes = plt.subplots(1, 3, figsize=(15, 4.4))
@@ -142,7 +142,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
         axis.set(xlabel="step", title=title)
     axes[0].set_yscale("symlog")
     axes[0].legend()
-    picture.suptitle("A line a run; a cross where the watch raised its first alarm", fontsize=10)
+    picture.suptitle("A line a run; a cross where the monitor raised its first alarm", fontsize=10)
     picture.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, dpi=120)

@@ -5,7 +5,8 @@ differentiable in the images, no parameter trainable. A reward brings its own di
 so that gradients reach the pixels, and knows nothing of the trainer. A score depends on its own image and prompt alone.
 
 One of your own is named by its import path `module:name`: a class, or a function, that is called without arguments and
-makes the reward. A built-in one is a file here that declares `ENTRIES` and has a callable of that name.
+makes the reward; docs/how-to/own-reward.md shows one. A built-in one is a file here that declares `ENTRIES` and has a
+callable of that name.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A cluster that is up already: told from one of our own, asked for its token, and sent jobs as the README says.
 
-One token-protected cluster for the module, started as docs/clusters.md says but for its ports and folders.
+One token-protected cluster for the module, started as docs/how-to/cluster.md says but for its ports and folders.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def test_without_the_token_a_run_is_turned_away_in_one_line(cluster, tmp_path):
 
 def test_a_job_from_the_working_directory_works_as_the_readme_says(cluster, tmp_path):
     readme = (ROOT / "README.md").read_text()
-    (command,) = re.findall(r"^ +(ray job submit .*\\\n.* -s runs=)\$PWD/runs", readme, re.MULTILINE)
+    (command,) = re.findall(r"^ +(ray job submit .*\\\n.* -s output_dir=)\$PWD/runs", readme, re.MULTILINE)
     typed = f"{command}{tmp_path}/runs -s steps=1 {SMALL}"
     done = subprocess.run(typed, shell=True, cwd=ROOT, env=cluster, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -154,7 +154,7 @@ def test_a_stopped_run_is_saved_and_another_job_goes_on_with_it(cluster, tmp_pat
         typed = f"ray job submit --working-dir . --runtime-env runtime_env.yaml {rest}"
         return subprocess.run(typed, shell=True, cwd=ROOT, env=cluster, capture_output=True, text=True)
 
-    recipe = f"experiments/recipes/pocket.yaml -s runs={tmp_path}/runs -s steps=40 {SMALL}"
+    recipe = f"experiments/recipes/pocket.yaml -s output_dir={tmp_path}/runs -s steps=40 {SMALL}"
     train(f"--no-wait --submission-id stopped -- python -m diffinstruct train {recipe}")
     until(
         lambda: any(

@@ -77,7 +77,7 @@ def test_the_autoscaler_starts_what_is_asked_for_and_spot_first(demands, machine
 
 
 def test_the_autoscaler_does_not_fall_back_from_spot_as_the_file_says():
-    """When this fails Ray has learnt to, and the file and docs/clusters.md are to say so."""
+    """When this fails Ray has learnt to, and the file and docs/how-to/cluster.md are to say so."""
     assert started([TRAINER] * 2, "trainer_spot") == {"trainer_spot": 2}
 
 
