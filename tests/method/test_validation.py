@@ -101,7 +101,10 @@ DISTANCE_MISTAKES = {
         Distance(squared.value, lambda y: 2 * y.flatten(1).sum(1)),
         r"d'\(y\) has the shape \[4\], expected \[4, 4, 8, 8\]",
     ),
-    "a number": (Distance(lambda y: 1.0, squared.gradient), r"d\(y\) is a float, expected a tensor \[4\]"),
+    "a number": (
+        Distance(lambda y: 1.0, squared.gradient),  # type: ignore[arg-type, return-value]
+        r"d\(y\) is a float, expected a tensor \[4\]",
+    ),
     "whole numbers": (
         Distance(lambda y: y.flatten(1).sum(1).long(), squared.gradient),
         r"d\(y\) is of torch.int64, expected floating point",

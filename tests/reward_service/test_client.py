@@ -254,7 +254,7 @@ def test_a_probe_sees_the_same_prompts_and_noise_with_the_runs_weights(world, mo
     seen = []
 
     class Spy(monitor.ProbeHistory):
-        def observe(self, probe, kept):
+        def observe(self, probe, kept=False):
             seen.append((probe, kept))
             return super().observe(probe, kept)
 
@@ -299,7 +299,7 @@ class Alarming(monitor.ProbeHistory):
 
     at = 2
 
-    def observe(self, probe, kept):
+    def observe(self, probe, kept=False):
         super().observe(probe, kept)
         if probe.step != self.at:
             return None

@@ -188,7 +188,6 @@ class StableDiffusion3(StableDiffusion):
         )[0]
 
 
-FAMILIES: Mapping[str, type[StableDiffusion]] = {
-    family.pipeline: family for family in (StableDiffusion, *StableDiffusion.__subclasses__())
-}
+_FAMILIES: list[type[StableDiffusion]] = [StableDiffusion, *StableDiffusion.__subclasses__()]
+FAMILIES: Mapping[str, type[StableDiffusion]] = {family.pipeline: family for family in _FAMILIES}
 """The families of this file, by the name of the pipeline's class, as its model_index.json says it."""

@@ -86,7 +86,7 @@ def of_run(folder: Path, run: pd.Series) -> str:
     starts = [record for record in records if "start" in record]
     frame, values = run.to_frame().T, learning_curves(folder)
     events = [record for record in records if "event" in record]
-    alarms = [record["text"] for record in events if record["event"] == "overoptimization"]
+    alarms = [record["text"] for record in events if record["event"] in ("overoptimization", "hacking")]
     intervals = [measure for measure in with_intervals(frame) if pd.notna(run[measure])]
     metrics = {key: plain(run[key]) for key in values["key"].unique() if key not in intervals}
     return render(
