@@ -354,6 +354,9 @@ def test_what_stands_under_an_old_key_is_checked_as_well(tmp_path):
         "run.yaml:7: runs: unknown key, it is now 'output_dir'",
         "run.yaml:7: output_dir: should have at least 1 character, got ''",
     ]
+    assert errors(tmp_path, "steps: 3", "generator={start: reference}") == [
+        "-s: generator.start: unknown key, it is now 'generator.init_from'"
+    ]
     assert errors(tmp_path, "watch: 3\noveroptimization: {every: 3}\nruns: a\noutput_dir: b") == [
         "run.yaml:1: watch: unknown key, it is now 'overoptimization'",
         "run.yaml:3: runs: unknown key, it is now 'output_dir'",

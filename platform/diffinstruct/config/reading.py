@@ -171,7 +171,7 @@ class _Source:
             key, only = ONLY_OF.get(old, ("", None))
             if only is None or section.get(key, only) == only:
                 self._put(target, value)
-                self.places.setdefault(tuple(target), self.places[*parents, last])
+                self.places.setdefault(tuple(target), self.place((*parents, last)))
         return renamed
 
     def _put(self, keys: list[str], value: Any) -> None:
@@ -184,10 +184,12 @@ class _Source:
                 section[keys[-1]] = value | there
 
     def mistake(self, loc: Loc, what: str) -> None:
-        """Note a mistake at the line of its key or, where that was not written, of the section around it."""
-        written = next(loc[:n] for n in range(len(loc), -1, -1) if loc[:n] in self.places)
-        line, place = self.places[written]
+        line, place = self.place(loc)
         self.mistakes.append((line, f"{place}: {_dotted(loc)}: {what}"))
+
+    def place(self, loc: Loc) -> tuple[int, str]:
+        """The line of a key or, where that was not written, of the section around it."""
+        return next(self.places[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in self.places)
 
 
 def _content(path: Path) -> str:
