@@ -29,7 +29,7 @@ def without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MlflowDelivery, "connect", lambda self: None)
     monkeypatch.setattr(MlflowDelivery, "pump", lambda self, everything: True)
     monkeypatch.setattr(delivery, "INTERVAL", 0.05)
-    monkeypatch.setattr(journal, "PATIENCE", 100.0)  # a busy machine is no failure
+    monkeypatch.setattr(journal, "PATIENCE", 500.0)  # a busy machine is no failure
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
 
 
@@ -214,3 +214,16 @@ def test_a_package_that_is_missing_is_told_before_anything_starts(
     monkeypatch.setattr("diffinstruct.tracking.tensorboard.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"tracking\.also: tensorboard is not installed: pip install 'diffinstruct\[t"):
         journal_of(tmp_path, "tensorboard")
+    assert not (tmp_path / "run/journal.jsonl").exists()
+    journal_of(tmp_path).finish()
+    (tmp_path / "run/tensorboard.ack").write_text("{}")  # a run from a machine that has the package
+    delivered: list[Path] = []
+
+    def pump(self: MlflowDelivery, everything: bool) -> bool:
+        delivered.append(self.folder)
+        return True
+
+    monkeypatch.setattr(MlflowDelivery, "pump", pump)
+    with pytest.raises(UserError, match="not installed"):
+        deliver(tmp_path / "run")
+    assert delivered == [tmp_path / "run"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -109,12 +109,9 @@ class DeliveryThread(threading.Thread):
             self.finishing.wait(pause)
 
 
-def deliveries(names: Iterable[str], folder: Path) -> list[Delivery]:
-    """The trackers of the key `tracking.also`. Raises UserError in one line for one that cannot be made."""
-    return [_delivery(name, folder) for name in names]
-
-
-def _delivery(name: str, folder: Path) -> Delivery:
+def delivery_named(name: str, folder: Path) -> Delivery:
+    """The delivery of a run's folder to a tracker, by a name as the key `tracking.also` has it. Raises UserError in one
+    line for one that cannot be made."""
     module, _, attribute = TRACKERS.get(name, name).partition(":")
     try:
         namespace = import_module(module)

@@ -37,13 +37,14 @@ import subprocess
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from diffinstruct.config.addresses import one_line, redact, tracking_uri
-from diffinstruct.tracking.delivery import Delivery, DeliveryThread, deliveries
+from diffinstruct.tracking.delivery import Delivery, DeliveryThread, delivery_named
 from diffinstruct.tracking.mlflow import MlflowDelivery, mlflow_key
 from diffinstruct.tracking.records import (
     ArtifactRecord,
@@ -101,7 +102,7 @@ class Journal:
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         self.uri = tracking_uri(uri, self.folder.parent)
         self._mlflow = MlflowDelivery(self.folder, self.uri)
-        self._deliveries: list[Delivery] = [self._mlflow, *deliveries(also, self.folder)]
+        self._deliveries: list[Delivery] = [self._mlflow, *(delivery_named(name, self.folder) for name in also)]
         description = RunDescription(
             journal=uuid.uuid4().hex,
             uri=redact(self.uri),
@@ -253,15 +254,18 @@ def deliver(
         _add(folder, FinishRecord(time=_now(), finish=status, reason=reason))
     also = also or ["tensorboard"] * (folder / TENSORBOARD).exists()
     errors = []
-    for delivery in (MlflowDelivery(folder, uri), *deliveries(also, folder)):
+    for make in (partial(MlflowDelivery, folder, uri), *(partial(delivery_named, name, folder) for name in also)):
         try:
+            delivery: Delivery = make()
             delivery.connect()
             if not delivery.pump(everything=True):
                 raise RuntimeError(f"not all images or files of {folder} could be stored in {delivery.name}")
         except Exception as error:  # one that is down does not hold up another
             errors.append(error)
-    for error in errors:
-        raise error
+    if errors:
+        for error in errors[1:]:
+            logger.warning("%s: %s", folder, one_line(error))
+        raise errors[0]
 
 
 def undelivered(run_folder: Path | str) -> int:
