@@ -45,7 +45,7 @@ def test_every_key_is_in_the_reference_with_its_default_and_its_meaning():
 def listed(*group: str) -> set[str]:
     """The commands that a help text lists, in its columns."""
     text = SITE.generated(" ".join(("help", *group)))
-    return set(re.findall(r"^\W{1,4}([a-z]\w+) {2,}\S", text, re.MULTILINE))
+    return set(re.findall(r"^[^\w-]{1,4}([a-z]\w+) {2,}\S", text, re.MULTILINE))
 
 
 def commands() -> set[str]:
