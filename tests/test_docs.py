@@ -45,7 +45,7 @@ def test_every_key_is_in_the_reference_with_its_default_and_its_meaning():
 def listed(*group: str) -> set[str]:
     """The commands that a help text lists, in its columns."""
     text = SITE.generated(" ".join(("help", *group)))
-    return set(re.findall(r"^\W{1,4}([a-z]\w+) {2,}\S", text, re.MULTILINE))
+    return set(re.findall(r"^[^\w-]{1,4}([a-z]\w+) {2,}\S", text, re.MULTILINE))
 
 
 def commands() -> set[str]:
@@ -139,8 +139,9 @@ def test_no_line_is_longer_than_120():
 
 def test_pages_that_files_name_exist():
     """Recipes, cluster files and docstrings send a reader to pages of docs/."""
-    listed = subprocess.run(["git", "grep", "-ohI", r"docs/[a-z_/-]*\.md"], cwd=ROOT, capture_output=True, text=True)
-    assert not {path for path in listed.stdout.split() if not (ROOT / path).is_file()}
+    search = ["git", "grep", "-ohI", r"docs/[a-z_/-]*\.md", ":!tests/config"]  # a recipe of version 0.1 lies there
+    found = subprocess.run(search, cwd=ROOT, capture_output=True, text=True)
+    assert not {path for path in found.stdout.split() if not (ROOT / path).is_file()}
 
 
 def test_the_readme_is_a_page():
