@@ -27,7 +27,7 @@ pure: $(READY)  ## the tests that neither start Ray nor train
 test: lint types  ## all of it but `long` (15 minutes): before each merge
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-docs: $(READY)  ## the documentation's site, in site/
+docs: $(READY)  ## the documentation's site, in build/site
 	$(BIN)/mkdocs build --strict
 
 long: $(READY)  ## the tests that take minutes each
