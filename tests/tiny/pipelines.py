@@ -74,7 +74,7 @@ def experiment(folder: Path, **sections: Any) -> Experiment:
     content = {
         "global_batch_size": 8,
         "reference": {"model": str(build(folder / "tiny"))},
-        "generator": {"start": "reference"},
+        "generator": {"init_from": "reference"},
         "rewards": {"trained": [{"name": "tiny.rewards:Red"}], "held_out": ["tiny.rewards:Calm"]},
         "prompts": {"train": str(prompts), "grid": str(prompts)},
         "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
