@@ -124,7 +124,7 @@ class ScoreNetworkConfig(OptimizerConfig):
 
 
 ARGUMENTS = {"objective.name": "args", "objective.distance": "distance_args"}
-"""Which key of `objective` has the arguments of which."""
+"""Where the arguments of an objective and of a distance are: the key in `objective`."""
 
 
 def drop_arguments(content: dict[str, Any], key: str, value: object) -> None:

@@ -1,8 +1,9 @@
 """Objectives and distances of the user's own are tried before the first step, as rewards are.
 
-A distance has a right answer: d' is compared with differences of d, and the gradient of d' with differences of d', which
-is what DI* trains with. The right gradient of an objective is not known here. Shapes are checked, that all figures are
-finite at both ends of the run's t and where both networks agree, and that each sample's gradient is its own.
+A distance has a right answer: d' is compared with differences of d, and the gradient of d' with differences of d',
+which is what DI* trains with. The right gradient of an objective is not known here. Checked are shapes, that all
+figures are finite at both ends of the run's t and where both networks agree, and that each sample's gradient is its
+own.
 
 A mistake is a ValueError of one line, with what was seen and what was expected.
 """
