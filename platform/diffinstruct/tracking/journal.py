@@ -128,7 +128,7 @@ class Journal:
         """The description under which the folder's run goes on. Where its parameters are the same, `_seen` holds what
         the journal has."""
         before = [record for _, _, record in records(self.folder / "journal.jsonl")]
-        starts = [record.start for record in before if isinstance(record, StartRecord)]
+        starts = [record.start for record in before if isinstance(record, StartRecord) and record.is_complete]
         if not starts:
             return description
         if _computed(starts[-1]) == _computed(description):
@@ -263,8 +263,8 @@ def deliver(
         except Exception as error:  # one that is down does not hold up another
             errors.append(error)
     if errors:
-        for error in errors[1:]:
-            logger.warning("%s: %s", folder, one_line(error))
+        for other in errors[1:]:
+            logger.warning("%s: %s", folder, one_line(other))
         raise errors[0]
 
 
