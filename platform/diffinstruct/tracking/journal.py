@@ -36,7 +36,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -254,9 +254,11 @@ def deliver(
         _add(folder, FinishRecord(time=_now(), finish=status, reason=reason))
     also = also or ["tensorboard"] * (folder / TENSORBOARD).exists()
     errors = []
-    for make in (partial(MlflowDelivery, folder, uri), *(partial(delivery_named, name, folder) for name in also)):
+    makers: list[Callable[[], Delivery]] = [partial(MlflowDelivery, folder, uri)]
+    makers += [partial(delivery_named, name, folder) for name in also]
+    for make in makers:
         try:
-            delivery: Delivery = make()
+            delivery = make()
             delivery.connect()
             if not delivery.pump(everything=True):
                 raise RuntimeError(f"not all images or files of {folder} could be stored in {delivery.name}")
