@@ -83,7 +83,7 @@ def test_values_that_are_not_finite_are_kept(tmp_path: Path) -> None:
         '{"time": 1, "step": 1, "image": "images/a.png"}',
         '{"time": 1, "step": 1, "event": "x", "text": "y", "back_to": "z"}',
         '{"time": 1, "finish": "FAILED"}',
-        json.dumps({"time": 1, "start": START}),
+        json.dumps({"time": 1, "start": 5}),
         json.dumps({"time": 1, "start": {**START, "parent": None, "params": {"a": 1}}}),
     ],
 )
@@ -96,6 +96,13 @@ def test_what_is_no_record_is_left_out_with_a_warning(
     assert [record.message for record in caplog.records] == [
         f"{journal}: the line at byte 0 cannot be read and is left out"
     ]
+
+
+def test_a_start_that_says_a_part_is_for_reports_alone(tmp_path: Path) -> None:
+    journal = written(tmp_path, *({"time": 1, "start": start} for start in (START, {}, {**START, "parent": None})))
+    found = [record for _, _, record in records(journal) if isinstance(record, StartRecord)]
+    assert [record.is_complete for record in found] == [False, False, True]
+    assert len(read_journal(tmp_path)) == 3
 
 
 def test_names_of_files_that_are_no_text_are_read(tmp_path: Path) -> None:

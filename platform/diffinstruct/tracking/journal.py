@@ -36,7 +36,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,7 +128,7 @@ class Journal:
         """The description under which the folder's run goes on. Where its parameters are the same, `_seen` holds what
         the journal has."""
         before = [record for _, _, record in records(self.folder / "journal.jsonl")]
-        starts = [record.start for record in before if isinstance(record, StartRecord)]
+        starts = [record.start for record in before if isinstance(record, StartRecord) and record.is_complete]
         if not starts:
             return description
         if _computed(starts[-1]) == _computed(description):
@@ -254,17 +254,19 @@ def deliver(
         _add(folder, FinishRecord(time=_now(), finish=status, reason=reason))
     also = also or ["tensorboard"] * (folder / TENSORBOARD).exists()
     errors = []
-    for make in (partial(MlflowDelivery, folder, uri), *(partial(delivery_named, name, folder) for name in also)):
+    makers: list[Callable[[], Delivery]] = [partial(MlflowDelivery, folder, uri)]
+    makers += [partial(delivery_named, name, folder) for name in also]
+    for make in makers:
         try:
-            delivery: Delivery = make()
+            delivery = make()
             delivery.connect()
             if not delivery.pump(everything=True):
                 raise RuntimeError(f"not all images or files of {folder} could be stored in {delivery.name}")
         except Exception as error:  # one that is down does not hold up another
             errors.append(error)
     if errors:
-        for error in errors[1:]:
-            logger.warning("%s: %s", folder, one_line(error))
+        for other in errors[1:]:
+            logger.warning("%s: %s", folder, one_line(other))
         raise errors[0]
 
 

@@ -86,7 +86,9 @@ class MlflowDelivery:
             self._connect()
 
     def _connect(self) -> None:
-        starts = [record for _, _, record in records(self.journal) if isinstance(record, StartRecord)]
+        starts = [
+            record for _, _, record in records(self.journal) if isinstance(record, StartRecord) and record.is_complete
+        ]
         if not starts:
             raise FileNotFoundError(f"{self.journal} does not hold a run")
         description = starts[-1].start
@@ -159,7 +161,7 @@ class MlflowDelivery:
                 self._send(self._metrics({f"eval/{key}": value for key, value in record.evaluated.items()}, record))
             case EventRecord():
                 self._send(_entities(tags={f"event.{record.event}": f"step {record.step}: {record.text}"}))
-            case StartRecord():
+            case StartRecord() if record.is_complete:
                 self._start(record.start)
             case FinishRecord():
                 if record.reason:

@@ -40,23 +40,28 @@ class Record(BaseModel):
 
 
 class RunDescription(BaseModel):
-    """All that a run in MLflow is made of."""
+    """What a run in MLflow is made of. Reports do with a part of it."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
-    journal: Text  # a token; by it the run is found again if the answer to its creation was lost
-    uri: Text
-    experiment: Text
-    name: Text
-    params: dict[Text, Text]
-    tags: dict[Text, Text]
-    parent: Text | None
+    journal: Text = ""  # a token; by it the run is found again if the answer to its creation was lost
+    uri: Text = ""
+    experiment: Text = ""
+    name: Text = ""
+    params: dict[Text, Text] = {}
+    tags: dict[Text, Text] = {}
+    parent: Text | None = None
 
 
 class StartRecord(Record):
     """The run starts, or resumes."""
 
     start: RunDescription
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it says all that a run in MLflow is made of."""
+        return self.start.model_fields_set == RunDescription.model_fields.keys()
 
 
 class StepRecord(Record):
