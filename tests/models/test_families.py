@@ -234,7 +234,7 @@ def test_a_whole_job(tmp_path: Path, family: str, rank: int, monkeypatch: pytest
 steps: 4
 global_batch_size: 2
 reference: {{model: {folder}}}
-generator: {{init_from: reference, timestep: {pipelines.TIMESTEPS[family]}, lora_rank: {rank}}}
+generator: {{start: reference, timestep: {pipelines.TIMESTEPS[family]}, lora_rank: {rank}}}
 score_network: {{lora_rank: {rank}}}
 activation_checkpointing: {str(rank > 0).lower()}
 rewards: {{trained: [{{name: "tiny.rewards:Red"}}], held_out: []}}

@@ -27,7 +27,7 @@ def configured(folder: Path, family: str, *more: str) -> Experiment:
 steps: 2
 global_batch_size: 2
 reference: {{model: {folder}/model}}
-generator: {{init_from: reference, timestep: {pipelines.TIMESTEPS[family]}}}
+generator: {{start: reference, timestep: {pipelines.TIMESTEPS[family]}}}
 rewards: {{trained: [{{name: "tiny.rewards:Red"}}], held_out: []}}
 prompts: {{train: {folder}/prompts.txt, grid: {folder}/prompts.txt}}
 overoptimization: {{every: 0}}
