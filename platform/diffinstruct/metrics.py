@@ -24,9 +24,9 @@ class Metric:
     direction: "up" where more is better, "down" where less is.
     interval: "share": 0 or 1 a prompt, Wilson's interval; "mean": a number a prompt, bootstrap over prompts;
         "features": one number for all pictures, with the function's own resamples.
-    function: computes it. For a share or a mean: images [B, 3, H, W] in [0, 1] -> [B]. For "features": (features [n, F],
-        those of the reference's pictures [m, F], seed) -> (value, resampled values). None: it has another origin, as
-        the scores of rewards and the metrics of training have.
+    function: computes it. For a share or a mean: images [B, 3, H, W] in [0, 1] -> [B]. For "features": (features
+        [n, F], those of the reference's pictures [m, F], seed) -> (value, resampled values). None: it has another
+        origin, as the scores of rewards and the metrics of training have.
     """
 
     name: str

@@ -287,7 +287,7 @@ def test_check_counts_what_a_run_takes(file, model, capsys, monkeypatch):
 @pytest.fixture
 def no_rounds(monkeypatch):
     """What a round takes beside is test_check.py's."""
-    for name in ("of_training", "of_rewards"):
+    for name in ("training_footprint", "rewards_footprint"):
         monkeypatch.setattr(f"diffinstruct.planning.footprint.{name}", lambda *_: Footprint(0, 0, 0))
 
 

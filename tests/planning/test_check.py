@@ -79,7 +79,7 @@ def test_a_round_without_content_takes_what_a_real_one_takes(world, more, monkey
             experiment.reference.model, activation_checkpointing=experiment.activation_checkpointing
         )
         rewards = {"tiny.rewards:Red": lambda images, prompts: images.mean((1, 2, 3))}
-        return footprint.of_training(experiment, reference, rewards)
+        return footprint.training_footprint(experiment, reference, rewards)
 
     said = counted()
     monkeypatch.setattr(footprint, "FakeTensorMode", lambda **_: nullcontext())
@@ -97,8 +97,8 @@ def test_a_sharded_networks_largest_block() -> None:
 
 
 def test_a_table_without_network_weights_or_start(monkeypatch) -> None:
-    monkeypatch.setattr(footprint, "of_training", lambda *_: footprint.Footprint(0, 2**31, 10**15))
-    monkeypatch.setattr(footprint, "of_rewards", lambda *_: footprint.Footprint(0, 0, 0))
+    monkeypatch.setattr(footprint, "training_footprint", lambda *_: footprint.Footprint(0, 2**31, 10**15))
+    monkeypatch.setattr(footprint, "rewards_footprint", lambda *_: footprint.Footprint(0, 0, 0))
     values = Experiment().model_dump() | {"rewards": {"trained": [{"name": "pocket_preference"}], "held_out": []}}
     values["reference"]["model"] = "stabilityai/stable-diffusion-xl-base-1.0"
     values["generator"] |= {"init_from": "/nowhere.safetensors", "lora_rank": 64}

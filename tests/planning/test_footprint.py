@@ -19,7 +19,7 @@ from diffinstruct.method.step import alternating_round, score_update, unwrapped
 from diffinstruct.models.denoiser import NetworkDenoiser
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.roles import make_roles
-from diffinstruct.planning.footprint import Passes, of_training
+from diffinstruct.planning.footprint import Passes, training_footprint
 from diffinstruct.training.build import make_step_config, make_train_state
 
 BATCH = 2
@@ -103,7 +103,7 @@ def passes_of(tiny, name, guidance_scale=3.0, where="in", **more):
     content["objective"]["name"] = name
     content["reference"] |= {"guidance_scale": guidance_scale, "guidance": where}
     content["score_network"] |= more
-    return of_training(Experiment.model_validate(content), tiny[1]).passes
+    return training_footprint(Experiment.model_validate(content), tiny[1]).passes
 
 
 @pytest.mark.parametrize(
@@ -125,4 +125,4 @@ def test_passes_are_counted_as_the_arithmetic_says(tiny, name, guidance_scale, w
 
 def test_a_micro_batch_sends_the_generator_forward_again(tiny):
     experiment = tiny[0].model_copy(update={"micro_batch_size": 1})
-    assert of_training(experiment, tiny[1]).passes["generator"] == Passes(2, 1, 1)
+    assert training_footprint(experiment, tiny[1]).passes["generator"] == Passes(2, 1, 1)

@@ -227,7 +227,8 @@ class Reference:
             raise UserError(f"generator.timestep: got {timestep}, the schedule has 0 to {last}")
         if self.family.flow and timestep != last:
             raise UserError(
-                f"generator.timestep: should be {last} for a flow, whose stock pipelines begin at pure noise, got {timestep}"
+                f"generator.timestep: should be {last} for a flow, whose stock pipelines begin at pure noise, "
+                f"got {timestep}"
             )
         if input_scale == "sigma" and timestep == 0:
             raise UserError("generator.timestep: should be at least 1 where input_scale is 'sigma', got 0")

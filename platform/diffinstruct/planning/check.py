@@ -97,7 +97,7 @@ class Plan:
     uncounted: dict[str, str]
     """What could not be counted -> why."""
     training: Footprint
-    judging: Footprint
+    scoring: Footprint
     libraries: int
     """Bytes that a process takes before it loads anything."""
     block: int
@@ -124,7 +124,7 @@ class Plan:
 
     @property
     def per_actor(self) -> int:
-        return sum(role.memory for role in self.actor) + self.judging.passing
+        return sum(role.memory for role in self.actor) + self.scoring.passing
 
     @property
     def checkpoint(self) -> int:
@@ -141,8 +141,8 @@ class Plan:
     def flops(self) -> float:
         """Of a round, in all processes."""
         batches = self.experiment.global_batch_size / self.experiment.rewards.micro_batch_size
-        judging = self.judging.flops * batches * (self.experiment.reward_actors > 0)
-        return float(self.experiment.cluster.workers * self.training.flops) + judging
+        scoring = self.scoring.flops * batches * (self.experiment.reward_actors > 0)
+        return float(self.experiment.cluster.workers * self.training.flops) + scoring
 
     @property
     def work(self) -> int:
@@ -213,21 +213,21 @@ def make_plan(experiment: Experiment, reference: Reference) -> Plan:
     # Nothing else is loaded yet
     libraries = psutil.Process().memory_info().rss - sum(reward.weights for reward in rewards)
     try:
-        judging = footprint.of_rewards(experiment, reference, models)
+        scoring = footprint.rewards_footprint(experiment, reference, models)
     except Exception as error:  # they may be anybody's, and do with numbers what cannot be done without
         uncounted["rewards' activations"] = shorten(str(error), 96, placeholder=" ...")
         models = dict.fromkeys(trained, _brightness)
-        judging = footprint.of_rewards(experiment, reference, models)
-    decoder = ModelMemory("decoder", *_count(reference.empty("vae")), passes=judging.passes.get("decoder", Passes()))
+        scoring = footprint.rewards_footprint(experiment, reference, models)
+    decoder = ModelMemory("decoder", *_count(reference.empty("vae")), passes=scoring.passes.get("decoder", Passes()))
     network = reference.empty(reference.family.part)
     if _count(network)[0] > 10**8:  # operation by operation, as python goes
         print("check: going through a round without content, some minutes", file=sys.stderr, flush=True)
-    training = footprint.of_training(experiment, reference, None if experiment.reward_actors else models)
+    training = footprint.training_footprint(experiment, reference, None if experiment.reward_actors else models)
     worker, actor = _roles(experiment, reference, training), [decoder, *rewards]
     if not experiment.reward_actors:  # each training process has the rewards itself
         worker, actor = [*worker, *actor], []
     latent_bytes, block = 4 * prod(reference.latent_shape), largest_block(network)
-    return Plan(experiment, latent_bytes, worker, actor, apart, uncounted, training, judging, libraries, block)
+    return Plan(experiment, latent_bytes, worker, actor, apart, uncounted, training, scoring, libraries, block)
 
 
 def _roles(experiment: Experiment, reference: Reference, training: Footprint) -> list[ModelMemory]:
@@ -298,7 +298,7 @@ def _lines(plan: Plan, machine: Machine) -> list[str]:
     experiment, cluster = plan.experiment, plan.experiment.cluster
     samples, actors = experiment.global_batch_size, experiment.reward_actors
     resources = ((cluster.workers, cluster.worker_resources), (actors, cluster.rewards.resources))
-    judging = plan.judging.passing
+    scoring = plan.scoring.passing
     return [
         f"work       {plan.work} forwards' worth of one network per sample and step, {samples} samples a step; "
         f"in all {_flop(plan.flops)}, {_flop(plan.flops / samples)} a sample",
@@ -316,7 +316,7 @@ def _lines(plan: Plan, machine: Machine) -> list[str]:
         + (f", {_mib(plan.gathered)} of a block that is whole" if plan.gathered else "")
         + f", {_mib(plan.training.passing)} that comes and goes in a round",
         *(
-            [f"{'':<11}reward actor {_mib(plan.per_actor)}: {_mib(plan.per_actor - judging)} and {_mib(judging)}"]
+            [f"{'':<11}reward actor {_mib(plan.per_actor)}: {_mib(plan.per_actor - scoring)} and {_mib(scoring)}"]
             * (actors > 0)
         ),
         f"{'':<11}in main memory {_mib(plan.in_ram)}, with {_mib(plan.libraries)} of libraries a process and "

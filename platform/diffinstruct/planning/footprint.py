@@ -74,14 +74,14 @@ class Footprint:
         return self.peak - self.held
 
 
-def of_training(
+def training_footprint(
     experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel] | None = None
 ) -> Footprint:
     """The footprint of a process that trains, with whole networks and without text encoders; with rewards, if it
     computes them itself. Their own weights are not counted, the decoder's are."""
-    of_worker = experiment.global_batch_size // experiment.cluster.workers
+    per_worker = experiment.global_batch_size // experiment.cluster.workers
     # One micro-batch after another takes what two take, but for latents
-    samples = min(of_worker, 2 * experiment.micro_batch_size) if experiment.micro_batch_size else of_worker
+    samples = min(per_worker, 2 * experiment.micro_batch_size) if experiment.micro_batch_size else per_worker
     config = make_step_config(experiment, reference.schedule)
     with _Count(), torch.device("meta"):  # not yet among tensors without content: peft cannot move those
         roles = make_roles(experiment, reference, lambda load: load("meta"))
@@ -90,7 +90,7 @@ def of_training(
         null = reference.blank_conditions()
         _fill_roles(experiment, roles)
         train_state = make_train_state(experiment, roles, null, lambda module: module)
-        send = _judge(experiment, reference, decoder, rewards) if rewards is not None else _nobody
+        send = _scoring(experiment, reference, decoder, rewards) if rewards is not None else _no_rewards
         counters = {
             "generator": PassCounter(roles.generator.denoiser),
             "score network": PassCounter(roles.score_network),
@@ -102,14 +102,14 @@ def of_training(
         noise = NoiseStreams(0, 1, samples, reference.latent_shape, slice(0, samples), torch.device("cpu"))
         alternating_round(train_state, config, reference.schedule, noise, [""] * samples, c, send)
         passes = {role: counter.passes(samples) for role, counter in counters.items()}
-        return Footprint(count.live, count.peak, count.flops * of_worker // samples, passes)
+        return Footprint(count.live, count.peak, count.flops * per_worker // samples, passes)
 
 
-def of_rewards(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel]) -> Footprint:
+def rewards_footprint(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel]) -> Footprint:
     """The footprint of a reward actor without its rewards' own weights; `flops` are those of a micro-batch."""
     decoder = reference.empty("vae")
     with _counting() as count:
-        send = _judge(experiment, reference, decoder, rewards)
+        send = _scoring(experiment, reference, decoder, rewards)
         held, samples = count.live, experiment.rewards.micro_batch_size
         counter = PassCounter(decoder.decoder)
         send(torch.empty(samples, *reference.latent_shape), [""] * samples)
@@ -160,17 +160,17 @@ def _finish_a_round(train_state: TrainState) -> None:
         optimizer.step()
 
 
-def _judge(
+def _scoring(
     experiment: Experiment, reference: Reference, decoder: nn.Module, rewards: Mapping[str, RewardModel]
 ) -> Send:
     reference.vae = _fill(decoder.requires_grad_(False), {})
     if reference.activation_checkpointing:
         reference.vae.enable_gradient_checkpointing()
-    judged = LatentRewards(reference.decode, rewards)
+    latent_rewards = LatentRewards(reference.decode, rewards)
     weights = {reward.name: reward.weight for reward in experiment.rewards.trained if reward.name in rewards}
 
     def send(latents: Tensor, prompts: Sequence[str]) -> Collect:
-        answer = judged(latents, prompts, RewardRequest(weights, experiment.rewards.micro_batch_size))
+        answer = latent_rewards(latents, prompts, RewardRequest(weights, experiment.rewards.micro_batch_size))
         return lambda: answer
 
     return send
@@ -189,7 +189,7 @@ def _fill(network: nn.Module, filled: dict[nn.Parameter, nn.Parameter], dtype: t
     return network
 
 
-def _nobody(latents: Tensor, prompts: Sequence[str]) -> Collect:
+def _no_rewards(latents: Tensor, prompts: Sequence[str]) -> Collect:
     return lambda: Scores({}, torch.zeros_like(latents), 0.0, len(latents))
 
 
