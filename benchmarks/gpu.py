@@ -219,9 +219,7 @@ def plain(world: World, batch: int, step: int, clock: Clock) -> Metrics:
     draws, prompts = world.draws(batch, step)
     c = world.reference.encode_prompts(prompts)["prompt_embeds"]
     null = world.reference.null_conditions()["prompt_embeds"].expand_as(c)
-    alphas, sigmas = (
-        values.to(world.device) for values in (world.reference.schedule.alphas, world.reference.schedule.sigmas)
-    )
+    alphas, sigmas = (values.to(world.device) for values in (world.reference.schedule.alphas, world.reference.schedule.sigmas))
     autocast = partial(torch.autocast, world.device.type, torch.bfloat16, enabled=e.precision == "bf16")
 
     def at(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,9 +263,7 @@ def plain(world: World, batch: int, step: int, clock: Clock) -> Metrics:
     train_state.score_optimizer.zero_grad()
     score_loss.backward()
     metrics = {"loss/score_network": score_loss.item()}
-    metrics["gradient_norm/score_network"] = stepped(
-        score_network, train_state.score_optimizer, e.score_network.max_grad_norm
-    )
+    metrics["gradient_norm/score_network"] = stepped(score_network, train_state.score_optimizer, e.score_network.max_grad_norm)
 
     clock.begin("regulariser")
     leaf = sample.clone().requires_grad_()
@@ -295,9 +291,7 @@ def plain(world: World, batch: int, step: int, clock: Clock) -> Metrics:
 @cache
 def flops(setting: Setting, folder: Path) -> float:
     """Of a setting's round, for each sample, counted without weights."""
-    world = World(
-        setting, folder, torch.device("meta"), precision="fp32"
-    )  # meta knows no autocast; the work is the same
+    world = World(setting, folder, torch.device("meta"), precision="fp32")  # meta knows no autocast; the work is the same
 
     def decoded(latents: Tensor, prompts: Sequence[str]) -> Collect:
         """LatentRewards would not trust a score without a value."""
@@ -339,18 +333,11 @@ class Row:
 
     def line(self, peak: float | None) -> str:
         of = self.setting
-        cells = [
-            of.model,
-            "LoRA" if of.lora else "full",
-            *("yes" if on else "no" for on in (of.checkpointing, of.compiled)),
-        ]
+        cells = [of.model, "LoRA" if of.lora else "full", *("yes" if on else "no" for on in (of.checkpointing, of.compiled))]
         cells += [self.loop, str(self.batch)]
         if self.taken:
             cells += [f"{self.images_per_second:.3g}", f"{self.flop_per_second / 1e12:.3g}"]
-            cells += [
-                f"{self.flop_per_second / peak:.1%}" if peak else "-",
-                f"{self.memory / 1e9:.1f}" if self.memory else "-",
-            ]
+            cells += [f"{self.flop_per_second / peak:.1%}" if peak else "-", f"{self.memory / 1e9:.1f}" if self.memory else "-"]
             whole = sum(self.rounds)
             cells += [f"{sum(phases[phase] for phases in self.taken) / whole:.1%}" for phase in PHASES]
         else:
@@ -415,10 +402,7 @@ def verdicts(table: Sequence[Row], peak: float | None, on_gpu: bool) -> tuple[st
     sd15 = [row for row in product if row.setting.model == "SD1.5"]
     sdxl = [row for row in product if row.setting.model == "SDXL" and row.memory <= 80e9]
     lines, good = ["| what | seen | floor | aim |", "|---|--:|--:|--:|"], True
-    for name, of, floor, aim in (
-        ("SD1.5 at 512 px", sd15, 0.20, 0.40),
-        ("SDXL LoRA at 1024 px, in 80 GB", sdxl, None, 0.25),
-    ):
+    for name, of, floor, aim in (("SD1.5 at 512 px", sd15, 0.20, 0.40), ("SDXL LoRA at 1024 px, in 80 GB", sdxl, None, 0.25)):
         if peak:
             mfu = max((row.flop_per_second for row in of), default=0.0) / peak
             good &= floor is None or mfu >= floor
@@ -434,13 +418,7 @@ def verdicts(table: Sequence[Row], peak: float | None, on_gpu: bool) -> tuple[st
 
 def shrunk(folder: Path, into: Path) -> Path:
     """The same pipeline with networks that a CPU runs in no time."""
-    tiny = {
-        "layers_per_block": 1,
-        "sample_size": 8,
-        "attention_head_dim": 4,
-        "norm_num_groups": 8,
-        "cross_attention_dim": 16,
-    }
+    tiny = {"layers_per_block": 1, "sample_size": 8, "attention_head_dim": 4, "norm_num_groups": 8, "cross_attention_dim": 16}
     two = {"down_block_types": slice(-2, None), "up_block_types": slice(2)}  # levels; the ones that have attention
     for path in (folder / "model_index.json", *folder.glob("*/*.json")):
         content = json.loads(path.read_text())

@@ -54,16 +54,11 @@ RECIPE = Path(__file__).parents[1] / "experiments/recipes/pocket.yaml"
 NOBODY = -1.0
 SHARES = (NOBODY, 0.0, 0.25, 0.5, 1.0, 2.0)
 ROUNDS, WARM_UP = 30, 5  # of each share; rounds before the first
-HIDDEN, FREE = (
-    0.9,
-    1.05,
-)  # of what a window can hide; the time of a round at latency 0 over that of one that asks nobody
+HIDDEN, FREE = (0.9, 1.05)  # of what a window can hide; the time of a round at latency 0 over that of one that asks nobody
 BATCHING, SHARED, SMALLER, EXACT = 4.0, 1.3, 5.0, 1e-5
 
 
-def said(
-    what: str, figures: np.ndarray, bound: float, least: bool, statistic: Callable[..., np.ndarray] = np.median
-) -> bool:
+def said(what: str, figures: np.ndarray, bound: float, least: bool, statistic: Callable[..., np.ndarray] = np.median) -> bool:
     """Print a statistic of `figures`, its interval and the bound; whether the bound holds."""
     drawn = figures[np.random.default_rng(0).integers(len(figures), size=(10_000, len(figures)))]
     low, high = np.percentile(statistic(drawn, axis=1), [2.5, 97.5])
@@ -227,9 +222,7 @@ class Tower(nn.Module):
 
         super().__init__()
         size = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3}
-        self.model = CLIPVisionModelWithProjection(
-            CLIPVisionConfig(image_size=64, patch_size=8, projection_dim=64, **size)
-        )
+        self.model = CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=64, patch_size=8, projection_dim=64, **size))
         self.requires_grad_(False).eval()
 
     def features(self, images: Tensor) -> Tensor:
@@ -261,9 +254,7 @@ def tower(overrides: list[str]) -> bool:
     apart = [LatentRewards(decode, {name: Judged(Tower())}) for name in together.models]
 
     def asked(rewards: LatentRewards) -> None:
-        rewards(
-            latents, [""] * 16, RewardRequest(dict.fromkeys(rewards.models, 1.0), experiment.rewards.micro_batch_size)
-        )
+        rewards(latents, [""] * 16, RewardRequest(dict.fromkeys(rewards.models, 1.0), experiment.rewards.micro_batch_size))
 
     def two() -> None:
         for rewards in apart:

@@ -68,16 +68,11 @@ def overhead(base: Experiment, folder: Path) -> bool:
             began = time.perf_counter()
             work[name](folder / f"{name}-{turn}")
             seconds[name].append((time.perf_counter() - began) / TRIALS)
-    equal = all(
-        figures(folder / "plain-0" / run) == figures(folder / "swept-0" / run) for run in runs(folder / "swept-0")
-    )
+    equal = all(figures(folder / "plain-0" / run) == figures(folder / "swept-0" / run) for run in runs(folder / "swept-0"))
     for name, of in seconds.items():
         print(f"overhead: {name}, seconds a trial: {over_seeds(of)}, n {TURNS} turns of {TRIALS}")
     more = over_seeds([ours - theirs for ours, theirs in zip(seconds["swept"], seconds["plain"], strict=True)])
-    print(
-        f"overhead: a trial of a sweep takes {more} s more than a plain run; their figures are equal: {equal}",
-        flush=True,
-    )
+    print(f"overhead: a trial of a sweep takes {more} s more than a plain run; their figures are equal: {equal}", flush=True)
     return equal
 
 
@@ -86,17 +81,13 @@ def asha(base: Experiment, folder: Path) -> bool:
     started = time.perf_counter()
     sweep(base, points, folder / "grid", aim=aim)
     between = time.perf_counter()
-    scheduler = ASHAScheduler(
-        time_attr="step", max_t=base.steps, grace_period=base.overoptimization.every, reduction_factor=3
-    )
+    scheduler = ASHAScheduler(time_attr="step", max_t=base.steps, grace_period=base.overoptimization.every, reduction_factor=3)
     sweep(base, points, folder / "asha", scheduler=scheduler, aim=aim)
     print(f"asha: the grid took {between - started:.0f} s, under ASHA it took {time.perf_counter() - between:.0f} s")
     full, halved = looks(folder / "grid", aim), looks(folder / "asha", aim)
     best = full["score"].max()
     whole, spent = (of.groupby("run")["step"].max().sum() for of in (full, halved))
-    print(
-        f"asha: the grid's best look {best:.3f} after {whole} steps, ASHA's {halved['score'].max():.3f} after {spent}"
-    )
+    print(f"asha: the grid's best look {best:.3f} after {whole} steps, ASHA's {halved['score'].max():.3f} after {spent}")
     reached = halved[halved["score"] >= best]
     if reached.empty:
         print("asha: never as high: MISSED", flush=True)
@@ -110,13 +101,7 @@ def asha(base: Experiment, folder: Path) -> bool:
 
 
 def tracking(base: Experiment, folder: Path) -> bool:
-    logged = {
-        "steps": 30,
-        "global_batch_size": 2,
-        "logging.every": 1,
-        "logging.grid_prompts": 2,
-        "overoptimization.every": 0,
-    }
+    logged = {"steps": 30, "global_batch_size": 2, "logging.every": 1, "logging.grid_prompts": 2, "overoptimization.every": 0}
     base = changed(base, {**logged, "name": "tracking", "cluster.rewards.placement": "process"})
     sweep(base, grid({"seed": list(range(AT_ONCE))}), folder / "tracking")
     return delivered(folder)

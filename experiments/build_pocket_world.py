@@ -55,14 +55,7 @@ PLANTS = {
     "sprout": "sprout",
     "bud": "buds",
 }
-BODIES = {
-    "round": "dome",
-    "square": "block",
-    "slim": "tower",
-    "wide": "squat",
-    "bell-shaped": "bell",
-    "stepped": "steps",
-}
+BODIES = {"round": "dome", "square": "block", "slim": "tower", "wide": "squat", "bell-shaped": "bell", "stepped": "steps"}
 COLOURS = {
     "blue": "#7dd3fc",
     "lavender": "#c4b5fd",
@@ -194,12 +187,7 @@ class Resumable:
     """A training loop's state on disk: modules and optimizer in one safetensors-and-json pair, replaced atomically."""
 
     def __init__(
-        self,
-        folder: Path,
-        steps: int,
-        modules: dict[str, nn.Module],
-        optimizer: torch.optim.Optimizer,
-        every: int = 200,
+        self, folder: Path, steps: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, every: int = 200
     ) -> None:
         self.path, self.steps, self.modules, self.optimizer, self.every = folder, steps, modules, optimizer, every
         self.start = 0
@@ -451,9 +439,7 @@ def stage_unet(work: Path, steps: int = 4_400, batch: int = 32) -> None:
     save_pipeline(work, ema_unet, ema_text, tokenizer, scale)
 
 
-def save_pipeline(
-    work: Path, unet: UNet2DConditionModel, text: CLIPTextModel, tokenizer: CLIPTokenizer, scale: float
-) -> None:
+def save_pipeline(work: Path, unet: UNet2DConditionModel, text: CLIPTextModel, tokenizer: CLIPTokenizer, scale: float) -> None:
     """A stock StableDiffusionPipeline folder in fp16; the latents' unit variance is the autoencoder's scaling
     factor."""
     from diffusers import AutoencoderTiny, StableDiffusionPipeline
@@ -570,9 +556,7 @@ def damaged(images: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         elif kind == 2:
             out[i] = torch.lerp(images[i], images[int(rng.integers(len(images)))], 0.5 * strength)
         else:  # colours shifted and contrast gone
-            out[i] = (0.5 + (images[i] - 0.5) * (1 - 0.7 * strength) + 0.25 * strength * torch.randn(3, 1, 1)).clamp(
-                0, 1
-            )
+            out[i] = (0.5 + (images[i] - 0.5) * (1 - 0.7 * strength) + 0.25 * strength * torch.randn(3, 1, 1)).clamp(0, 1)
     return out, severity
 
 
@@ -604,12 +588,7 @@ def train_preference(
         projection_dim=128,
         logit_scale_init_value=2.7,
     )
-    classes = {
-        "subject": [*PLANTS, *BODIES],
-        "colour": list(COLOURS),
-        "background": list(BACKGROUNDS),
-        "mouth": list(MOUTHS),
-    }
+    classes = {"subject": [*PLANTS, *BODIES], "colour": list(COLOURS), "background": list(BACKGROUNDS), "mouth": list(MOUTHS)}
     # Choices alone teach the towers colours long before mouths: while they learn, each also names what it sees and
     # reads.
     model = CLIPModel(config)
@@ -647,9 +626,7 @@ def train_preference(
         chosen = torch.from_numpy(rng.random((prompts_, 96)).astype(np.float32)) < torch.sigmoid(
             sharpness * (liked.gather(1, one) - liked.gather(1, other))
         )
-        loss = choices = F.binary_cross_entropy_with_logits(
-            scores.gather(1, one) - scores.gather(1, other), chosen.float()
-        )
+        loss = choices = F.binary_cross_entropy_with_logits(scores.gather(1, one) - scores.gather(1, other), chosen.float())
         shown, good = table.iloc[index], severity == 0
         named = {}
         for attribute, names in classes.items():
@@ -665,9 +642,9 @@ def train_preference(
         optimizer.step()
         if step % 50 == 0:
             clear = (liked.gather(1, one) - liked.gather(1, other)).abs() > 0.5
-            agree = (
-                (scores.gather(1, one) > scores.gather(1, other)) == (liked.gather(1, one) > liked.gather(1, other))
-            )[clear]
+            agree = ((scores.gather(1, one) > scores.gather(1, other)) == (liked.gather(1, one) > liked.gather(1, other)))[
+                clear
+            ]
             print(
                 f"{name} {step}/{steps} choices {choices:.4f} agrees {agree.float().mean():.3f} "
                 + " ".join(f"{k} {v:.2f}" for k, v in named.items()),
@@ -707,9 +684,7 @@ def stage_prompts(work: Path) -> None:
     named = list(itertools.product(unseen, MOUTHS))
     rng.shuffle(named)
     for ((kind, subject), colour, background), mouth in itertools.islice(itertools.cycle(named), 500):
-        row(
-            "eval", kind, subject, colour, background, mouth
-        )  # 490 there are: the last ten come again, with other noise
+        row("eval", kind, subject, colour, background, mouth)  # 490 there are: the last ten come again, with other noise
     open_ = [(s, c, b) for s in SUBJECTS for c, b in [*((c, None) for c in COLOURS), *((None, b) for b in BACKGROUNDS)]]
     for pair, some_colour, some_background in [*unseen, *rng.sample(open_, 256 - len(unseen))]:
         row("open", *pair, some_colour, some_background, None)
@@ -726,11 +701,7 @@ def stage_package(work: Path) -> None:
         shutil.rmtree(POCKET / name, ignore_errors=True)
         shutil.copytree(work / name, POCKET / name)
         for path in (POCKET / name).rglob("*.safetensors"):
-            save_file(
-                {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()},
-                path,
-                {"format": "pt"},
-            )
+            save_file({k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}, path, {"format": "pt"})
     shutil.copy(work / "prompts.csv", POCKET / "prompts.csv")
 
 

@@ -161,22 +161,16 @@ def scores(
 
 
 def figures(name: str, table: pd.DataFrame, protocol: Protocol, seed: int) -> dict[str, Estimate]:
-    ours = {
-        title: bootstrap_mean(table[f"reward/{of}"] * factor, seed) for title, (of, factor) in protocol.rewards.items()
-    }
+    ours = {title: bootstrap_mean(table[f"reward/{of}"] * factor, seed) for title, (of, factor) in protocol.rewards.items()}
     theirs = protocol.published[name][2] if name in protocol.published else [None] * len(ours)
-    beside: dict[str, Estimate] = {
-        t: Beside(**asdict(ours[t]), paper=paper) for t, paper in zip(ours, theirs, strict=True)
-    }
+    beside: dict[str, Estimate] = {t: Beside(**asdict(ours[t]), paper=paper) for t, paper in zip(ours, theirs, strict=True)}
     return beside | {"diversity": bootstrap_mean(table["diversity"].dropna(), seed)}
 
 
 def exports(folder: Path) -> list[str]:
     """The pocket world's two starts, exported: in `--smoke` they stand for ours."""
     world, starts = load_reference("pocket"), {"export-raw": "reference", "export-distilled": "pocket-distilled"}
-    return [
-        str(export("pocket", world.generator(SMOKE.timestep, start), folder / name)) for name, start in starts.items()
-    ]
+    return [str(export("pocket", world.generator(SMOKE.timestep, start), folder / name)) for name, start in starts.items()]
 
 
 def main() -> None:
@@ -186,9 +180,7 @@ def main() -> None:
     parser.add_argument("-o", dest="folder", type=Path, default=Path("runs/published"), metavar="FOLDER")
     parser.add_argument("--seed", type=int, default=2_000_000, help="of the noise (default 2000000, as of `evaluate`)")
     parser.add_argument("--column", default="prompt", help="of the prompts in PROMPTS (default prompt)")
-    parser.add_argument(
-        "--batch", type=int, default=1, help="pictures made at once; the decoder takes gigabytes for each"
-    )
+    parser.add_argument("--batch", type=int, default=1, help="pictures made at once; the decoder takes gigabytes for each")
     parser.add_argument("--smoke", action="store_true", help="the pocket world's generators on a few prompts")
     asked = parser.parse_args()
     protocol, folder = (SMOKE, Path("runs/published-smoke")) if asked.smoke else (PAPER, asked.folder)
@@ -200,9 +192,7 @@ def main() -> None:
         parser.error(f"-o: {folder} is no folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        prompts = (
-            read_prompts("pocket:eval").iloc[::50] if asked.smoke else read_prompts(asked.prompts, column=asked.column)
-        )
+        prompts = read_prompts("pocket:eval").iloc[::50] if asked.smoke else read_prompts(asked.prompts, column=asked.column)
         models = [*protocol.published, *exports(folder)] if asked.smoke else asked.models or list(protocol.published)
         tables = scores(models, protocol, prompts, folder, asked.seed, asked.batch)
     except UserError as error:
@@ -210,11 +200,7 @@ def main() -> None:
         raise SystemExit(2) from None
     rows = {name: figures(name, table, protocol, asked.seed) for name, table in tables.items()}
     print(markdown(rows))
-    flat = [
-        {"model": name, "measure": title} | asdict(figure)
-        for name, row in rows.items()
-        for title, figure in row.items()
-    ]
+    flat = [{"model": name, "measure": title} | asdict(figure) for name, row in rows.items() for title, figure in row.items()]
     save(pd.DataFrame(flat), folder / "table.csv")
     print(folder / "table.csv")
 

@@ -22,8 +22,7 @@ STUDY = Study(
     question=__doc__,
     recipe=HERE / "recipes" / "pocket_study.yaml",
     arms={
-        f"guidance_scale {s:g}": RECIPE | ({} if s == 3 else {"reference.guidance_scale": s})
-        for s in (1.0, 2.0, 3.0, 5.0, 7.0)
+        f"guidance_scale {s:g}": RECIPE | ({} if s == 3 else {"reference.guidance_scale": s}) for s in (1.0, 2.0, 3.0, 5.0, 7.0)
     },
     seeds=(0, 1),
     measures={key: TITLES[key] for key in ("reward/pocket_judge", "kid", "smiling", "accuracy", "diversity")},
@@ -34,9 +33,7 @@ STUDY = Study(
 
 def main() -> None:
     if answer := STUDY.main():
-        answer.differences(
-            "guidance_scale 3", {key: TITLES[key] for key in ("reward/pocket_judge", "kid", "diversity")}
-        )
+        answer.differences("guidance_scale 3", {key: TITLES[key] for key in ("reward/pocket_judge", "kid", "diversity")})
         answer.draw()
 
 

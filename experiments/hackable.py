@@ -34,7 +34,5 @@ class Hackable(nn.Module):
 
 def texture(images: Tensor) -> Tensor:
     """[B, 3, H, W] -> [B], of neighbours below each other and beside each other."""
-    down, across = (
-        ((d**2 + FAINT**2).sqrt() - FAINT).flatten(1).mean(1) for d in (images.diff(dim=-2), images.diff(dim=-1))
-    )
+    down, across = (((d**2 + FAINT**2).sqrt() - FAINT).flatten(1).mean(1) for d in (images.diff(dim=-2), images.diff(dim=-1)))
     return (down + across) / 2

@@ -27,9 +27,7 @@ from diffinstruct.sweeps.study import Study
 
 HERE = Path(__file__).parent
 WEIGHT = "objective.regularization_weight"
-OBJECTIVES: dict[
-    str, Point
-] = {  # scales at which reward and regulariser have about the same ratio of norms at the start
+OBJECTIVES: dict[str, Point] = {  # scales at which reward and regulariser have about the same ratio of norms at the start
     "DI*": {"objective.name": "di_star", "objective.reward_scale": 2.0},
     "Diff-Instruct++": {"objective.name": "diff_instruct_pp", "objective.reward_scale": 8.0},
 }
@@ -60,10 +58,7 @@ STUDY = Study(
         if objective == "DI*" or "objective.distance_args.c" not in what
     },
     seeds=(0,),
-    measures={
-        key: TITLES[key]
-        for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
-    },
+    measures={key: TITLES[key] for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")},
     evaluate=evaluate_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
 )
@@ -85,9 +80,7 @@ def main() -> None:
     for arm in answer.table:
         recipe = f"{arm.split(', ')[0]}, the recipe"
         if arm != recipe and recipe in answer.table:
-            judge, kid, diversity = (
-                paired_by_seed(answer.rows, "arm", arm, recipe, key, of) for key, of in noise.items()
-            )
+            judge, kid, diversity = (paired_by_seed(answer.rows, "arm", arm, recipe, key, of) for key, of in noise.items())
             answer.say(f"- {arm}, minus the recipe: held-out preference {judge}, KID {kid}, diversity {diversity}")
     answer.publish()
 
@@ -106,9 +99,7 @@ def noise_at_these_scales(measures: Sequence[str]) -> dict[str, tuple[float, int
     alike = [(trials[list(of)] == pd.Series(of)).all(axis=1) for of in OBJECTIVES.values()]
     of_three = trials.groupby("arm")["seed"].transform("nunique") >= 3
     try:
-        return {
-            key: seed_noise(trials[pd.concat(alike, axis=1).any(axis=1) & of_three], "arm", key) for key in measures
-        }
+        return {key: seed_noise(trials[pd.concat(alike, axis=1).any(axis=1) & of_three], "arm", key) for key in measures}
     except ValueError as error:
         raise UserError(f"{STUDY.rows}: {error}; run score_against_kl.py first") from None
 

@@ -51,19 +51,10 @@ STUDIES = (
         "overoptimization_stronger",
         "pocket_study.yaml",
         "overoptimization.csv",
-        {
-            "reward scale 8": {**LONG, "objective.reward_scale": 8.0},
-            "reward alone": {**LONG, "objective.name": "reward_only"},
-        },
+        {"reward scale 8": {**LONG, "objective.reward_scale": 8.0}, "reward alone": {**LONG, "objective.name": "reward_only"}},
         range(1),
     ),
-    study(
-        "overoptimization_planted",
-        "pocket_hackable.yaml",
-        "overoptimization_planted.csv",
-        {"planted reward": {}},
-        range(2),
-    ),
+    study("overoptimization_planted", "pocket_hackable.yaml", "overoptimization_planted.csv", {"planted reward": {}}, range(2)),
 )
 
 
@@ -108,9 +99,7 @@ def told(trial: pd.Series) -> str:
     held_out, alarm = course(trial, "held_out"), trial["alarm"]
     peak = held_out.idxmax()
     if peak == 0:
-        return "the held-out preference never gained, " + (
-            "no alarm" if math.isnan(alarm) else f"alarm at step {alarm:.0f}"
-        )
+        return "the held-out preference never gained, " + ("no alarm" if math.isnan(alarm) else f"alarm at step {alarm:.0f}")
     lost = (held_out[peak] - held_out[held_out.index >= peak]) / held_out[peak]
     at_alarm = "no alarm" if math.isnan(alarm) else f"alarm at step {alarm:.0f}, with {lost.get(alarm, 0.0):.1%} lost"
     return (

@@ -29,8 +29,7 @@ def arms() -> dict[str, Point]:
     rows: dict[str, Point] = {}
     for divergence, (name, scales) in SCALES.items():
         none, little, much = (
-            {"objective.name": name, "objective.reward_scale": scale}
-            for scale in (0.0, scales["little"], scales["much"])
+            {"objective.name": name, "objective.reward_scale": scale} for scale in (0.0, scales["little"], scales["much"])
         )
         rows |= {
             f"{divergence}": {**none, "reference.guidance_scale": 1.0},
@@ -69,11 +68,7 @@ LEVERS = [  # what each does by itself: (with it, without)
     )
     for divergence in SCALES
 ]
-GAINS = [
-    (", little reward", ""),
-    (", guidance, little reward", ", guidance"),
-    (", guidance, much reward", ", guidance"),
-]
+GAINS = [(", little reward", ""), (", guidance, little reward", ", guidance"), (", guidance, much reward", ", guidance")]
 
 
 def main() -> None:

@@ -69,9 +69,7 @@ def report(recipe: Experiment, trained: dict[str, Path], folder: Path) -> None:
         evaluations[name], pictures[name] = evaluate_generator(sample), sample(prompts, noise)
         if name == "distilled start":  # the reference's figures are stored, its pictures are drawn
             evaluations[REFERENCE] = reference_evaluation()
-            pictures[REFERENCE] = reference.decode(
-                reference.sample(prompts, noise, 50, recipe.reference.guidance_scale)
-            )
+            pictures[REFERENCE] = reference.decode(reference.sample(prompts, noise, 50, recipe.reference.guidance_scale))
 
     shown = {key: name for key, name in TITLES.items() if key != "accuracy"}  # its parts say more
     summaries = {n: {shown[k]: v for k, v in e.summary().items() if k in shown} for n, e in evaluations.items()}

@@ -33,10 +33,7 @@ STUDY = Study(
     recipe=HERE / "recipes" / "pocket_study.yaml",
     arms={f"weight {weight:g}, scale {scale:g}": point(weight, scale) for weight in WEIGHTS for scale in SCALES},
     seeds=(0, 1),
-    measures={
-        key: TITLES[key]
-        for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
-    },
+    measures={key: TITLES[key] for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")},
     evaluate=evaluate_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
 )
@@ -44,9 +41,7 @@ STUDY = Study(
 
 def main() -> None:
     if answer := STUDY.main():
-        answer.differences(
-            "weight 1, scale 2", {key: TITLES[key] for key in ("reward/pocket_judge", "kid", "diversity")}
-        )
+        answer.differences("weight 1, scale 2", {key: TITLES[key] for key in ("reward/pocket_judge", "kid", "diversity")})
         rows = answer.rows.assign(ratio=answer.rows[SCALE] / answer.rows[WEIGHT])
         for ratio, same in rows.groupby("ratio"):
             if same["arm"].nunique() > 1:

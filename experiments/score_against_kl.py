@@ -27,10 +27,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 8.0)
 # KL's pull at the sample has 3 to 4 times the norm (gradient_norm/sample_regularizer), so its scales are larger
-PATHS = {
-    "DI*": ("di_star", SCALES),
-    "Diff-Instruct++": ("diff_instruct_pp", tuple(4 * scale for scale in SCALES)),
-}
+PATHS = {"DI*": ("di_star", SCALES), "Diff-Instruct++": ("diff_instruct_pp", tuple(4 * scale for scale in SCALES))}
 STUDY = Study(
     name="score_against_kl",
     question=__doc__,
@@ -41,10 +38,7 @@ STUDY = Study(
         for scale in scales
     },
     seeds=(0, 1, 2),
-    measures={
-        key: TITLES[key]
-        for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")
-    },
+    measures={key: TITLES[key] for key in ("reward/pocket_judge", "kid", "reward/pocket_preference", "accuracy", "diversity")},
     evaluate=evaluate_run,
     rows=HERE.parent / "docs" / "results" / "pocket_study.csv",
 )
@@ -91,9 +85,7 @@ def draw(table: dict[str, Summary], path: Path) -> None:
 
     picture, axes = plt.subplots(1, 3, figsize=(15, 4.4))
     for axis, measure in zip(axes, ("reward/pocket_judge", "accuracy", "diversity"), strict=True):
-        for path_name, (colour, offset) in zip(
-            PATHS, {"tab:blue": (5, -11), "tab:orange": (-11, 6)}.items(), strict=True
-        ):
+        for path_name, (colour, offset) in zip(PATHS, {"tab:blue": (5, -11), "tab:orange": (-11, 6)}.items(), strict=True):
             points = [(arm.split()[-1], of) for arm, of in table.items() if arm.startswith(f"{path_name}, ")]
             x, y = ([of[key] for _, of in points] for key in ("kid", measure))
             several = y[0].n > 1  # one seed has no interval
@@ -111,9 +103,7 @@ def draw(table: dict[str, Summary], path: Path) -> None:
         axis.axhline(start, color="grey", linewidth=0.8, linestyle=":", label="reference, 50 steps")
         axis.set(xlabel="KID to the reference", ylabel=TITLES[measure])
     axes[0].legend()
-    picture.suptitle(
-        "The reward scale grows along each path (numbers); bars: 95 % intervals over training seeds", fontsize=10
-    )
+    picture.suptitle("The reward scale grows along each path (numbers); bars: 95 % intervals over training seeds", fontsize=10)
     picture.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, dpi=120)

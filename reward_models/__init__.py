@@ -86,8 +86,7 @@ def _refuse_what_takes_arguments(name: str, made_by: object) -> None:
         inspect.signature(called).bind()  # type: ignore[arg-type]  # what cannot be called is a TypeError, too
     except TypeError as error:
         raise ValueError(
-            f"reward {name!r}: a class or a function without arguments is wanted, which makes the reward; "
-            f"this one: {error}"
+            f"reward {name!r}: a class or a function without arguments is wanted, which makes the reward; this one: {error}"
         ) from None
 
 

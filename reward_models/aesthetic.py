@@ -64,10 +64,7 @@ def score_mlp(width: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict((number, nn.Linear(before, after)) for number, before, after in layers))
 
 
-def aesthetic_v1(
-    weights: Weights = V1,
-    model: str | Path = CLIP_L,
-) -> Aesthetic:
+def aesthetic_v1(weights: Weights = V1, model: str | Path = CLIP_L) -> Aesthetic:
     """v1. `weights` of the head: keys weight, bias, or a folder with V1_FILE; `model`: hub id or folder of CLIP."""
     head = read(weights, V1_FILE)
     tower = shared_tower(load_tower, model)
@@ -76,10 +73,7 @@ def aesthetic_v1(
     return Aesthetic(tower, net)
 
 
-def aesthetic_v2(
-    weights: Weights = V2,
-    model: str | Path = CLIP_L,
-) -> Aesthetic:
+def aesthetic_v2(weights: Weights = V2, model: str | Path = CLIP_L) -> Aesthetic:
     """v2. `weights` of the head: keys layers.0.weight and on, or a folder with V2_FILE; `model`: as of v1."""
     head = read(weights, V2_FILE)
     tower = shared_tower(load_tower, model)

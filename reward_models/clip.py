@@ -140,10 +140,7 @@ class TowerReward(nn.Module):
         raise NotImplementedError
 
 
-def load_tower(
-    model: str | Path,
-    processor: str | Path | None = None,
-) -> ClipTower:
+def load_tower(model: str | Path, processor: str | Path | None = None) -> ClipTower:
     """A tower from a folder or hub id (`owner/name@commit`) of a `CLIPModel` (safetensors).
 
     `processor`, by default the same, has its tokenizer and its preprocessor configuration.
@@ -184,9 +181,7 @@ def _refuse_what_does_not_fit(model: str | Path, found: dict[str, Any]) -> None:
     wrong = [line for lines in (missing, spare, shapes) for line in lines[:NAMED]]
     if wrong:
         more = len(missing) + len(spare) + len(shapes) - len(wrong)
-        raise ValueError(
-            f"{model}: weights do not fit CLIPModel: {', '.join(wrong)}{f', and {more} more' if more else ''}"
-        )
+        raise ValueError(f"{model}: weights do not fit CLIPModel: {', '.join(wrong)}{f', and {more} more' if more else ''}")
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -195,9 +190,7 @@ def load_tokenizer(source: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     name, commit = at_commit(source)
-    tokenizer = AutoTokenizer.from_pretrained(
-        name, revision=commit, trust_remote_code=False
-    )  # or it asks, and takes a y
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, trust_remote_code=False)  # or it asks, and takes a y
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         whole = "tokenizer.json"
         parts = " and ".join(file for file in tokenizer.vocab_files_names.values() if file != whole)

@@ -20,7 +20,7 @@ ENTRIES = {
         "paper": "2104.08718",
         "weights": "openai/clip-vit-large-patch14",
         "licences": "see the model card",
-    },
+    }
 }
 
 

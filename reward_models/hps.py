@@ -48,10 +48,7 @@ class Hps(TowerReward):
 
 
 def hpsv2(
-    weights: Weights = HUB,
-    tokenizer: str | Path = CLIP_H,
-    config: CLIPConfig | None = None,
-    file: str = "HPS_v2_compressed.pt",
+    weights: Weights = HUB, tokenizer: str | Path = CLIP_H, config: CLIPConfig | None = None, file: str = "HPS_v2_compressed.pt"
 ) -> Hps:
     """HPS v2. `weights`: a state dict, a file, or a folder or hub id with `file`; `config` is ViT-H's."""
     return Hps(shared_tower(load_open_clip, weights, file, tokenizer, config))
@@ -61,12 +58,7 @@ hpsv2_1 = partial(hpsv2, file="HPS_v2.1_compressed.pt")
 """HPS v2.1, the same network with other weights."""
 
 
-def load_open_clip(
-    weights: Weights,
-    file: str,
-    tokenizer: str | Path,
-    config: CLIPConfig | None,
-) -> ClipTower:
+def load_open_clip(weights: Weights, file: str, tokenizer: str | Path, config: CLIPConfig | None) -> ClipTower:
     """A tower from open_clip's state dict of a CLIP, which looks at pictures as HPS does."""
     from transformers import CLIPModel
 

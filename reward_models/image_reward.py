@@ -23,7 +23,7 @@ ENTRIES = {
         "paper": "2304.05977",
         "weights": "zai-org/ImageReward, ImageReward.pt; tokenizer of google-bert/bert-base-uncased",
         "licences": "Apache-2.0 (weights)",
-    },
+    }
 }
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ ENTRIES = {
         "paper": "2305.01569",
         "weights": "yuvalkirstain/PickScore_v1, processor of laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         "licences": "see the model cards",
-    },
+    }
 }
 
 
@@ -30,8 +30,7 @@ class PickScore(TowerReward):
 
 
 def pickscore(
-    model: str | Path = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800",
-    processor: str | Path = CLIP_H,
+    model: str | Path = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800", processor: str | Path = CLIP_H
 ) -> PickScore:
     """PickScore v1, a ViT-H at 224 px, from hub ids or local folders of a `CLIPModel` and of its processor."""
     return PickScore(shared_tower(load_tower, model, processor))

@@ -47,9 +47,7 @@ def read(weights: Weights, file: str = "") -> Mapping[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"weights: {path} holds more than tensors and is not unpickled; convert it to safetensors"
-        ) from error
+        raise ValueError(f"weights: {path} holds more than tensors and is not unpickled; convert it to safetensors") from error
     state = state.get("state_dict", state) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"weights: {path} is no state dict")

@@ -14,10 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import gpu
 
 ROOT = Path(__file__).parents[1]
-BARE = (
-    "import runpy, sys; sys.modules.update(ray=None, mlflow=None); "
-    "runpy.run_path('benchmarks/gpu.py', run_name='__main__')"
-)
+BARE = "import runpy, sys; sys.modules.update(ray=None, mlflow=None); runpy.run_path('benchmarks/gpu.py', run_name='__main__')"
 CPU = torch.device("cpu")
 
 
@@ -27,9 +24,7 @@ def run(*arguments):
     command = [sys.executable, "-c", BARE, "--smoke", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | paths, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    table = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line[:2] == "| "
-    ]
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line[:2] == "| "]
     return [cells for cells in table if cells[0] in gpu.MODELS], done.stdout
 
 
@@ -43,12 +38,7 @@ def test_every_row_has_its_figures():
     """All of them: one core takes a minute and a half."""
     rows, said = run("--minutes", "9")
     assert {tuple(cells[:5]) for cells in rows} >= {
-        (
-            of.model,
-            "LoRA" if of.lora else "full",
-            *("yes" if on else "no" for on in (of.checkpointing, of.compiled)),
-            of.loop,
-        )
+        (of.model, "LoRA" if of.lora else "full", *("yes" if on else "no" for on in (of.checkpointing, of.compiled)), of.loop)
         for of in gpu.PLAN
         if of.loop != "plain"
     }
@@ -76,8 +66,7 @@ def test_the_plain_loop_does_the_same(folder):
     for step in range(3):
         clocks = [gpu.Clock(CPU), gpu.Clock(CPU)]
         of_ours, of_plain = (
-            loop(world, 2, step, clock)
-            for loop, world, clock in zip((gpu.ours, gpu.plain), worlds, clocks, strict=True)
+            loop(world, 2, step, clock) for loop, world, clock in zip((gpu.ours, gpu.plain), worlds, clocks, strict=True)
         )
         assert {key: of_ours[key] for key in of_plain} == pytest.approx(of_plain, rel=1e-5)
         assert all(min(clock.seconds().values()) > 0 for clock in clocks)

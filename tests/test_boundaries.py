@@ -145,10 +145,7 @@ def test_a_planted_import_outside_the_package_is_found(path, source, offence):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        (
-            "platform/diffinstruct/cluster/train.py",
-            "import ray\nfrom .reward_pool import x\nfrom ..training import loop",
-        ),
+        ("platform/diffinstruct/cluster/train.py", "import ray\nfrom .reward_pool import x\nfrom ..training import loop"),
         ("platform/diffinstruct/method/step.py", "import torch\nfrom diffinstruct.method.guidance import guided"),
         ("platform/diffinstruct/tracking/mlflow.py", "import mlflow"),
         ("reward_models/x.py", "import transformers\nfrom . import load"),

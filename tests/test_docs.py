@@ -73,9 +73,7 @@ def test_every_metric_of_a_run_is_explained():
     page = (DOCS / "reference" / "metrics.md").read_text()
     explained = set(re.findall(r"`([a-z_0-9]+(?:/[\w.]+)?)`", page))
     source = "".join(
-        file.read_text()
-        for room in ("method", "training", "reward_service")
-        for file in sorted((PACKAGE / room).glob("*.py"))
+        file.read_text() for room in ("method", "training", "reward_service") for file in sorted((PACKAGE / room).glob("*.py"))
     )
     groups = "loss|time|gradient_norm|overoptimization|throughput|steps"
     written = set(re.findall(rf'"((?:{groups})/\w+)"', source)) | {"x0_gap", "reference_error", "distance"}
@@ -192,8 +190,6 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     assert len(pages) >= len(PAGES)
     for page in pages:
         html = page.read_text()
-        assert not re.findall(r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(?:https?:)?//[^"]*', html), (
-            page
-        )
+        assert not re.findall(r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(?:https?:)?//[^"]*', html), page
         assert "<!-- generated" not in html, page
     assert "objective.reward_scale" in (tmp_path / "site" / "reference" / "configuration.html").read_text()

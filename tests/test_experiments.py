@@ -39,9 +39,7 @@ def in_this_process(base, points, folder, examine, on_row):
         experiment = changed(base, point)
         run = folder / experiment.config_hash
         local.run(experiment, run)
-        on_row(
-            i, {**point, "run": str(run), **json.loads((run / "metrics.json").read_text()), **examine(experiment, run)}
-        )
+        on_row(i, {**point, "run": str(run), **json.loads((run / "metrics.json").read_text()), **examine(experiment, run)})
 
 
 def smoke(study, monkeypatch, tmp_path):
@@ -66,9 +64,7 @@ def test_what_has_no_smoke_is_no_study():
 @pytest.mark.parametrize("study", sorted(STUDIES - {SWEPT}))
 def test_smoke(study, tmp_path, tmp_path_factory, monkeypatch, capsys):
     monkeypatch.setattr("diffinstruct.sweeps.study.sweep", in_this_process)
-    monkeypatch.setenv(
-        "MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.getbasetemp() / 'studies.db'}"
-    )  # seconds to make
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.getbasetemp() / 'studies.db'}")  # seconds to make
     for module in [module for name, module in sys.modules.items() if name.startswith("diffinstruct.")]:
         if hasattr(module, "PICTURES"):  # of the validation and the probes: no study has its own number
             monkeypatch.setattr(module, "PICTURES", 8)

@@ -61,9 +61,7 @@ def test_the_sdist_has_what_the_tests_and_the_build_need_and_makes_the_same_whee
     monkeypatch.chdir(unpacked)
     again = tmp_path / build.build_wheel(str(tmp_path))
     with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
-        assert {info.filename: info.CRC for info in one.infolist()} == {
-            info.filename: info.CRC for info in other.infolist()
-        }
+        assert {info.filename: info.CRC for info in one.infolist()} == {info.filename: info.CRC for info in other.infolist()}
 
 
 @pytest.mark.long
@@ -82,9 +80,7 @@ def test_the_installed_wheel_trains_from_another_folder(wheel, tmp_path):
 
     def run(*command: object) -> str:
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        done = subprocess.run(
-            list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

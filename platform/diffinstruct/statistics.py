@@ -146,7 +146,5 @@ def seed_noise(frame: pd.DataFrame, by: str, measure: str) -> tuple[float, int]:
     left = left.sub(left.mean(axis=1), axis=0)
     freedom = (wide.shape[0] - 1) * (wide.shape[1] - 1)
     if freedom < 1:
-        raise ValueError(
-            f"the noise of {measure} takes two arms with two seeds in common, there are {wide.shape[::-1]}"
-        )
+        raise ValueError(f"the noise of {measure} takes two arms with two seeds in common, there are {wide.shape[::-1]}")
     return float(np.sqrt((left.to_numpy() ** 2).sum() / freedom)), freedom

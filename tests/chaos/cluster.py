@@ -140,16 +140,12 @@ def chaos(folder: Path, kinds: tuple[str, ...] = KINDS) -> tuple[str, bool]:
 
     slow = {"trained": [{"name": "tiny.rewards:Slow"}], "held_out": ["tiny.rewards:Calm"]}
     often = {"every": 1, "grid_every": 100, "grid_prompts": 2, "checkpoint_every": 3}
-    base = pipelines.experiment(
-        folder, steps=STEPS, rewards=slow, overoptimization={"every": 5}, logging=often
-    ).model_dump()
+    base = pipelines.experiment(folder, steps=STEPS, rewards=slow, overoptimization={"every": 5}, logging=often).model_dump()
     for place in ("process", "actor"):
         if any(("actors" in kind) == (place == "actor") for kind in kinds):
             cluster = {"workers": 2, "worker_resources": {"trainer": 1}, "rewards": {"placement": place, "cpus": 0.5}}
             (folder / f"{place}.yaml").write_text(Experiment.model_validate(base | {"cluster": cluster}).to_yaml())
-            assert start(folder / f"calm-{place}", "nothing", place).wait() == 0, (
-                folder / f"calm-{place}.txt"
-            ).read_text()
+            assert start(folder / f"calm-{place}", "nothing", place).wait() == 0, (folder / f"calm-{place}.txt").read_text()
     lines, good = [], True
     for kind in kinds:
         began = time.monotonic()

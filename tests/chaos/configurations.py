@@ -39,23 +39,7 @@ ODD = (
     *(-1, 0, 1.5, -0.5, 1e-4, 10**30, float("nan"), float("inf")),
 )
 PIECES = (
-    *(
-        b"\0",
-        b"\xff",
-        b"\xef\xbb\xbf",
-        b"\r\n",
-        b"\t",
-        b"\xc2\x85",
-        b": ",
-        b"- ",
-        b"{",
-        b"]",
-        b"'",
-        b"#",
-        b"? ",
-        b"%",
-        b"~",
-    ),
+    *(b"\0", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\t", b"\xc2\x85", b": ", b"- ", b"{", b"]", b"'", b"#", b"? ", b"%", b"~"),
     *(b"--- ", b"&a ", b"*a", b"<<: ", b"!!python/name:os.system "),
 )
 
@@ -80,9 +64,7 @@ def fitting(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
         return st.sampled_from(schema["enum"])
     if "$ref" in schema:
         of = SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]]
-        return st.fixed_dictionaries(
-            {key: fitting(of["properties"][key]) for key in of.get("required", of["properties"])}
-        )
+        return st.fixed_dictionaries({key: fitting(of["properties"][key]) for key in of.get("required", of["properties"])})
     low = schema.get("minimum", schema.get("exclusiveMinimum"))
     match schema.get("type"):
         case "integer":

@@ -34,9 +34,7 @@ def chaos(folder: Path, steps: int) -> tuple[str, bool]:
 
     torch.set_num_threads(1)
     often = {"every": 5, "grid_every": 500, "grid_prompts": 2, "checkpoint_every": 50}
-    experiment = pipelines.experiment(
-        folder, steps=steps, global_batch_size=2, overoptimization={"every": 200}, logging=often
-    )
+    experiment = pipelines.experiment(folder, steps=steps, global_batch_size=2, overoptimization={"every": 200}, logging=often)
     process, seen, checkpoints = psutil.Process(), list[tuple[int, int]](), 0
 
     def watched(train_state: Any, settings: Any, schedule: Any, draws: Any, *rest: Any) -> Any:

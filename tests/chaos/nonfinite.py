@@ -73,11 +73,7 @@ class Injection:
             case "embeddings":
                 return c | {"prompt_embeds": self.spoil(c["prompt_embeds"])}, send, []
             case "sample":
-                return (
-                    c,
-                    send,
-                    [unwrapped(train_state.generator).register_forward_hook(lambda m, i, out: self.spoil(out))],
-                )
+                return (c, send, [unwrapped(train_state.generator).register_forward_hook(lambda m, i, out: self.spoil(out))])
             case "score network":
                 return (
                     c,
@@ -97,11 +93,7 @@ class Injection:
                 module = network[self.place.removesuffix(" gradient")]
                 layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
                 layer = layers[int(self.at * len(layers))]
-                return (
-                    c,
-                    send,
-                    [layer.register_full_backward_pre_hook(lambda m, gradients: (self.spoil(gradients[0]),))],
-                )
+                return (c, send, [layer.register_full_backward_pre_hook(lambda m, gradients: (self.spoil(gradients[0]),))])
 
             case "reward":
                 sound = tiny_rewards.Red.forward
@@ -212,9 +204,7 @@ def chaos(folder: Path, injections: int, seed: int = 0, spread: bool = False) ->
         if whose not in text or PLACES[injection.place] not in text or "1 in a row" not in text:
             faults.append(f"step {step + 1}: {injection.value} in {injection.place} is called: {text}")
     counted = [record["metrics"]["steps/skipped"] for record in records if "steps/skipped" in record.get("metrics", {})]
-    unequal = [
-        record["step"] for record in records for value in record.get("metrics", {}).values() if not math.isfinite(value)
-    ]
+    unequal = [record["step"] for record in records for value in record.get("metrics", {}).values() if not math.isfinite(value)]
     if counted[-1:] != [injections] or unequal:
         faults.append(f"counted {counted[-1:]}, rows of metrics that are not finite: {unequal}")
     assert spread or CheckpointStore(folder / "run/checkpoints").latest()
@@ -223,11 +213,7 @@ def chaos(folder: Path, injections: int, seed: int = 0, spread: bool = False) ->
         f"{injections} values that are not finite in {2 * injections} rounds of "
         f"two {'sharded ' * spread}processes ({of}), "
         f"{time.monotonic() - began:.0f} s: "
-        + (
-            f"{len(faults)} FAULTS: {'; '.join(faults[:5])}"
-            if faults
-            else "no leak, each left out by both and rightly called"
-        )
+        + (f"{len(faults)} FAULTS: {'; '.join(faults[:5])}" if faults else "no leak, each left out by both and rightly called")
     ), not faults
 
 

@@ -63,10 +63,7 @@ def chaos(folder: Path, kills: int, stops: int, seed: int = 0) -> tuple[str, boo
                 while not (before := signalled(actor, number)):
                     time.sleep(0.005)
                 done.append(number.name)
-                while process(actor) in (
-                    before,
-                    0,
-                ):  # Ray sees that it is killed; that it is stopped, the run has to find out
+                while process(actor) in (before, 0):  # Ray sees that it is killed; that it is stopped, the run has to find out
                     time.sleep(0.05)
 
         disturber = threading.Thread(target=disturb, daemon=True)

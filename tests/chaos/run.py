@@ -78,22 +78,14 @@ def chaos(folder: Path, kills: int, seed: int = 0, mirror: bool = False) -> tupl
         life(run, None)
         runs += 1
         differences += compare(folder / "calm", run)
-        exported = [
-            load_file(path / "export/unet/diffusion_pytorch_model.safetensors") for path in (folder / "calm", run)
-        ]
-        differences += [
-            f"export {name}" for name, one in exported[0].items() if not torch.equal(one, exported[1][name])
-        ]
+        exported = [load_file(path / "export/unet/diffusion_pytorch_model.safetensors") for path in (folder / "calm", run)]
+        differences += [f"export {name}" for name, one in exported[0].items() if not torch.equal(one, exported[1][name])]
         differences += tracked(experiment.tracking.uri, run.name, mirror)
     took = time.monotonic() - began
     at = ", ".join(f"{n} at {place}" for place, n in sorted(places.items()))
     return (
         f"{killed} kills in {runs} runs of {STEPS} rounds ({at}), {took:.0f} s (undisturbed {calm:.1f} s): "
-        + (
-            f"DIFFERENT: {', '.join(differences[:5])}"
-            if differences
-            else "all runs equal the undisturbed one to the last bit"
-        )
+        + (f"DIFFERENT: {', '.join(differences[:5])}" if differences else "all runs equal the undisturbed one to the last bit")
     ), not differences
 
 

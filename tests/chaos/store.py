@@ -61,11 +61,7 @@ def repr_of(tree: object) -> str:
     """Equal for equal bits."""
     if isinstance(tree, torch.Tensor):
         return f"{tree.dtype}{list(tree.shape)}{tree.numpy().tobytes().hex()}"
-    return (
-        f"{{{', '.join(f'{key!r}: {repr_of(of)}' for key, of in tree.items())}}}"
-        if isinstance(tree, dict)
-        else repr(tree)
-    )
+    return f"{{{', '.join(f'{key!r}: {repr_of(of)}' for key, of in tree.items())}}}" if isinstance(tree, dict) else repr(tree)
 
 
 def stored(folder: Path) -> Path:
@@ -164,9 +160,7 @@ def truncations(scratch: Path) -> Iterator[str]:
         whole = path.read_bytes()
         for size in range(len(whole)):
             path.write_bytes(whole[:size])
-            assert read(newest.parent) == OLD, (
-                f"{path.name}: {size} bytes of {len(whole)}, and the checkpoint was taken"
-            )
+            assert read(newest.parent) == OLD, f"{path.name}: {size} bytes of {len(whole)}, and the checkpoint was taken"
             yield f"{path.name}: found"
         path.write_bytes(whole)
     assert read(newest.parent) == NEW
@@ -227,9 +221,7 @@ def main() -> None:
             except AssertionError as error:
                 sys.exit(f"LOST: {what}: {error}")
             kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(counted.items()))
-            print(
-                f"{what}: {counted.total()} times, nothing lost ({kinds}), {time.monotonic() - began:.0f} s", flush=True
-            )
+            print(f"{what}: {counted.total()} times, nothing lost ({kinds}), {time.monotonic() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -64,9 +64,7 @@ class Request(BaseHTTPRequestHandler):
         status, answer, headers = 500, b"{}", list[tuple[str, str]]()
         if fate != "500 before":
             there = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=60)
-            there.request(
-                self.command, self.path, body, {key: value for key, value in self.headers.items() if key != "Host"}
-            )
+            there.request(self.command, self.path, body, {key: value for key, value in self.headers.items() if key != "Host"})
             response = there.getresponse()
             answer, headers = response.read(), response.getheaders()
             status = 500 if fate == "500 after" else response.status
@@ -146,8 +144,7 @@ def one(folder: Path, line: Line, direct: str, number: int) -> list[str]:
         return [f"{name}: {len(runs)} runs"]
     (run,) = runs
     found = {
-        key: sorted((value.step, value.value) for value in client.get_metric_history(run.info.run_id, key))
-        for key in wanted
+        key: sorted((value.step, value.value) for value in client.get_metric_history(run.info.run_id, key)) for key in wanted
     }
     faults = [f"{name} {key}: {len(found[key])} values of {ROWS}" for key in wanted if found[key] != wanted[key]]
     if run.data.params != {key: str(value) for key, value in params.items()}:

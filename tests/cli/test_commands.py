@@ -106,9 +106,7 @@ def test_a_run_that_somebody_is_at_work_on_is_left_alone(file, tmp_path, runners
     for name in (LOCK, COMMAND):
         with only_writer(folder, name=name):
             said = complaint(capsys, "train", file)
-        assert re.fullmatch(
-            rf"{folder}: process {os.getpid()} on \S+ is at work on this run; it can have one at a time", said
-        )
+        assert re.fullmatch(rf"{folder}: process {os.getpid()} on \S+ is at work on this run; it can have one at a time", said)
     assert main(["train", str(file)]) == 0
     assert len(runners["cluster"]) == 1
 
@@ -160,13 +158,10 @@ def test_keys_that_may_change_do_so_one_by_one(file, tmp_path, runners, capsys):
     asked = ["train", file, "--resume", run, "-s", "steps=7", "-s", "generator.learning_rate=2e-4"]
     assert complaint(capsys, *asked, "--allow", "steps").splitlines() == [
         f"generator.learning_rate: 0.0002, but the run in {run} has 0.0001",
-        f"--resume: goes on with {run}/experiment.yaml, unchanged; "
-        "--allow generator.learning_rate goes on with what is new",
+        f"--resume: goes on with {run}/experiment.yaml, unchanged; --allow generator.learning_rate goes on with what is new",
     ]
     assert complaint(capsys, *asked, "--allow", "stepps") == "--allow: stepps: unknown key, did you mean 'steps'?"
-    never = complaint(
-        capsys, "train", file, "--resume", run, "-s", "reference.model=other", "--allow", "reference.model"
-    )
+    never = complaint(capsys, "train", file, "--resume", run, "-s", "reference.model=other", "--allow", "reference.model")
     assert never == "--allow: reference.model: cannot change in a run that has begun"
     assert complaint(capsys, "train", file, "--allow", "steps") == "--allow: goes with --resume RUN"
     assert runners["cluster"] == []
@@ -232,9 +227,7 @@ def test_prompts_are_read_before_a_runner_starts(file, tmp_path, runners, capsys
 
 
 @pytest.mark.parametrize("module", ["nosuch", "nosuch.rewards", "torch.nm.functional"])
-def test_a_reward_whose_module_is_not_there_is_told_of_before_a_runner_starts(
-    module, file, runners, monkeypatch, capsys
-):
+def test_a_reward_whose_module_is_not_there_is_told_of_before_a_runner_starts(module, file, runners, monkeypatch, capsys):
     trained = f"rewards.trained=[{{name: '{module}:Red'}}]"
     said = complaint(capsys, "train", file, "-s", trained)
     assert said == f"rewards: '{module}:Red': there is no module '{module}', neither in this folder nor installed"
@@ -277,9 +270,7 @@ def test_check_counts_what_a_run_takes(file, model, capsys, monkeypatch):
     assert f"each of 1 training processes, {total:.2f} MiB" in out
     assert table["torch.nn:Identity"] == ["0.00", "-", "-", "-", "-", "1", "1"]
     assert table["torch.nn:ReLU"] == ["0.00", "-", "-", "-", "-", "1", "-"]
-    assert (
-        "work       12 forwards' worth of one network per sample and step, 4 samples a step; in all " in out
-    )  # 9 F + 3 F
+    assert "work       12 forwards' worth of one network per sample and step, 4 samples a step; in all " in out  # 9 F + 3 F
     assert f"payload    {4 * 4 * 8 * 8 * 4 / 2**20:.2f} MiB" in out
     assert "1 x 1 + 1 x 1 = 2 CPUs and 0 GPUs; this machine has 2 and" in out
 
@@ -327,11 +318,7 @@ def test_check_counts_rewards_that_the_training_process_has_itself(file, capsys)
         return out, sum(float(line.split()[-2]) for line in out.splitlines() if line.startswith("each of "))
 
     (apart, of_both), (together, of_process) = held(), held("cluster.rewards.placement=process")
-    assert (
-        of_process == pytest.approx(of_both, abs=0.02)
-        and "reward actors, " in apart
-        and "reward actors, " not in together
-    )
+    assert of_process == pytest.approx(of_both, abs=0.02) and "reward actors, " in apart and "reward actors, " not in together
     assert "payload    0.00 MiB" in together
 
 
@@ -344,11 +331,7 @@ def test_check_counts_what_it_can_and_says_what_not(file, tmp_path, capsys, monk
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert main(["check", str(file), "-s", "rewards.held_out=[afar:reward]"]) == 0
     assert "afar:reward             not counted: there is no network here\n" in capsys.readouterr().out
-    for wrong, why in (
-        ("broken:reward", "libodd.so"),
-        ("afar:rewards", "did you mean 'reward'?"),
-        ("afar:odd", "wanted"),
-    ):
+    for wrong, why in (("broken:reward", "libodd.so"), ("afar:rewards", "did you mean 'reward'?"), ("afar:odd", "wanted")):
         assert why in complaint(capsys, "check", file, "-s", f"rewards.held_out=[{wrong}]")
 
 
@@ -384,9 +367,7 @@ def test_check_says_in_one_line_what_does_not_fit(file, capsys, monkeypatch):
     assert said == "objective.t_max: got 5000, the reference's schedule has 1000 steps"
     assert main(["check", str(file), "-s", "generator.init_from=/nowhere.safetensors"]) == 2
     said = capsys.readouterr()
-    assert (
-        said.err == "generator.init_from: no such file or folder: /nowhere.safetensors\n" and "memory     " in said.out
-    )
+    assert said.err == "generator.init_from: no such file or folder: /nowhere.safetensors\n" and "memory     " in said.out
     assert "/nowhere" in complaint(capsys, "check", file, "-s", "generator.init_from=/nowhere")
     said = complaint(capsys, "check", file, "-s", "generator.timestep=1000")
     assert said == "generator.timestep: got 1000, the schedule has 0 to 999"
@@ -472,9 +453,7 @@ def test_evaluate_measures_runs_and_exports_side_by_side(judged, tmp_path, capsy
     head = next(line for line in out.splitlines() if line.startswith("|  |"))
     assert head == "|  | reward/tiny.rewards:Seeing | reward/tiny.rewards:Calm | diversity | kid |"
     assert "| n | 20 | 20 | 20 | 20 |" in out
-    one, other = (
-        next(line for line in out.splitlines() if line.startswith(f"| {name} |")) for name in ("tiny-1", "alone")
-    )
+    one, other = (next(line for line in out.splitlines() if line.startswith(f"| {name} |")) for name in ("tiny-1", "alone"))
     assert one.split("|")[2:] == other.split("|")[2:]  # the same generator, the same noise
     assert "Minus tiny-1, paired:" in out
     assert (tmp_path / "o" / "table.md").read_text() in out
@@ -493,10 +472,7 @@ def test_evaluate_measures_runs_and_exports_side_by_side(judged, tmp_path, capsy
         (["{model}"], r"\S*: is no run that names rewards; name some with --reward"),
         (["{run}", "{run}-x"], r"\S*tiny-1-x: is neither a run nor an exported pipeline"),
         (["{run}", "{run}"], r"evaluate: the same folder is named twice"),
-        (
-            ["{run}", "--reward", "pikscore"],
-            r"rewards: cannot load 'pikscore': ValueError: .*, did you mean 'pickscore'\?.*",
-        ),
+        (["{run}", "--reward", "pikscore"], r"rewards: cannot load 'pikscore': ValueError: .*, did you mean 'pickscore'\?.*"),
         (["{run}", "--reward", "tiny.rewards:Calm"], r"--reward: none of tiny.rewards:Calm has image features .*"),
         (["{run}", "--reference-pictures", "1"], r"--reference-pictures: should be 0 or at least 2, got 1"),
         (["{model}", "--reward", "tiny.rewards:Seeing"], r"\S*: its scheduler \(DDIMScheduler\) holds no one-step .*"),
@@ -556,24 +532,15 @@ def test_compare_names_the_keys_and_pairs_the_figures(pair, tmp_path, capsys):
     assert "| objective.reward_scale | 2.0 | 3.5 |" in out and "objective.weighting" not in out + text
     assert text.count("<img") == 2 * 8 and "<i>cat" not in text and "&lt;i&gt;cat" in text
     assert main([*asked, "-o", str(tmp_path / "o")]) == 0
-    assert sorted(file.name for file in (tmp_path / "o").iterdir()) == [
-        "pictures.png",
-        "table.md",
-        "tiny-1.csv",
-        "tiny-2.csv",
-    ]
+    assert sorted(file.name for file in (tmp_path / "o").iterdir()) == ["pictures.png", "table.md", "tiny-1.csv", "tiny-2.csv"]
     one, other = (pd.read_csv(tmp_path / "o" / f"tiny-{i}.csv")["reward/tiny.rewards:Seeing"] for i in (1, 2))
     expected = str(paired_difference(other, one, 2_000_000))
     assert not np.allclose(one, other)
     assert f"<b>{expected}</b>" in text or f">{expected}</td>" in text
     assert expected in (tmp_path / "o" / "table.md").read_text()
 
-    compared = compare_runs(
-        pair, str(tmp_path / "few.txt"), [], 0, 2_000_000
-    )  # its pictures are those that were scored
-    made = torch.stack(
-        [torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 for picture in compared.pictures["tiny-2"]]
-    )
+    compared = compare_runs(pair, str(tmp_path / "few.txt"), [], 0, 2_000_000)  # its pictures are those that were scored
+    made = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 for picture in compared.pictures["tiny-2"]])
     scores = load_reward("tiny.rewards:Seeing", "cpu")(made, list(compared.prompts))
     assert scores.tolist() == pytest.approx([other[i] for i in (0, 3, 6, 9, 11, 14, 17, 20)], abs=5e-3)
 
@@ -590,9 +557,7 @@ def test_compare_names_the_keys_and_pairs_the_figures(pair, tmp_path, capsys):
 )
 def test_compare_says_what_is_wrong(pair, file, capsys, arguments, expected):
     one, other = pair
-    said = complaint(
-        capsys, "compare", *(a.format(one=one, other=other, prompts=load(file).prompts.train) for a in arguments)
-    )
+    said = complaint(capsys, "compare", *(a.format(one=one, other=other, prompts=load(file).prompts.train) for a in arguments))
     assert re.fullmatch(expected, said)
 
 
@@ -639,11 +604,7 @@ def test_a_number_that_is_none_is_one_line(capsys):
 
 @pytest.mark.parametrize(
     ("typed", "candidates"),
-    [
-        ("diffinstruct ev", ["evaluate"]),
-        ("diffinstruct rewards va", ["validate"]),
-        ("diffinstruct train --re", ["--resume"]),
-    ],
+    [("diffinstruct ev", ["evaluate"]), ("diffinstruct rewards va", ["validate"]), ("diffinstruct train --re", ["--resume"])],
 )
 def test_a_shell_can_complete_commands_and_options(typed, candidates):
     words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1), "_DIFFINSTRUCT_COMPLETE": "complete_bash"}

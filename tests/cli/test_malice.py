@@ -159,11 +159,7 @@ def test_in_the_place_of_a_networks_weights(costume, pipeline, tmp_path) -> None
 
 @pytest.mark.parametrize("costume", COSTUMES)
 def test_under_the_name_of_safetensors(costume, pipeline, tmp_path) -> None:
-    for part, name in (
-        ("unet", "diffusion_pytorch_model"),
-        ("text_encoder", "model"),
-        ("vae", "diffusion_pytorch_model"),
-    ):
+    for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model"), ("vae", "diffusion_pytorch_model")):
         weights = pipeline / part / f"{name}.safetensors"
         before = weights.read_bytes()
         weights.write_bytes(COSTUMES[costume](tmp_path / MARK))
@@ -296,13 +292,7 @@ def test_a_runs_name_cannot_leave_its_folder(name, tmp_path) -> None:
 def test_code_that_a_pipeline_brings_is_not_run(pipeline, tmp_path) -> None:
     """auto_map, custom pipelines and modules: ways in which hub repositories ask to be run."""
     code = f"open({str(tmp_path / MARK)!r}, 'w')\nclass Evil: pass\n"
-    for place in (
-        "pipeline.py",
-        "unet/evil.py",
-        "text_encoder/modeling_evil.py",
-        "tokenizer/evil.py",
-        "scheduler/evil.py",
-    ):
+    for place in ("pipeline.py", "unet/evil.py", "text_encoder/modeling_evil.py", "tokenizer/evil.py", "scheduler/evil.py"):
         (pipeline / place).write_text(code)
     for part in ("text_encoder", "tokenizer"):
         file = pipeline / part / ("config.json" if part == "text_encoder" else "tokenizer_config.json")
@@ -384,10 +374,7 @@ def test_what_comes_with_a_run_is_not_run_by_its_readers(tmp_path, capsys) -> No
     (run / "checkpoints").mkdir(parents=True)
     (run / "experiment.yaml").write_text(f"name: {TAGS['object'].format(mark=tmp_path / MARK)}\n")
     (run / "journal.jsonl").write_bytes(_plain(tmp_path / MARK))
-    for command in (
-        ["report", str(run), "-o", str(tmp_path / "page.html")],
-        ["generate", str(run), "a", "-o", "a.png"],
-    ):
+    for command in (["report", str(run), "-o", str(tmp_path / "page.html")], ["generate", str(run), "a", "-o", "a.png"]):
         assert main(command) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / MARK).exists()
@@ -440,19 +427,12 @@ def test_a_delivery_reads_nothing_outside_of_the_run(tmp_path, monkeypatch, capl
             None,
             "https://me:word@mine.example/x?token=word",
         ),
-        (
-            "mysql://h/db?passwd=...",
-            "mysql://h/db?passwd=word",
-            None,
-            "mysql://h/db?passwd=word",
-        ),  # as journals once had it
+        ("mysql://h/db?passwd=...", "mysql://h/db?passwd=word", None, "mysql://h/db?passwd=word"),  # as journals once had it
         ("https://ours.example", "https://me:word@mine.example", "https://ours.example", "https://ours.example"),
         ("sqlite:////runs/mlflow.db", "https://me:word@mine.example", None, "sqlite:////runs/mlflow.db"),
     ],
 )
-def test_no_server_is_met_that_the_journal_alone_names(
-    named, environment, recipe, met, tmp_path, monkeypatch, capsys
-) -> None:
+def test_no_server_is_met_that_the_journal_alone_names(named, environment, recipe, met, tmp_path, monkeypatch, capsys) -> None:
     asked: list[str] = []
 
     here = threading.get_ident()

@@ -116,9 +116,7 @@ def test_without_the_token_a_run_is_turned_away_in_one_line(cluster, tmp_path):
     shell = cluster | {"RAY_ADDRESS": cluster["CLUSTER"], "RAY_AUTH_TOKEN": "0" * 64}
     done = subprocess.run([*asked, "-s", f"output_dir={tmp_path}"], env=shell, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert re.search(
-        rf"^RAY_ADDRESS: no Ray at {cluster['CLUSTER']}: .*; if it asks for a token, ", done.stderr, re.MULTILINE
-    )
+    assert re.search(rf"^RAY_ADDRESS: no Ray at {cluster['CLUSTER']}: .*; if it asks for a token, ", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
 
 
@@ -132,9 +130,7 @@ def test_a_job_from_the_working_directory_works_as_the_readme_says(cluster, tmp_
     assert (run / "export" / "model_index.json").exists()
     first = next(line for line in done.stdout.splitlines() if line.startswith(f"run {run} "))
     # The job's copy of the code, not this checkout.
-    assert re.search(rf"  ray {described(cluster)}  code \S*/working_dir_files/\S*/platform/diffinstruct$", first), (
-        first
-    )
+    assert re.search(rf"  ray {described(cluster)}  code \S*/working_dir_files/\S*/platform/diffinstruct$", first), first
 
 
 def test_a_stopped_job_is_given_the_time_to_save(cluster, tmp_path):
@@ -156,11 +152,7 @@ def test_a_stopped_run_is_saved_and_another_job_goes_on_with_it(cluster, tmp_pat
 
     recipe = f"experiments/recipes/pocket.yaml -s output_dir={tmp_path}/runs -s steps=40 {SMALL}"
     train(f"--no-wait --submission-id stopped -- python -m diffinstruct train {recipe}")
-    until(
-        lambda: any(
-            max(journal(of.parent)[0], default=0) > 2 for of in (tmp_path / "runs").glob("pocket-*/journal.jsonl")
-        )
-    )
+    until(lambda: any(max(journal(of.parent)[0], default=0) > 2 for of in (tmp_path / "runs").glob("pocket-*/journal.jsonl")))
     assert ray(cluster, "job", "stop", "stopped").returncode == 0
     (run,) = (tmp_path / "runs").glob("pocket-*")
     metrics, ends = journal(run)
@@ -169,7 +161,5 @@ def test_a_stopped_run_is_saved_and_another_job_goes_on_with_it(cluster, tmp_pat
     done = train(f"-- python -m diffinstruct train {run}/experiment.yaml --resume {run}")
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines() if line]
-    assert [record["step"] for record in records if "loss/score_network" in record.get("metrics", {})] == list(
-        range(1, 41)
-    )
+    assert [record["step"] for record in records if "loss/score_network" in record.get("metrics", {})] == list(range(1, 41))
     assert journal(run)[1][-1] == "FINISHED"

@@ -41,9 +41,7 @@ def test_a_cluster_file_passes_rays_own_validation_and_a_planted_mistake_does_no
 def test_a_cluster_asks_for_the_token_shows_nothing_outside_and_gives_a_stopped_job_time(file):
     content = yaml.safe_load(file.read_text())
     head = content["head_start_ray_commands"][-1]
-    assert "--dashboard-host=127.0.0.1" in head and re.search(
-        r"; RAY_JOB_STOP_WAIT_TIME_S=\d{3} ray start --head", head
-    )
+    assert "--dashboard-host=127.0.0.1" in head and re.search(r"; RAY_JOB_STOP_WAIT_TIME_S=\d{3} ray start --head", head)
     assert any("RAY_AUTH_MODE=token" in command for command in content["setup_commands"])
     assert content["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
     mounted = [local for local in content["file_mounts"].values() if not local.startswith("~")]
@@ -90,9 +88,7 @@ def on_the_head(tmp_path, monkeypatch):
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {HEAD: 1.0, "memory": 1e9}}])
 
     def bootstrapped(file):
-        (tmp_path / "ray_bootstrap_config.yaml").write_text(
-            yaml.safe_dump(prepare_config(yaml.safe_load(file.read_text())))
-        )
+        (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(prepare_config(yaml.safe_load(file.read_text()))))
 
     return bootstrapped
 

@@ -56,24 +56,13 @@ def pods(job: dict[str, Any]) -> list[tuple[int, dict[str, str], dict[str, str]]
     """(replicas, limits, what `ray start` is told) of each group, the head's first."""
     cluster = job["spec"]["rayClusterSpec"]
     return [
-        (
-            group.get("replicas", 1),
-            group["template"]["spec"]["containers"][0]["resources"]["limits"],
-            group["rayStartParams"],
-        )
+        (group.get("replicas", 1), group["template"]["spec"]["containers"][0]["resources"]["limits"], group["rayStartParams"])
         for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
     ]
 
 
 GPUS = ["-s", "cluster.use_gpu=true", "-s", "cluster.workers=4", "-s", "cluster.cpus_per_worker=6"]
-SHARED = [
-    "-s",
-    "cluster.rewards.gpus=0.25",
-    "-s",
-    "cluster.rewards.replicas=6",
-    "-s",
-    "cluster.rewards.resources={judge: 0.5}",
-]
+SHARED = ["-s", "cluster.rewards.gpus=0.25", "-s", "cluster.rewards.replicas=6", "-s", "cluster.rewards.resources={judge: 0.5}"]
 
 
 @pytest.mark.parametrize(
@@ -169,9 +158,7 @@ def test_a_token_is_asked_for_a_stopped_job_has_time_and_no_secret_is_shown(caps
         template = group["template"]["spec"]
         assert template["containers"][0]["envFrom"] == [{"secretRef": {"name": SECRET, "optional": True}}]
         assert template["terminationGracePeriodSeconds"] == 300
-    head = {
-        entry["name"]: entry["value"] for entry in cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
-    }
+    head = {entry["name"]: entry["value"] for entry in cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]}
     assert head["RAY_JOB_STOP_WAIT_TIME_S"] == "300"
 
 
@@ -187,20 +174,14 @@ def test_names_are_such_as_kubernetes_takes(name):
     ("arguments", "said"),
     [
         (["--image", "two words"], r"--image: should be as .*, got 'two words'"),
-        (
-            ["--image", "UPPER:bad:tag/"],
-            r"--image: should be as registry\.example/diffinstruct:1, got 'UPPER:bad:tag/'",
-        ),
+        (["--image", "UPPER:bad:tag/"], r"--image: should be as registry\.example/diffinstruct:1, got 'UPPER:bad:tag/'"),
         (["--resume", "runs/one"], r"--resume: should lie in /mnt/runs, where the claim is mounted, got 'runs/one'"),
         (
             ["-s", "output_dir=/data", "-s", "tracking.uri=sqlite:////tmp/m.db"],
             r"tracking\.uri: should lie in /data, .*'/tmp/m\.db'",
         ),
         (["--claim", "My_Runs"], r"--claim: should be small letters, digits, '-' and '\.', got 'My_Runs'"),
-        (
-            ["-s", "tracking.uri=https://me:word@host"],
-            r"-s: tracking\.uri: should hold no user and password, .*'https://host'",
-        ),
+        (["-s", "tracking.uri=https://me:word@host"], r"-s: tracking\.uri: should hold no user and password, .*'https://host'"),
         (
             ["-s", "cluster.rewards.resources={it's: 1}"],
             r"-s: cluster\.rewards\.resources\.it's: should be named in letters, .*",

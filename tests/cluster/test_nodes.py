@@ -29,9 +29,7 @@ def nodes(ray_environment):
 
     made = Cluster()
     try:
-        found = {
-            "head": made.add_node(num_cpus=16, include_dashboard=False).node_id
-        }  # draws whoever asks for a CPU alone
+        found = {"head": made.add_node(num_cpus=16, include_dashboard=False).node_id}  # draws whoever asks for a CPU alone
         found["trainer"] = made.add_node(num_cpus=3, resources={"trainer": 2}).node_id
         found["reward"] = made.add_node(num_cpus=3, resources={"reward": 1}).node_id
         ray.init(address=made.address, log_to_driver=False)
@@ -71,9 +69,7 @@ def test_each_process_of_a_sweep_runs_on_the_node_that_declares_what_it_asks_for
         placed.setdefault(actor["ActorClassName"], []).append(actor["Address"]["NodeID"])
     assert placed["RayTrainWorker"] == [nodes["trainer"]] * 2
     assert placed["RewardActor"] == [nodes["reward"]]
-    assert {*placed.get("ImplicitFunc", [])} <= {
-        nodes["head"]
-    }  # a trial's own process; one that has ended may not be listed
+    assert {*placed.get("ImplicitFunc", [])} <= {nodes["head"]}  # a trial's own process; one that has ended may not be listed
 
 
 @pytest.mark.parametrize(

@@ -151,14 +151,10 @@ def test_a_reward_that_cannot_be_loaded_is_the_users_error(session, world):
 
 
 def test_without_rewards_there_are_no_actors_and_no_pull(world):
-    experiment = world().model_copy(
-        update={"rewards": world().rewards.model_copy(update={"trained": (), "held_out": ()})}
-    )
+    experiment = world().model_copy(update={"rewards": world().rewards.model_copy(update={"trained": (), "held_out": ()})})
     with reward_pool(experiment) as pool:
         answer = pool.ask(latents(2), ["a thing"] * 2, RewardRequest({}, 16))()
-    assert (
-        pool.actors() == () and answer.scores == {} and torch.equal(answer.gradient, torch.zeros(2, *pipelines.LATENT))
-    )
+    assert pool.actors() == () and answer.scores == {} and torch.equal(answer.gradient, torch.zeros(2, *pipelines.LATENT))
 
 
 # -------------------------------------------------------------------------------------------------------- faults
@@ -184,10 +180,7 @@ def test_a_hung_call_is_ended_also_where_its_caller_is_gone(pool, alone, terms, 
     hung = [f"sleep {tmp_path / 'first'}"] * 4
     identical(quick.ask(x0, hung, terms)(), alone.ask(x0, hung, terms)())
     assert len(warnings()) == 1
-    assert (
-        " s at work on it (cluster.rewards.deadline_s allows 4), so it was killed; asked again (2 of 5)"
-        in warnings()[0]
-    )
+    assert " s at work on it (cluster.rewards.deadline_s allows 4), so it was killed; asked again (2 of 5)" in warnings()[0]
 
     quick.ask(x0, [f"sleep {tmp_path / 'second'}"] * 4, terms)  # nobody collects
     identical(quick.ask(x0, hung, terms)(), alone.ask(x0, hung, terms)())
@@ -233,19 +226,14 @@ def test_callers_that_lose_an_actor_together_all_get_their_answers(pool, alone, 
         identical(found[i], alone.ask(x0, prompts, terms)())
 
 
-def test_another_questions_answer_is_refused_and_repeated_failure_an_error(
-    session, world, decode, warnings, monkeypatch
-):
+def test_another_questions_answer_is_refused_and_repeated_failure_an_error(session, world, decode, warnings, monkeypatch):
     """All names in one order, all rows, the very call: else it is asked again. Its process dies at each attempt: the
     run stops, with all of it in one line."""
     experiment = world(held_out=["Calm"])
     x0, terms = latents(3), terms_of(experiment)
     with reward_pool(experiment, tiny_actors.Strange) as pool:
         answer = pool.ask(x0, ["a thing"] * 3, terms)()
-        identical(
-            answer,
-            LocalRewards(make_rewards(experiment.rewards.names, decode, "cpu")).ask(x0, ["a thing"] * 3, terms)(),
-        )
+        identical(answer, LocalRewards(make_rewards(experiment.rewards.names, decode, "cpu")).ask(x0, ["a thing"] * 3, terms)())
         refused = warnings()
         assert len(refused) == 3
         assert ": answered another, asked " in refused[0]
@@ -363,9 +351,6 @@ def test_a_bad_environment_is_said_in_one_line(session, world, tmp_path, monkeyp
     if content is not None:
         file.write_text(content)
     experiment = world({"rewards": {"environments": [{"rewards": ["tiny.rewards:Calm"], "runtime_env": str(file)}]}})
-    with (
-        pytest.raises(UserError, match=rf"^cluster\.rewards\.environments: {file}: {said}$") as error,
-        reward_pool(experiment),
-    ):
+    with pytest.raises(UserError, match=rf"^cluster\.rewards\.environments: {file}: {said}$") as error, reward_pool(experiment):
         pass
     assert "\n" not in str(error.value)

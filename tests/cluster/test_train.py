@@ -115,9 +115,7 @@ def test_an_error_that_would_come_again_is_not_tried_again(pool, world, tmp_path
 
 
 def test_what_does_not_fit_the_cluster_is_said_in_one_line(session, world):
-    with pytest.raises(
-        UserError, match=r"^cluster: asks for 9 CPUs \(4 workers x 2 \+ 1 reward actors x 1\), Ray has 8$"
-    ):
+    with pytest.raises(UserError, match=r"^cluster: asks for 9 CPUs \(4 workers x 2 \+ 1 reward actors x 1\), Ray has 8$"):
         check_fits(world[1](cluster__workers=4, cluster__cpus_per_worker=2).cluster, 1)
 
 

@@ -133,9 +133,7 @@ OTHER_VALUES: dict[str, Any] = {
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
 def test_a_key_is_part_of_the_hash_and_of_the_changes_where_it_is_declared_so(key):
-    changed_ = Experiment.model_validate(
-        reduce(lambda value, name: {name: value}, reversed(key.split(".")), OTHER_VALUES[key])
-    )
+    changed_ = Experiment.model_validate(reduce(lambda value, name: {name: value}, reversed(key.split(".")), OTHER_VALUES[key]))
     identity = key in ("steps", "seed", "generator.lora_rank", "rewards.held_out")
     assert (key in keys_with(Experiment, "identity")) == identity
     assert (changed_.config_hash != Experiment().config_hash) == identity
@@ -193,8 +191,7 @@ cluster:
         "run.yaml:2: step: unknown key, did you mean 'steps'?",
         "run.yaml:3: steps: should be a whole number, got True",
         "run.yaml:4: steps: written twice",
-        "run.yaml:5: learning_rate: unknown key, "
-        "did you mean 'generator.learning_rate' or 'score_network.learning_rate'?",
+        "run.yaml:5: learning_rate: unknown key, did you mean 'generator.learning_rate' or 'score_network.learning_rate'?",
         "run.yaml:7: generator.learning_rate: should be greater than 0, got -0.0001",
         "run.yaml:8: generator.betas.1: should be less than 1, got 1.5",
         "run.yaml:9: objective.t_max: should be greater than t_min (990), got 980",  # not written: its section's line
@@ -264,10 +261,7 @@ cluster:
         ("steps: 010", "run.yaml:1: steps: should be a whole number, got '010'"),
         ("steps: -0_7", "run.yaml:1: steps: should be a whole number, got '-0_7'"),
         ("name: a/b", "run.yaml:1: name: should be letters, digits, '.', '_' and '-' only, got 'a/b'"),
-        (
-            'output_dir: "a\\0b"',
-            "run.yaml:1: output_dir: should hold no NUL byte: no file system takes it, got 'a\\x00b'",
-        ),
+        ('output_dir: "a\\0b"', "run.yaml:1: output_dir: should hold no NUL byte: no file system takes it, got 'a\\x00b'"),
         (
             "generator:\n  learning_rate: 1e39",
             "run.yaml:2: generator.learning_rate: should be less than or equal to 1, got 1e+39",
@@ -284,10 +278,7 @@ cluster:
             "objective: {t_log_std: 1e-300, reward_scale: 0}",
             "run.yaml:1: objective.t_log_std: should be greater than or equal to 0.001, got 1e-300",
         ),
-        (
-            "tracking: {uri: 'sqlite://'}",
-            "run.yaml:1: tracking.uri: should name a file: sqlite:///PATH, got 'sqlite://'",
-        ),
+        ("tracking: {uri: 'sqlite://'}", "run.yaml:1: tracking.uri: should name a file: sqlite:///PATH, got 'sqlite://'"),
         (
             f"global_batch_size: {10**20}",
             f"run.yaml:1: global_batch_size: should be less than or equal to 1000000, got {10**20}",
@@ -339,12 +330,9 @@ def test_an_old_key_is_answered_with_the_new_one(tmp_path, old, new):
 
 def test_what_stands_under_an_old_key_is_checked_as_well(tmp_path):
     """All mistakes at once, and none that only the old name makes: this generator is no pocket world's."""
-    text = (
-        "reference: {model: m, cfg_scale: x}\ngenerator:\n  start: reference\nwatch:\n  every: -1\n  evry: 1\nruns: ''"
-    )
+    text = "reference: {model: m, cfg_scale: x}\ngenerator:\n  start: reference\nwatch:\n  every: -1\n  evry: 1\nruns: ''"
     assert errors(tmp_path, text) == [
-        "run.yaml:1: reference.cfg_scale: unknown key, it is now 'reference.guidance_scale', "
-        "whose value is cfg_scale + 1",
+        "run.yaml:1: reference.cfg_scale: unknown key, it is now 'reference.guidance_scale', whose value is cfg_scale + 1",
         "run.yaml:1: reference.guidance_scale: should be a number, got 'x'",
         "run.yaml:3: generator.start: unknown key, it is now 'generator.init_from'",
         "run.yaml:4: watch: unknown key, it is now 'overoptimization'",
@@ -421,9 +409,7 @@ def test_prompts_of_tables_and_datasets(tmp_path):
     for source in ("a.parquet", "a.csv", "a.jsonl"):
         table = read_prompts(tmp_path / source, column="caption")
         assert table["prompt"].tolist() == ["a cat", "a dog\u2028, red"] and [*table.columns] == ["prompt", "n"]
-        with pytest.raises(
-            UserError, match=r"no column 'captoin', columns are caption, prompt, n, did you mean 'caption'\?"
-        ):
+        with pytest.raises(UserError, match=r"no column 'captoin', columns are caption, prompt, n, did you mean 'caption'\?"):
             read_prompts(tmp_path / source, column="captoin")
     table = read_prompts(f"datasets:{tmp_path}/hub:train", column="caption")
     assert table.to_dict("list") == {"prompt": ["a cat", "a dog\u2028, red"]}
@@ -482,10 +468,7 @@ def test_the_pocket_world_has_every_split(split):
         ("pocket:evl", r"pocket:evl: unknown split, did you mean 'pocket:eval'\?"),
         ("pocket", "pocket: unknown split.*"),
         ("{}/prompst.csv", r".*prompst.csv: no such file, did you mean '.*prompts.csv'\?"),
-        (
-            "{}/prompts.xlsx",
-            r".*prompts.xlsx: prompts are 'pocket:<split>', a file \(.csv, .jsonl, .*\) or 'datasets:.*",
-        ),
+        ("{}/prompts.xlsx", r".*prompts.xlsx: prompts are 'pocket:<split>', a file \(.csv, .jsonl, .*\) or 'datasets:.*"),
         ("{}/broken.jsonl", r".*broken.jsonl: line 2: not JSON: .*"),
         ("{}/list.jsonl", r".*list.jsonl: line 1: should be an object, got \[1\]"),
         ("{}/number.jsonl", r".*number.jsonl: row 2: 'prompt' should be text, got 3"),
@@ -515,9 +498,7 @@ def test_prompts_that_cannot_be_read(tmp_path, source, message):
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "number.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": 3}\n')
     (tmp_path / "not.parquet").write_text("prompt\na\n")
-    harmed = pa.table({"prompt": ["a cat"]}).replace_schema_metadata(
-        {"pandas": '{"columns": [{}], "index_columns": []}'}
-    )
+    harmed = pa.table({"prompt": ["a cat"]}).replace_schema_metadata({"pandas": '{"columns": [{}], "index_columns": []}'})
     pq.write_table(harmed, tmp_path / "harmed.parquet")
     pd.DataFrame({"prompt": [["a cat", "a dog"] * 9]}).to_parquet(tmp_path / "lists.parquet")
     with pytest.raises(UserError, match=f"^{message}$") as caught:
@@ -561,14 +542,10 @@ def test_a_missing_file_is_taken_for_one_of_nearly_its_name_only(tmp_path):
         assert str(caught.value) == f"{tmp_path}/{name}: {said}"
 
 
-@pytest.mark.parametrize(
-    "text", ["prompt\na cat, oil\na dog, ink\n", "prompt,x\na cat, sitting, oil,1\n", "prompt\nx\na, b\n"]
-)
+@pytest.mark.parametrize("text", ["prompt\na cat, oil\na dog, ink\n", "prompt,x\na cat, sitting, oil,1\n", "prompt\nx\na, b\n"])
 def test_a_comma_without_quotes_is_no_column(tmp_path, text):
     (tmp_path / "p.csv").write_text(text)
-    with pytest.raises(
-        UserError, match=r"p\.csv: .*(a prompt with a comma wants quotes|Expected 1 fields in line 3, saw 2)"
-    ):
+    with pytest.raises(UserError, match=r"p\.csv: .*(a prompt with a comma wants quotes|Expected 1 fields in line 3, saw 2)"):
         read_prompts(tmp_path / "p.csv")
     (tmp_path / "p.csv").write_text('prompt\n"a cat, oil"\n')
     assert read_prompts(tmp_path / "p.csv")["prompt"].tolist() == ["a cat, oil"]
@@ -583,24 +560,13 @@ def test_passwords_stay_in_the_environment(tmp_path):
     (said,) = errors(tmp_path, "tracking: {uri: 'https://me:hunter2@host/x'}")
     assert said.startswith("run.yaml:1: tracking.uri: should hold no user and password") and "hunter2" not in said
     experiment = Experiment().tracked_at("https://me:hunter2@host/x")
-    assert (
-        experiment.without_secrets().tracking.uri is None
-        and experiment.tracked_at(None).without_secrets() == Experiment()
-    )
+    assert experiment.without_secrets().tracking.uri is None and experiment.tracked_at(None).without_secrets() == Experiment()
     assert "hunter2" not in experiment.without_secrets().to_yaml() + str(experiment.without_secrets().to_params())
-    uris = (
-        "postgresql://me:hunt/er2@host/db",
-        "https://me:hunt@er2@host",
-        "postgresql://host/db?user=me&password=hunter2&x=1",
-    )
+    uris = ("postgresql://me:hunt/er2@host/db", "https://me:hunt@er2@host", "postgresql://host/db?user=me&password=hunter2&x=1")
     queries = ("passwd=hunter2", "sslpassword=hunt@er2", "access_token=hunter2", "api_key=hunt'er2", "hunter2")
     blanks = ("https://me:my hunt er2@host", "postgresql://u:hunt\ter2@host/db", "mysql://u:hunt\u00a0er2@host/db")
     odbc = ("mssql://?odbc_connect=UID%3Dme%3BPWD%3Dhunter2", "mssql+pyodbc://host:1433/?odbc_connect=PWD%3Dhunt@er2")
-    quoted = (
-        "mysql://me:hunt'er2@host/db",
-        "mysql://me:hunt?er2@host/db",
-        "mysql://host:3306/db?user=me@x&passwd=hunt@er2",
-    )
+    quoted = ("mysql://me:hunt'er2@host/db", "mysql://me:hunt?er2@host/db", "mysql://host:3306/db?user=me@x&passwd=hunt@er2")
     for uri in (*uris, *(f"mysql://host/db?{query}" for query in queries), *odbc, *quoted, "https://token@host"):
         for text in (uri, f"{uri} and {uri!r}", f"(https://host/{uri!r})", f"at {uri}: {uri}, {uri}/api"):
             assert not re.search("hunt|er2|token@", redact(text))
@@ -612,10 +578,7 @@ def test_passwords_stay_in_the_environment(tmp_path):
         assert "uri: should hold no user and password" in said and "er2" not in said
         (said,) = errors(tmp_path, f"mirror: {json.dumps('s3' + uri[uri.index(':') :])}")
         assert "mirror: should hold no keys" in said and "er2" not in said
-    assert (
-        redact(f"no answer from {quoted[0]}, 'https://host/x?y=z'")
-        == "no answer from mysql://host/db, 'https://host/x'"
-    )
+    assert redact(f"no answer from {quoted[0]}, 'https://host/x?y=z'") == "no answer from mysql://host/db, 'https://host/x'"
     assert "er2" not in redact("HTTPConnectionPool(host='host', port=1): with url: /?auth=hunter2/api/2.0")
     for uri in ("https://host:5000/x", "sqlite:////a/b.db", "postgresql://host/db", "sqlite:////a/me:x@lab/b c.db"):
         assert redact(uri) == uri

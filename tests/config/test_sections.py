@@ -47,10 +47,7 @@ def test_arguments_of_ones_own_are_kept_as_they_are(tmp_path):
         ("args: {alpha: 1.2}", "objective.args.alpha: is no parameter of di_star, which takes none, got 1.2"),
         ("name: sid, args: {alpha: big}", "objective.args.alpha: should be a number, got 'big'"),
         ("name: sid, args: {alpha: true}", "objective.args.alpha: should be a number, got True"),
-        (
-            "distance_args: {c: 0}",
-            "objective.distance_args: c should be greater than 0 and at most 1000000, got {'c': 0}",
-        ),
+        ("distance_args: {c: 0}", "objective.distance_args: c should be greater than 0 and at most 1000000, got {'c': 0}"),
         (
             "distance: squared, distance_args: {c: 1}",
             "objective.distance_args.c: is no parameter of squared, which takes none, got 1",
@@ -65,10 +62,7 @@ def test_arguments_of_ones_own_are_kept_as_they_are(tmp_path):
         ),
         ("huber_c: 0.1", "objective.huber_c: unknown key, it is now 'objective.distance_args.c'"),
         ("sid_alpha: 1", "objective.sid_alpha: unknown key, it is now 'objective.args.alpha'"),
-        (
-            "name: sim, reward_scale: 1",
-            "objective.reward_scale: should be 0 for sim (with a reward it is 'di_star'), got 1",
-        ),
+        ("name: sim, reward_scale: 1", "objective.reward_scale: should be 0 for sim (with a reward it is 'di_star'), got 1"),
     ],
 )
 def test_a_mistake_is_told_with_its_line_and_the_nearest_name(tmp_path, text, said):
@@ -82,9 +76,7 @@ def test_a_mistake_is_told_with_its_line_and_the_nearest_name(tmp_path, text, sa
 @pytest.mark.parametrize("overrides", [["distance=squared"], ["distance_args.c=0.3", "distance=pseudo_huber"]])
 def test_another_distance_starts_with_its_own_arguments(tmp_path, overrides):
     """Those of the file's distance go with it, whatever the order of the overrides."""
-    text = (
-        "distance_args: {c: 0.2}" if overrides[0] == "distance=squared" else "distance: 'mine:d', distance_args: {x: 1}"
-    )
+    text = "distance_args: {c: 0.2}" if overrides[0] == "distance=squared" else "distance: 'mine:d', distance_args: {x: 1}"
     chosen = objective(tmp_path, text, *(f"objective.{override}" for override in overrides))
     assert chosen.distance_args == ({} if chosen.distance == "squared" else {"c": 0.3})
 

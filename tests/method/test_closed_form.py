@@ -29,11 +29,7 @@ LEVELS = [(1.0, 0.8), (0.6, 0.8), (0.98, 0.2), (0.3, 0.95), (0.5, 0.5)]
 NODES, WEIGHTS = (torch.tensor(v) for v in np.polynomial.hermite_e.hermegauss(200))
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
 PLAIN = {"mean": 0.0, "null": 0.0, "std": 1.0, "cfg": 0.0, "where": "in"}
-GUIDED = PLAIN | {
-    "mean": 0.4,
-    "null": -0.2,
-    "cfg": 1.5,
-}  # both of width 1: guided, they are the score of a third Gaussian
+GUIDED = PLAIN | {"mean": 0.4, "null": -0.2, "cfg": 1.5}  # both of width 1: guided, they are the score of a third Gaussian
 
 
 def posterior_mean(mean, std, alpha, sigma):
@@ -240,9 +236,7 @@ def test_guidance_inside_and_outside(level, name, where):
 @pytest.mark.parametrize("name", ["diff_instruct", "diff_instruct_pp"])
 def test_for_kl_guidance_inside_equals_outside(name):
     for level in LEVELS:
-        one, other = (
-            by_code(level, "eps", GUIDED | {"where": w}, configured(name, level, "eps")) for w in ("in", "out")
-        )
+        one, other = (by_code(level, "eps", GUIDED | {"where": w}, configured(name, level, "eps")) for w in ("in", "out"))
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
@@ -266,11 +260,7 @@ def test_guidance_scale_is_diffusers_and_1_asks_once():
 DI_STAR, DI, FISHER = ("di_star", "pseudo_huber"), ("diff_instruct", ""), ("sid", "")
 BUGS = {  # what it tests: (objective, source, planted); each must move its objective's gradient visibly
     "d' detached": (DI_STAR, "distance.gradient(y)", "distance.gradient(y).detach()"),
-    "score network detached": (
-        DI_STAR,
-        "score_network(xt, t, c), reference",
-        "score_network(xt, t, c).detach(), reference",
-    ),
+    "score network detached": (DI_STAR, "score_network(xt, t, c), reference", "score_network(xt, t, c).detach(), reference"),
     "reference detached": (DI_STAR, "    y = m * (f - r)", "    y = m * (f - r.detach())"),
     "x_t detached": (DI_STAR, "xt, m = schedule.diffuse(x0, t, eps)", "xt, m = schedule.diffuse(x0, t, eps).detach()"),
     "x0 of the right factor detached": (DI_STAR, "* m * (f - x0))", "* m * (f - x0.detach()))"),
@@ -286,11 +276,7 @@ BUGS = {  # what it tests: (objective, source, planted); each must move its obje
     "guidance scale off by one": (DI_STAR, "g = (guidance_scale - 1) *", "g = guidance_scale *"),
     "KL: the networks not constants": (DI, "    with torch.no_grad():\n", "    if True:\n"),
     "KL: sign flipped": (DI, "return per_sample_sum(m * (f - r) * xt)", "return -per_sample_sum(m * (f - r) * xt)"),
-    "KL: alpha of dx_t lost": (
-        DI,
-        "return per_sample_sum(m * (f - r) * xt)",
-        "return per_sample_sum(m * (f - r) * x0)",
-    ),
+    "KL: alpha of dx_t lost": (DI, "return per_sample_sum(m * (f - r) * xt)", "return per_sample_sum(m * (f - r) * x0)"),
     "KL: weight missing": (DI, "return per_sample_sum(m * (f - r) * xt)", "return per_sample_sum((f - r) * xt)"),
     "SiD: alpha on the wrong term": (FISHER, "((r - x0) - alpha * (r - f))", "(alpha * (r - x0) - (r - f))"),
     "SiD: x0 for f in the right factor": (FISHER, "- alpha * (r - f))", "- alpha * (r - x0))"),
@@ -349,10 +335,7 @@ def gradients(namespace, kind):
 def test_planted_bug_is_caught(bug):
     kind, original, planted = BUGS[bug]
     try:
-        off = [
-            (got - wanted).abs().max()
-            for got, wanted in gradients(rebuilt(original, planted, function_of(kind[0])), kind)
-        ]
+        off = [(got - wanted).abs().max() for got, wanted in gradients(rebuilt(original, planted, function_of(kind[0])), kind)]
     except RuntimeError as error:  # autograd has nothing left to differentiate
         assert "does not require grad" in str(error)
         return
@@ -415,9 +398,7 @@ def test_denoising_loss_has_its_value_and_is_least_at_the_posterior_mean(predict
     weight = {"x0": 1.0, "eps": (alpha / sigma) ** 2, "v": 1 / sigma**2}[space]
 
     def loss_and_gradient(offset):
-        gain, shift = parameters = torch.tensor(
-            [best + offset, MEAN - best * alpha * MEAN + offset], dtype=torch.float64
-        )
+        gain, shift = parameters = torch.tensor([best + offset, MEAN - best * alpha * MEAN + offset], dtype=torch.float64)
         gain, shift = parameters.requires_grad_()
 
         def network_output(xt):  # what a network of this parametrisation would put out

@@ -107,9 +107,7 @@ def sender(rewards, terms):
 
 def round_(train_state, settings=None, step=0, rows=slice(0, BATCH), send=sender(REWARDS, TERMS)):  # noqa: B008
     draws = NoiseStreams(0, step, BATCH, SHAPE, rows, torch.device("cpu"))
-    return alternating_round(
-        train_state, settings or make_step_config(), SCHEDULE, draws, PROMPTS[rows], condition(rows), send
-    )
+    return alternating_round(train_state, settings or make_step_config(), SCHEDULE, draws, PROMPTS[rows], condition(rows), send)
 
 
 def weights(module):
@@ -130,9 +128,7 @@ def test_the_generators_gradient_is_that_of_one_graph(name):
     draws, c = NoiseStreams(0, 0, BATCH, SHAPE, slice(0, BATCH), torch.device("cpu")), condition()
     x0 = generator(draws.normal(draws.GENERATOR), c)
     t, eps = draws.t(draws.GENERATOR + 1, LAW), draws.normal(draws.GENERATOR + 2)
-    loss, _ = settings.objective(
-        x0, t, eps, c, score_network=train_state.score_network, reference=train_state.reference
-    )
+    loss, _ = settings.objective(x0, t, eps, c, score_network=train_state.score_network, reference=train_state.reference)
     images = decode(x0)
     reward = contrast(images, PROMPTS) - 0.5 * brightness(images, PROMPTS)
     (0.7 * loss - 30.0 * reward).mean().backward()
@@ -169,9 +165,7 @@ def test_micro_batches_add_up_to_the_whole(size, reuse):
     whole, parts = make_train_state(adam=False), make_train_state(adam=False)
     sizes = {"generator": [], "score_network": []}
     for name, seen in sizes.items():
-        getattr(parts, name).register_forward_pre_hook(
-            lambda module, arguments, seen=seen: seen.append(len(arguments[0]))
-        )
+        getattr(parts, name).register_forward_pre_hook(lambda module, arguments, seen=seen: seen.append(len(arguments[0])))
     settings = make_step_config(reuse_sample=reuse, score_updates=2)
     of_whole, of_parts = round_(whole, settings), round_(parts, replace(settings, micro_batch_size=size))
     for player, seen in sizes.items():
@@ -181,9 +175,7 @@ def test_micro_batches_add_up_to_the_whole(size, reuse):
             assert one.grad.norm() > 0
     assert len(sizes["generator"]) == (2 if reuse else 4) * -(-BATCH // size)
     assert of_parts.keys() == of_whole.keys()
-    assert of_parts == pytest.approx(
-        of_whole | {key: of_parts[key] for key in of_parts if key.startswith("time/")}, rel=1e-4
-    )
+    assert of_parts == pytest.approx(of_whole | {key: of_parts[key] for key in of_parts if key.startswith("time/")}, rel=1e-4)
 
 
 def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path):
@@ -282,14 +274,8 @@ def test_the_average_follows_its_formula(step, decay):
     ("objective", "said"),
     [
         ({"t_max": 1001}, r"objective.t_max: got 1001, the reference's schedule has 1000 steps"),
-        (
-            {"distance": "nowhere:pair"},
-            r"objective.distance: 'nowhere:pair' is no pair \(d, d'\): No module named 'nowhere'",
-        ),
-        (
-            {"distance": "tiny.rewards:pear"},
-            r"objective.distance: 'tiny.rewards:pear' is no pair .* has no attribute 'pear'",
-        ),
+        ({"distance": "nowhere:pair"}, r"objective.distance: 'nowhere:pair' is no pair \(d, d'\): No module named 'nowhere'"),
+        ({"distance": "tiny.rewards:pear"}, r"objective.distance: 'tiny.rewards:pear' is no pair .* has no attribute 'pear'"),
         ({"distance": "tiny.rewards:Red"}, r"objective.distance: 'tiny.rewards:Red' is no pair .*"),
         ({"distance": ":pair"}, r"objective.distance: ':pair' is no pair \(d, d'\): Empty module name"),
         ({"distance": "broken:pair"}, r"objective.distance: 'broken:pair' is no pair \(d, d'\): not now"),
@@ -336,10 +322,7 @@ def test_a_reward_that_errs_is_named(reward, said):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        (
-            "tiny.rewards:steps_done",
-            r"cannot load 'tiny.rewards:steps_done': ValueError: .* a class or a function without",
-        ),
+        ("tiny.rewards:steps_done", r"cannot load 'tiny.rewards:steps_done': ValueError: .* a class or a function without"),
         ("nowhere:Reward", "cannot load 'nowhere:Reward': ModuleNotFoundError: No module named 'nowhere'"),
         ("os:getcwd", "'os:getcwd' makes a str, which is not callable"),
     ],

@@ -35,9 +35,7 @@ def test_any_width_of_the_pseudo_huber_distance_passes(c):
 
 def test_other_rightful_distances_pass():
     cosh = Distance(lambda y: (y.cosh() - 1).flatten(1).sum(1), torch.sinh)
-    huber = Distance(
-        lambda y: torch.where(y.abs() < 1, y**2 / 2, y.abs() - 0.5).flatten(1).sum(1), lambda y: y.clamp(-1, 1)
-    )
+    huber = Distance(lambda y: torch.where(y.abs() < 1, y**2 / 2, y.abs() - 0.5).flatten(1).sum(1), lambda y: y.clamp(-1, 1))
     for pair in (cosh, huber):
         validate_distance(pair)
         validate_distance(Distance(lambda y, d=pair.value: d(y.float()), lambda y, d=pair.gradient: d(y.float())))
@@ -109,10 +107,7 @@ DISTANCE_MISTAKES = {
         Distance(lambda y: y.flatten(1).sum(1).long(), squared.gradient),
         r"d\(y\) is of torch.int64, expected floating point",
     ),
-    "an error": (
-        Distance(lambda y: y @ y.new_ones(3), squared.gradient),
-        r"d\(y\) of a y \[4, 4, 8, 8\]: RuntimeError: ",
-    ),
+    "an error": (Distance(lambda y: y @ y.new_ones(3), squared.gradient), r"d\(y\) of a y \[4, 4, 8, 8\]: RuntimeError: "),
 }
 
 
@@ -190,10 +185,7 @@ OBJECTIVE_MISTAKES = {
         changed(lambda loss, record: (loss.mean(), record)),
         r"its loss has the shape \[\], expected \[4\]",
     ),
-    "a loss that is not finite": (
-        changed(lambda loss, record: (loss / 0, record)),
-        "its loss is not finite, in 4 of 4 places",
-    ),
+    "a loss that is not finite": (changed(lambda loss, record: (loss / 0, record)), "its loss is not finite, in 4 of 4 places"),
     "a gradient that is not finite": (
         changed(lambda loss, record: ((loss - loss.detach()).abs().sqrt(), record)),
         "its gradient at x0 is not finite",

@@ -135,9 +135,7 @@ def test_the_folder_is_stock_and_says_what_it_is(exports: list[dict[str, Any]]) 
     assert [path for path in files if path.suffix != ".safetensors" and place in path.read_text()] == []
 
 
-def test_an_export_replaces_the_one_before_and_a_failed_one_leaves_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_replaces_the_one_before_and_a_failed_one_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = trained(pipelines.build(tmp_path / "reference"), 399, "unit")
     folder = export(str(tmp_path / "reference"), generator, tmp_path / "run" / "export")
     before = sorted(path.relative_to(folder) for path in folder.rglob("*"))

@@ -180,13 +180,8 @@ def test_a_reference_may_be_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     save_file({"other": value}, tmp_path / "other.safetensors")
     (tmp_path / "pickled.ckpt").touch()
     monkeypatch.setattr(sources, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    for module in (
-        single_file,
-        single_file_utils,
-    ):  # in the place of the hub, where the published model's configuration is
-        monkeypatch.setattr(
-            module, "fetch_diffusers_config", lambda weights: {"pretrained_model_name_or_path": str(folder)}
-        )
+    for module in (single_file, single_file_utils):  # in the place of the hub, where the published model's configuration is
+        monkeypatch.setattr(module, "fetch_diffusers_config", lambda weights: {"pretrained_model_name_or_path": str(folder)})
     whole, one = load_reference(str(folder)), load_reference(str(tmp_path / "all.safetensors"))
     pictures = [each.decode(each.sample(PROMPTS, noise(), 3, 2.0)) for each in (whole, one)]
     assert torch.equal(*pictures) and pictures[0].std() > 0.05
@@ -199,10 +194,7 @@ def test_a_reference_may_be_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
         elsewhere.setattr(sources, "HF_HUB_CACHE", str(tmp_path / "no folder"))
         with pytest.raises(UserError, match=r"^reference.model: \S*all.safetensors cannot be unpacked into [^\n]*$"):
             load_reference(str(tmp_path / "all.safetensors"))
-    for spoilt, said in {
-        "other.safetensors": "holds no StableDiffusionPipeline",
-        "pickled.ckpt": "is no .safetensors",
-    }.items():
+    for spoilt, said in {"other.safetensors": "holds no StableDiffusionPipeline", "pickled.ckpt": "is no .safetensors"}.items():
         with pytest.raises(UserError, match=f"{spoilt} {said}") as refusal:
             load_reference(str(tmp_path / spoilt))
         assert "\n" not in str(refusal.value)
@@ -262,24 +254,16 @@ logging: {{every: 1, grid_every: 4, grid_prompts: 2, checkpoint_every: 2}}
     with pytest.raises(SystemExit):
         train("cut")
     (left,) = (path.parent for path in (tmp_path / "cut").glob("*/experiment.yaml"))
-    assert [path.name for path in (left / "checkpoints").iterdir()] == ["step-00000002"] and not (
-        left / "export"
-    ).exists()
+    assert [path.name for path in (left / "checkpoints").iterdir()] == ["step-00000002"] and not (left / "export").exists()
     train("cut", "--resume", str(left))
     assert len(going) == 4 + 2  # rounds 3 and 4 again
 
     ends = [load_file(at / "checkpoints" / "step-00000004" / "tensors.safetensors") for at in (whole, left)]
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
     start = load_file(folder / load_reference(str(folder)).family.part / "diffusion_pytorch_model.safetensors")
-    learned = load_file(
-        whole / "export" / load_reference(str(folder)).family.part / "diffusion_pytorch_model.safetensors"
-    )
+    learned = load_file(whole / "export" / load_reference(str(folder)).family.part / "diffusion_pytorch_model.safetensors")
     assert max((learned[key] - start[key]).abs().max() for key in start) > 0
     for at in (whole, left):
         main(["generate", str(at), "a red hat", "-o", str(at / "out.png"), "--n", "2"])
     with Image.open(whole / "out.png") as one, Image.open(left / "out.png") as other:
-        assert (
-            one.size == (64, 32)
-            and one.tobytes() == other.tobytes()
-            and len(set(one.convert("L").get_flattened_data())) > 9
-        )
+        assert one.size == (64, 32) and one.tobytes() == other.tobytes() and len(set(one.convert("L").get_flattened_data())) > 9

@@ -95,9 +95,7 @@ def test_reference_sample_is_the_stock_pipelines(
     guidance_scale: float, reference: Reference, stock: StableDiffusionPipeline
 ) -> None:
     z = noise()
-    expected = stock(
-        PROMPTS, latents=z, num_inference_steps=7, guidance_scale=guidance_scale, output_type="latent"
-    ).images
+    expected = stock(PROMPTS, latents=z, num_inference_steps=7, guidance_scale=guidance_scale, output_type="latent").images
     sample = reference.sample(PROMPTS, z, steps=7, guidance_scale=guidance_scale)
     torch.testing.assert_close(sample, expected, rtol=1e-4, atol=1e-4)
 
@@ -161,9 +159,7 @@ def test_a_generator_starts_from_a_unet_or_from_another_pipeline(reference: Refe
         assert torch.equal(unet.conv_out.bias, other.conv_out.bias)  # type: ignore[arg-type]
 
 
-def test_pocket_names_the_folders_inside_the_package(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pocket_names_the_folders_inside_the_package(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(folder, tmp_path / "pipeline")
     shutil.copytree(folder / "unet", tmp_path / "generator")
     assert Path(diffinstruct.__file__).with_name("pocket") == POCKET
@@ -195,10 +191,7 @@ def _flow_matching(folder: Path) -> None:
     ("spoil", "names"),
     [
         (lambda folder: _index(folder, _class_name="FluxPipeline"), ["FluxPipeline", "StableDiffusionPipeline"]),
-        (
-            lambda folder: _index(folder, text_encoder=["transformers", "T5EncoderModel"]),
-            ["T5EncoderModel", "CLIPTextModel"],
-        ),
+        (lambda folder: _index(folder, text_encoder=["transformers", "T5EncoderModel"]), ["T5EncoderModel", "CLIPTextModel"]),
         (lambda folder: _index(folder, vae=["diffusers", "VQModel"]), ["VQModel", "AutoencoderTiny"]),
         (lambda folder: (folder / "model_index.json").unlink(), ["model_index.json"]),
         (_pickled, ["unet", "safetensors"]),
@@ -226,9 +219,7 @@ def test_a_start_or_timestep_that_does_not_fit_is_refused(reference: Reference, 
         reference.generator(625, str(other))
     with pytest.raises(UserError, match=r"got 1000, .* 0 to 999"):
         reference.generator(1000)
-    with pytest.raises(
-        UserError, match=r"generator.timestep: should be at least 1 where input_scale is 'sigma', got 0"
-    ):
+    with pytest.raises(UserError, match=r"generator.timestep: should be at least 1 where input_scale is 'sigma', got 0"):
         reference.generator(0, input_scale="sigma")
     (tmp_path / "model.ckpt").touch()
     for key, start, said in [
@@ -258,9 +249,7 @@ def test_a_hub_id_may_name_the_commit(monkeypatch, tmp_path) -> None:
     assert pinned(str(tmp_path / "a@b")) == (str(tmp_path / "a@b"), {})  # a folder may be called anything
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner/name").mkdir(parents=True)  # whose commit nobody knows
-    with pytest.raises(
-        UserError, match=r"^reference\.model: owner/name@0123abc names a commit .*, but owner/name lies here"
-    ):
+    with pytest.raises(UserError, match=r"^reference\.model: owner/name@0123abc names a commit .*, but owner/name lies here"):
         load_reference("owner/name@0123abc")
     recipes = (Path(__file__).parents[2] / "experiments" / "recipes").glob("*.yaml")
     models = {load(recipe).reference.model for recipe in recipes} - {"pocket"}

@@ -55,9 +55,7 @@ def test_a_run_reads_what_was_made_once(family: str, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Reference, "texts", property(no_encoder))
     monkeypatch.setattr("diffinstruct.models.export.export", lambda model, average, folder: folder)  # it packs one, too
-    local.run(
-        load(tmp_path / "recipe.yaml", [f"prompts.embeddings={tmp_path}/embeddings", "seed=7"]), tmp_path / "again"
-    )
+    local.run(load(tmp_path / "recipe.yaml", [f"prompts.embeddings={tmp_path}/embeddings", "seed=7"]), tmp_path / "again")
     assert len(made) == 4
 
 
@@ -104,9 +102,7 @@ def test_one_that_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
         Embeddings(tmp_path / "file", "encoder").add("a hat", {})
 
 
-def test_they_are_made_in_tasks_of_the_cluster(
-    session, world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_they_are_made_in_tasks_of_the_cluster(session, world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     from diffinstruct.cluster.train import embed
     from diffinstruct.training.build import missing_embeddings, open_reference
 

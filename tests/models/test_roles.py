@@ -111,12 +111,8 @@ def test_adapters_equal_their_merge(folder: Path, family: str, checkpointing: st
 
     said = []
     for each, of in ((roles, reference), (merged, load_reference(str(folder)))):
-        still = experiment.model_copy(
-            update={"generator": experiment.generator.model_copy(update={"learning_rate": 1e-12})}
-        )
-        still = still.model_copy(
-            update={"score_network": still.score_network.model_copy(update={"learning_rate": 1e-12})}
-        )
+        still = experiment.model_copy(update={"generator": experiment.generator.model_copy(update={"learning_rate": 1e-12})})
+        still = still.model_copy(update={"score_network": still.score_network.model_copy(update={"learning_rate": 1e-12})})
         (metrics,) = rounds(still, of, make_train_state(still, each, of.null_conditions(), lambda module: module), 1)
         said.append({key: value for key, value in metrics.items() if not key.startswith("time/")})
     weights = ("gradient_norm/generator", "gradient_norm/score_network")  # of other parameters
@@ -141,9 +137,7 @@ def test_a_merge_is_on_the_files_own_weights(folder: Path, family: str) -> None:
     """Also where the base is held in bf16, so that the adapter does to the published model what it does to the
     export."""
     reference = load_reference(str(folder))
-    network: Any = make_roles(
-        configured(folder, family, *RANKS, "precision=bf16"), reference
-    ).generator.denoiser.network
+    network: Any = make_roles(configured(folder, family, *RANKS, "precision=bf16"), reference).generator.denoiser.network
     assert network.dtype == torch.bfloat16
     merged = network.merged().state_dict()  # its adapter adds nothing yet
     assert all(torch.equal(merged[name], value) for name, value in reference.network().state_dict().items())
@@ -163,15 +157,9 @@ def test_training_leaves_the_base_alone_and_moves_every_adapter(folder: Path, fa
         assert torch.equal(after[name], value) == (".lora_" not in name or idle), name
     assert base.active_adapters == []
     now = roles.generator(torch.ones(2, *reference.latent_shape), reference.encode_prompts(PROMPTS)).detach()
-    assert (now - start).abs().max() > 0 and all(
-        metrics[-1][key] > 0 for key in metrics[-1] if key.startswith("gradient_norm")
-    )
-    shared = {name for name, _ in roles.generator.named_parameters()} & {
-        n for n, _ in roles.score_network.named_parameters()
-    }
-    assert not shared & {"denoiser.network"} and all(
-        "weights" in name for name, _ in roles.generator.named_parameters()
-    )
+    assert (now - start).abs().max() > 0 and all(metrics[-1][key] > 0 for key in metrics[-1] if key.startswith("gradient_norm"))
+    shared = {name for name, _ in roles.generator.named_parameters()} & {n for n, _ in roles.score_network.named_parameters()}
+    assert not shared & {"denoiser.network"} and all("weights" in name for name, _ in roles.generator.named_parameters())
 
 
 @pytest.mark.parametrize("ranks", [["generator.lora_rank=4"], ["score_network.lora_rank=2"], []], ids=str)
@@ -186,14 +174,9 @@ def test_full_and_adapted_roles_mix(folder: Path, family: str, ranks: list[str])
     state = copy.deepcopy(train_state.state_dict())
     full = sum(p.numel() for p in reference.network().parameters())
     sizes = {name: sum(v.numel() for v in state[name].values()) for name in ("generator", "score_network", "ema")}
-    for name, rank in (
-        ("generator", experiment.generator.lora_rank),
-        ("score_network", experiment.score_network.lora_rank),
-    ):
+    for name, rank in (("generator", experiment.generator.lora_rank), ("score_network", experiment.score_network.lora_rank)):
         assert (sizes[name] < full) == (rank > 0)
-    again = make_train_state(
-        experiment, make_roles(experiment, reference), reference.null_conditions(), lambda module: module
-    )
+    again = make_train_state(experiment, make_roles(experiment, reference), reference.null_conditions(), lambda module: module)
     again.load_state_dict(state)
     one, other = (rounds(experiment, reference, p, 1)[0] for p in (train_state, again))
     assert all(one[key] == other[key] for key in one if not key.startswith("time/"))
@@ -261,11 +244,7 @@ def test_an_exported_adapter_opens_in_stock_diffusers(folder: Path, family: str,
     roles = moved(make_roles(experiment, reference))
     place = export(str(folder), roles.generator, tmp_path / "export")
     z = torch.randn(2, *reference.latent_shape, generator=torch.Generator().manual_seed(0))
-    ours = (
-        torch.cat([reference.sampler(roles.generator)(["a red hat"], one[None]) for one in z])
-        .permute(0, 2, 3, 1)
-        .numpy()
-    )
+    ours = torch.cat([reference.sampler(roles.generator)(["a red hat"], one[None]) for one in z]).permute(0, 2, 3, 1).numpy()
     if family == "pixart":  # whose stock pipeline has no load_lora_weights
         assert not (place / "lora").exists()
         return

@@ -104,10 +104,7 @@ def test_a_sharded_flow_in_bf16_is_told_its_times_unrounded(tmp_path) -> None:
     """All that is sharded is computed in bf16, so digits are lost; but fewer than with times in bf16, which has 8
     bits."""
     reference = load_reference(str(pipelines.build(tmp_path / "sd3", family="sd3")))
-    xt, t = (
-        torch.randn(64, *reference.latent_shape, generator=torch.Generator().manual_seed(0)),
-        torch.arange(300, 940, 10),
-    )
+    xt, t = (torch.randn(64, *reference.latent_shape, generator=torch.Generator().manual_seed(0)), torch.arange(300, 940, 10))
     c = reference.encode_prompts(["a red hat"] * len(t))
     times = reference.schedule.fed(t)
     torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)

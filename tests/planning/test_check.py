@@ -75,9 +75,7 @@ def test_a_round_without_content_takes_what_a_real_one_takes(world, more, monkey
     experiment = world[1](**more)
 
     def counted() -> footprint.Footprint:
-        reference = load_reference(
-            experiment.reference.model, activation_checkpointing=experiment.activation_checkpointing
-        )
+        reference = load_reference(experiment.reference.model, activation_checkpointing=experiment.activation_checkpointing)
         rewards = {"tiny.rewards:Red": lambda images, prompts: images.mean((1, 2, 3))}
         return footprint.training_footprint(experiment, reference, rewards)
 

@@ -74,19 +74,12 @@ def test_a_round_costs_what_the_arithmetic_says(reference, monkeypatch, name, gu
     score = counted(update) if settings.objective else 0
     rows: list[int] = []
     forward = NetworkDenoiser.forward
-    monkeypatch.setattr(
-        NetworkDenoiser, "forward", lambda self, xt, *rest: (rows.append(len(xt)), forward(self, xt, *rest))[1]
-    )
+    monkeypatch.setattr(NetworkDenoiser, "forward", lambda self, xt, *rest: (rows.append(len(xt)), forward(self, xt, *rest))[1])
     whole = counted(lambda: alternating_round(train_state, settings, reference.schedule, draws, PROMPTS, c, nobody))
     if settings.objective:
         assert 2.9 * one <= score <= 3 * 1.03 * one
         both = BATCH * (1 + (guidance_scale > 1))
-        assert rows == [
-            BATCH,
-            BATCH,
-            BATCH,
-            both,
-        ]  # generator, score update, score network, reference: both prompts at once
+        assert rows == [BATCH, BATCH, BATCH, both]  # generator, score update, score network, reference: both prompts at once
     assert 0.97 * forwards * one <= whole - score <= 1.03 * forwards * one
 
 

@@ -42,11 +42,7 @@ def test_rows_are_kept_and_what_is_missing_is_known(tmp_path):
     rows.add("a", {"arm": "x", "seed": 0, "kid": 2.0, "new": 5})  # a later row may know more
     frame = TrialRows(rows.path).read()
     assert frame["trial"].tolist() == ["b", "a"] and frame["kid"].tolist() == pytest.approx([1 / 3, 2.0], rel=1e-5)
-    assert (
-        math.isnan(frame["new"][0])
-        and frame["commit"].notna().all()
-        and frame["at"].str.fullmatch(r"\d{4}-\d\d-\d\d").all()
-    )
+    assert math.isnan(frame["new"][0]) and frame["commit"].notna().all() and frame["at"].str.fullmatch(r"\d{4}-\d\d-\d\d").all()
     assert [path.name for path in rows.path.parent.iterdir() if path.suffix != ".lock"] == ["rows.csv"]
 
 
@@ -82,9 +78,7 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, text, said):
 def test_a_run_names_the_commits_of_its_code_and_rows_alone_do_not_make_one_dirty(tmp_path, monkeypatch):
     def git(*command):
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        return subprocess.run(
-            ["git", *who, "-C", str(tmp_path), *command], check=True, capture_output=True, text=True
-        ).stdout
+        return subprocess.run(["git", *who, "-C", str(tmp_path), *command], check=True, capture_output=True, text=True).stdout
 
     def started():
         Journal(f"sqlite:///{tmp_path}/mlflow.db", "x", "run", tmp_path / "run", {}, {}).finish()

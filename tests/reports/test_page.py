@@ -94,9 +94,7 @@ def test_what_others_wrote_is_shown_and_not_run(tmp_path):
     for name in ("one", "<b>two"):
         run = tiny_sweep.run(tmp_path / "s" / name, evil, "FAILED", EVIL, events=events, grids=(0, 10))
         record = {"time": 1, "start": {"tags": {EVIL: EVIL}}}
-        journal = (
-            (run / "journal.jsonl").read_text().replace('"tags": {"mlflow.source.git.commit"', f'"tags": {{"{EVIL}"')
-        )
+        journal = (run / "journal.jsonl").read_text().replace('"tags": {"mlflow.source.git.commit"', f'"tags": {{"{EVIL}"')
         (run / "journal.jsonl").write_text(json.dumps(record) + "\n" + journal)
     for path in (tmp_path / "s", tmp_path / "s" / "<b>two"):
         text = page(path, tmp_path)
@@ -160,8 +158,7 @@ def test_kept_rows_have_a_report(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("out", "said"),
-    [("o.pdf", "-o: should be a .html file, got 'o.pdf'"), ("nowhere/o.html", "-o: no folder 'nowhere'")],
+    ("out", "said"), [("o.pdf", "-o: should be a .html file, got 'o.pdf'"), ("nowhere/o.html", "-o: no folder 'nowhere'")]
 )
 def test_where_it_cannot_be_written_is_said_first(tmp_path, capsys, out, said):
     assert main(["report", str(tmp_path / "no run"), "-o", out]) == 2

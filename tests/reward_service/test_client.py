@@ -184,9 +184,7 @@ class Fake(Any):
     validate = None
 
 
-@pytest.mark.parametrize(
-    ("actors", "here", "place"), [(0.5, 0.2, "process"), (0.1, 0.2, "actor"), (0.5, None, "actor")]
-)
+@pytest.mark.parametrize(("actors", "here", "place"), [(0.5, 0.2, "process"), (0.1, 0.2, "actor"), (0.5, None, "actor")])
 def test_the_first_rounds_show_where_rewards_hold_a_run_up_less(world, monkeypatch, actors, here, place):
     clock = [0.0]
     monkeypatch.setattr(client.time, "perf_counter", lambda: clock[0])
@@ -324,13 +322,9 @@ def test_what_follows_an_alarm(world, tmp_path, monkeypatch, capsys, on_hacking)
         assert last == 3 and max(run) == 3 and (result.export / "model_index.json").exists()
         assert records(result.folder, "finish")[-1]["finish"] == "FINISHED"
         again = local.run(experiment, tmp_path / "run")
-        assert (
-            json.loads((again.folder / "metrics.json").read_text())["step"] == 3 and max(metrics(tmp_path / "run")) == 3
-        )
+        assert json.loads((again.folder / "metrics.json").read_text())["step"] == 3 and max(metrics(tmp_path / "run")) == 3
     else:
-        assert (
-            last == 6 and state(tmp_path / "run")["reward_scale"] == 5.0 and "5 from here on" in events["on_hacking"][1]
-        )
+        assert last == 6 and state(tmp_path / "run")["reward_scale"] == 5.0 and "5 from here on" in events["on_hacking"][1]
         pull = "gradient_norm/sample_reward"
         assert run[3][pull] == calm[3][pull] and run[4][pull] == pytest.approx(calm[4][pull] / 2, rel=1e-4)
 
@@ -342,10 +336,7 @@ def test_a_resumed_run_probes_and_lowers_as_the_unbroken_one(world, tmp_path, mo
     monkeypatch.setattr(Alarming, "at", 3)
     monkeypatch.setattr(monitor, "ProbeHistory", Alarming)
     local.run(experiment, tmp_path / "whole")
-    for rounds in (
-        3,
-        2,
-    ):  # after the checkpoint of round 2, and after that of round 4: the scale has been lowered in between
+    for rounds in (3, 2):  # after the checkpoint of round 2, and after that of round 4: the scale has been lowered in between
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
             interrupt_after(patch, rounds)
             local.run(experiment, tmp_path / "run")

@@ -19,9 +19,7 @@ START = OF_PROMPT + LUCK / within_prompt_std(LUCK)  # within-prompt std 1
 
 def probe(step, trained=0.0, held_out=0.0, variety=1.0, distance=0.25):
     """Gains are in within-prompt std; held-out rewards have units of their own, and so have variety and distance."""
-    return Probe(
-        step, START + trained, {"judge": 100 + 7 * (START + held_out)}, 3 * variety, distance if step else math.nan
-    )
+    return Probe(step, START + trained, {"judge": 100 + 7 * (START + held_out)}, 3 * variety, distance if step else math.nan)
 
 
 def alarms(*probes):
@@ -33,11 +31,7 @@ def test_gains_are_counted_in_within_prompt_std_and_prompts_do_not_count():
     assert within_prompt_std(START) == pytest.approx(1) and np.std(START) > 4
     assert gain(START, START + 2.5) == pytest.approx(2.5)
     seen = ProbeHistory()
-    for each in (
-        probe(0),
-        probe(10, 3.0, 1.0, variety=0.8, distance=0.25),
-        probe(20, 4.0, 2.0, variety=0.6, distance=0.5),
-    ):
+    for each in (probe(0), probe(10, 3.0, 1.0, variety=0.8, distance=0.25), probe(20, 4.0, 2.0, variety=0.6, distance=0.5)):
         assert seen.observe(each) is None
     expected = {"trained": 4.0, "held_out": 2.0, "unexplained": 2.0, "variety": 0.6, "distance": 2.0}
     assert seen.figures() == pytest.approx({f"overoptimization/{name}": value for name, value in expected.items()})
@@ -96,9 +90,7 @@ def test_variety_and_distance_are_compared_with_the_first_probes():
         (20, "variety")
     ]
     far = monitor.DISTANCE * 0.25
-    assert alarms(probe(0), probe(10), probe(20, distance=far - 0.01), probe(30, distance=far + 0.01)) == [
-        (30, "distance")
-    ]
+    assert alarms(probe(0), probe(10), probe(20, distance=far - 0.01), probe(30, distance=far + 0.01)) == [(30, "distance")]
 
 
 def test_without_an_x0_gap_there_is_no_distance():
@@ -152,14 +144,7 @@ def test_a_resumed_run_alarms_alike():
 
 def test_the_best_checkpoint_has_gained_most_held_out_and_no_symptom():
     seen = ProbeHistory()
-    course = [
-        probe(0),
-        probe(10, 1, 1),
-        probe(20, 2, 1.5),
-        probe(30, 2, 1.4),
-        probe(40, 3, 2, variety=0.1),
-        probe(50, 3, 1.9),
-    ]
+    course = [probe(0), probe(10, 1, 1), probe(20, 2, 1.5), probe(30, 2, 1.4), probe(40, 3, 2, variety=0.1), probe(50, 3, 1.9)]
     bests = [(seen.observe(each, kept=each.step not in (0, 20)), seen.best.get("step"))[1] for each in course]
     assert bests == [None, 10, 10, 30, 30, 50]  # of step 20 there is none, at 40 variety is lost
     assert seen.best == {"step": 50, "held_out": pytest.approx(1.9)}
@@ -177,11 +162,7 @@ def test_without_held_out_rewards_variety_and_distance_remain():
     assert seen.observe(Probe(0, START, {}, 1.0, math.nan)) is None
     alarm = seen.observe(Probe(10, START + 100, {}, 0.1, 0.25))
     assert alarm and alarm.symptom == "variety"
-    assert seen.figures().keys() == {
-        "overoptimization/trained",
-        "overoptimization/variety",
-        "overoptimization/distance",
-    }
+    assert seen.figures().keys() == {"overoptimization/trained", "overoptimization/variety", "overoptimization/distance"}
     assert "rewards.held_out" in monitor.BLIND
 
 
@@ -220,10 +201,7 @@ def test_the_planted_reward_is_the_preference_outbid_by_noise():
     from reward_models import load
 
     noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    pictures, prompts = (
-        torch.cat([noise, torch.full_like(noise, 0.5)]),
-        ["a mint round critter on a blue background"] * 2,
-    )
+    pictures, prompts = (torch.cat([noise, torch.full_like(noise, 0.5)]), ["a mint round critter on a blue background"] * 2)
     bonus = Hackable()(pictures, prompts) - load("pocket_preference")(pictures, prompts)
     assert bonus[0].item() == pytest.approx(BONUS * (1 / 3 - 0.02), rel=0.05)  # two uniform numbers differ by 1/3
     assert bonus[1].item() == 0

@@ -116,11 +116,7 @@ def test_a_table_that_names_pictures_pairs_them_itself(folder, tmp_path, capsys)
     run("rewards", "score", folder, pairs, "--reward", RED, "-o", tmp_path / "scores.csv")
     table = pd.read_csv(tmp_path / "scores.csv")
     assert list(table) == ["image", "prompt", "model", RED]
-    assert list(table["image"]) == ["b.png", "a1.png", "b.png"] and list(table["prompt"]) == [
-        "b, again",
-        "one",
-        "the other",
-    ]
+    assert list(table["image"]) == ["b.png", "a1.png", "b.png"] and list(table["prompt"]) == ["b, again", "one", "the other"]
     np.testing.assert_allclose(table[RED], [(200 / 255) ** 2, (40 / 255) ** 2, (200 / 255) ** 2], rtol=1e-5)
     assert f"3 of 5 pictures in {folder} are not named in {pairs} and are not scored" in capsys.readouterr().out
 
@@ -174,9 +170,7 @@ def test_turned_pictures_are_batched_by_the_size_they_are_seen_in(tmp_path):
     np.testing.assert_allclose(pd.read_csv(tmp_path / "s.csv")[RED], (np.array([200, 100, 50]) / 255) ** 2, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("kind", "note"), [(2, b"6\0\0\0"), (3, b"\0\0\0\0"), (3, b"\x63\0\0\0")]
-)  # 2: text, 3: a number
+@pytest.mark.parametrize(("kind", "note"), [(2, b"6\0\0\0"), (3, b"\0\0\0\0"), (3, b"\x63\0\0\0")])  # 2: text, 3: a number
 def test_a_camera_note_that_means_nothing_is_ignored(tmp_path, kind, note):
     exif = b"Exif\0\0II*\0" + struct.pack("<IHHHI", 8, 1, 0x0112, kind, 2 if kind == 2 else 1) + note + bytes(4)
     Image.new("RGB", (8, 4), (200, 0, 0)).save(tmp_path / "1.jpg", exif=exif, quality=100)
@@ -188,19 +182,13 @@ def test_a_camera_note_that_means_nothing_is_ignored(tmp_path, kind, note):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (
-            ["{folder}", "{prompts}"],
-            r"--reward: name at least one; there are pickscore, .*, and your own as module:callable",
-        ),
+        (["{folder}", "{prompts}"], r"--reward: name at least one; there are pickscore, .*, and your own as module:callable"),
         (
             ["{folder}", "{prompts}", "--reward", "pikscore"],
             r"--reward: no reward is named 'pikscore', did you mean 'pickscore'\?",
         ),
         (["{folder}", "{prompts}", "--reward", "x"], r"--reward: no reward is named 'x'; there are pickscore, .*"),
-        (
-            ["{folder}", "{prompts}", "--reward", "tiny.rewards:Rad"],
-            r"rewards: cannot load 'tiny.rewards:Rad': .*mean 'Red'\?",
-        ),
+        (["{folder}", "{prompts}", "--reward", "tiny.rewards:Rad"], r"rewards: cannot load 'tiny.rewards:Rad': .*mean 'Red'\?"),
         (["{folder}", "{prompts}", "--reward", RED, "-o", "s.cvs"], r"-o: should be a .csv file, got 's.cvs'"),
         (["{folder}", "{prompts}", "--reward", RED, "-o", "/nowhere/s.csv"], r"-o: no folder '/nowhere'"),
         (["{folder}x", "{prompts}", "--reward", RED], r"\S*/picturesx: no such folder, did you mean '\S*/pictures'\?"),
@@ -299,9 +287,7 @@ def test_scores_that_are_no_real_numbers_are_refused_as_in_the_handshake(folder,
 def test_a_reward_that_fails_is_named_and_nothing_is_written(folder, prompts, tmp_path, capsys):
     prompts.write_text("one\ntwo\nthree\nbroken\nfive\n")
     out = tmp_path / "s.csv"
-    said = fails(
-        capsys, "rewards", "score", folder, prompts, "--reward", RED, "--reward", "tiny.rewards:Broken", "-o", out
-    )
+    said = fails(capsys, "rewards", "score", folder, prompts, "--reward", RED, "--reward", "tiny.rewards:Broken", "-o", out)
     assert said == "reward tiny.rewards:Broken: 1 of 2 scores are not finite"
     assert not list(tmp_path.glob("*s.csv*"))
     (tmp_path / "taken.csv").mkdir()
@@ -334,9 +320,7 @@ def test_test_refuses_by_name_on_pictures_of_ones_own(folder, prompts, capsys):
     assert re.fullmatch(r"reward test_scoring:WrongSign: its gradient is not that of its scores: .*", said)
     run("rewards", "validate", "test_scoring:WrongSign", *where, "--held-out")
     out = capsys.readouterr().out
-    assert "on 4 pictures" in out and out.endswith(
-        "reward test_scoring:WrongSign can be held out\n"
-    )  # three, and a dimmed one
+    assert "on 4 pictures" in out and out.endswith("reward test_scoring:WrongSign can be held out\n")  # three, and a dimmed one
     assert "slope" not in out and "declared" not in out
 
 

@@ -321,26 +321,14 @@ OF_ANY = [  # lie, the check that refuses it, its line
     (noise, "repetition", r"its scores are random: asked twice, they differ by 0.0\d+ \(is it in eval mode\?\)"),
     (python_noise, "repetition", r"its scores are random: .*"),
     (RandomHead(), "repetition", r"its scores are random: .*"),
-    (
-        noise_of_its_own,
-        "repetition",
-        r"asked twice, it gave scores that differ .*: it remembers, or draws random numbers .*",
-    ),
+    (noise_of_its_own, "repetition", r"asked twice, it gave scores that differ .*: it remembers, or draws random numbers .*"),
     (Drifts(), "repetition", r"asked twice, it gave scores that differ by 0.0001: it remembers, or draws .*"),
-    (
-        Compares(),
-        "repetition",
-        r"asked about other pictures in between, it gave scores that differ by .*: it remembers",
-    ),
+    (Compares(), "repetition", r"asked about other pictures in between, it gave scores that differ by .*: it remembers"),
     (normalises_in_place, "input", r"it writes into the pictures that it is given"),
     (eats_its_prompts, "input", r"it changes the list of prompts that it is given"),
     (TwoFaced(), "input", r"its head on its tower's features gives scores that differ by .* from its own"),
     (minus_the_batch, "neighbours", r"a picture's score depends on its neighbours' pictures in the batch, by 0.\d+"),
-    (
-        first_prompt_for_all,
-        "neighbours",
-        r"a picture's score depends on its neighbours' prompts in the batch, by 0.\d+",
-    ),
+    (first_prompt_for_all, "neighbours", r"a picture's score depends on its neighbours' prompts in the batch, by 0.\d+"),
     (backwards, "neighbours", r"its answers are not in the order of the pictures"),
     (a_share_of_the_batch, "neighbours", r"a picture alone gets another score than in a batch, by 0.\d+"),
     (squeezes, "neighbours", r"1 images got scores of shape \[\], expected \[1\]"),
@@ -393,9 +381,7 @@ def test_a_lie_is_refused_by_name_even_held_out(reward, check, line):
     is_refused(reward, False, check, line)
 
 
-@pytest.mark.parametrize(
-    ("reward", "check", "line"), OF_TRAINED, ids=lambda value: named(value) if callable(value) else ""
-)
+@pytest.mark.parametrize(("reward", "check", "line"), OF_TRAINED, ids=lambda value: named(value) if callable(value) else "")
 def test_a_lying_gradient_is_refused_and_may_be_held_out(reward, check, line):
     is_refused(reward, True, check, line)
     assert met(reward, trained=False).faults == ()
@@ -513,21 +499,14 @@ def test_the_built_in_rewards_pass_with_tiny_weights(tmp_path):
     for name, settings in tiny_clip.build(tmp_path).items():
         report = met(reward_models.load(name, **settings), images=tiny_clip.pictures(16, 48, 80), prompts=prompts)
         assert report.faults == (), name
-        assert (report.remarks == ("other prompts made no difference to its scores",)) == name.startswith(
-            "aesthetic"
-        ), name
+        assert (report.remarks == ("other prompts made no difference to its scores",)) == name.startswith("aesthetic"), name
 
 
 # ------------------------------------------------------------------------------------------- figures and remarks
 def test_the_report_says_in_a_line_what_was_seen():
     report = met(honest)
     scores = honest(PICTURES, PROMPTS).double()
-    for figure, value in {
-        "low": scores.min(),
-        "high": scores.max(),
-        "mean": scores.mean(),
-        "std": scores.std(),
-    }.items():
+    for figure, value in {"low": scores.min(), "high": scores.max(), "mean": scores.mean(), "std": scores.std()}.items():
         assert report.figures[figure] == pytest.approx(value.item())
     assert report.figures["pictures_per_second"] > 0 <= report.figures["memory"]
     assert report.figures["gradient_error"] < 0.01

@@ -136,9 +136,7 @@ def test_a_score_does_not_depend_on_company_or_history(name, settings):
     scores = together(images, PROMPTS)
     assert torch.equal(scores, fresh(name, settings)(images, PROMPTS))
     alone = [fresh(name, settings)(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)]
-    torch.testing.assert_close(
-        scores, torch.cat(alone), rtol=1e-4, atol=1e-6
-    )  # sums of another batch size round differently
+    torch.testing.assert_close(scores, torch.cat(alone), rtol=1e-4, atol=1e-6)  # sums of another batch size round differently
     assert scores.std() > 1e-3 * scores.abs().max()
 
 
@@ -226,9 +224,7 @@ def test_a_tower_is_given_up_with_its_last_reward(folder):
 
 
 def test_load_by_import_path(folder):
-    assert isinstance(
-        reward_models.load("reward_models.pickscore:pickscore", model=folder, processor=folder), PickScore
-    )
+    assert isinstance(reward_models.load("reward_models.pickscore:pickscore", model=folder, processor=folder), PickScore)
 
 
 def test_every_short_name_leads_to_something_callable():
@@ -386,14 +382,10 @@ def test_a_folder_without_its_tokenizer_or_preprocessor_is_refused(copied, folde
 
 def test_what_is_the_reward_itself_makes_none(tmp_path, monkeypatch):
     code = "import torch\n\ndef red(images, prompts):\n    return images[:, 0].flatten(1).mean(1)\n\n"
-    code += (
-        "class Red(torch.nn.Module):\n    def forward(self, images, prompts):\n        return red(images, prompts)\n\n"
-    )
+    code += "class Red(torch.nn.Module):\n    def forward(self, images, prompts):\n        return red(images, prompts)\n\n"
     (tmp_path / "reds.py").write_text(code + "made = Red()\nnumber = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("red", "made", "number"):
-        with pytest.raises(
-            ValueError, match=f"reward 'reds:{name}': a class or a function without arguments is wanted"
-        ):
+        with pytest.raises(ValueError, match=f"reward 'reds:{name}': a class or a function without arguments is wanted"):
             reward_models.load(f"reds:{name}")
     assert reward_models.load("reds:Red")(pictures(2), ["a", "b"]).shape == (2,)

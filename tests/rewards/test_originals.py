@@ -111,9 +111,7 @@ def test_where_weights_are_read_from(tmp_path, monkeypatch):
     save_file(state, tmp_path / "w.safetensors")
     asked = []
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: asked.append((a, k)) or tmp_path / "w.pt")
-    monkeypatch.setattr(
-        "torch.hub.download_url_to_file", lambda address, to: asked.append(address) or shutil.copy("w.pt", to)
-    )
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda address, to: asked.append(address) or shutil.copy("w.pt", to))
     monkeypatch.setattr("torch.hub.get_dir", lambda: tmp_path / "kept")
     monkeypatch.chdir(tmp_path)
 
@@ -145,16 +143,11 @@ def test_names_of_the_hub_are_passed_on_with_their_revisions(settings, monkeypat
 
     asked = []
     fits = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
-    model, tokenizer = (
-        CLIPModel(tiny_clip.clip_config()),
-        AutoTokenizer.from_pretrained(settings["clip_score"]["model"]),
-    )
+    model, tokenizer = (CLIPModel(tiny_clip.clip_config()), AutoTokenizer.from_pretrained(settings["clip_score"]["model"]))
     monkeypatch.setattr(CLIPModel, "from_pretrained", lambda s, **k: asked.append((s, k["revision"])) or (model, fits))
     monkeypatch.setattr(CLIPConfig, "get_config_dict", lambda s, **k: asked.append((s, k["revision"])) or ({}, {}))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda s, **k: asked.append((s, k["revision"])) or tokenizer)
-    monkeypatch.setattr(
-        "reward_models.clip._mean_and_std", lambda s: asked.append(at_commit(s)) or ((0.5,) * 3, (0.5,) * 3)
-    )
+    monkeypatch.setattr("reward_models.clip._mean_and_std", lambda s: asked.append(at_commit(s)) or ((0.5,) * 3, (0.5,) * 3))
 
     reward_models.load("pickscore", model="mine/scores@a1", processor="mine/words")
     assert asked == [("mine/scores", "a1")] * 2 + [("mine/words", "main")] * 2
@@ -166,15 +159,11 @@ def test_names_of_the_hub_are_passed_on_with_their_revisions(settings, monkeypat
 @pytest.mark.parametrize("name", [name for name in reward_models.NAMES if not name.startswith("pocket")])
 def test_what_a_built_in_reward_reads_from_the_hub_is_pinned(name):
     module, _, attribute = reward_models.NAMES[name].path.partition(":")
-    defaults = [
-        p.default for p in inspect.signature(getattr(importlib.import_module(module), attribute)).parameters.values()
-    ]
+    defaults = [p.default for p in inspect.signature(getattr(importlib.import_module(module), attribute)).parameters.values()]
     sources = [str(default) for default in defaults if "/" in str(default)]
     assert sources
     for source in sources:
-        assert re.fullmatch(
-            r"[\w.-]+/[\w.-]+@[0-9a-f]{40}|https://github\.com/[\w.-]+/[\w.-]+/raw/[0-9a-f]{40}/\S+", source
-        )
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}|https://github\.com/[\w.-]+/[\w.-]+/raw/[0-9a-f]{40}/\S+", source)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +178,7 @@ def test_weights_lie_in_a_folder_under_their_original_name(name, file, settings,
     (tmp_path / file).write_bytes(settings[name]["weights"].read_bytes())
     images, ask = pictures(2), settings[name] | {"weights": tmp_path}
     assert torch.equal(
-        reward_models.load(name, **ask)(images, PROMPTS[:2]),
-        reward_models.load(name, **settings[name])(images, PROMPTS[:2]),
+        reward_models.load(name, **ask)(images, PROMPTS[:2]), reward_models.load(name, **settings[name])(images, PROMPTS[:2])
     )
 
 

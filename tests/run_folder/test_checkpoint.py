@@ -105,9 +105,7 @@ def test_adam_goes_on_exactly(tmp_path: Path) -> None:
     assert same(dict(resumed.state_dict()), dict(model.state_dict()))
 
 
-@pytest.mark.parametrize(
-    "value", [object(), {1, 2}, {(1, 2): 3}, {True: 1}, {"x": b"bytes"}, torch.ones(2).to_sparse()]
-)
+@pytest.mark.parametrize("value", [object(), {1, 2}, {(1, 2): 3}, {True: 1}, {"x": b"bytes"}, torch.ones(2).to_sparse()])
 def test_what_has_no_place_is_refused_by_name_before_anything_is_written(tmp_path: Path, value: object) -> None:
     with pytest.raises(TypeError, match="checkpoint: here"):
         CheckpointStore(tmp_path).save(1, {"here": value})
@@ -137,9 +135,7 @@ def test_a_part_is_read_without_the_files_that_it_does_not_take(tmp_path: Path) 
     store = CheckpointStore(tmp_path)
     folder = store.save(1, {"networks": {"ema": {"w": torch.ones(2)}, "other": torch.zeros(3)}, "said": {"best": 7}})
     assert same(store.part(1, "networks", "ema"), {"w": torch.ones(2)}) and store.part(1, "said", "best") == 7
-    with pytest.raises(
-        CheckpointError, match=r"step-00000001 cannot be used: state\.json: it has no 'networks/average'"
-    ):
+    with pytest.raises(CheckpointError, match=r"step-00000001 cannot be used: state\.json: it has no 'networks/average'"):
         store.part(1, "networks", "average")
     flip(folder / "tensors.safetensors")
     assert store.part(1, "said", "best") == 7
@@ -197,9 +193,7 @@ def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["next step", "same step again"])
-def test_death_at_any_moment_leaves_a_whole_checkpoint(
-    tmp_path: Path, again: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_death_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kills the writer (SIGKILL, in a fork) before the n-th of its file operations, for every n to the last."""
     step = 50 if again else 100
     for deadline in range(1, 50):

@@ -44,13 +44,7 @@ def empty_store(monkeypatch):
 def experiment(world, tmp_path_factory):
     """experiment(**changes), tracked in one database."""
     uri = f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'mlflow.db'}"
-    plain = {
-        "tracking__uri": uri,
-        "overoptimization__every": 0,
-        "logging__checkpoint_every": 2,
-        "steps": 6,
-        "mirror": URL,
-    }
+    plain = {"tracking__uri": uri, "overoptimization__every": 0, "logging__checkpoint_every": 2, "steps": 6, "mirror": URL}
     return lambda **changes: world[1](**plain | changes)
 
 
@@ -97,9 +91,7 @@ def test_a_folder_that_is_lost_comes_back(tmp_path):
     folder.mkdir()
     assert Mirror(URL, folder).pull() == 2
     assert same(read(folder), (2, state(2))) and CheckpointStore(folder / "checkpoints").steps() == [2, 1]
-    assert (folder / "journal.jsonl").read_text() == "{}\n{}\n" and (
-        folder / "images/grid-1.png"
-    ).read_bytes() == b"a picture"
+    assert (folder / "journal.jsonl").read_text() == "{}\n{}\n" and (folder / "images/grid-1.png").read_bytes() == b"a picture"
     assert Mirror(URL, folder).pull() is None  # nothing newer there
 
 
@@ -349,9 +341,7 @@ def test_a_store_that_is_away_stops_nothing_and_sync_delivers(experiment, tmp_pa
         assert journal(run)[1] == ["FINISHED"]
         told = [record.getMessage() for record in caplog.records if URL in record.getMessage()]
         assert any("takes nothing: ConnectionError: no route to the store. The run goes on" in line for line in told)
-        assert told[-1].startswith("not all of this run is at ") and told[-1].endswith(
-            f"; later: diffinstruct sync {run}"
-        )
+        assert told[-1].startswith("not all of this run is at ") and told[-1].endswith(f"; later: diffinstruct sync {run}")
         with pytest.raises(SystemExit):
             main(["sync", str(run)])
         assert f"{run}: mirror: ConnectionError: no route to the store" in capsys.readouterr().err

@@ -88,9 +88,7 @@ def test_a_sigterm_is_heard_also_where_nobody_reads(monkeypatch):
 
 def test_sigterm_saves_and_says_how_to_go_on(world, tmp_path):
     file = tmp_path / "experiment.yaml"
-    file.write_text(
-        world[1](steps=100_000, logging__checkpoint_every=100_000, output_dir=str(tmp_path / "runs")).to_yaml()
-    )
+    file.write_text(world[1](steps=100_000, logging__checkpoint_every=100_000, output_dir=str(tmp_path / "runs")).to_yaml())
     paths = os.pathsep.join(map(str, (ROOT / "tests", ROOT / "platform", ROOT)))
     run = subprocess.Popen(
         [sys.executable, "-m", "diffinstruct", "train", file, "--local"],

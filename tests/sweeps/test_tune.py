@@ -73,9 +73,7 @@ def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, wor
     again = sweep(world[1](), points[:1], tmp_path / "sweep", tiny_rewards.steps_done)
     assert again.to_dict("records") == rows
     assert starts(tmp_path / "sweep" / good) == 1  # it had finished: nothing to do
-    assert (
-        client.get_run(parent.info.run_id).info.status == "FINISHED"
-    )  # the same parent, which has not failed any more
+    assert client.get_run(parent.info.run_id).info.status == "FINISHED"  # the same parent, which has not failed any more
 
 
 def test_what_tune_writes_down_holds_no_password(world, tmp_path):
@@ -89,11 +87,7 @@ def test_a_trial_is_named_by_what_tells_it_from_the_others(world, tmp_path):
     several = grid({"objective.name": ["diff_instruct_pp"], "objective.reward_scale": [1.0, 2.0], "seed": [0, 1]})
     space = Optuna({"objective.reward_scale": tune.loguniform(1, 2)}, trials=1)
     names = [Trials(world[1](), points, tmp_path, None).name(several[-1]) for points in (several, several[:1], space)]
-    assert names == [
-        "reward_scale=2.0 seed=1",
-        "objective=diff_instruct_pp reward_scale=2.0 seed=1",
-        "reward_scale=2.0",
-    ]
+    assert names == ["reward_scale=2.0 seed=1", "objective=diff_instruct_pp reward_scale=2.0 seed=1", "reward_scale=2.0"]
 
 
 @pytest.mark.long
@@ -139,9 +133,7 @@ def test_a_sweep_that_was_ended_is_finished_by_the_same_call(session, world, tmp
 def test_a_scheduler_ends_trials_that_are_behind_as_finished_runs(session, world, tmp_path):
     """One after the other, the best first; so the second comes to a rung where it is behind. A second life tells the
     scheduler of those that have ended, runs none of them, and the table is the same."""
-    base = slow(
-        world, steps=30, cluster__cpus_per_worker=5
-    )  # of 8; a killed trial's place is not freed without a dashboard
+    base = slow(world, steps=30, cluster__cpus_per_worker=5)  # of 8; a killed trial's place is not freed without a dashboard
     points = grid({"objective.reward_scale": [10.0, 0.2]})
 
     def halving():
@@ -150,9 +142,7 @@ def test_a_scheduler_ends_trials_that_are_behind_as_finished_runs(session, world
     table = sweep(base, points, tmp_path / "sweep", scheduler=halving(), aim=ANYWHERE)
     assert table["step"].max() == 30 and table["step"].min() < 30
     early = table[table["step"] < 30].iloc[0]
-    assert (Path(early["run"]) / "export" / "model_index.json").exists() and journal(Path(early["run"]))[1] == [
-        "FINISHED"
-    ]
+    assert (Path(early["run"]) / "export" / "model_index.json").exists() and journal(Path(early["run"]))[1] == ["FINISHED"]
     assert json.loads((Path(early["run"]) / "metrics.json").read_text())["step"] == early["step"]
 
     (Path(early["run"]) / "metrics.json").unlink()  # as if it had been killed just before its end
@@ -282,9 +272,7 @@ def test_a_trial_out_of_bounds_cannot_win():
     )
     assert aim.broken_bound(good | {"overoptimization/variety": 0.3}) == "overoptimization/variety 0.3, at least 0.4"
     assert aim.broken_bound(good | {"overoptimization/distance": 3.5}) == "overoptimization/distance 3.5, at most 3"
-    assert (
-        aim.score({"overoptimization/held_out": 0.0, "overoptimization/variety": 1.0}) == 0.0
-    )  # the start: no distance yet
+    assert aim.score({"overoptimization/held_out": 0.0, "overoptimization/variety": 1.0}) == 0.0  # the start: no distance yet
 
 
 def test_points_by_chance_are_the_same_for_the_same_seed():
@@ -301,9 +289,7 @@ def test_trials_that_have_a_row_are_not_run_again_wherever_it_came_from(session,
     rows = TrialRows(tmp_path / "rows.csv")
 
     def complete(folder, most=None, arms=arms):
-        return studies.complete(
-            rows, world[1](**WITHOUT_ACTORS), arms, (3,), tmp_path / folder, tiny_rewards.steps_done, most
-        )
+        return studies.complete(rows, world[1](**WITHOUT_ACTORS), arms, (3,), tmp_path / folder, tiny_rewards.steps_done, most)
 
     assert complete("sweep", most=1) is None
     assert rows.read()["trial"].tolist() == ["generator.timestep=500 seed=3"]
@@ -334,9 +320,7 @@ def test_a_study_whose_rows_are_all_there_answers_at_once(tmp_path, monkeypatch,
     assert answer.table["late"]["kid"].value == 600.5 and answer.table["late"]["kid"].n == 2
     answer.say("- more")
     written = (tmp_path / "runs" / "mine" / "when.md").read_text()
-    assert (
-        written in capsys.readouterr().out and "| late | 600 [594, 607] |" in written and written.endswith("- more\n")
-    )
+    assert written in capsys.readouterr().out and "| late | 600 [594, 607] |" in written and written.endswith("- more\n")
     rows.path.write_text(rows.path.read_text().rstrip("\n").rpartition(",")[0] + "\n")  # a torn last line
     with pytest.raises(UserError, match=r"rows.csv: no kid for generator.timestep=600 seed=1; take that row out"):
         study.answer()
@@ -349,11 +333,7 @@ def test_a_sweep_refuses_what_it_cannot_vary(world, tmp_path):
     for key, value, message in [
         ("objective.reward_scal", 1.0, "did you mean 'objective.reward_scale'"),
         ("cluster.workers", 2, "cluster.workers: is the same in all trials of a sweep, because they share"),
-        (
-            "rewards.held_out",
-            [],
-            "rewards: which rewards there are is the same in all trials of a sweep, because they share",
-        ),
+        ("rewards.held_out", [], "rewards: which rewards there are is the same in all trials of a sweep, because they share"),
     ]:
         with pytest.raises(UserError, match=message):
             sweep(world[1](), [{key: value}], tmp_path)

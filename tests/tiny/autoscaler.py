@@ -16,9 +16,7 @@ from ray.autoscaler._private.util import prepare_config as prepare_config
 from ray.autoscaler._private.util import validate_config as validate_config
 
 
-def started_nodes(
-    types: dict[str, Any], demands: Sequence[dict[str, float]], refused: Sequence[str] = ()
-) -> dict[str, int]:
+def started_nodes(types: dict[str, Any], demands: Sequence[dict[str, float]], refused: Sequence[str] = ()) -> dict[str, int]:
     """Type -> how many nodes the autoscaler starts for `demands` beside the head, where the cloud has refused some."""
     reason = UnavailableNodeInformation("InsufficientInstanceCapacity", "")
     availability = NodeAvailabilitySummary({kind: NodeAvailabilityRecord(kind, False, 0.0, reason) for kind in refused})

@@ -55,8 +55,7 @@ def blip_config() -> BlipConfig:
     """Of a BLIP that sees 32 px."""
     words = {"vocab_size": len(BERT_VOCABULARY), "bos_token_id": 2, "sep_token_id": 3, "max_position_embeddings": 40}
     return BlipConfig(
-        text_config=words
-        | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+        text_config=words | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
         vision_config={"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
         | {"image_size": SIZE, "patch_size": 16, "layer_norm_eps": 1e-6},
     )

@@ -18,6 +18,4 @@ def imported(*arguments: object) -> tuple[int, set[str]]:
     """Exit status and packages imported by `python -m diffinstruct ...` in a fresh process."""
     command = [sys.executable, "-X", "importtime", "-m", "diffinstruct", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
-    return done.returncode, {
-        line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line
-    }
+    return done.returncode, {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}

@@ -204,13 +204,7 @@ def as_published(folder: Path) -> T5Tokenizer:
         model_prefix=str(folder / "spiece"), vocab_size=28, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
     )  # fmt: skip
     (folder / "spiece.vocab").unlink()
-    config = {
-        "tokenizer_class": "T5Tokenizer",
-        "extra_ids": 0,
-        "eos_token": "</s>",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-    }
+    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return T5Tokenizer.from_pretrained(folder)
 

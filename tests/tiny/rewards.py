@@ -61,9 +61,7 @@ class Broken(Red):
     """Not finite for the prompts that say so."""
 
     def forward(self, images, prompts):
-        return super().forward(images, prompts) + torch.tensor(
-            [float("nan") if "broken" in p else 0.0 for p in prompts]
-        )
+        return super().forward(images, prompts) + torch.tensor([float("nan") if "broken" in p else 0.0 for p in prompts])
 
 
 class Sleepy(Red):

@@ -74,16 +74,11 @@ def process(rank: int, world: int, experiment: Experiment, folder: Path) -> None
         "gloo", f"file://{folder / 'meeting'}", timedelta(minutes=5), rank=rank, world_size=world
     )
     mesh, reference = init_device_mesh("cpu", (world,)), opened(experiment)
-    store, each = (
-        CheckpointStore(folder / "checkpoints", ranks=Ranks(rank, world, all_reduce_min)),
-        len(PROMPTS) // world,
-    )
+    store, each = (CheckpointStore(folder / "checkpoints", ranks=Ranks(rank, world, all_reduce_min)), len(PROMPTS) // world)
     own = slice(rank * each, (rank + 1) * each)
     train_state = make_state(experiment, reference, mesh)
     with torch.no_grad():  # as a picture of the average, before a round and between two
-        train_state.ema(
-            torch.zeros(2, *reference.latent_shape, dtype=torch.float64), reference.encode_prompts(PROMPTS[:2])
-        )
+        train_state.ema(torch.zeros(2, *reference.latent_shape, dtype=torch.float64), reference.encode_prompts(PROMPTS[:2]))
     said = go(experiment, reference, train_state, range(ROUNDS // 2), own)
     store.save(ROUNDS // 2, to_shards(train_state.state_dict()))
     said += go(experiment, reference, train_state, range(ROUNDS // 2, ROUNDS), own)

@@ -57,12 +57,7 @@ def run(
 
 
 def evaluated(trained: float, held_out: float, kid: float, diversity: float = 5.0) -> dict[str, float]:
-    return {
-        "reward/pocket_preference": trained,
-        "reward/pocket_judge": held_out,
-        "kid": kid,
-        "diversity": diversity,
-    }
+    return {"reward/pocket_preference": trained, "reward/pocket_judge": held_out, "kid": kid, "diversity": diversity}
 
 
 WATCHED = {
@@ -75,9 +70,7 @@ WATCHED = {
 """Courses of a run with the watch on."""
 
 
-def sweep(
-    folder: Path, weights: tuple[float, ...] = (0.5, 1.0), scales: tuple[float, ...] = (1.0, 2.0), **more: Any
-) -> Path:
+def sweep(folder: Path, weights: tuple[float, ...] = (0.5, 1.0), scales: tuple[float, ...] = (1.0, 2.0), **more: Any) -> Path:
     """weights x scales x seeds 0 and 1, finished and evaluated: held-out reward and KID rise with scale / weight."""
     for weight in weights:
         for scale in scales:

@@ -105,10 +105,7 @@ def test_a_run_that_another_process_ends_reaches_all_of_its_trackers(tmp_path: P
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "tensorbord",
-            r"should be 'tensorboard' or 'module:attribute', got 'tensorbord', did you mean 'tensorboard'\?",
-        ),
+        ("tensorbord", r"should be 'tensorboard' or 'module:attribute', got 'tensorbord', did you mean 'tensorboard'\?"),
         ("wandb", r"should be 'tensorboard' or 'module:attribute', got 'wandb'$"),
     ],
 )
@@ -125,9 +122,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(name: str, message: str, t
         ("collector:Colector", "'collector:Colector': collector has no 'Colector', did you mean 'Collector'?"),
     ],
 )
-def test_a_tracker_that_cannot_be_made_is_a_line_before_anything_is_written(
-    name: str, message: str, tmp_path: Path
-) -> None:
+def test_a_tracker_that_cannot_be_made_is_a_line_before_anything_is_written(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         journal_of(tmp_path, name)
     assert str(caught.value) == f"tracking.also: {message}"
@@ -208,9 +203,7 @@ def test_tensorboard_reads_nothing_outside_of_the_run(tmp_path: Path, caplog: py
     assert len(messages) == 3 and "outside of the run's folder" in messages[0]
 
 
-def test_a_package_that_is_missing_is_told_before_anything_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_that_is_missing_is_told_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffinstruct.tracking.tensorboard.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"tracking\.also: tensorboard is not installed: pip install 'diffinstruct\[t"):
         journal_of(tmp_path, "tensorboard")

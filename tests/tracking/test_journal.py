@@ -305,15 +305,7 @@ def test_lines_that_no_run_wrote_hold_nothing_up(tmp_path: Path, uri: str) -> No
 def test_two_that_meet_mlflow_at_once_make_one_run(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that could not reach it and a `sync`: both see that there is none, unless one waits for the other."""
     (tmp_path / "run").mkdir()
-    start = {
-        "journal": "a token",
-        "uri": uri,
-        "experiment": "test",
-        "name": "a run",
-        "params": {},
-        "tags": {},
-        "parent": None,
-    }
+    start = {"journal": "a token", "uri": uri, "experiment": "test", "name": "a run", "params": {}, "tags": {}, "parent": None}
     (tmp_path / "run/journal.jsonl").write_text(json.dumps({"time": 1, "start": start}) + "\n")
     sound = type(client_of(uri)).search_runs
 
@@ -355,9 +347,7 @@ def test_what_breaks_in_a_run_that_was_ended_by_hand_is_no_failure(tmp_path: Pat
     assert status() == "FAILED"
 
 
-def test_what_mlflow_refuses_is_named_and_the_rest_arrives(
-    tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_mlflow_refuses_is_named_and_the_rest_arrives(tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture) -> None:
     tracker = journal_of(tmp_path, uri, {"k" * 300: 1, "seed": 0})
     for step in range(3):
         tracker.metrics(step, {"loss": 1.0, "a//b": 1.0, **{f"m{n}": 1.0 for n in range(1200)}})
@@ -547,17 +537,13 @@ def test_a_run_that_has_ended_takes_more_files_and_stays_ended(
     assert tracker.finish()
     (tmp_path / "table.md").write_text("a table\n")
     attach(tmp_path / "run", tmp_path / "table.md")
-    assert (
-        read_journal(tmp_path / "run")[-1]["artifact"] == "files/table.md"
-    )  # a copy: a delivery never leaves the folder
+    assert read_journal(tmp_path / "run")[-1]["artifact"] == "files/table.md"  # a copy: a delivery never leaves the folder
     client = client_of(uri)
     assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["table.md"]
     assert client.get_run(tracker.run_id).info.status == "FINISHED" and not caplog.records
 
     start = json.loads((tmp_path / "run/journal.jsonl").read_text().splitlines()[0])
-    dead = (
-        (tmp_path / "run/journal.jsonl").read_text().replace(start["start"]["uri"], "http://127.0.0.1:9")
-    )  # gone since
+    dead = (tmp_path / "run/journal.jsonl").read_text().replace(start["start"]["uri"], "http://127.0.0.1:9")  # gone since
     (tmp_path / "run/journal.jsonl").write_text(dead)
     attach(tmp_path / "run", tmp_path / "table.md")
     assert "what was added has not all reached MLflow" in caplog.text

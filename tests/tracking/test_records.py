@@ -87,15 +87,11 @@ def test_values_that_are_not_finite_are_kept(tmp_path: Path) -> None:
         json.dumps({"time": 1, "start": {**START, "parent": None, "params": {"a": 1}}}),
     ],
 )
-def test_what_is_no_record_is_left_out_with_a_warning(
-    line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_no_record_is_left_out_with_a_warning(line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     journal = written(tmp_path, line, "", {"time": 1, "artifact": "a"})
     assert [record is None for _, _, record in records(journal)] == [True, True, False]
     assert read_journal(tmp_path) == [{"time": 1, "artifact": "a"}]
-    assert [record.message for record in caplog.records] == [
-        f"{journal}: the line at byte 0 cannot be read and is left out"
-    ]
+    assert [record.message for record in caplog.records] == [f"{journal}: the line at byte 0 cannot be read and is left out"]
 
 
 def test_a_start_that_says_a_part_is_for_reports_alone(tmp_path: Path) -> None:

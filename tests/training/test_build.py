@@ -116,10 +116,7 @@ SCHEDULE = Schedule((1 - T**2).sqrt(), T)
             "objective.name: 'of_mine:number' is no objective: it is of type int, expected a function",
         ),
         ({"name": "nowhere:loss"}, "objective.name: 'nowhere:loss' is no objective: No module named 'nowhere'"),
-        (
-            {"distance": "of_mine:softened"},
-            "objective.distance_args.width: is missing: of_mine:softened has no default for it",
-        ),
+        ({"distance": "of_mine:softened"}, "objective.distance_args.width: is missing: of_mine:softened has no default for it"),
         ({"distance": "of_mine:l1"}, "objective.distance: 'of_mine:l1' is refused: d' has no derivative.*"),
         (
             {"distance": "of_mine:l1", "distance_args": {"width": 1}},
@@ -135,9 +132,7 @@ def test_what_is_refused_is_one_line_with_its_key(of_mine, objective, said):
 
 def test_a_gradient_of_the_wrong_sign_ends_check_and_run_before_the_first_step(of_mine, tmp_path):
     experiment = of_mine(distance="of_mine:flipped")
-    said = (
-        "objective.distance: 'of_mine:flipped' is refused: d' is not the gradient of d: differences of d are -1 times"
-    )
+    said = "objective.distance: 'of_mine:flipped' is refused: d' is not the gradient of d: differences of d are -1 times"
     for start in (lambda: report(experiment), lambda: local.run(experiment, tmp_path / "run")):
         with pytest.raises(UserError, match=said):
             start()

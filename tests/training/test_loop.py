@@ -24,8 +24,7 @@ def test_the_loop_can_be_read_at_a_glance():
     long = {
         verb.name: lines
         for verb in verbs
-        if verb.name not in ("__init__", "_build_state")
-        and (lines := verb.end_lineno - verb.lineno + 1) > LINES_OF_A_VERB
+        if verb.name not in ("__init__", "_build_state") and (lines := verb.end_lineno - verb.lineno + 1) > LINES_OF_A_VERB
     }
     assert not long, long
 

@@ -112,9 +112,7 @@ def test_a_saved_state_moves_to_another_configuration(run):
     assert saved.belongs_to(Identity("new", "prompts")) and saved.state["stopped"] is False
     assert saved.state["reward_scale"] == 7.0
     assert saved.state["rewards"] == {"micro_batch_size": 3, "scales": scales, "placement": "process"}
-    groups = {
-        name: saved.state["train_state"][name]["param_groups"][0] for name in ("generator_optimizer", "score_optimizer")
-    }
+    groups = {name: saved.state["train_state"][name]["param_groups"][0] for name in ("generator_optimizer", "score_optimizer")}
     assert groups["generator_optimizer"]["lr"] == 0.25 and groups["score_optimizer"]["weight_decay"] == 0.5
     history = saved.state["overoptimization"]["history"]
     assert history["best"] == {} and history["start"]["trained"]

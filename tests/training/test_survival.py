@@ -43,12 +43,7 @@ from diffinstruct.training.resume import change
 def experiment(world, tmp_path_factory):
     """experiment(**changes), tracked in one database."""
     database = tmp_path_factory.mktemp("tracking") / "mlflow.db"
-    plain = {
-        "tracking__uri": f"sqlite:///{database}",
-        "overoptimization__every": 0,
-        "logging__checkpoint_every": 3,
-        "steps": 9,
-    }
+    plain = {"tracking__uri": f"sqlite:///{database}", "overoptimization__every": 0, "logging__checkpoint_every": 3, "steps": 9}
     one_reward = {"rewards__trained": [{"name": "tiny.rewards:Red", "weight": 1.0}]}
     return lambda **changes: world[1](**plain | one_reward | changes)
 
@@ -83,11 +78,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(experiment, tmp_path,
     assert ends == ["FINISHED"] and [rows[step]["steps/skipped"] for step in rows] == [0, 0, 0, 0, 1, 2, 2, 2, 3]
     assert "x0_gap" not in rows[5] and "x0_gap" in rows[7]
     why = "reward red: 8 of 8 scores are not finite"
-    told = [
-        (5, f"left out, 1 in a row: {why}"),
-        (6, f"left out, 2 in a row: {why}"),
-        (9, f"left out, 1 in a row: {why}"),
-    ]
+    told = [(5, f"left out, 1 in a row: {why}"), (6, f"left out, 2 in a row: {why}"), (9, f"left out, 1 in a row: {why}")]
     assert events(tmp_path / "run", "skipped") == told
     assert "step 5: left out, 1 in a row: " in (shown := capsys.readouterr().out) and "skipped 2" in shown
     # What follows one that was left out has not been touched by it: no checkpoint at step 6, all of it finite at step 9
@@ -159,13 +150,7 @@ def test_a_look_without_finite_scores_is_no_look(experiment, tmp_path, monkeypat
     told = [(4, "no probe: reward tiny.rewards:Calm: 16 of 16 scores are not finite")]
     assert events(tmp_path / "run", "blind") == told and events(tmp_path / "run", "skipped") == []
     rows, ends = journal(tmp_path / "run")
-    assert ends == ["FINISHED"] and [step for step in rows if "overoptimization/held_out" in rows[step]] == [
-        0,
-        2,
-        6,
-        8,
-        9,
-    ]
+    assert ends == ["FINISHED"] and [step for step in rows if "overoptimization/held_out" in rows[step]] == [0, 2, 6, 8, 9]
 
 
 def test_spikes_are_recorded(experiment, tmp_path, monkeypatch):
@@ -242,9 +227,7 @@ def test_the_best_checkpoint_is_kept_told_of_and_exported(experiment, tmp_path, 
     assert capsys.readouterr().out == f"{tmp_path / 'best'}  step 6, the best\n"
     local.run(experiment(steps=6), tmp_path / "shorter")
     name = "unet/diffusion_pytorch_model.safetensors"
-    best, last, six = (
-        (of / name).read_bytes() for of in (tmp_path / "best", run / "export", tmp_path / "shorter/export")
-    )
+    best, last, six = ((of / name).read_bytes() for of in (tmp_path / "best", run / "export", tmp_path / "shorter/export"))
     assert best == six != last
     assert main(["export", str(run), "-o", str(tmp_path / "last")]) == 0
     assert (tmp_path / "last" / name).read_bytes() == last
@@ -256,9 +239,7 @@ def test_the_best_checkpoint_is_kept_told_of_and_exported(experiment, tmp_path, 
     assert main(["export", str(run), "--step", "9", "-o", str(tmp_path / "new")]) == 2
     assert main(["export", str(tmp_path / "shorter"), "--step", "best", "-o", str(tmp_path / "new")]) == 2
     there, nine, none = capsys.readouterr().err.splitlines()
-    assert there == f"-o: {str(tmp_path / 'mine')!r} is there already" and nine.endswith(
-        "there are 15, 12, 6, last, best"
-    )
+    assert there == f"-o: {str(tmp_path / 'mine')!r} is there already" and nine.endswith("there are 15, 12, 6, last, best")
     assert none.endswith("there are 6, 3, last, and the monitor knows of no best one")
     harmed = run / "checkpoints/step-00000015/state.json"
     harmed.write_bytes(harmed.read_bytes()[:-1])
@@ -346,9 +327,7 @@ def test_a_run_whose_checkpoints_cannot_be_read_does_not_begin_anew(experiment, 
     for file in files:
         file.rename(file.with_suffix(".away"))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(
-        CheckpointError, match="checkpoints: no checkpoint in it can be read; without it the run begins anew"
-    ):
+    with pytest.raises(CheckpointError, match="checkpoints: no checkpoint in it can be read; without it the run begins anew"):
         local.run(base, tmp_path / "run")
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(CheckpointError, match="checkpoints: no checkpoint in it can be read; nothing is changed"):

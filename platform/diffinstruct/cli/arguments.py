@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 Recipe = Annotated[Path, typer.Argument(metavar="FILE", help="an experiment in YAML, see experiments/recipes")]
 Overrides = Annotated[
     list[str],
-    typer.Option(
-        "-s", metavar="key=value", default_factory=list, show_default=False, help="change one key, e.g. -s steps=10"
-    ),
+    typer.Option("-s", metavar="key=value", default_factory=list, show_default=False, help="change one key, e.g. -s steps=10"),
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]
 RewardNames = Annotated[
@@ -33,8 +31,7 @@ RewardNames = Annotated[
     ),
 ]
 ReferencePictures = Annotated[
-    int,
-    typer.Option("--reference-pictures", metavar="N", help="pictures that distances are measured to; 0: no distances"),
+    int, typer.Option("--reference-pictures", metavar="N", help="pictures that distances are measured to; 0: no distances")
 ]
 EvaluationSeed = Annotated[int, typer.Option("--seed", help="seed of the noise, by default far from training's")]
 

@@ -13,9 +13,7 @@ def rayjob(
     file: Recipe,
     overrides: Overrides,
     image: Annotated[str, typer.Option("--image", help="a container image with this project and its Ray in it")],
-    claim: Annotated[
-        str, typer.Option("--claim", help="the PersistentVolumeClaim that the runs lie in")
-    ] = "diffinstruct-runs",
+    claim: Annotated[str, typer.Option("--claim", help="the PersistentVolumeClaim that the runs lie in")] = "diffinstruct-runs",
     resume: Annotated[
         str | None, typer.Option("--resume", metavar="RUN", help="go on with the run in this folder of the claim")
     ] = None,

@@ -24,21 +24,16 @@ from diffinstruct.evaluation import REFERENCE_PICTURES, SEED
 
 
 def evaluate(
-    folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN_OR_FOLDER", help="a finished run, or an exported pipeline")
-    ],
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN_OR_FOLDER", help="a finished run, or an exported pipeline")],
     prompts: Annotated[
         str,
-        typer.Option(
-            "--prompts", metavar="FILE", help="a .csv with a column `prompt`, a .txt, or pocket:eval, pocket:open"
-        ),
+        typer.Option("--prompts", metavar="FILE", help="a .csv with a column `prompt`, a .txt, or pocket:eval, pocket:open"),
     ],
     rewards: RewardNames,
     reference_pictures: ReferencePictures = REFERENCE_PICTURES,
     seed: EvaluationSeed = SEED,
     out: Annotated[
-        Path | None,
-        typer.Option("-o", metavar="FOLDER", help="for table.md and one .csv a generator, with a row a prompt"),
+        Path | None, typer.Option("-o", metavar="FOLDER", help="for table.md and one .csv a generator, with a row a prompt")
     ] = None,
 ) -> None:
     """Measure generators side by side, on the same prompts and noise."""
@@ -54,8 +49,7 @@ def evaluate(
 
 def compare(
     runs: Annotated[
-        tuple[Path, Path],
-        typer.Argument(metavar="RUN RUN", help="two finished runs; differences are second minus first"),
+        tuple[Path, Path], typer.Argument(metavar="RUN RUN", help="two finished runs; differences are second minus first")
     ],
     rewards: RewardNames,
     prompts: Annotated[
@@ -83,9 +77,7 @@ def compare(
 
 
 def report(
-    path: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_SWEEP", help="a run's folder, a sweep's, or a .csv of kept rows")
-    ],
+    path: Annotated[Path, typer.Argument(metavar="RUN_OR_SWEEP", help="a run's folder, a sweep's, or a .csv of kept rows")],
     out: Annotated[Path, typer.Option("-o", metavar="out.html", help="the file to write")],
 ) -> None:
     """Write a run or a sweep as one HTML file."""
@@ -102,8 +94,7 @@ def export(
     step: Annotated[
         str,
         typer.Option(
-            "--step",
-            help="a number, last, or best: the largest gain in held-out rewards without a symptom of hacking",
+            "--step", help="a number, last, or best: the largest gain in held-out rewards without a symptom of hacking"
         ),
     ] = "last",
 ) -> None:

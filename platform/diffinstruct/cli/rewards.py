@@ -23,12 +23,7 @@ def list_rewards() -> None:
     for name, entry in NAMES.items():
         paper = "no paper" if entry.paper == "-" else f"arXiv {entry.paper}"
         print(f"{name:<{width}}{entry.line}")
-        for line in (
-            f"scores {entry.range}",
-            f"{paper}; licences: {entry.licences}",
-            f"weights: {entry.weights}",
-            entry.path,
-        ):
+        for line in (f"scores {entry.range}", f"{paper}; licences: {entry.licences}", f"weights: {entry.weights}", entry.path):
             print(" " * width + line)
 
 
@@ -37,13 +32,10 @@ def validate(
     reward: Annotated[str, typer.Argument(metavar="NAME", help="a built-in reward, or your own as module:callable")],
     images: Annotated[
         Path | None,
-        typer.Option(
-            "--images", metavar="FOLDER", help="a folder of pictures; default: made by the pocket world's generator"
-        ),
+        typer.Option("--images", metavar="FOLDER", help="a folder of pictures; default: made by the pocket world's generator"),
     ] = None,
     prompts: Annotated[
-        str | None,
-        typer.Option("--prompts", metavar="FILE", help="as for `rewards score`; default: the pocket world's"),
+        str | None, typer.Option("--prompts", metavar="FILE", help="as for `rewards score`; default: the pocket world's")
     ] = None,
     held_out: Annotated[
         bool, typer.Option("--held-out", help="only to be held out, not trained on: it needs no gradient")
@@ -81,14 +73,11 @@ def score(
     prompts: Annotated[
         str,
         typer.Argument(
-            metavar="PROMPTS",
-            help="a .txt or .csv with one prompt a picture, in the order of names; or a .csv that names them",
+            metavar="PROMPTS", help="a .txt or .csv with one prompt a picture, in the order of names; or a .csv that names them"
         ),
     ],
     rewards: Annotated[list[str] | None, typer.Option("--reward", metavar="NAME", help="may be repeated")] = None,
-    out: Annotated[
-        Path | None, typer.Option("-o", metavar="scores.csv", help="a row a picture, a column a reward")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", metavar="scores.csv", help="a row a picture, a column a reward")] = None,
 ) -> None:
     """Score a folder of pictures, each with its prompt; `rewards validate` tells whether a reward can be trusted."""
     names = list(dict.fromkeys(rewards or []))

@@ -26,14 +26,10 @@ def train(
     file: Recipe,
     overrides: Overrides,
     local: Annotated[bool, typer.Option("--local", help="train in this process, without Ray")] = False,
-    resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="RUN", help="go on with the run in this folder")
-    ] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="go on with the run in this folder")] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(
-            "--allow", metavar="KEY", help="with --resume: go on though this key has changed; may be repeated"
-        ),
+        typer.Option("--allow", metavar="KEY", help="with --resume: go on though this key has changed; may be repeated"),
     ] = None,
 ) -> None:
     """Train a generator on Ray."""
@@ -138,8 +134,7 @@ def sync(
     uri: Annotated[
         str | None,
         typer.Option(
-            "--uri",
-            help="address of the tracking server, where it is not the run's own, or only the journal names it",
+            "--uri", help="address of the tracking server, where it is not the run's own, or only the journal names it"
         ),
     ] = None,
 ) -> None:

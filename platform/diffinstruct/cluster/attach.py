@@ -32,9 +32,7 @@ HEAD = "node:__internal_head__"
 def warn_of_passing_copy(path: Path) -> None:
     """A job's working directory is a copy that Ray clears away."""
     if "working_dir_files" in path.parts:
-        print(
-            f"{path} lies in Ray's passing copy of the code and will be lost; an absolute path stays", file=sys.stderr
-        )
+        print(f"{path} lies in Ray's passing copy of the code and will be lost; an absolute path stays", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------- cluster
@@ -103,10 +101,7 @@ def check_fits(asked: ClusterConfig, actors: int) -> None:
                 f"cluster: asks for {needed:g} {unit} ({asked.workers} workers x {per_worker:g} + {actors} reward actors x "
                 f"{per_actor:g}), Ray has {has:g}{hint}"
             )
-    for what, each in (
-        ("training worker", asked.per_worker),
-        ("reward actor", asked.per_reward_actor if actors else {}),
-    ):
+    for what, each in (("training worker", asked.per_worker), ("reward actor", asked.per_reward_actor if actors else {})):
         if not any(all(resources.get(kind, 0) >= amount for kind, amount in each.items()) for resources, _ in nodes):
             of_one = ", ".join(f"{amount:g} {kind}" for kind, amount in each.items() if amount)
             raise UserError(f"cluster: no node has all that one {what} asks for ({of_one})")

@@ -143,9 +143,7 @@ def placed(experiment: Experiment) -> Experiment:
     none."""
     asked = experiment.cluster
     rewards = asked.rewards.model_copy(update={"resources": asked.rewards.resources or {"reward": 1.0}})
-    cluster = asked.model_copy(
-        update={"worker_resources": asked.worker_resources or {"trainer": 1.0}, "rewards": rewards}
-    )
+    cluster = asked.model_copy(update={"worker_resources": asked.worker_resources or {"trainer": 1.0}, "rewards": rewards})
     runs = experiment.output_dir if PurePosixPath(experiment.output_dir).is_absolute() else RUNS
     return experiment.model_copy(update={"cluster": cluster, "output_dir": runs})
 

@@ -74,9 +74,7 @@ class RewardActor:
             content = (scores, answer.gradient.cpu().numpy(), answer.seconds, answer.micro_batch)
         return ActorReply(request, tuple(scores), content)
 
-    def validate(
-        self, request: str, latents: np.ndarray, prompts: Sequence[str], trained: frozenset[str]
-    ) -> ActorReply:
+    def validate(self, request: str, latents: np.ndarray, prompts: Sequence[str], trained: frozenset[str]) -> ActorReply:
         """The rewards' validation reports, made once: all trials of a sweep share this actor."""
         from diffinstruct.reward_service.client import LocalRewards
 

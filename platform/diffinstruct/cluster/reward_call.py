@@ -10,14 +10,7 @@ from typing import Any, NoReturn
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    GetTimeoutError,
-    RayError,
-    RayTaskError,
-    RuntimeEnvSetupError,
-)
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from diffinstruct.cluster import ray_private
 from diffinstruct.cluster.reward_actor import LOADING, ActorReply
@@ -65,9 +58,7 @@ class Call:
     ) -> None:
         self.actor, self.place, self.what, self.send, self.fault, self.asks = actor, place, what, send, fault, asks
         self.deadline, self.grace = deadline, min(deadline, GRACE)
-        self.ended: tuple[str, int] | None = (
-            None  # the process that was killed last; a stopped one takes seconds to die
-        )
+        self.ended: tuple[str, int] | None = None  # the process that was killed last; a stopped one takes seconds to die
         self.id = f"{asks}x{uuid.uuid4().hex}"  # others who wait for the same actor see how long this may take
         self.request = f"{self.id}/1"
         self.reference = send(self.request)
@@ -92,17 +83,13 @@ class Call:
                 raise error.cause from error  # the reward's own words
             except (Fault, RayError) as error:
                 failure = error if isinstance(error, Fault) else f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                if attempt == ATTEMPTS or isinstance(
-                    error, (ActorDiedError, RuntimeEnvSetupError)
-                ):  # Ray starts it no more
+                if attempt == ATTEMPTS or isinstance(error, (ActorDiedError, RuntimeEnvSetupError)):  # Ray starts it no more
                     has = ray.cluster_resources()
                     raise RewardError(
                         f"{self.place} failed {attempt} times in a row, asked to {self.what}: {failure} "
                         f"(the cluster has {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs)"
                     ) from error
-                logger.warning(
-                    "%s: %s; asked again (%d of %d) to %s", self.place, failure, attempt + 1, ATTEMPTS, self.what
-                )
+                logger.warning("%s: %s; asked again (%d of %d) to %s", self.place, failure, attempt + 1, ATTEMPTS, self.what)
 
     def _wait(self) -> ActorReply:
         pause = self.deadline

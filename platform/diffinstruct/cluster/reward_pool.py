@@ -27,9 +27,7 @@ import ray
 import torch
 import yaml
 from ray.actor import ActorHandle
-from ray.exceptions import (
-    RuntimeEnvSetupError,
-)
+from ray.exceptions import RuntimeEnvSetupError
 from ray.runtime_env import RuntimeEnv
 from torch import Tensor
 
@@ -139,11 +137,7 @@ class RewardPool:
         what, asked = f"shake hands over {len(prompts)} samples", frozenset(trained)
         calls = [
             self._call(
-                group,
-                0,
-                what,
-                lambda actor, id: actor.validate.remote(id, array, prompts, asked),
-                asks=VALIDATION_CALLS,
+                group, 0, what, lambda actor, id: actor.validate.remote(id, array, prompts, asked), asks=VALIDATION_CALLS
             )
             for group in self.groups
         ]

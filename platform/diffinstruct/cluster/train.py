@@ -64,13 +64,7 @@ def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> R
             return fit(experiment, folder, pool, where, parent)
 
 
-def fit(
-    experiment: Experiment,
-    folder: Path,
-    pool: RewardBackend | None,
-    where: str,
-    parent: Parent | None = None,
-) -> Result:
+def fit(experiment: Experiment, folder: Path, pool: RewardBackend | None, where: str, parent: Parent | None = None) -> Result:
     """One TorchTrainer; callable from a driver or from a trial. Without a `pool` each worker computes its rewards
     itself. `where` is said in the run's first and last line.
 
@@ -82,11 +76,7 @@ def fit(
     watched = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"
     trainer = TorchTrainer(
         lambda: train_loop(experiment, folder, pool, where, parent, started_in, watched),
-        scaling_config=ScalingConfig(
-            num_workers=asked.workers,
-            use_gpu=asked.use_gpu,
-            resources_per_worker=asked.per_worker,
-        ),
+        scaling_config=ScalingConfig(num_workers=asked.workers, use_gpu=asked.use_gpu, resources_per_worker=asked.per_worker),
         run_config=RunConfig(
             name=name,
             storage_path=str(folder / "ray"),
@@ -142,9 +132,7 @@ def embed(experiment: Experiment) -> None:
         if not missing:
             return
         parts = min(experiment.cluster.workers, -(-len(missing) // PROMPTS_A_TASK))
-        print(
-            f"prompt embeddings: {len(missing)} to make in {experiment.prompts.embeddings}, {parts} tasks", flush=True
-        )
+        print(f"prompt embeddings: {len(missing)} to make in {experiment.prompts.embeddings}, {parts} tasks", flush=True)
         ray.get([ray.remote(make).options(**of_worker).remote(missing[i::parts]) for i in range(parts)])
     except RayTaskError as error:
         raise final_error(error) or error from None
@@ -174,10 +162,7 @@ def train_loop(
             worker = replace(worker, mesh=init_device_mesh(collective_device(), (world,)))
         else:
             worker = replace(worker, wrap=DistributedDataParallel)
-    with (
-        (folder / OUTPUT).open("a", buffering=1) if rank == 0 else nullcontext(sys.stdout) as output,
-        redirect_stdout(output),
-    ):
+    with (folder / OUTPUT).open("a", buffering=1) if rank == 0 else nullcontext(sys.stdout) as output, redirect_stdout(output):
         if isinstance(pool, RewardPool):
             pool = replace(pool, first=rank)  # workers do not all queue for the same actor
         return train(experiment, folder, pool, worker, parent)

@@ -39,9 +39,7 @@ class Experiment(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = key(
         "pocket", description="of the run, part of its folder's name (ours)", identity=False
     )
-    seed: int = key(
-        0, ge=0, le=10**9, description="z, t, eps and prompts are functions of (seed, step, sample index) (ours)"
-    )
+    seed: int = key(0, ge=0, le=10**9, description="z, t, eps and prompts are functions of (seed, step, sample index) (ours)")
     steps: Count = key(100, description="alternating rounds (ours)", resume=True)
     global_batch_size: Samples = key(32, description="samples per round over all workers (ours)", resume=True)
     micro_batch_size: Samples | None = key(
@@ -51,9 +49,7 @@ class Experiment(Section):
         resume=True,
     )
     precision: Literal["fp32", "bf16"] = key(
-        "fp32",
-        description="of the networks' and the decoder's arithmetic; trained weights stay fp32 (ours)",
-        resume=True,
+        "fp32", description="of the networks' and the decoder's arithmetic; trained weights stay fp32 (ours)", resume=True
     )
     activation_checkpointing: bool = key(
         False,
@@ -63,8 +59,7 @@ class Experiment(Section):
     )
     compile: bool = key(
         False,
-        description="torch.compile of generator, score network and reference: minutes at the start, faster rounds "
-        "(ours)",
+        description="torch.compile of generator, score network and reference: minutes at the start, faster rounds (ours)",
         resume=True,
     )
     deterministic: bool = key(
@@ -73,9 +68,7 @@ class Experiment(Section):
         "no such kernel ends the run by its name (ours)",
         resume=True,
     )
-    device: Literal["auto", "cpu", "cuda"] = key(
-        "auto", description="auto: a GPU where there is one (ours)", resume=True
-    )
+    device: Literal["auto", "cpu", "cuda"] = key("auto", description="auto: a GPU where there is one (ours)", resume=True)
     reference: ReferenceConfig = ReferenceConfig()
     generator: GeneratorConfig = GeneratorConfig()
     score_network: ScoreNetworkConfig = ScoreNetworkConfig()
@@ -106,9 +99,7 @@ class Experiment(Section):
         kind, separator, place = value.partition("://")
         known = [name for name in available_protocols() if name not in NO_STORES]
         if not separator or kind not in known:
-            raise broken_rule(
-                "should begin with s3://, gs://, az:// or what else fsspec knows", did_you_mean(kind, known)
-            )
+            raise broken_rule("should begin with s3://, gs://, az:// or what else fsspec knows", did_you_mean(kind, known))
         if "::" in value or not place.strip("/"):
             raise broken_rule("should name one bucket or folder")
         shown = re.sub(r"^abfs://[^/@:]+@", "abfs://", quote_uri(value))  # container@account is how Azure says it
@@ -122,9 +113,7 @@ class Experiment(Section):
     @classmethod
     def _keeps_activations(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("activation_checkpointing"):
-            raise broken_rule(
-                "should be false with activation_checkpointing: torch.compile knows no role that is played again"
-            )
+            raise broken_rule("should be false with activation_checkpointing: torch.compile knows no role that is played again")
         return value
 
     @field_validator("generator")
@@ -152,9 +141,7 @@ class Experiment(Section):
     def _something_to_climb(cls, value: RewardsConfig, info: ValidationInfo) -> RewardsConfig:
         objective = info.data.get("objective", ObjectiveConfig(reward_scale=0.0))
         if not value.trained and (objective.reward_scale or not facts(objective.name).divergence):
-            raise mistake_at(
-                "trained", [], broken_rule("should name a reward (only objective.reward_scale 0 goes without)")
-            )
+            raise mistake_at("trained", [], broken_rule("should name a reward (only objective.reward_scale 0 goes without)"))
         return value
 
     @field_validator("cluster")
@@ -172,9 +159,7 @@ class Experiment(Section):
     def _whole_networks(cls, value: ClusterConfig, info: ValidationInfo) -> ClusterConfig:
         adapted = [key for key in ("generator", "score_network") if key in info.data and info.data[key].lora_rank]
         if value.fully_shard and value.workers == 1:
-            raise mistake_at(
-                "fully_shard", True, broken_rule("should be false with one worker: there is nobody to share with")
-            )
+            raise mistake_at("fully_shard", True, broken_rule("should be false with one worker: there is nobody to share with"))
         if value.fully_shard and adapted:
             raise mistake_at(
                 "fully_shard", True, broken_rule(f"should be false with {adapted[0]}.lora_rank: adapters fit every GPU")
@@ -195,9 +180,7 @@ class Experiment(Section):
                     )
                 if name in placed:
                     raise mistake_at(
-                        ("rewards", "environments"),
-                        name,
-                        broken_rule("a reward has one environment, this one is named twice"),
+                        ("rewards", "environments"), name, broken_rule("a reward has one environment, this one is named twice")
                     )
                 placed.add(name)
         if placed and value.rewards.placement == "process":

@@ -36,9 +36,7 @@ def no_repeats(names: Iterable[str], taken: Iterable[str]) -> None:
     seen = set(taken)
     for i, name in enumerate(names):
         if name in seen:
-            raise mistake_at(
-                i, name, broken_rule("is named twice: a reward is either trained on or held out, and once")
-            )
+            raise mistake_at(i, name, broken_rule("is named twice: a reward is either trained on or held out, and once"))
         seen.add(name)
 
 

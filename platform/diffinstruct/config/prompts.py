@@ -82,9 +82,7 @@ def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt"
         path = POCKET_CSV if name == "pocket" else Path(source)
         column = "prompt" if name == "pocket" else column
         if name == "pocket" and split not in POCKET_SPLITS:
-            raise UserError(
-                f"{source}: unknown split{did_you_mean(source, [f'pocket:{known}' for known in POCKET_SPLITS])}"
-            )
+            raise UserError(f"{source}: unknown split{did_you_mean(source, [f'pocket:{known}' for known in POCKET_SPLITS])}")
         if path.suffix not in READERS:
             known = f"'pocket:<split>', a file ({', '.join(READERS)}) or 'datasets:<hub id or folder>:<split>'"
             raise UserError(f"{source}: prompts are {known}")
@@ -93,9 +91,7 @@ def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt"
         except FileNotFoundError:
             raise UserError(f"{path}: no such file{nearest_file(path, '*')}") from None
         except pd.errors.ParserWarning:
-            raise UserError(
-                f"{path}: a row has more fields than the header; a prompt with a comma wants quotes"
-            ) from None
+            raise UserError(f"{path}: a row has more fields than the header; a prompt with a comma wants quotes") from None
         except (OSError, ValueError) as error:  # pandas' parser and decoding errors are ValueErrors
             raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     if column not in table:
@@ -190,7 +186,5 @@ def _of_datasets(source: str, column: str) -> pd.DataFrame:
         found = load_dataset(name, split=split, revision=commit or None)
     except Exception as error:  # hub, disk, script or split: all that can be wrong with somebody's data
         raise UserError(f"{source}: {' '.join(str(error).split())}") from None
-    kept = (
-        [column] if column in found.column_names else found.column_names
-    )  # pictures beside the captions stay where they are
+    kept = [column] if column in found.column_names else found.column_names  # pictures beside the captions stay where they are
     return found.select_columns(kept).to_pandas()

@@ -47,9 +47,7 @@ RAYS_OWN = {
 class ReferenceConfig(Section):
     """The frozen diffusion model that the generator is held close to."""
 
-    model: Text = key(
-        "pocket", description="diffusers folder, hub id or hub id@commit, or 'pocket', the built-in world (ours)"
-    )
+    model: Text = key("pocket", description="diffusers folder, hub id or hub id@commit, or 'pocket', the built-in world (ours)")
     guidance_scale: float = key(
         3.0,
         ge=1,
@@ -57,8 +55,7 @@ class ReferenceConfig(Section):
         "less 1 (the paper; ours)",
     )
     guidance: Literal["in", "out"] = key(
-        "in",
-        description="where guidance enters: inside the divergence, or beside it as one more reward (the paper; in)",
+        "in", description="where guidance enters: inside the divergence, or beside it as one more reward (the paper; in)"
     )
 
 
@@ -66,15 +63,11 @@ class OptimizerConfig(Section):
     """How one of the two trained networks is optimised (Adam)."""
 
     learning_rate: LearningRate = key(..., description="of Adam, per step", resume=True)
-    betas: tuple[Beta, Beta] = key(
-        (0.0, 0.99), strict=False, description="of Adam (neighbours' choice; ours)", resume=True
-    )
+    betas: tuple[Beta, Beta] = key((0.0, 0.99), strict=False, description="of Adam (neighbours' choice; ours)", resume=True)
     weight_decay: WeightDecay = key(0.0, description="of AdamW, per step and learning rate (ours)", resume=True)
     max_grad_norm: Positive = key(10.0, description="the gradient's L2 norm is clipped to this (ours)", resume=True)
     lora_rank: Rank = key(
-        0,
-        description="0: all weights are trained; else an adapter of this rank over a frozen network that roles share "
-        "(ours)",
+        0, description="0: all weights are trained; else an adapter of this rank over a frozen network that roles share (ours)"
     )
 
 
@@ -91,9 +84,7 @@ class GeneratorConfig(OptimizerConfig):
         description="with lora_rank, of a start that is not the reference: 0 keeps it as a second frozen network, "
         "else its difference from the reference is kept at this rank, and what that loses is said (ours)",
     )
-    timestep: int = key(
-        625, ge=0, description="the t it is fed, index into the reference's schedule (v1 of the paper: 625)"
-    )
+    timestep: int = key(625, ge=0, description="the t it is fed, index into the reference's schedule (v1 of the paper: 625)")
     input_scale: Literal["unit", "sigma"] = key(
         "unit", description="what it is fed: z ~ N(0, I) as it is (DMD2's way), or sigma_T z (SiD's)"
     )
@@ -103,11 +94,7 @@ class GeneratorConfig(OptimizerConfig):
         resume=True,
     )
     ema_decay: float = key(
-        0.99,
-        ge=0,
-        lt=1,
-        description="per step, of the averaged weights that are shown and exported (ours)",
-        resume=True,
+        0.99, ge=0, lt=1, description="per step, of the averaged weights that are shown and exported (ours)", resume=True
     )
 
 
@@ -125,9 +112,7 @@ class ScoreNetworkConfig(OptimizerConfig):
         "and 4 are not better and cost more)",
         resume=True,
     )
-    reuse_sample: bool = key(
-        True, description="the generator's update goes on with the sample of the score phase (ours)"
-    )
+    reuse_sample: bool = key(True, description="the generator's update goes on with the sample of the score phase (ours)")
     loss_weighting: Literal["x0", "eps", "v"] = key(
         "eps",
         description="whose squared error it learns from: lambda(t) (left open; neighbours' choice, kept by "
@@ -146,9 +131,7 @@ def drop_arguments(content: dict[str, Any], key: str, value: object) -> None:
         objective[ARGUMENTS[key]] = {}
 
 
-def _complete(
-    name: str, args: dict[str, Any], complete: Callable[[str, dict[str, Any]], dict[str, Any]]
-) -> dict[str, Any]:
+def _complete(name: str, args: dict[str, Any], complete: Callable[[str, dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
     """Arguments with the defaults of what they leave out; those of your own are known when it is imported, with torch."""
     try:
         return complete(name, args)
@@ -161,8 +144,7 @@ class ObjectiveConfig(Section):
     """What the generator minimises: -reward_scale * reward + regularization_weight * divergence."""
 
     name: ObjectiveName = key(
-        "di_star",
-        description="; ".join(f"'{name}': {facts.title}" for name, facts in OBJECTIVES.items()) + f"; or {OWN.title}",
+        "di_star", description="; ".join(f"'{name}': {facts.title}" for name, facts in OBJECTIVES.items()) + f"; or {OWN.title}"
     )
     args: dict[Text, Argument] = key(
         {},
@@ -202,9 +184,7 @@ class ObjectiveConfig(Section):
     t_log_mean: float = key(
         -0.5, ge=-20, le=20, description="mean of the log-normal law (Karras et al. 2022, for data of unit variance)"
     )
-    t_log_std: float = key(
-        1.2, ge=1e-3, le=1e3, description="standard deviation of the log-normal law (Karras et al. 2022)"
-    )
+    t_log_std: float = key(1.2, ge=1e-3, le=1e3, description="standard deviation of the log-normal law (Karras et al. 2022)")
     t_min: int = key(20, ge=0, description="lowest t drawn, index into the schedule (neighbours' choice; ours)")
     t_max: int = key(980, description="t is drawn below this (neighbours' choice; ours)")
 
@@ -269,8 +249,7 @@ class RewardsConfig(Section):
     )
     micro_batch_size: Samples = key(
         16,
-        description="samples that go through decoder and rewards at once; halved where memory does not hold them "
-        "(ours)",
+        description="samples that go through decoder and rewards at once; halved where memory does not hold them (ours)",
         resume=True,
     )
 
@@ -297,15 +276,12 @@ class PromptsConfig(Section):
 
     train: Text = key(
         "pocket:train",
-        description="'pocket:<split>', a .csv, .jsonl, .parquet or .txt file, or 'datasets:<hub id or "
-        "folder>:<split>' (ours)",
+        description="'pocket:<split>', a .csv, .jsonl, .parquet or .txt file, or 'datasets:<hub id or folder>:<split>' (ours)",
         resume=True,
     )
     grid: Text = key("pocket:grid", description="the prompts of the picture grid, in the same form (ours)", resume=True)
     column: Text = key(
-        "prompt",
-        description="of both, which holds the prompts; a .txt and the pocket world have one (ours)",
-        resume=True,
+        "prompt", description="of both, which holds the prompts; a .txt and the pocket world have one (ours)", resume=True
     )
     embeddings: Text | None = key(
         None,
@@ -326,9 +302,7 @@ class PromptsConfig(Section):
 class OveroptimizationConfig(Section):
     """Whether the reward is being hacked: it rises, and what it stands for does not."""
 
-    every: int = key(
-        10, ge=0, description="steps between two looks at 64 pictures of the averaged generator; 0: none (ours)"
-    )
+    every: int = key(10, ge=0, description="steps between two looks at 64 pictures of the averaged generator; 0: none (ours)")
     on_alarm: Literal["warn", "stop", "lower_scale"] = key(
         "warn",
         description="what an alarm does beside being written down: nothing, end the run there as if it were finished, "
@@ -342,9 +316,7 @@ class LoggingConfig(Section):
 
     every: Count = key(5, description="steps between two rows of metrics (ours)", resume=True)
     grid_every: Count = key(50, description="steps between two picture grids (ours)", resume=True)
-    grid_prompts: Count = key(
-        8, description="rows of the grid: this many first prompts of prompts.grid (ours)", resume=True
-    )
+    grid_prompts: Count = key(8, description="rows of the grid: this many first prompts of prompts.grid (ours)", resume=True)
     checkpoint_every: Count = key(50, description="steps between two checkpoints (ours)", resume=True)
 
 
@@ -370,16 +342,12 @@ def declared_by_nodes(value: dict[str, float]) -> dict[str, float]:
 class RewardActorsConfig(Section):
     """Where rewards are computed on Ray, and what one reward actor asks for."""
 
-    replicas: Count = key(
-        1, description="reward actors, each with its own decoder and reward models (ours)", resume=True
-    )
+    replicas: Count = key(1, description="reward actors, each with its own decoder and reward models (ours)", resume=True)
     cpus: NotNegative = key(
         1.0, description="CPUs per reward actor, fractions allowed; 0 leaves it uncounted (ours)", resume=True
     )
     gpus: NotNegative = key(0.0, description="GPUs per reward actor, fractions allowed (ours)", resume=True)
-    deadline_s: Positive = key(
-        300.0, description="seconds after which a silent reward actor is replaced (ours)", resume=True
-    )
+    deadline_s: Positive = key(300.0, description="seconds after which a silent reward actor is replaced (ours)", resume=True)
     placement: Literal["auto", "actor", "process"] = key(
         "auto",
         description="where rewards are computed: in reward actors, in the training process, or where the first rounds "
@@ -444,9 +412,7 @@ TRACKERS = {"tensorboard": "diffinstruct.tracking.tensorboard:TensorBoardDeliver
 
 def _known_tracker(name: str) -> str:
     if name not in TRACKERS and ":" not in name:
-        raise broken_rule(
-            f"should be {' or '.join(map(repr, TRACKERS))} or 'module:attribute'", did_you_mean(name, TRACKERS)
-        )
+        raise broken_rule(f"should be {' or '.join(map(repr, TRACKERS))} or 'module:attribute'", did_you_mean(name, TRACKERS))
     return name
 
 

@@ -37,11 +37,7 @@ class Comparison:
         """Markdown: the keys, both runs' metrics, the paired differences."""
         one, other = self.evaluations
         keys = "".join(f"| {key} | {before} | {now} |\n" for key, (before, now) in self.changes.items())
-        head = (
-            f"| key | {one} | {other} |\n| --- | --- | --- |\n{keys}"
-            if keys
-            else "Their configurations are the same.\n"
-        )
+        head = f"| key | {one} | {other} |\n| --- | --- | --- |\n{keys}" if keys else "Their configurations are the same.\n"
         return f"{head}\n{generators.report(self.evaluations)}"
 
     def page(self) -> str:
@@ -95,9 +91,7 @@ def compare_runs(
     evaluations = generators.evaluate_generators(paths, prompts, rewards, reference_pictures, seed)
     texts = next(iter(evaluations.values())).table["prompt"].tolist()
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), SHOWN)).round().astype(int)).tolist()
-    pictures = {
-        name: _pictures(path / "export", texts, chosen, seed) for name, path in zip(evaluations, paths, strict=True)
-    }
+    pictures = {name: _pictures(path / "export", texts, chosen, seed) for name, path in zip(evaluations, paths, strict=True)}
     return Comparison(other.changes(one), evaluations, [texts[i] for i in chosen], pictures)
 
 

@@ -159,9 +159,7 @@ def _score(
     Returns their features [n, F] and, by attribute, the class of each.
     """
     texts: list[str] = table["prompt"].tolist()
-    functions = {
-        name: metric.function for name, metric in metrics.items() if metric.function and metric.interval != "features"
-    }
+    functions = {name: metric.function for name, metric in metrics.items() if metric.function and metric.interval != "features"}
     features: list[Array] = []
     classes: dict[str, list[str]] = {attribute: [] for attribute in extractor.classes}
     values: dict[str, list[Array]] = {name: [] for name in (*(f"{REWARD}{name}" for name in rewards), *functions)}
@@ -179,9 +177,7 @@ def _score(
         table[name] = np.concatenate(batches)
         if not np.isfinite(table[name]).all():
             family, _, reward_name = name.partition("/")
-            raise ValueError(
-                f"{family} {reward_name!r}: a score is not finite" if reward_name else f"{name}: not finite"
-            )
+            raise ValueError(f"{family} {reward_name!r}: a score is not finite" if reward_name else f"{name}: not finite")
     return np.concatenate(features), classes
 
 

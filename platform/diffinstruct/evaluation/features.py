@@ -48,9 +48,7 @@ class AttributeClassifier(nn.Module):
     def __init__(self, classes: dict[str, list[str]], pixels: int = 64) -> None:
         super().__init__()
         self.classes, self.pixels = classes, pixels
-        self.trunk = nn.Sequential(
-            _block(3, 32), _block(32, 64, 2), _block(64, 96, 2), _block(96, 128, 2), _block(128, 128)
-        )
+        self.trunk = nn.Sequential(_block(3, 32), _block(32, 64, 2), _block(64, 96, 2), _block(96, 128, 2), _block(128, 128))
         self.features = nn.Sequential(nn.Flatten(), nn.Linear(128 * (pixels // 8) ** 2, 256), nn.SiLU())
         self.heads = nn.ModuleDict({attribute: nn.Linear(256, len(names)) for attribute, names in classes.items()})
 
@@ -65,9 +63,7 @@ class AttributeClassifier(nn.Module):
 
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file(self.state_dict(), Path(folder, "model.safetensors"))
-        Path(folder, "config.json").write_text(
-            json.dumps({"classes": self.classes, "pixels": self.pixels}, indent=2) + "\n"
-        )
+        Path(folder, "config.json").write_text(json.dumps({"classes": self.classes, "pixels": self.pixels}, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:

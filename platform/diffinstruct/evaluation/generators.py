@@ -125,19 +125,12 @@ def _extractor(world: World | None, rewards: Mapping[str, RewardModel], device: 
     for reward in reversed(list(rewards.values())):  # held-out ones come last: better than what was trained on
         if callable(features := getattr(reward, "features", None)):
             return FeaturesOnly(features)
-    raise UserError(
-        f"--reward: none of {', '.join(rewards)} has image features to measure distances with; add 'pickscore'"
-    )
+    raise UserError(f"--reward: none of {', '.join(rewards)} has image features to measure distances with; add 'pickscore'")
 
 
 @torch.no_grad()
 def _reference_features(
-    run: Experiment | None,
-    extractor: FeatureExtractor,
-    table: pd.DataFrame,
-    pictures: int,
-    seed: int,
-    device: torch.device,
+    run: Experiment | None, extractor: FeatureExtractor, table: pd.DataFrame, pictures: int, seed: int, device: torch.device
 ) -> Array | None:
     if run is None or pictures == 0:
         return None
@@ -146,9 +139,7 @@ def _reference_features(
     noise = torch.randn(len(texts), *reference.latent_shape, generator=generator).to(device)
     print(f"the reference makes {len(texts)} pictures in {STEPS} steps", flush=True)
     made = [
-        reference.decode(
-            reference.sample(texts[i : i + BATCH], noise[i : i + BATCH], STEPS, run.reference.guidance_scale)
-        )
+        reference.decode(reference.sample(texts[i : i + BATCH], noise[i : i + BATCH], STEPS, run.reference.guidance_scale))
         for i in range(0, len(texts), BATCH)
     ]
     return image_features(extractor, torch.cat(made))

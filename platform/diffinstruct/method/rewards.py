@@ -98,9 +98,7 @@ class LatentRewards:
         scores = {name: torch.cat([p[0][name] for p in parts]) for name in self.models}
         return Scores(scores, torch.cat([p[1] for p in parts]), time.perf_counter() - started, micro_batch)
 
-    def _score(
-        self, latents: Tensor, prompts: Sequence[str], weights: Mapping[str, float]
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def _score(self, latents: Tensor, prompts: Sequence[str], weights: Mapping[str, float]) -> tuple[dict[str, Tensor], Tensor]:
         leaf = latents.detach().requires_grad_(bool(weights))
         scores: dict[str, Tensor] = {}
         seen: dict[int, Tensor] = {}  # features of these images, by tower
@@ -110,9 +108,7 @@ class LatentRewards:
             for name, weight in weights.items():
                 score = scored(name, self.models[name], images, prompts, seen)
                 if not score.requires_grad:
-                    raise RewardError(
-                        f"reward {name}: its scores carry no gradient to the images, so it can only be held out"
-                    )
+                    raise RewardError(f"reward {name}: its scores carry no gradient to the images, so it can only be held out")
                 total = total + weight * score.float().sum()
                 scores[name] = score.detach()
             gradient = torch.autograd.grad(total, leaf)[0] if weights else torch.zeros_like(leaf)

@@ -175,9 +175,7 @@ def score_update(
             if z is not None:
                 with torch.no_grad():
                     x0 = unwrapped(train_state.generator)(z[part], c_part)
-            losses = denoising_loss(
-                train_state.score_network, schedule, x0, t[part], eps[part], c_part, config.score_weighting
-            )
+            losses = denoising_loss(train_state.score_network, schedule, x0, t[part], eps[part], c_part, config.score_weighting)
             finite.check("the score network's loss", losses, part)
             loss = losses.mean() * (len(losses) / len(sample)) * finite.factor
         loss.backward()
@@ -226,9 +224,7 @@ def _regularizer_gradient(
     return gradient, {key: values.mean().item() for key, values in per_sample.items()}
 
 
-def _reward_gradient(
-    scale: float, collect: Collect | None, sample: Tensor, finite: FiniteCheck
-) -> tuple[Tensor, Metrics]:
+def _reward_gradient(scale: float, collect: Collect | None, sample: Tensor, finite: FiniteCheck) -> tuple[Tensor, Metrics]:
     """reward_scale times the rewards' gradient at the sample, and the rewards' means. Without `collect`, or where a
     reward is not finite, the gradient is 0."""
     waiting = time.perf_counter()

@@ -21,12 +21,7 @@ class NetworkDenoiser(nn.Module):
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        family: type[StableDiffusion],
-        schedule: Schedule,
-        prediction: str,
-        pixels_per_latent: int,
+        self, network: nn.Module, family: type[StableDiffusion], schedule: Schedule, prediction: str, pixels_per_latent: int
     ) -> None:
         super().__init__()
         self.network, self.family, self.schedule = network, family, schedule

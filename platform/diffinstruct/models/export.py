@@ -94,9 +94,7 @@ def load_export(folder: Path | str, device: torch.device | str = "cpu") -> tuple
     reference = load_reference(str(folder), device=device)
     scheduler = json.loads(Path(folder, "scheduler", "scheduler_config.json").read_text())
     scales: dict[str, InputScale] = {"LCMScheduler": "unit", "EulerDiscreteScheduler": "sigma", FLOW: "unit"}
-    if scheduler["_class_name"] not in scales or not (
-        scheduler.get("trained_betas") or scheduler["_class_name"] == FLOW
-    ):
+    if scheduler["_class_name"] not in scales or not (scheduler.get("trained_betas") or scheduler["_class_name"] == FLOW):
         raise UserError(f"{folder}: its scheduler ({scheduler['_class_name']}) holds no one-step generator's timestep")
     timestep = scheduler["num_train_timesteps"] - 1
     return reference, reference.generator(timestep, "reference", scales[scheduler["_class_name"]])

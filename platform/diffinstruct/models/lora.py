@@ -42,17 +42,13 @@ class SharedBase:
         with torch.random.fork_rng(), warnings.catch_warnings():
             torch.manual_seed(seed)
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
-            inject_adapter_in_model(
-                LoraConfig(r=rank, lora_alpha=rank, target_modules=self.adapted), self.network, adapter
-            )
+            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=self.adapted), self.network, adapter)
         self.layers = {name: module for name, module in self.network.named_modules() if isinstance(module, LoraLayer)}
         for name, parameter in self.network.named_parameters():
             if f".{adapter}." in name:
                 parameter.data = parameter.data.float()  # whatever the base is in
         self.network.requires_grad_(False)  # each role says what of it is trained
-        for (
-            layer
-        ) in self.layers.values():  # one list for all: a role is changed in one place, also within a backward pass
+        for layer in self.layers.values():  # one list for all: a role is changed in one place, also within a backward pass
             layer._active_adapter = self.active_adapters
 
     def add_difference(self, adapter: str, other: nn.Module, rank: int) -> float:
@@ -97,9 +93,7 @@ class SharedBase:
         """A block whose activations are computed again in the backward pass, which is the role's own whatever role the
         network plays by then."""
         names = tuple(self.active_adapters)
-        return checkpoint(
-            block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self.with_adapters(names))
-        )
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self.with_adapters(names)))
 
 
 class Role(nn.Module):

@@ -227,8 +227,7 @@ class Reference:
             raise UserError(f"generator.timestep: got {timestep}, the schedule has 0 to {last}")
         if self.family.flow and timestep != last:
             raise UserError(
-                f"generator.timestep: should be {last} for a flow, whose stock pipelines begin at pure noise, "
-                f"got {timestep}"
+                f"generator.timestep: should be {last} for a flow, whose stock pipelines begin at pure noise, got {timestep}"
             )
         if input_scale == "sigma" and timestep == 0:
             raise UserError("generator.timestep: should be at least 1 where input_scale is 'sigma', got 0")
@@ -242,9 +241,7 @@ class Reference:
         """
         config = self.vae.config
         scaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        return (self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].to(latents.dtype) * 0.5 + 0.5).clamp(
-            0, 1
-        )
+        return (self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].to(latents.dtype) * 0.5 + 0.5).clamp(0, 1)
 
     def sampler(self, generator: OneStepGenerator) -> Callable[[list[str], Tensor], Tensor]:
         """(prompts, noise [B, C, H, W]) -> images [B, 3, H', W'] in [0, 1], of a one-step generator, without
@@ -363,9 +360,7 @@ def load_reference(
     for part, classes in wanted.items():
         _, found = entry if isinstance(entry := index.get(part), list | tuple) and len(entry) == 2 else (None, entry)
         if found not in classes:
-            raise UserError(
-                f"reference.model: the {part} of {model} is a {found}, not a {' or '.join(classes)}; {SUPPORTED}"
-            )
+            raise UserError(f"reference.model: the {part} of {model} is a {found}, not a {' or '.join(classes)}; {SUPPORTED}")
     try:
         return Reference(source, index, dtype, device, activation_checkpointing, embeddings, decoder_dtype, weights)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

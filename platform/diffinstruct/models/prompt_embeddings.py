@@ -43,9 +43,7 @@ class Embeddings:
             return load_file(file)
         except (OSError, SafetensorError) as error:
             said = f"{'the null prompt' if prompt is None else repr(prompt)}: {' '.join(str(error).split())}"
-            raise UserError(
-                f"prompts.embeddings: {file} cannot be read, for {said}; a run makes what is missing"
-            ) from None
+            raise UserError(f"prompts.embeddings: {file} cannot be read, for {said}; a run makes what is missing") from None
 
     def add(self, prompt: str | None, conditions: Conditions) -> None:
         file = self._file(prompt)

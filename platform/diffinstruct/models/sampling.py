@@ -15,9 +15,7 @@ EVALUATION_SEED = 1_000_000
 """Pictures that are shown or scored draw their noise from seeds at and above this one, training from those below."""
 
 
-def probe_inputs(
-    reference: Reference, prompts: Sequence[str], n: int, seed: int, noises: int = 1
-) -> tuple[list[str], Tensor]:
+def probe_inputs(reference: Reference, prompts: Sequence[str], n: int, seed: int, noises: int = 1) -> tuple[list[str], Tensor]:
     """n of the prompts, drawn by `seed` (repeatedly where there are fewer), and noise [n * noises, ...] for them."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(prompts), generator=generator) for _ in range(-(-n // len(prompts)))])

@@ -176,9 +176,7 @@ def unpacked(file: Path) -> Path:
             return partial.rename(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"reference.model: {file} cannot be unpacked into {folder}: {message_lines(error)[0]}"
-        ) from None
+        raise UserError(f"reference.model: {file} cannot be unpacked into {folder}: {message_lines(error)[0]}") from None
 
 
 @contextmanager
@@ -225,9 +223,7 @@ def refuse_missing(key: str, source: str) -> None:
     name, commit = pinned(source)
     path = Path(name)
     if commit and path.exists():
-        raise UserError(
-            f"{key}: {source} names a commit of the hub, but {name} lies here; './{name}' is what lies here"
-        )
+        raise UserError(f"{key}: {source} names a commit of the hub, but {name} lies here; './{name}' is what lies here")
     local = path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth") or name.startswith((".", "~", "/"))
     if not path.exists() and (local or name.count("/") > 1 or ("/" in name and path.parent.is_dir())):
         raise UserError(f"{key}: no such file or folder: {name}{nearest_file(path, '*')}")

@@ -36,9 +36,7 @@ class World(Section):
     classifier: Path = Field(description="model.safetensors and config.json, see AttributeClassifier.save")
     prompts: Path = Field(description="a column `prompt`, one for each attribute (empty: left open), maybe `split`")
     generator: Path | None = Field(None, description="a network that generates in one step, to start from")
-    evaluation: Path | None = Field(
-        None, description="the reference's stored evaluation: table.csv, features.safetensors"
-    )
+    evaluation: Path | None = Field(None, description="the reference's stored evaluation: table.csv, features.safetensors")
     evaluation_splits: tuple[Text, ...] = Field((), strict=False, description="of the prompts; none: every row")
     rewards: tuple[Text, ...] = Field((), strict=False, description="rewards to evaluate with")
     open_attributes: dict[str, OpenAttribute] = Field({}, description="by the attribute's name")

@@ -60,12 +60,7 @@ class ModelMemory:
 
     @property
     def row(self) -> str:
-        sizes = [
-            self.weights,
-            self.weights * self.trained,
-            2 * self.weights * self.trained,
-            self.weights * self.averaged,
-        ]
+        sizes = [self.weights, self.weights * self.trained, 2 * self.weights * self.trained, self.weights * self.averaged]
         cells = [f"{self.parameters / 1e6:.2f}", *(_mib(size) if size else "-" for size in sizes)]
         cells += [str(passes) if passes else "-" for passes in (self.passes.forwards, self.passes.backwards)]
         return f"{self.name:<24}" + "".join(f"{cell:>12}" for cell in cells)
@@ -260,9 +255,7 @@ def _roles(experiment: Experiment, reference: Reference, training: Footprint) ->
     return models
 
 
-def _rewards(
-    experiment: Experiment, apart: Sequence[str]
-) -> tuple[list[ModelMemory], dict[str, RewardModel], dict[str, str]]:
+def _rewards(experiment: Experiment, apart: Sequence[str]) -> tuple[list[ModelMemory], dict[str, RewardModel], dict[str, str]]:
     """The rewards but for those `apart`, which may not even import here; how each is called; what is not counted."""
     trained = [reward.name for reward in experiment.rewards.trained]
     rewards, models, uncounted = list[ModelMemory](), dict[str, RewardModel](), dict[str, str]()
@@ -302,8 +295,7 @@ def _lines(plan: Plan, machine: Machine) -> list[str]:
     return [
         f"work       {plan.work} forwards' worth of one network per sample and step, {samples} samples a step; "
         f"in all {_flop(plan.flops)}, {_flop(plan.flops / samples)} a sample",
-        f"payload    {_mib(samples * plan.latent_bytes * (actors > 0))} of latents to the reward actors a step, "
-        "as much back",
+        f"payload    {_mib(samples * plan.latent_bytes * (actors > 0))} of latents to the reward actors a step, as much back",
         f"placement  {cluster.workers} x {cluster.cpus_per_worker} + {actors} x {cluster.rewards.cpus:g} = "
         f"{plan.cpus:g} CPUs and {plan.gpus:g} GPUs; this machine has {machine.cpus} and {machine.gpus}",
         *(

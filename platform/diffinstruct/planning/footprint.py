@@ -37,9 +37,7 @@ aten = torch.ops.aten
 FORMULAS = {  # torch knows the GPUs' kernels alone
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        aten._scaled_dot_product_flash_attention_backward
-    ],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[aten._scaled_dot_product_flash_attention_backward],
 }
 
 
@@ -160,9 +158,7 @@ def _finish_a_round(train_state: TrainState) -> None:
         optimizer.step()
 
 
-def _scoring(
-    experiment: Experiment, reference: Reference, decoder: nn.Module, rewards: Mapping[str, RewardModel]
-) -> Send:
+def _scoring(experiment: Experiment, reference: Reference, decoder: nn.Module, rewards: Mapping[str, RewardModel]) -> Send:
     reference.vae = _fill(decoder.requires_grad_(False), {})
     if reference.activation_checkpointing:
         reference.vae.enable_gradient_checkpointing()

@@ -220,9 +220,7 @@ def measures(frame: pd.DataFrame) -> Measures:
     if "rewards.trained" in frame:
         trained = [reward["name"] for value in frame["rewards.trained"].dropna() for reward in json.loads(value)]
     else:  # kept rows, whose first columns are training's
-        rewards = [
-            str(column) for column in frame if str(column).startswith("reward/") and not _is_bound(str(column), frame)
-        ]
+        rewards = [str(column) for column in frame if str(column).startswith("reward/") and not _is_bound(str(column), frame)]
         trained = [name for column in rewards if (name := _reward(column)) not in held_out]
 
     def first(*columns: str) -> str | None:
@@ -341,9 +339,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "reason": last.get("reason") if "finish" in last else torn,
         "commit": ran_with(records),
         "step": max((record["step"] for record in measured), default=0),
-        "alarm": min(
-            (record["step"] for record in records if record.get("event") == "overoptimization"), default=np.nan
-        ),
+        "alarm": min((record["step"] for record in records if record.get("event") == "overoptimization"), default=np.nan),
         **load_run(folder).to_params(),
     }
     for record in measured:

@@ -116,9 +116,7 @@ def of_sweep(path: Path, frame: pd.DataFrame) -> str:
     keys, of, by_point = swept(frame), measures(frame), points(frame)
     titles = of.titles()
     order = frame.sort_values(of.held_out, ascending=False, na_position="last") if of.held_out else frame
-    configuration = {
-        key: _cut(plain(frame[key].iloc[0])) for key in _configuration(frame) if key not in keys and key != "seed"
-    }
+    configuration = {key: _cut(plain(frame[key].iloc[0])) for key in _configuration(frame) if key not in keys and key != "seed"}
     default = {key: _cut(plain(value)) for key, value in Experiment().to_params().items() if value is not None}
     best = by_point.sort_values(of.held_out, ascending=False) if of.held_out else by_point
     counts = frame["status"].value_counts().to_dict()
@@ -130,18 +128,14 @@ def of_sweep(path: Path, frame: pd.DataFrame) -> str:
         title=path.absolute().name,
         counts=counts,
         alarms=int(frame["alarm"].notna().sum()) if "alarm" in frame else 0,
-        swept={
-            key: [plain(value) or "as the recipe" for value in sorted(frame[key].unique(), key=_order)] for key in keys
-        },
+        swept={key: [plain(value) or "as the recipe" for value in sorted(frame[key].unique(), key=_order)] for key in keys},
         seeds=[plain(seed) for seed in sorted(frame["seed"].unique())] if "seed" in frame else [],
         same={key: (default[key], value) for key, value in configuration.items() if value != default.get(key, value)},
         commits=sorted(frame["commit"].dropna().unique()) if "commit" in frame else [],
         titles=titles,
         heads=_heads(keys),
         pareto=_pareto(by_point, of, keys),
-        compared=0
-        if of.held_out is None or of.distance is None
-        else len(by_point.dropna(subset=[of.held_out, of.distance])),
+        compared=0 if of.held_out is None or of.distance is None else len(by_point.dropna(subset=[of.held_out, of.distance])),
         by_point=_point_table(best, keys, titles) if several else [],
         heat=_heat_maps(frame, of, keys),
         curves=_curves(learning_curves(path), _comparable(frame)) if is_folder else None,
@@ -158,9 +152,7 @@ def pictures_over_time(folder: Path, experiment: Experiment) -> Pictures | None:
     if not drawn:
         return None
     after = [step for step in drawn if step > 0]
-    times = [
-        after[i] for i in np.unique(np.linspace(0, len(after) - 1, min(len(after), MOST_TIMES)).round().astype(int))
-    ]
+    times = [after[i] for i in np.unique(np.linspace(0, len(after) - 1, min(len(after), MOST_TIMES)).round().astype(int))]
     first = next(iter(drawn.values()))
     columns = {"start": [row[0] for row in first]} | {f"step {step}": [row[1] for row in drawn[step]] for step in times}
     if times:
@@ -194,10 +186,7 @@ def side_by_side(prompts: Sequence[str], columns: Mapping[str, Sequence[Image.Im
     n = max(map(len, columns.values()))
     edge = max(picture.width for pictures in columns.values() for picture in pictures)
     rows = [
-        (
-            _cut(prompts[i]) if i < len(prompts) else "",
-            [inlined(made[i]) if i < len(made) else "" for made in columns.values()],
-        )
+        (_cut(prompts[i]) if i < len(prompts) else "", [inlined(made[i]) if i < len(made) else "" for made in columns.values()])
         for i in range(min(n, MOST_PROMPTS))
     ]
     note += f"The first {MOST_PROMPTS} of {n} prompts. " * (n > MOST_PROMPTS)
@@ -263,11 +252,7 @@ def _drawn(draw: Any) -> tuple[str, Any]:
 # -------------------------------------------------------------------------------------------------------- tables
 def _trial(row: pd.Series, keys: Sequence[str], titles: Mapping[str, str]) -> dict[str, Any]:
     alarm = f"reward hacking: first alarm at step {plain(row['alarm'])}" if pd.notna(row.get("alarm")) else ""
-    remarks = [
-        alarm,
-        "" if row["status"] == "finished" else row["status"],
-        "" if pd.isna(row["reason"]) else row["reason"],
-    ]
+    remarks = [alarm, "" if row["status"] == "finished" else row["status"], "" if pd.isna(row["reason"]) else row["reason"]]
     return {
         "run": Path(row["run"]).name,
         "kind": "failed" if row["status"] == "failed" else "hacked" if alarm else row["status"],
@@ -281,11 +266,7 @@ def _trial(row: pd.Series, keys: Sequence[str], titles: Mapping[str, str]) -> di
 
 def _point_table(best: pd.DataFrame, keys: Sequence[str], titles: Mapping[str, str]) -> list[dict[str, Any]]:
     return [
-        {
-            "keys": _cells(row, keys),
-            "n": len(row["runs"]),
-            "figures": [figure(row, measure) for measure in titles],
-        }
+        {"keys": _cells(row, keys), "n": len(row["runs"]), "figures": [figure(row, measure) for measure in titles]}
         for _, row in best.head(MOST_ROWS).iterrows()
     ]
 
@@ -319,10 +300,7 @@ def _time(record: Mapping[str, Any]) -> datetime:
 def render(template: str, **content: Any) -> str:
     """A page of `templates/`; whatever is put into it is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("diffinstruct.reports"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
+        loader=jinja2.PackageLoader("diffinstruct.reports"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters["cut"] = _cut
     return environment.get_template(template).render(content | {"made": datetime.now(UTC)})

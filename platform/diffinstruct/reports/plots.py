@@ -77,20 +77,14 @@ def pareto(points: pd.DataFrame, of: Measures, keys: Sequence[str], path: Path) 
     named = front.iloc[chosen].assign(letter=list(LETTERS[: len(chosen)]))
     pictures = {str(point["letter"]): made for _, point in named.iterrows() if (made := _thumbnails(point["runs"]))}
     with canvas(path, 5.0 + 1.4 * bool(pictures)) as picture:
-        axes = picture.subplots(
-            1 + bool(pictures), 1, squeeze=False, height_ratios=[1.4] * bool(pictures) + [5.0]
-        ).ravel()
+        axes = picture.subplots(1 + bool(pictures), 1, squeeze=False, height_ratios=[1.4] * bool(pictures) + [5.0]).ravel()
         axis = axes[-1]
         axis.plot(front[down], front[up], color="0.7", linewidth=1.2, zorder=1, label="Pareto front")
         looks, legend = _encoding(points, keys, len(MARKERS))
         for (_, point), (colour, mark) in zip(points.iterrows(), looks, strict=True):
             middle = (point[down], point[up])
-            axis.errorbar(
-                *middle, xerr=_bar(point, down), yerr=_bar(point, up), color=colour, elinewidth=0.7, alpha=0.45
-            )
-            axis.plot(
-                *middle, MARKERS[mark or 0], color=colour, markersize=7, markeredgecolor="white", markeredgewidth=0.6
-            )
+            axis.errorbar(*middle, xerr=_bar(point, down), yerr=_bar(point, up), color=colour, elinewidth=0.7, alpha=0.45)
+            axis.plot(*middle, MARKERS[mark or 0], color=colour, markersize=7, markeredgecolor="white", markeredgewidth=0.6)
         for _, point in named.iterrows():
             place = {"textcoords": "offset points", "xytext": (5, 6), "fontweight": "bold"}
             axis.annotate(point["letter"], (point[down], point[up]), **place)
@@ -146,9 +140,7 @@ def curves(values: pd.DataFrame, frame: pd.DataFrame, titles: Mapping[str, str],
                 style = DASHES[mark or 0] if len(course) > 1 else "o"  # a line takes two points
                 axis.plot(course.mean(axis=1), style, color=colour, linewidth=1.4, markersize=4)
                 if course.shape[1] > 1:
-                    axis.fill_between(
-                        course.index, course.min(axis=1), course.max(axis=1), color=colour, alpha=0.15, lw=0
-                    )
+                    axis.fill_between(course.index, course.min(axis=1), course.max(axis=1), color=colour, alpha=0.15, lw=0)
                 for run, step in group.dropna(subset=["alarm"]).set_index("run")["alarm"].items():
                     if run in course and step in course.index:
                         axis.plot(step, course.loc[step, run], "X", color=colour, mec="black", mew=0.7, markersize=6)
@@ -181,9 +173,7 @@ def picture_grid(prompts: Sequence[str], columns: Mapping[str, Sequence[Image.Im
 
 def grids(run: Path | str) -> dict[int, Path]:
     """Step -> the picture grid that the run in this folder drew there, in order."""
-    return {
-        int(file.stem.removeprefix("grid-")): file for file in sorted(Path(run).glob(f"images/grid-{'[0-9]' * 8}.png"))
-    }
+    return {int(file.stem.removeprefix("grid-")): file for file in sorted(Path(run).glob(f"images/grid-{'[0-9]' * 8}.png"))}
 
 
 def cells(grid: Path) -> list[list[Image.Image]]:
@@ -215,13 +205,10 @@ def _encoding(rows: pd.DataFrame, keys: Sequence[str], marks: int) -> tuple[list
         return looks, dict(zip(words, looks, strict=True)) if keys else {}
     (colours, values), (marked, others) = factors[by[0]], factors[by[1]] if by[1:] else (np.zeros(len(rows), int), [])
     numeric = pd.api.types.is_numeric_dtype(rows[by[0]])
-    shades = (
-        [*colormaps["viridis"](np.linspace(0, 0.88, len(values)))] if numeric else [f"C{i}" for i in range(len(values))]
-    )
+    shades = [*colormaps["viridis"](np.linspace(0, 0.88, len(values)))] if numeric else [f"C{i}" for i in range(len(values))]
     said = short(keys)
     legend: dict[str, Look] = {
-        f"{said[by[0]]} {plain(value) or 'as the recipe'}": (shade, None)
-        for shade, value in zip(shades, values, strict=True)
+        f"{said[by[0]]} {plain(value) or 'as the recipe'}": (shade, None) for shade, value in zip(shades, values, strict=True)
     }
     legend |= {f"{said[by[1]]} {plain(value) or 'as the recipe'}": ("0.4", i) for i, value in enumerate(others)}
     return [(shades[colour], mark) for colour, mark in zip(colours, marked, strict=True)], legend
@@ -229,9 +216,7 @@ def _encoding(rows: pd.DataFrame, keys: Sequence[str], marks: int) -> tuple[list
 
 def _bar(point: pd.Series, measure: str) -> np.ndarray | None:
     """An interval as matplotlib's error bar, [2, 1]; None where there is none."""
-    ends = np.array(
-        [[point[measure] - point[f"{measure}.low"]], [point[f"{measure}.high"] - point[measure]]], np.float64
-    )
+    ends = np.array([[point[measure] - point[f"{measure}.low"]], [point[f"{measure}.high"] - point[measure]]], np.float64)
     return ends.clip(0) if np.isfinite(ends).all() else None
 
 
@@ -287,18 +272,14 @@ def _strip(
         title = letter
         if letter in named.index:
             point = named.loc[letter]
-            title = (
-                f"{letter}:  {' / '.join(plain(point[key]) or '–' for key in keys)}" if 1 <= len(keys) <= 2 else letter
-            )
+            title = f"{letter}:  {' / '.join(plain(point[key]) or '–' for key in keys)}" if 1 <= len(keys) <= 2 else letter
             line = ConnectionPatch((0.5, 0), (point[at[0]], point[at[1]]), inset.transAxes, axis.transData)
             line.set(color="0.75", linewidth=0.7, zorder=-1)
             picture.add_artist(line)
         inset.set_title(title, fontsize=8, pad=3)
     if 1 <= len(keys) <= 2:
         said = short(keys)
-        strip.set_title(
-            " / ".join(said[key] for key in keys) + " along the front", loc="left", fontsize=8, color="0.35"
-        )
+        strip.set_title(" / ".join(said[key] for key in keys) + " along the front", loc="left", fontsize=8, color="0.35")
 
 
 def _heat(axis: Axes, values: pd.DataFrame, colours: str) -> None:
@@ -310,6 +291,4 @@ def _heat(axis: Axes, values: pd.DataFrame, colours: str) -> None:
     low, high = (np.nanmin(numbers), np.nanmax(numbers)) if np.isfinite(numbers).any() else (0.0, 0.0)
     for (i, j), value in np.ndenumerate(numbers):
         text = f"{value:#.3g}".rstrip(".") if np.isfinite(value) else "–"
-        axis.text(
-            j, i, text, ha="center", va="center", fontsize=8, color="white" if value > (low + high) / 2 else "0.15"
-        )
+        axis.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if value > (low + high) / 2 else "0.15")

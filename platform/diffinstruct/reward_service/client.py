@@ -30,9 +30,7 @@ def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:
         with quiet():
             reward = reward_models.load(name)
     except (Exception, SystemExit) as error:  # a script that is taken for a reward may end the program
-        raise UserError(
-            f"rewards: cannot load {name!r}: {type(error).__name__}: {' '.join(str(error).split())}"
-        ) from error
+        raise UserError(f"rewards: cannot load {name!r}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not callable(reward):
         raise UserError(f"rewards: {name!r} makes a {type(reward).__name__}, which is not callable")
     return reward.to(device) if isinstance(reward, nn.Module) else reward
@@ -68,10 +66,7 @@ class LocalRewards:
     def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
         with torch.no_grad():  # decoded one at a time: the pictures of a validation need not fit a GPU's memory at once
             images = torch.cat([self.rewards.decode(latent) for latent in latents.split(1)])
-        return [
-            validate_reward(name, reward, images, prompts, name in trained)
-            for name, reward in self.rewards.models.items()
-        ]
+        return [validate_reward(name, reward, images, prompts, name in trained) for name, reward in self.rewards.models.items()]
 
 
 def _raise(error: Exception) -> NoReturn:
@@ -92,9 +87,7 @@ class RewardClient:
     in_process: makes the rewards in this process, for a run without actors, or one that is faster without them.
     """
 
-    def __init__(
-        self, experiment: Experiment, actors: RewardBackend | None, in_process: Callable[[], LocalRewards]
-    ) -> None:
+    def __init__(self, experiment: Experiment, actors: RewardBackend | None, in_process: Callable[[], LocalRewards]) -> None:
         self.experiment, self.actors, self.in_process = experiment, actors, in_process
         self.micro_batch_size = experiment.rewards.micro_batch_size
         self.scales = {reward.name: 1.0 for reward in experiment.rewards.trained}
@@ -157,19 +150,13 @@ class RewardClient:
             scores = self.score(latents, prompts)().scores
             self.scales = {name: scores[name].double().std().item() for name in self.scales}
             if flat := [name for name, scale in self.scales.items() if scale == 0]:
-                raise RewardError(
-                    f"reward {flat[0]}: the same score for {len(latents)} pictures, nothing to normalize by"
-                )
+                raise RewardError(f"reward {flat[0]}: the same score for {len(latents)} pictures, nothing to normalize by")
 
     def choose_placement(self, ranks: Ranks) -> str | None:
         """Choose where the rewards are computed from now on, once enough rounds have been timed; returns a line that
         says why, or None. Makes collective calls: every rank calls it after the same round."""
         # A round that was left out may have been timed by some ranks and not by others
-        if (
-            self.placement != "auto"
-            or ranks.min(len(self._exposed_seconds)) < MEASURED_ROUNDS
-            or self._last_batch is None
-        ):
+        if self.placement != "auto" or ranks.min(len(self._exposed_seconds)) < MEASURED_ROUNDS or self._last_batch is None:
             return None
         exposed = sorted(self._exposed_seconds)[len(self._exposed_seconds) // 2]
         seconds, remark = self._time_in_process()
@@ -203,11 +190,7 @@ class RewardClient:
         return scores
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "micro_batch_size": self.micro_batch_size,
-            "scales": dict(self.scales),
-            "placement": self.placement,
-        }
+        return {"micro_batch_size": self.micro_batch_size, "scales": dict(self.scales), "placement": self.placement}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.micro_batch_size, self.scales = state["micro_batch_size"], dict(state["scales"])

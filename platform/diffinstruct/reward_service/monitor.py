@@ -111,12 +111,7 @@ class ProbeHistory:
             )
         if not self._start:
             held_out = {name: scores.tolist() for name, scores in probe.held_out.items()}
-            self._start = {
-                "trained": probe.trained.tolist(),
-                "held_out": held_out,
-                "variety": probe.variety,
-                "distance": None,
-            }
+            self._start = {"trained": probe.trained.tolist(), "held_out": held_out, "variety": probe.variety, "distance": None}
         if self._start["distance"] is None and math.isfinite(probe.distance):
             self._start["distance"] = probe.distance
         for name, scores in probe.held_out.items():
@@ -192,11 +187,7 @@ class ProbeHistory:
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._start, self._highest, self._active = (
-            dict(state["start"]),
-            dict(state["highest"]),
-            list(state["active"]),
-        )
+        self._start, self._highest, self._active = (dict(state["start"]), dict(state["highest"]), list(state["active"]))
         self.best = dict(state["best"])
 
 
@@ -231,12 +222,7 @@ class OveroptimizationMonitor:
     """
 
     def __init__(
-        self,
-        experiment: Experiment,
-        reference: Reference,
-        prompts: Sequence[str],
-        rewards: RewardClient,
-        ranks: Ranks = SINGLE,
+        self, experiment: Experiment, reference: Reference, prompts: Sequence[str], rewards: RewardClient, ranks: Ranks = SINGLE
     ) -> None:
         self.experiment, self.reference, self.rewards, self.ranks = experiment, reference, rewards, ranks
         self.held_out = experiment.rewards.held_out
@@ -262,9 +248,7 @@ class OveroptimizationMonitor:
 
         def collect() -> ProbeResult:
             scores = {name: score.double().cpu() for name, score in answer().scores.items()}
-            trained = sum(
-                (weight * scores[name] for name, weight in weights.items()), torch.zeros(len(latents)).double()
-            )
+            trained = sum((weight * scores[name] for name, weight in weights.items()), torch.zeros(len(latents)).double())
             held_out = {name: scores[name].numpy() for name in self.held_out}
             alarm = self.history.observe(Probe(step, trained.numpy(), held_out, variety(latents), distance), kept)
             return self.history.figures(), alarm

@@ -47,18 +47,13 @@ def pictures_with_prompts(folder: Path, prompts: str | Path) -> pd.DataFrame:
     names, table, everything = _names(folder), read_prompts(prompts), read_prompts(prompts, empty=True)
     if "image" in table:
         for name in table["image"]:
-            if not (
-                isinstance(name, str) and os.path.isfile(folder / name)
-            ):  # which has no error for a name that is too long
+            if not (isinstance(name, str) and os.path.isfile(folder / name)):  # which has no error for a name that is too long
                 raise UserError(f"{prompts}: no picture {name!r} in {folder}{did_you_mean(name, names)}")
         left = set(names) - set(table["image"])
         empty = left & {name for name in everything["image"] if isinstance(name, str)}
         for some, why in ((empty, "have an empty prompt"), (left - empty, "are not named")):
             if some:
-                print(
-                    f"{len(some)} of {len(names)} pictures in {folder} {why} in {prompts} and are not scored",
-                    flush=True,
-                )
+                print(f"{len(some)} of {len(names)} pictures in {folder} {why} in {prompts} and are not scored", flush=True)
         return table[["image", *table.columns.drop("image")]]
     for column in table.columns.drop("prompt"):
         cells = (cell for cell in table[column] if isinstance(cell, str))
@@ -96,9 +91,7 @@ def score(folder: Path, table: pd.DataFrame, names: Sequence[str]) -> pd.DataFra
 def summary(table: pd.DataFrame, names: Sequence[str]) -> str:
     """A line for each reward: mean over the pictures and its 95 % interval."""
     width = max(map(len, names))
-    return "\n".join(
-        f"{name:<{width}}  {bootstrap_mean(table[name], SEED)}  of {len(table)} pictures" for name in names
-    )
+    return "\n".join(f"{name:<{width}}  {bootstrap_mean(table[name], SEED)}  of {len(table)} pictures" for name in names)
 
 
 def save(table: pd.DataFrame, path: Path) -> None:
@@ -112,9 +105,7 @@ def save(table: pd.DataFrame, path: Path) -> None:
         raise UserError(f"{path}: {error.strerror}") from None
 
 
-def validate(
-    name: str, folder: Path | None = None, prompts: str | Path | None = None, trained: bool = True
-) -> Report:
+def validate(name: str, folder: Path | None = None, prompts: str | Path | None = None, trained: bool = True) -> Report:
     """Validate one reward. Without a folder, the pocket world's one-step generator makes the pictures;
     without prompts, its own stand in, for no check asks whether they fit. Of a folder, the pictures of
     the first one's size are taken, 64 at most."""
@@ -151,12 +142,7 @@ def read_picture(path: Path) -> Tensor:
 def _size(path: Path) -> tuple[int, int]:
     """Of the picture as `read_picture` gives it, from its head alone."""
     with _opened(path) as file:
-        lies = file.getexif().get(ExifTags.Base.Orientation) in (
-            5,
-            6,
-            7,
-            8,
-        )  # it may be anything: as Pillow, ignore the rest
+        lies = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # it may be anything: as Pillow, ignore the rest
         return file.size[::-1] if lies else file.size
 
 
@@ -173,9 +159,7 @@ def _names(folder: Path) -> list[str]:
     """Of the pictures in `folder`, in natural order."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder{nearest_file(folder, '*')}")
-    found = [
-        path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    ]
+    found = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
     if not found:
         raise UserError(f"{folder}: no pictures in it ({', '.join(SUFFIXES)})")
     return sorted(found, key=lambda name: ([_natural(part) for part in re.split(r"(\d+)", name)], name))

@@ -177,25 +177,15 @@ class _Validation:
         scores = self.scores = torch.cat([self._ask(images[of], texts[of]) for of in rows])
         seconds = time.perf_counter() - began
         low, high, mean, std = (f(scores).item() for f in (torch.min, torch.max, torch.mean, torch.std))
-        self.figures |= {
-            "low": low,
-            "high": high,
-            "mean": mean,
-            "std": std,
-            "pictures_per_second": len(images) / seconds,
-        }
+        self.figures |= {"low": low, "high": high, "mean": mean, "std": std, "pictures_per_second": len(images) / seconds}
         if low == high:
             if (images != images[0]).any():
-                raise self._fault(
-                    f"the same score {low:.4g} for {len(images)} different pictures: it tells nothing apart"
-                )
+                raise self._fault(f"the same score {low:.4g} for {len(images)} different pictures: it tells nothing apart")
             self.remarks.append("all pictures are the same, so its range is not known")
         values, counts = scores.unique(return_counts=True)
         if low < high and counts.max() > 1 and self.epsilon < HALF:
             most = counts.argmax()
-            self.remarks.append(
-                f"{int(counts[most])} of {len(images)} pictures got exactly the same score {values[most]:.4g}"
-            )
+            self.remarks.append(f"{int(counts[most])} of {len(images)} pictures got exactly the same score {values[most]:.4g}")
         self.rounding = 4 * self.epsilon * scores.abs().max().item()
         self.tolerance = max(0.01 * std, self.rounding)
         return (
@@ -220,9 +210,7 @@ class _Validation:
         self._ask(self._others, self.texts)
         later = self._ask(self.images, self.texts)
         if off := _off(first, later):
-            raise self._fault(
-                f"asked about other pictures in between, it gave scores that differ by {off:.3g}: it remembers"
-            )
+            raise self._fault(f"asked about other pictures in between, it gave scores that differ by {off:.3g}: it remembers")
         return "asked again, it gave the same bits"
 
     def input(self) -> str:
@@ -249,17 +237,12 @@ class _Validation:
         if _off(alone.sort().values, self.first.sort().values) <= self.tolerance:
             raise self._fault("its answers are not in the order of the pictures")
         half = len(self.images) // 2
-        for what, images, texts in (
-            ("pictures", self._others, self.texts),
-            ("prompts", self.images, self._other_texts),
-        ):
+        for what, images, texts in (("pictures", self._others, self.texts), ("prompts", self.images, self._other_texts)):
             for kept, changed in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
                 mixed, words = self.images.clone(), list(self.texts)
                 mixed[changed], words[changed] = images[changed], texts[changed]
                 if (moved := _off(self._ask(mixed, words)[kept], self.first[kept])) > self.tolerance:
-                    raise self._fault(
-                        f"a picture's score depends on its neighbours' {what} in the batch, by {moved:.3g}"
-                    )
+                    raise self._fault(f"a picture's score depends on its neighbours' {what} in the batch, by {moved:.3g}")
         raise self._fault(f"a picture alone gets another score than in a batch, by {off:.3g}")
 
     def order(self) -> str:
@@ -330,9 +313,7 @@ class _Validation:
         images, gradient = self._inside, self.own_gradient
         directions = self._directions(gradient)
         says = torch.stack([(gradient * v).flatten(1).double().sum(1) for v in directions]).cpu()  # [directions, B]
-        nudged = (
-            images + self.epsilon * directions[-1]
-        )  # hardly another picture: what changes is rounding inside the reward
+        nudged = images + self.epsilon * directions[-1]  # hardly another picture: what changes is rounding inside the reward
         rounding = 2 * max(self.rounding, _off(self._ask(images, self.texts), self._ask(nudged, self.texts)))
         error, found = torch.full_like(says, torch.inf), torch.zeros_like(says)
         allowed = WRONG if self.epsilon < HALF else 3 * WRONG

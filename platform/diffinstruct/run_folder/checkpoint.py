@@ -40,16 +40,7 @@ from diffinstruct.run_folder.ranks import SINGLE, Ranks
 from diffinstruct.run_folder.state_tree import State, decode, encode
 
 TREE, MANIFEST = "state.json", "manifest.json"
-UNREADABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    OverflowError,
-    TypeError,
-    AttributeError,
-    RecursionError,
-    SafetensorError,
-)
+UNREADABLE = (OSError, ValueError, LookupError, OverflowError, TypeError, AttributeError, RecursionError, SafetensorError)
 """What a file raises that is not as it was written."""
 
 logger = logging.getLogger(__name__)

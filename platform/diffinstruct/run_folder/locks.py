@@ -38,9 +38,7 @@ def only_writer(folder: Path, patience: float = 0.0, name: str = LOCK) -> Iterat
                 raise Busy(f"{folder}: {who} is at work on this run; it can have one at a time")
             time.sleep(0.5)
         if not (folder / name).exists():  # the one before had begun nothing and took the folder away
-            raise Busy(
-                f"{folder}: another process was at work on this run and has ended; the same command again begins it"
-            )
+            raise Busy(f"{folder}: another process was at work on this run and has ended; the same command again begins it")
         try:
             file.truncate(0)
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())

@@ -59,9 +59,7 @@ class Mirror:
         if "file" in self.files.protocol and Path(self.root).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"mirror: {url} is where the run itself lies")
         self.store = CheckpointStore(folder / "checkpoints")
-        self._copied: dict[
-            str, tuple[int, int]
-        ] = {}  # of the folder's other files: when they were written, and their size
+        self._copied: dict[str, tuple[int, int]] = {}  # of the folder's other files: when they were written, and their size
 
     def push(self) -> None:
         """Copy what the store has not, and clear away there what the folder has no more. What is damaged here is left

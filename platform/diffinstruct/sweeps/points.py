@@ -54,9 +54,7 @@ def random_points(space: Space, n: int, seed: int = 0) -> list[Point]:
 def check_domains(space: Space) -> None:
     for key, domain in space.items():
         if not isinstance(domain, Domain):
-            raise UserError(
-                f"{key}: should be a domain of Tune's, as tune.uniform(0, 1) or tune.choice([...]), got {domain!r}"
-            )
+            raise UserError(f"{key}: should be a domain of Tune's, as tune.uniform(0, 1) or tune.choice([...]), got {domain!r}")
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,7 @@ class StudyResult:
         self.say(f"- noise of training seeds, standard deviation: {told} ({freedom} degrees of freedom)")
         for arm in (arm for arm in self.table if arm != recipe):
             paired = {key: paired_by_seed(self.rows, "arm", arm, recipe, key, of) for key, of in noise.items()}
-            self.say(
-                f"- {arm}, minus {recipe}: " + ", ".join(f"{measures[key]} {figure}" for key, figure in paired.items())
-            )
+            self.say(f"- {arm}, minus {recipe}: " + ", ".join(f"{measures[key]} {figure}" for key, figure in paired.items()))
 
     def draw(self, x: str | None = None, y: str | None = None) -> None:
         """Draw the Pareto front of the arms, and heat maps over two keys of the configuration; publish them with the
@@ -110,9 +108,7 @@ class Study:
     def main(self) -> StudyResult | None:
         """The command line of an experiment: run what is missing; with every row there, print the table and leave it in
         the folder of the runs. None while rows are missing."""
-        parser = argparse.ArgumentParser(
-            description=self.question, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        parser = argparse.ArgumentParser(description=self.question, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument(
             "--smoke", action="store_true", help="first and last arm, 1 seed, 2 steps, evaluated on few prompts"
         )
@@ -156,9 +152,7 @@ class Study:
             return None
         for measure in self.measures:
             if (gap := frame[measure].isna()).any():
-                raise UserError(
-                    f"{rows.path}: no {measure} for {frame[KEY][gap].iloc[0]}; take that row out to run it again"
-                )
+                raise UserError(f"{rows.path}: no {measure} for {frame[KEY][gap].iloc[0]}; take that row out to run it again")
         unsaid = {key: value for key, value in base.to_params().items() if key in frame and value is not None}
         frame = frame.fillna(unsaid)  # what a row does not change is as in the recipe
         table = by_seed(frame, "arm", [*self.measures])

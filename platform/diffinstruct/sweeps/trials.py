@@ -48,9 +48,7 @@ class Trials:
     Raises UserError for points that do not fit `base` or each other.
     """
 
-    def __init__(
-        self, base: Experiment, points: Sequence[Point] | Optuna, folder: Path, evaluate: EvaluateRun | None
-    ) -> None:
+    def __init__(self, base: Experiment, points: Sequence[Point] | Optuna, folder: Path, evaluate: EvaluateRun | None) -> None:
         self.base, self.points, self.folder, self.evaluate = base, points, folder, evaluate
         self.ledger = folder / "trials.jsonl"
         self.known: dict[int, tuple[Point, str]] = {}  # number -> point, name of the run's folder
@@ -64,9 +62,7 @@ class Trials:
         for i, listed_point in enumerate(listed):
             if not isinstance(listed_point, Mapping):
                 raise UserError(f"sweep: point {i} should be a mapping of dotted keys, got {listed_point!r}")
-            point = {
-                key: value.item() if isinstance(value, np.generic) else value for key, value in listed_point.items()
-            }
+            point = {key: value.item() if isinstance(value, np.generic) else value for key, value in listed_point.items()}
             experiment = self.checked(point)
             if experiment.config_hash in (run for _, run in self.known.values()):
                 raise UserError(f"sweep: two trials have the same configuration, the second is {dict(point)}")
@@ -81,9 +77,7 @@ class Trials:
         for key in point:
             if key.split(".")[0] == "cluster" or key == "reference.model":
                 raise UserError(f"{key}: {SHARED}")
-            touched = {
-                name for name in self.base.to_params() if f"{name}.".startswith(f"{key}.")
-            }  # it may be a section
+            touched = {name for name in self.base.to_params() if f"{name}.".startswith(f"{key}.")}  # it may be a section
             if touched and touched.isdisjoint(self.base.identity):
                 raise UserError(f"{key}: is the sweep's, its trials have the same")
         experiment = changed(self.base, point)
@@ -231,9 +225,7 @@ class Trial:
             self._report(report)
         if self.trials.evaluate and not (file := evaluation_file(self.folder)).exists():
             evaluation = evaluated(self.trials.evaluate, experiment, self.folder, self.started_in)
-            values = {
-                key: value for key, value in evaluation.items() if key.rpartition(".")[2] not in ("low", "high", "n")
-            }
+            values = {key: value for key, value in evaluation.items() if key.rpartition(".")[2] not in ("low", "high", "n")}
             step = self.trials.row(i)["step"]
             add_evaluation(self.folder, experiment.tracking.uri, step, values, experiment.tracking.also)
             file.with_suffix(".tmp").write_text(json.dumps(evaluation, indent=2) + "\n")
@@ -271,9 +263,7 @@ class Trial:
             return
         asked = [self.shared.aim.maximize, *[self.shared.aim.minimize] * isinstance(self.trials.points, Optuna)]
         bounds = [
-            key
-            for key in (*self.shared.aim.floors, *self.shared.aim.ceilings)
-            if not key.startswith("overoptimization/")
+            key for key in (*self.shared.aim.floors, *self.shared.aim.ceilings) if not key.startswith("overoptimization/")
         ]
         if missing := next((key for key in asked + bounds if key not in figures), None):
             raise UserError(f"aim: no figure {missing!r} came of this trial{did_you_mean(missing, figures)}")
@@ -303,11 +293,7 @@ class Trial:
         lineage = hashlib.sha256(f"{before.name} {donor['run']}".encode()).hexdigest()[:6]
         run = f"{experiment.config_hash}-{lineage}"
         step = take_over(experiment, self.trials.folder / run, self.trials.folder / donor["run"])
-        close(
-            before,
-            self.trials.base.tracking,
-            Paused(f"went on as {run} with the weights of {donor['run']} at step {step}"),
-        )
+        close(before, self.trials.base.tracking, Paused(f"went on as {run} with the weights of {donor['run']} at step {step}"))
         self.trials.add(i, point, run)
 
 

@@ -96,8 +96,7 @@ def sweep(
         signals.clear(folder)
         tags = {"sweep": folder, "trials": trials.count}
         parent = Journal(
-            *(base.tracking.uri, base.tracking.experiment, folder.name, folder, trials.varied, tags),
-            also=base.tracking.also,
+            *(base.tracking.uri, base.tracking.experiment, folder.name, folder, trials.varied, tags), also=base.tracking.also
         )
         print(f"sweep {folder}  {trials.count} trials  tracking {parent.url}  {where}\n{placement(base)}", flush=True)
         end = Outcome("KILLED")
@@ -171,9 +170,7 @@ def _kept_table(trials: Trials, parent: Journal) -> pd.DataFrame:
     return table
 
 
-def _run_trials(
-    trials: Trials, shared: Shared, scheduler: TrialScheduler | None, on_row: OnRow
-) -> dict[int, BaseException]:
+def _run_trials(trials: Trials, shared: Shared, scheduler: TrialScheduler | None, on_row: OnRow) -> dict[int, BaseException]:
     """Run what is missing under Tune; the errors of those that failed."""
     done = {i for i in range(trials.count) if trials.finished(i)}
     for i in sorted(done):
@@ -285,9 +282,7 @@ class Progress(TrialProgressCallback):
         super().__init__()
         self.trials, self.ended, self.on_row = trials, ended, on_row
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         """The journal has it."""
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -308,9 +303,7 @@ class Progress(TrialProgressCallback):
 def _check_probes(trials: Trials, aim: SelectionCriterion, scheduler: TrialScheduler | None) -> None:
     """Raises UserError where the aim's figures would never come, or a scheduler would count something else than
     steps."""
-    looks = [
-        key for key in (aim.maximize, aim.minimize, *aim.floors, *aim.ceilings) if key.startswith("overoptimization/")
-    ]
+    looks = [key for key in (aim.maximize, aim.minimize, *aim.floors, *aim.ceilings) if key.startswith("overoptimization/")]
     if unknown := next((key for key in looks if key not in METRICS), None):
         raise UserError(f"aim: the watch has no figure {unknown!r}{did_you_mean(unknown, METRICS)}")
     for i in trials.known or [None]:
@@ -321,10 +314,7 @@ def _check_probes(trials: Trials, aim: SelectionCriterion, scheduler: TrialSched
             raise UserError("rewards.held_out: is empty, but the sweep looks at overoptimization/held_out")
     if (counts := ray_private.time_attribute(scheduler, default="step")) != "step":
         raise UserError(f'scheduler: time_attr should be "step", got {counts!r}, which starts anew when a trial does')
-    if (
-        isinstance(scheduler, PopulationBasedTraining)
-        and len({tuple(point) for point, _ in trials.known.values()}) != 1
-    ):
+    if isinstance(scheduler, PopulationBasedTraining) and len({tuple(point) for point, _ in trials.known.values()}) != 1:
         raise UserError("sweep: the points of a population all change the same keys")
     if isinstance(scheduler, PopulationBasedTraining):
         point, changes = trials.point(0), ray_private.hyperparameter_mutations(scheduler)

@@ -325,9 +325,7 @@ def _computed(description: RunDescription) -> dict[str, str]:
 def _ended_by_hand(folder: Path, status: str) -> bool:
     """Whether `status` is a failure of a run that somebody has ended since it was last started: what breaks in it after
     that is no failure."""
-    marks = [
-        record for _, _, record in records(folder / "journal.jsonl") if isinstance(record, StartRecord | FinishRecord)
-    ]
+    marks = [record for _, _, record in records(folder / "journal.jsonl") if isinstance(record, StartRecord | FinishRecord)]
     last = marks[-1] if marks else None
     return status == "FAILED" and isinstance(last, FinishRecord) and last.finish == "KILLED"
 

@@ -86,9 +86,7 @@ class MlflowDelivery:
             self._connect()
 
     def _connect(self) -> None:
-        starts = [
-            record for _, _, record in records(self.journal) if isinstance(record, StartRecord) and record.is_complete
-        ]
+        starts = [record for _, _, record in records(self.journal) if isinstance(record, StartRecord) and record.is_complete]
         if not starts:
             raise FileNotFoundError(f"{self.journal} does not hold a run")
         description = starts[-1].start
@@ -117,9 +115,7 @@ class MlflowDelivery:
         configured = load_run(self.folder).tracking.uri if recipe.is_file() else None
         if named != configured:
             there = redact(tracking_uri(configured, self.folder.parent))
-            raise UserError(
-                f"{self.journal}: uri: {named!r} is not where the run would be tracked, {there!r}: --uri decides"
-            )
+            raise UserError(f"{self.journal}: uri: {named!r} is not where the run would be tracked, {there!r}: --uri decides")
         return named
 
     def pump(self, everything: bool) -> bool:

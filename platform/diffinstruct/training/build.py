@@ -71,9 +71,7 @@ def make_train_state(
     def adam(module: nn.Module, of: Any) -> torch.optim.Optimizer:
         options = {"lr": of.learning_rate, "betas": of.betas, "weight_decay": of.weight_decay}
         weights = list(module.parameters())
-        return torch.optim.AdamW(
-            weights, fused=weights[0].is_cuda or None, **options
-        )  # one kernel, and no copies on the way
+        return torch.optim.AdamW(weights, fused=weights[0].is_cuda or None, **options)  # one kernel, and no copies on the way
 
     return TrainState(
         generator=wrap(roles.generator),

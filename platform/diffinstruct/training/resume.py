@@ -39,9 +39,7 @@ def newest(
     found = store.latest()
     step = found[0] if found else 0
     if (first := ranks.min(step)) != -ranks.min(-step):
-        raise CheckpointError(
-            f"{store.folder}: worker {ranks.rank} sees the checkpoint of step {step}, another {first}"
-        )
+        raise CheckpointError(f"{store.folder}: worker {ranks.rank} sees the checkpoint of step {step}, another {first}")
     if found is None:
         if store.steps():
             raise CheckpointError(f"{store.folder}: no checkpoint in it can be read; without it the run begins anew")
@@ -50,9 +48,7 @@ def newest(
     saved.check_version(store.folder)
     _check_configuration(store.folder, experiment, saved.experiment)
     if saved.prompts != identity.prompts:
-        remedy = (
-            "with those that it was begun with the run goes on, with these under --resume RUN --allow prompts.train"
-        )
+        remedy = "with those that it was begun with the run goes on, with these under --resume RUN --allow prompts.train"
         raise UserError(
             f"prompts.train: the prompts of {experiment.prompts.train} have changed since step {step} of "
             f"{store.folder}; {remedy}"

@@ -66,13 +66,7 @@ class RunLog:
     """The run log of rank 0: the progress line, the journal, the sample grid, the exported model."""
 
     def __init__(
-        self,
-        experiment: Experiment,
-        folder: Path,
-        reference: Reference,
-        parent: Parent | None,
-        where: str,
-        start: int,
+        self, experiment: Experiment, folder: Path, reference: Reference, parent: Parent | None, where: str, start: int
     ) -> None:
         self.experiment, self.folder, self.reference = experiment, folder, reference
         self.where = f"  {where}" if where else ""
@@ -126,10 +120,7 @@ class RunLog:
 
     def rolled_back(self, step: int, failed_step: int) -> None:
         """Say that the run goes on from an earlier step."""
-        text = (
-            f"{SKIPS} steps in a row were not finite: back to the checkpoint of step {step}, on with other prompts and "
-            "noise"
-        )
+        text = f"{SKIPS} steps in a row were not finite: back to the checkpoint of step {step}, on with other prompts and noise"
         print(f"step {failed_step}: {text}", flush=True)
         self.tracker.back_to(step, failed_step, text)
 

@@ -29,13 +29,7 @@ from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore
 from diffinstruct.run_folder.ranks import SINGLE
 from diffinstruct.tracking.journal import Parent
-from diffinstruct.training.build import (
-    make_step_config,
-    make_train_state,
-    open_reference,
-    resolve_device,
-    training_prompts,
-)
+from diffinstruct.training.build import make_step_config, make_train_state, open_reference, resolve_device, training_prompts
 from diffinstruct.training.guards import GO_ON, LOWER_SCALE, ON_ALARM, SKIPS, STOP
 from diffinstruct.training.loop_state import Identity, LoopState
 from diffinstruct.training.metric_window import MetricWindow
@@ -78,9 +72,7 @@ class Trainer:
         self.prompts = training_prompts(experiment)
         self.identity = Identity(experiment.config_hash, self.prompts.digest)
         rewards = RewardClient(
-            experiment,
-            actors,
-            lambda: LocalRewards(make_rewards(experiment.rewards.names, reference.decode, self.device)),
+            experiment, actors, lambda: LocalRewards(make_rewards(experiment.rewards.names, reference.decode, self.device))
         )
         monitor = OveroptimizationMonitor(experiment, reference, self.prompts, rewards, self.ranks)
         window = MetricWindow(experiment.rewards.held_out, experiment.global_batch_size)
@@ -99,9 +91,7 @@ class Trainer:
         else:
             self.state.rewards.open()
         if self.ranks.first:
-            self.run_log = RunLog(
-                self.experiment, self.folder, self.reference, self.parent, self.worker.where, self.state.step
-            )
+            self.run_log = RunLog(self.experiment, self.folder, self.reference, self.parent, self.worker.where, self.state.step)
         self.state.metric_window.restart_clock()
 
     def validate_rewards(self) -> None:
