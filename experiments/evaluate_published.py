@@ -36,7 +36,7 @@ from diffinstruct.models.denoiser import OneStepGenerator
 from diffinstruct.models.export import export, load_export
 from diffinstruct.models.pipeline import Reference, load_reference
 from diffinstruct.models.prompt_embeddings import digest
-from diffinstruct.models.sources import POCKET
+from diffinstruct.models.world import POCKET
 from diffinstruct.reports.frames import markdown
 from diffinstruct.reward_service.client import load_reward
 from diffinstruct.reward_service.score_folder import save

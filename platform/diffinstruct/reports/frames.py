@@ -180,7 +180,7 @@ class Measures:
 
     def titles(self) -> dict[str, str]:
         """Column -> what figures and tables call it, in the order above."""
-        said = {
+        said: dict[str | None, str] = {
             self.trained: f"trained reward, {_reward(self.trained)}",
             self.held_out: METRICS[HELD_OUT].title.format(_reward(self.held_out)),
             **{name: METRICS[name].title for name in (self.distance, self.diversity) if name},
