@@ -96,7 +96,7 @@ METRICS: dict[str, Metric] = {
         # of training alone
         Metric(HELD_OUT, "held-out reward, {}"),
         Metric("x0_gap", "divergence from the reference", "down"),
-        Metric("overoptimization/unexplained", "gain of the trained beyond the held-out, spreads", "down"),
+        Metric("overoptimization/unexplained", "gain of the trained beyond the held-out, within-prompt std", "down"),
         Metric("overoptimization/variety", "variety, share of the start's"),
     )
 }

@@ -344,7 +344,7 @@ def test_the_front_is_what_no_other_beats():
 def test_the_gap_between_rewards_says_its_unit(tmp_path):
     folder = tiny_sweep.sweep(tmp_path / "s")
     gap, unit = reward_gap(load_sweep(folder))
-    assert gap.tolist() == [1.5] * 8 and unit == "spreads of the start's scores"
+    assert gap.tolist() == [1.5] * 8 and unit == "within-prompt standard deviations of the start's scores"
     frame = load_sweep(folder).drop(columns="overoptimization/unexplained")
     gap, unit = reward_gap(frame)
     assert unit == "standard deviations over the sweep" and gap.mean() == pytest.approx(0, abs=1e-12)

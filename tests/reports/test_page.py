@@ -137,9 +137,9 @@ def test_a_sweeps_table_is_in_the_order_of_the_held_out_reward_and_marks_what_we
     assert trials[0][:3] == ["hacked", "1", "2"] and trials[-1][0] == "broken" and len(trials) == 10
     held_out = [float(row[6].split()[0]) for row in trials[:-1]]
     assert held_out == sorted(held_out, reverse=True)
-    assert "reward hacking: first alarm at step 10" in text and "failed: NonFinite: no" in text
+    assert "over-optimization: first alarm at step 10" in text and "failed: NonFinite: no" in text
     assert '<tr class="hacked remarked">' in text and '<tr class="failed remarked">' in text
-    assert "10 trials:" in text and "9 finished, 1 failed; an alarm of reward hacking in 1" in " ".join(text.split())
+    assert "10 trials:" in text and "9 finished, 1 failed; an alarm of over-optimization in 1" in " ".join(text.split())
 
 
 def test_a_sweep_of_one_trial_and_one_without_metrics_have_their_page(tmp_path):

@@ -304,9 +304,9 @@ class Alarming(monitor.ProbeHistory):
         return Alarm(probe.step, "unexplained", f"at step {probe.step} something is odd")
 
 
-@pytest.mark.parametrize("on_hacking", ["warn", "stop", "lower_scale"])
-def test_what_follows_an_alarm(world, tmp_path, monkeypatch, capsys, on_hacking):
-    experiment = world(overoptimization__on_alarm=on_hacking)
+@pytest.mark.parametrize("on_alarm", ["warn", "stop", "lower_scale"])
+def test_what_follows_an_alarm(world, tmp_path, monkeypatch, capsys, on_alarm):
+    experiment = world(overoptimization__on_alarm=on_alarm)
     local.run(experiment, tmp_path / "calm")
     monkeypatch.setattr(monitor, "ProbeHistory", Alarming)
     result = local.run(experiment, tmp_path / "run")
@@ -316,15 +316,15 @@ def test_what_follows_an_alarm(world, tmp_path, monkeypatch, capsys, on_hacking)
     calm, run = metrics(tmp_path / "calm"), metrics(tmp_path / "run")
     assert {step: run[step] for step in (1, 2)} == {step: calm[step] for step in (1, 2)}
     last = json.loads((result.folder / "metrics.json").read_text())["step"]
-    if on_hacking == "warn":
+    if on_alarm == "warn":
         assert last == 6 and run == calm
-    elif on_hacking == "stop":  # the probe of the generator after round 2 is collected after round 3
+    elif on_alarm == "stop":  # the probe of the generator after round 2 is collected after round 3
         assert last == 3 and max(run) == 3 and (result.export / "model_index.json").exists()
         assert records(result.folder, "finish")[-1]["finish"] == "FINISHED"
         again = local.run(experiment, tmp_path / "run")
         assert json.loads((again.folder / "metrics.json").read_text())["step"] == 3 and max(metrics(tmp_path / "run")) == 3
     else:
-        assert last == 6 and state(tmp_path / "run")["reward_scale"] == 5.0 and "5 from here on" in events["on_hacking"][1]
+        assert last == 6 and state(tmp_path / "run")["reward_scale"] == 5.0 and "5 from here on" in events["on_alarm"][1]
         pull = "gradient_norm/sample_reward"
         assert run[3][pull] == calm[3][pull] and run[4][pull] == pytest.approx(calm[4][pull] / 2, rel=1e-4)
 

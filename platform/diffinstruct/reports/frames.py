@@ -281,7 +281,7 @@ def reward_gap(frame: pd.DataFrame) -> tuple[pd.Series, str]:
     """
     done = frame["status"] == "finished"
     if "overoptimization/unexplained" in frame and frame.loc[done, "overoptimization/unexplained"].notna().all():
-        return frame["overoptimization/unexplained"], "spreads of the start's scores"
+        return frame["overoptimization/unexplained"], "within-prompt standard deviations of the start's scores"
     of = measures(frame)
     if of.trained is None or of.held_out is None:
         return pd.Series(np.nan, frame.index), "standard deviations over the sweep"

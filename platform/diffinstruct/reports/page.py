@@ -251,7 +251,7 @@ def _drawn(draw: Any) -> tuple[str, Any]:
 
 # -------------------------------------------------------------------------------------------------------- tables
 def _trial(row: pd.Series, keys: Sequence[str], titles: Mapping[str, str]) -> dict[str, Any]:
-    alarm = f"reward hacking: first alarm at step {plain(row['alarm'])}" if pd.notna(row.get("alarm")) else ""
+    alarm = f"over-optimization: first alarm at step {plain(row['alarm'])}" if pd.notna(row.get("alarm")) else ""
     remarks = [alarm, "" if row["status"] == "finished" else row["status"], "" if pd.isna(row["reason"]) else row["reason"]]
     return {
         "run": Path(row["run"]).name,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from diffinstruct.reward_service.monitor import DISTANCE, VARIETY
 
 OUTSIDE = -100.0
-"""The score of a trial that is out of bounds, in spreads: below any that is not."""
+"""The score of a trial that is out of bounds, in within-prompt standard deviations: below any that is not."""
 
 
 @dataclass(frozen=True)

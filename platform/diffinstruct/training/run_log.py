@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.prompts import read_prompts
+from diffinstruct.config.prompts import read_prompt_set
 from diffinstruct.method.step import Metrics
 from diffinstruct.models.denoiser import OneStepGenerator
 from diffinstruct.models.pipeline import Reference
@@ -46,9 +46,9 @@ class SampleGrid:
     one on the same and on more noise."""
 
     def __init__(self, experiment: Experiment, reference: Reference, start: nn.Module) -> None:
-        table = read_prompts(experiment.prompts.grid, column=experiment.prompts.column)["prompt"].tolist()
+        prompts = read_prompt_set(experiment.prompts.grid, experiment.prompts.column)
         self.experiment, self.reference = experiment, reference
-        self.prompts = table[: experiment.logging.grid_prompts]
+        self.prompts = prompts[: experiment.logging.grid_prompts]
         noise = torch.Generator().manual_seed(EVALUATION_SEED)
         self.noise = torch.randn(GRID_NOISES, len(self.prompts), *reference.latent_shape, generator=noise)
         self.start = self._latents(start, 0)

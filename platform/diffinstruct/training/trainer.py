@@ -189,7 +189,7 @@ class Trainer:
             self._tell_action("the run ends here, as if it were finished")
 
     def _tell_action(self, text: str) -> None:
-        self.run_log.event(self.state.step, "on_hacking", f"overoptimization.on_alarm: {text}")
+        self.run_log.event(self.state.step, "on_alarm", f"overoptimization.on_alarm: {text}")
 
     def _collect(self, probe: PendingProbe, step: int) -> int:
         """Keep the result of a probe; returns what it leads to. One that the rewards have no finite score for is
