@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import RENAMED
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -30,15 +29,15 @@ def tree(tmp_path: Path) -> Path:
 
 
 def write(tree: Path, block: str) -> None:
-    """A block whose first line names the file to make, or the line of one above which it goes."""
+    """A block whose first line names the file to make, or the function in one above which it goes."""
     head, content = block.split("\n", 1)
     if made := re.fullmatch(r"# file: (\S+)", head):
         (tree / made[1]).write_text(content)
         return
     mark, name = re.fullmatch(r"# above (\w+) in: (\S+)", head).groups()
     text = (tree / name).read_text()
-    assert text.count(f"\n{mark}:") == 1
-    (tree / name).write_text(text.replace(f"\n{mark}:", f"\n{content}\n\n{mark}:"))
+    assert text.count(f"\ndef {mark}(") == 1
+    (tree / name).write_text(text.replace(f"\ndef {mark}(", f"\n{content}\n\ndef {mark}("))
 
 
 def change(tree: Path, block: str) -> None:
@@ -71,10 +70,7 @@ def follow(tree: Path, guide: str) -> None:
             write(tree, block)
 
 
-OPEN_OBJECTIVES = pytest.mark.skipif("objective.args" not in Experiment().to_params(), reason="needs objective.args")
-
-
-@pytest.mark.parametrize("name", ["reward", "family", pytest.param("objective", marks=OPEN_OBJECTIVES)])
+@pytest.mark.parametrize("name", ["reward", "family", "objective"])
 def test_a_guide_ends_in_a_run(name: str, tree: Path) -> None:
     follow(tree, GUIDES[name])
     (run,) = (path.parent for path in (tree / "runs").glob("*/metrics.json"))

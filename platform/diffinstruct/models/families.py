@@ -9,7 +9,7 @@ Shapes: B samples; xt and outputs [B, C, H, W]; t [B], as the network is fed; co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -188,6 +188,12 @@ class StableDiffusion3(StableDiffusion):
         )[0]
 
 
-_FAMILIES: list[type[StableDiffusion]] = [StableDiffusion, *StableDiffusion.__subclasses__()]
-FAMILIES: Mapping[str, type[StableDiffusion]] = {family.pipeline: family for family in _FAMILIES}
+def _families(family: type[StableDiffusion]) -> Iterator[type[StableDiffusion]]:
+    """A family and all that are derived from it."""
+    yield family
+    for derived in family.__subclasses__():
+        yield from _families(derived)
+
+
+FAMILIES: Mapping[str, type[StableDiffusion]] = {family.pipeline: family for family in _families(StableDiffusion)}
 """The families of this file, by the name of the pipeline's class, as its model_index.json says it."""
