@@ -9,10 +9,10 @@ READY := .venv/ready
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
 
-quickstart: $(READY)  ## train the pocket world's generator and print the README's table (6 minutes)
+quickstart: $(READY)  ## train the pocket world's generator and print the README's table
 	$(BIN)/python experiments/quickstart.py
 
-check: lint types pure  ## lint, types and the tests that train nothing (3 minutes): before each commit
+check: lint types pure  ## lint, types and the tests that train nothing: before each commit
 
 lint: $(READY)  ## style and format
 	$(BIN)/ruff check
@@ -24,7 +24,7 @@ types: $(READY)  ## mypy over the package and everything else
 pure: $(READY)  ## the tests that neither start Ray nor train
 	$(BIN)/pytest -n 2 --dist loadfile -m pure
 
-test: lint types  ## all of it but `long` (15 minutes): before each merge
+test: lint types  ## all of it but `long`: before each merge
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 docs: $(READY)  ## the documentation's site, in build/site
