@@ -323,7 +323,7 @@ def test_an_old_key_is_answered_with_the_new_one(tmp_path, old, new):
     answer = f"{old}: unknown key, it is now {new!r}{plus}"
     assert errors(tmp_path, text) == [f"run.yaml:{2 + len(sections)}: {answer}"]
     assert errors(tmp_path, "steps: 3", f"{old}={value}") == [f"-s: {answer}"]
-    known = Experiment().to_params()
+    known = Experiment().to_params() | Experiment.model_validate({"objective": {"name": "sid"}}).to_params()
     assert new in known or new in {key.partition(".")[0] for key in known}
     assert old not in known
 
@@ -359,7 +359,8 @@ def test_a_run_of_the_version_before_is_read(tmp_path):
     content["reference"]["cfg_scale"] = 0.0
     content["watch"] = {"every": 7, "on_hacking": "stop"}
     content["generator"] |= {"start": "reference", "start_rank": 0}
-    content["score_network"]["space"], content["objective"]["space"] = "v", "eps"
+    content["score_network"]["space"] = "v"
+    content["objective"] |= {"space": "eps", "name": "sid", "sid_alpha": 1.2}
     content["rewards"]["micro_batch"], content["runs"] = 5, "elsewhere"
     content["cluster"] |= {"reward_replicas": 2, "reward_cpus": 0.5, "reward_gpus": 0.25, "reward_deadline_s": 9.0}
     content["cluster"] |= {"reward_place": "actor", "reward_resources": {"r": 0.5}}

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from diffinstruct.config.addresses import quote_uri, redact
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.fields import Section
-from diffinstruct.config.sections import ARGUMENTS, drop_arguments
+from diffinstruct.config.sections import ARGUMENTS, ObjectiveConfig, drop_arguments
 from diffinstruct.errors import ConfigErrors, did_you_mean, nearest_file
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -169,7 +169,7 @@ class _Source:
                 self.values.pop(parents[0], None)
             renamed.append((old, new))
             key, only = ONLY_OF.get(old, ("", None))
-            if only is None or section.get(key, only) == only:
+            if only is None or section.get(key, ObjectiveConfig.model_fields[key].default) == only:
                 self._put(target, value)
                 self.places.setdefault(tuple(target), self.place((*parents, last)))
         return renamed
