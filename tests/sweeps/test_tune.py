@@ -305,7 +305,7 @@ def test_trials_that_have_a_row_are_not_run_again_wherever_it_came_from(session,
 def test_a_study_whose_rows_are_all_there_answers_at_once(tmp_path, monkeypatch, capsys):
     """Nothing is run, and the table is printed and kept where the runs would have been."""
     monkeypatch.setattr(studies, "sweep", None)
-    (tmp_path / "recipe.yaml").write_text(f"name: mine\nruns: {tmp_path / 'runs'}\n")
+    (tmp_path / "recipe.yaml").write_text(f"name: mine\noutput_dir: {tmp_path / 'runs'}\n")
     rows = TrialRows(tmp_path / "rows.csv")
     for t in (500, 600):
         for seed in (0, 1):
