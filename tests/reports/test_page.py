@@ -66,7 +66,7 @@ def test_a_runs_report_says_what_it_was_and_what_came_of_it(tmp_path):
     text = page(folder, tmp_path)
     found = Page(text)
     assert ["objective.reward_scale", "2.0", "4.5"] in found.rows
-    assert ["kid", "1.2 [0.8, 1.8]", "9"] in found.rows
+    assert ["kid", "KID to the reference", "1.2 [0.8, 1.8]", "9"] in found.rows
     assert ["overoptimization/unexplained", "1.5"] in found.rows
     assert ["10", "overoptimization", "reward hacking: beyond 3.5"] in found.rows
     assert '<p class="alarm">reward hacking' in text
