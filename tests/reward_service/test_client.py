@@ -166,7 +166,7 @@ def test_the_micro_batch_that_memory_holds_is_kept_and_asked_for_again(world, tm
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
-class Fake(Any):
+class Fake:
     """A service that answers when it is told to have taken `seconds`."""
 
     def __init__(self, clock, seconds):
@@ -184,6 +184,11 @@ class Fake(Any):
     validate = None
 
 
+def fake(clock, seconds) -> Any:
+    """A Fake wherever a backend is wanted."""
+    return Fake(clock, seconds)
+
+
 @pytest.mark.parametrize(("actors", "here", "place"), [(0.5, 0.2, "process"), (0.1, 0.2, "actor"), (0.5, None, "actor")])
 def test_the_first_rounds_show_where_rewards_hold_a_run_up_less(world, monkeypatch, actors, here, place):
     clock = [0.0]
@@ -192,9 +197,9 @@ def test_the_first_rounds_show_where_rewards_hold_a_run_up_less(world, monkeypat
     def in_process():
         if here is None:
             raise ImportError("no module named 'theirs'")
-        return Fake(clock, here)
+        return fake(clock, here)
 
-    reward_client = RewardClient(world(), Fake(clock, actors), in_process)
+    reward_client = RewardClient(world(), fake(clock, actors), in_process)
     line = None
     for _ in range(MEASURED_ROUNDS):
         assert line is None and reward_client.placement == "auto"
@@ -206,7 +211,7 @@ def test_the_first_rounds_show_where_rewards_hold_a_run_up_less(world, monkeypat
     assert reward_client.placement == place and (reward_client.backend is reward_client.actors) == (place == "actor")
     assert reward_client.choose_placement(Ranks()) is None
 
-    resumed = RewardClient(world(), Fake(clock, actors), lambda: Fake(clock, 0.0))
+    resumed = RewardClient(world(), fake(clock, actors), lambda: fake(clock, 0.0))
     resumed.load_state_dict(reward_client.state_dict())
     assert (resumed.backend is resumed.actors) == (place == "actor")
 
@@ -214,7 +219,7 @@ def test_the_first_rounds_show_where_rewards_hold_a_run_up_less(world, monkeypat
 def test_one_worker_that_is_better_off_with_actors_decides_for_all(world, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(client.time, "perf_counter", lambda: clock[0])
-    reward_client = RewardClient(world(), Fake(clock, 0.5), lambda: Fake(clock, 0.2))
+    reward_client = RewardClient(world(), fake(clock, 0.5), lambda: fake(clock, 0.2))
     for _ in range(MEASURED_ROUNDS):
         reward_client.send(torch.zeros(8, 4), ["a"] * 8)()
     # The other rank has seen as many rounds, and is for actors
@@ -225,7 +230,7 @@ def test_one_worker_that_is_better_off_with_actors_decides_for_all(world, monkey
 def test_rewards_with_an_environment_of_their_own_stay_there(world):
     environment = {"rewards": ["tiny.rewards:Red"], "runtime_env": "theirs.yaml"}
     reward_client = RewardClient(
-        world(cluster__rewards__environments=[environment]), Fake([0.0], 9.0), lambda: Fake([0.0], 0.0)
+        world(cluster__rewards__environments=[environment]), fake([0.0], 9.0), lambda: fake([0.0], 0.0)
     )
     assert reward_client.placement == "actor" and reward_client.backend is reward_client.actors
 
