@@ -260,7 +260,7 @@ def test_a_pocket_that_was_not_built_says_how(tmp_path, monkeypatch):
     [
         ("pickscor", "did you mean 'pickscore'"),
         ("hpsv2.2", r"did you mean 'hpsv2\.1'"),
-        ("nonsense", "there are pickscore, hpsv2, .*, pocket_judge"),
+        ("nonsense", "there are aesthetic_v1, .*, pocket_judge"),
         ("reward_models.pickscore:PickScor", "did you mean 'PickScore'"),
     ],
 )
