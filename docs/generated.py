@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import sys
@@ -71,7 +72,9 @@ def _row(key: str, field: Any, values: dict[str, Any]) -> str:
     """Default and meaning of a key; its description ends with where the default comes from, in brackets."""
     description = SOURCE.match(field.description)
     meaning, source = description.groups() if description else (field.description, "")
-    value = values[key]
+    # The arguments of objective and distance are keys of their own
+    arguments = {name.removeprefix(f"{key}."): value for name, value in values.items() if name.startswith(f"{key}.")}
+    value = values.get(key, json.dumps(arguments))
     default = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     cells = (f"`{key}`", f"`{default}`", meaning, source, _change(field.json_schema_extra or {}))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

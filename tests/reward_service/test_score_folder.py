@@ -182,12 +182,15 @@ def test_a_camera_note_that_means_nothing_is_ignored(tmp_path, kind, note):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["{folder}", "{prompts}"], r"--reward: name at least one; there are pickscore, .*, and your own as module:callable"),
+        (
+            ["{folder}", "{prompts}"],
+            r"--reward: name at least one; there are aesthetic_v1, .*, and your own as module:callable",
+        ),
         (
             ["{folder}", "{prompts}", "--reward", "pikscore"],
             r"--reward: no reward is named 'pikscore', did you mean 'pickscore'\?",
         ),
-        (["{folder}", "{prompts}", "--reward", "x"], r"--reward: no reward is named 'x'; there are pickscore, .*"),
+        (["{folder}", "{prompts}", "--reward", "x"], r"--reward: no reward is named 'x'; there are aesthetic_v1, .*"),
         (["{folder}", "{prompts}", "--reward", "tiny.rewards:Rad"], r"rewards: cannot load 'tiny.rewards:Rad': .*mean 'Red'\?"),
         (["{folder}", "{prompts}", "--reward", RED, "-o", "s.cvs"], r"-o: should be a .csv file, got 's.cvs'"),
         (["{folder}", "{prompts}", "--reward", RED, "-o", "/nowhere/s.csv"], r"-o: no folder '/nowhere'"),
