@@ -281,10 +281,10 @@ def Complex():
 
 @pytest.mark.parametrize(("name", "kind"), [("Counting", "int64"), ("Complex", "complex64")])
 def test_scores_that_are_no_real_numbers_are_refused_as_in_the_handshake(folder, prompts, tmp_path, capsys, name, kind):
-    expected = f"reward test_scoring:{name}: scores of torch.{kind}, expected floating point"
-    ask = ["--reward", f"test_scoring:{name}", "-o", tmp_path / "s.csv"]
+    expected = f"reward test_score_folder:{name}: scores of torch.{kind}, expected floating point"
+    ask = ["--reward", f"test_score_folder:{name}", "-o", tmp_path / "s.csv"]
     assert fails(capsys, "rewards", "score", folder, prompts, *ask) == expected
-    assert fails(capsys, "rewards", "validate", f"test_scoring:{name}", "--images", folder).splitlines()[-1] == expected
+    assert fails(capsys, "rewards", "validate", f"test_score_folder:{name}", "--images", folder).splitlines()[-1] == expected
 
 
 def test_a_reward_that_fails_is_named_and_nothing_is_written(folder, prompts, tmp_path, capsys):
@@ -319,16 +319,16 @@ def test_a_reward_in_the_folder_where_one_types_is_found(folder, prompts, monkey
 def test_test_refuses_by_name_on_pictures_of_ones_own(folder, prompts, capsys):
     """Those of the first picture's size; and what cannot be trained on may still judge."""
     where = ["--images", folder, "--prompts", prompts]
-    said = fails(capsys, "rewards", "validate", "test_scoring:WrongSign", *where)
-    assert re.fullmatch(r"reward test_scoring:WrongSign: its gradient is not that of its scores: .*", said)
-    run("rewards", "validate", "test_scoring:WrongSign", *where, "--held-out")
+    said = fails(capsys, "rewards", "validate", "test_score_folder:WrongSign", *where)
+    assert re.fullmatch(r"reward test_score_folder:WrongSign: its gradient is not that of its scores: .*", said)
+    run("rewards", "validate", "test_score_folder:WrongSign", *where, "--held-out")
     out = capsys.readouterr().out
-    assert "on 4 pictures" in out and out.endswith("reward test_scoring:WrongSign can be held out\n")  # three, and a dimmed one
+    assert "on 4 pictures" in out and out.endswith("reward test_score_folder:WrongSign can be held out\n")  # three, and a dimmed one
     assert "slope" not in out and "declared" not in out
 
 
 def test_test_takes_pictures_alone_and_prompts_alone(folder, prompts, capsys):
-    run("rewards", "validate", "test_scoring:Honest", "--images", folder)
+    run("rewards", "validate", "test_score_folder:Honest", "--images", folder)
     run("rewards", "validate", RED, "--prompts", prompts)
     out = capsys.readouterr().out
     assert "remark      other prompts made no difference to its scores" in out
