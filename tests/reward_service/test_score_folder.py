@@ -323,7 +323,8 @@ def test_test_refuses_by_name_on_pictures_of_ones_own(folder, prompts, capsys):
     assert re.fullmatch(r"reward test_score_folder:WrongSign: its gradient is not that of its scores: .*", said)
     run("rewards", "validate", "test_score_folder:WrongSign", *where, "--held-out")
     out = capsys.readouterr().out
-    assert "on 4 pictures" in out and out.endswith("reward test_score_folder:WrongSign can be held out\n")  # three, and a dimmed one
+    assert "on 4 pictures" in out  # three, and a dimmed one
+    assert out.endswith("reward test_score_folder:WrongSign can be held out\n")
     assert "slope" not in out and "declared" not in out
 
 
