@@ -506,7 +506,12 @@ def test_a_server_that_comes_late_dies_and_comes_back(
 
 def test_a_step_waits_for_no_tracker(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     may_deliver, pump = threading.Event(), MlflowDelivery.pump
-    monkeypatch.setattr(MlflowDelivery, "pump", lambda *arguments: may_deliver.wait(60) and pump(*arguments))
+
+    def waiting(self: MlflowDelivery, everything: bool) -> bool:
+        may_deliver.wait(60)
+        return pump(self, everything)
+
+    monkeypatch.setattr(MlflowDelivery, "pump", waiting)
     tracker = journal_of(tmp_path, uri)
     for step in range(500):
         tracker.metrics(step, {f"reward/{n}": n / 7 for n in range(20)})
