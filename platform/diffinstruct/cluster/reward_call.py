@@ -42,8 +42,8 @@ class Call:
         deadline: seconds that the actor may work on one question; waiting for its turn behind other callers is no
         fault.
         asks: how many questions' time it may take.
-        send: request id -> the reference of the Answer.
-        fault: what is wrong with an Answer to it; raises Fault.
+        send: request id -> the object reference of the ActorReply.
+        fault: raises Fault for an ActorReply that cannot be trusted.
     """
 
     def __init__(

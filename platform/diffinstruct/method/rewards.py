@@ -60,7 +60,7 @@ Send = Callable[[Tensor, Sequence[str]], Collect]
 
 
 class LatentRewards:
-    """Decoder and rewards in one process. A pure function of latents, prompts and terms: asking twice is harmless.
+    """Decoder and rewards in one process. A pure function of latents, prompts and request: asking twice is harmless.
 
     A reward that has a `tower` and a `head` (see `reward_models`) is head(tower.features(images), prompts); rewards
     with one and the same tower share its features.

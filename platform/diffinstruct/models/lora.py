@@ -77,7 +77,7 @@ class SharedBase:
         return (max(lost, 0.0) / whole) ** 0.5 if whole else 0.0
 
     def role(self, adapter: str | None = None, frozen_adapters: tuple[str, ...] = ()) -> Role:
-        """The network with an adapter, or alone. `under`: adapters that it adds beside, and that are not its own."""
+        """The network with an adapter, or alone. frozen_adapters: adapters that it adds, too, and that it does not train."""
         return Role(self, adapter, frozen_adapters)
 
     @contextmanager

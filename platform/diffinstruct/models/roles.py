@@ -38,12 +38,12 @@ class Roles:
 
 
 Materialize = Callable[[Callable[[str | None], nn.Module]], nn.Module]
-"""How a process keeps a network: what is given loads it onto a device (None: the reference's; "meta": without
-weights)."""
+"""Takes a loader, device -> network (None: the reference's device; "meta": without weights), and returns the network as
+this process keeps it: whole or sharded."""
 
 
 def unsharded(load: Callable[[str | None], nn.Module]) -> nn.Module:
-    """The `Place` of a process that keeps its networks for itself."""
+    """The `Materialize` of a process that does not shard its networks."""
     return load(None)
 
 

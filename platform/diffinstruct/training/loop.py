@@ -1,8 +1,8 @@
-"""The training loop of a run in one process.
+"""The training loop: one rank's part of a run.
 
 `local.py` calls `train` once in this process, `cluster/train.py` once in each worker of Ray Train. All that differs
 between them is handed in (where rewards are computed, how modules are wrapped, the collective calls), so both give the
-same numbers.
+same numbers, up to the rounding of sums over ranks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run in one process: all that it is built of, and what its loop does with it, one method each.
+"""One rank's part of a run: all that it is built of, and what the loop does with it, one method each.
 
 Every rank calls the same methods in the same order, since many of them make collective calls. What only rank 0 does is
 left to its run log, and to the other ranks' silent one.
@@ -44,7 +44,7 @@ RoundInputs = tuple[TrainState, StepConfig, Schedule, NoiseStreams, Sequence[str
 
 
 class Trainer:
-    """A run of an Experiment in one process: its parts, its state, and the verbs of its loop."""
+    """One rank's part of a run of an Experiment: its parts, its state, and the verbs of its loop."""
 
     def __init__(
         self, experiment: Experiment, folder: Path, actors: RewardBackend | None, worker: Worker, parent: Parent | None

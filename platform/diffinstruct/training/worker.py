@@ -1,4 +1,4 @@
-"""What a training process does differently from a run in one process."""
+"""What sets one rank of a run on several processes apart from a run in a single process."""
 
 from __future__ import annotations
 
