@@ -100,6 +100,7 @@ def until(happened):
         time.sleep(0.5)
 
 
+@pytest.mark.long
 def test_two_live_clusters_are_told_apart_by_their_address_and_dashboard(cluster):
     def where(**variables):
         return subprocess.run([sys.executable, "-c", WHERE], env=cluster | variables, capture_output=True, text=True)
@@ -120,6 +121,7 @@ def test_without_the_token_a_run_is_turned_away_in_one_line(cluster, tmp_path):
     assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_job_from_the_working_directory_works_as_the_readme_says(cluster, tmp_path):
     readme = (ROOT / "README.md").read_text()
     (command,) = re.findall(r"^ +(ray job submit .*\\\n.* -s output_dir=)\$PWD/runs", readme, re.MULTILINE)

@@ -49,9 +49,9 @@ def test_one_worker_gives_the_numbers_of_local(pool, world, tmp_path):
 @pytest.mark.parametrize(
     ("adapters", "more"),
     [
-        ({}, {"micro_batch_size": 3}),
+        pytest.param({}, {"micro_batch_size": 3}, marks=pytest.mark.long),
         ({}, {"cluster__fully_shard": True}),
-        ({"generator__lora_rank": 4, "score_network__lora_rank": 2}, {}),
+        pytest.param({"generator__lora_rank": 4, "score_network__lora_rank": 2}, {}, marks=pytest.mark.long),
     ],
     ids=["micro-batches", "sharded", "adapters"],
 )

@@ -51,7 +51,13 @@ def nobody(latents, prompts):
     return lambda: Scores({}, torch.zeros_like(latents), 0.0, 16)
 
 
-@pytest.mark.parametrize(("name", "space"), [("di_star", "x0"), ("diff_instruct", "eps"), ("sid", "x0"), ("dmd", "x0")])
+@pytest.mark.parametrize(
+    ("name", "space"),
+    [
+        ("di_star", "x0"),
+        *(pytest.param(*row, marks=pytest.mark.long) for row in (("diff_instruct", "eps"), ("sid", "x0"), ("dmd", "x0"))),
+    ],
+)
 def test_the_generators_moments_reach_the_references(name, space):
     torch.manual_seed(0)
     generator, score_network = Network(), Network()

@@ -216,7 +216,9 @@ def test_a_flow_begins_at_its_end(reference: Reference, family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "rank"), [*((family, 0) for family in pipelines.FAMILIES), ("sdxl", 4), ("pixart", 4)], scope="function"
+    ("family", "rank"),
+    [*((family, 0) for family in pipelines.FAMILIES), ("pixart", 4), pytest.param("sdxl", 4, marks=pytest.mark.long)],
+    scope="function",
 )
 def test_a_whole_job(tmp_path: Path, family: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the command line, with a reward; one run is interrupted between checkpoints and goes on to the same bits."""

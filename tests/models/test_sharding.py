@@ -36,6 +36,7 @@ def spread_out(tmp_path_factory) -> tuple[Any, Path]:
     return experiment, folder
 
 
+@pytest.mark.long
 def test_two_processes_equal_one_over_ten_alternating_rounds(spread_out) -> None:
     experiment, folder = spread_out
     reference = opened(experiment)
@@ -57,6 +58,7 @@ def test_two_processes_equal_one_over_ten_alternating_rounds(spread_out) -> None
         assert torch.load(folder / f"rank-{rank}.pt", weights_only=True)["held"] == pytest.approx(1 / WORLD, abs=0.05)
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_rows_goes_on_to_the_bit(spread_out) -> None:
     _, folder = spread_out
     networks = torch.load(folder / "result.pt", weights_only=True)["networks"]
@@ -65,6 +67,7 @@ def test_a_checkpoint_of_rows_goes_on_to_the_bit(spread_out) -> None:
         assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
+@pytest.mark.long
 def test_rows_are_dealt_out_to_however_many_read_them(spread_out, tmp_path) -> None:
     _, folder = spread_out
     names = {path.name for path in (folder / "checkpoints/step-00000005").iterdir()}

@@ -41,15 +41,13 @@ def reference():
     return load_reference("pocket")
 
 
+SLOW = [("di_star", 3.0, "out", 9), ("sid", 3.0, "in", 9), ("diff_instruct_pp", 3.0, "in", 6), ("dmd", 3.0, "in", 6)]
 CASES = [
     ("di_star", 3.0, "in", 9),
-    ("di_star", 3.0, "out", 9),
-    ("di_star", 1.0, "in", 7),
-    ("sid", 3.0, "in", 9),
-    ("diff_instruct_pp", 3.0, "in", 6),
-    ("diff_instruct_pp", 3.0, "out", 6),
-    ("dmd", 3.0, "in", 6),
     ("reward_only", 3.0, "in", 3),
+    ("diff_instruct_pp", 3.0, "out", 6),
+    ("di_star", 1.0, "in", 7),
+    *(pytest.param(*case, marks=pytest.mark.long) for case in SLOW),
 ]
 
 
@@ -101,7 +99,14 @@ def passes_of(tiny, name, guidance_scale=3.0, where="in", **more):
 
 @pytest.mark.parametrize(
     ("name", "guidance_scale", "where", "forwards", "more"),
-    [*((*case, {}) for case in CASES), ("di_star", 3.0, "in", 9, {"updates_per_step": 3, "reuse_sample": False})],
+    [
+        ("di_star", 3.0, "in", 9, {}),
+        ("diff_instruct_pp", 3.0, "out", 6, {}),
+        ("di_star", 1.0, "in", 7, {}),
+        ("reward_only", 3.0, "in", 3, {}),
+        ("di_star", 3.0, "in", 9, {"updates_per_step": 3, "reuse_sample": False}),
+        *(pytest.param(*case, {}, marks=pytest.mark.long) for case in SLOW),
+    ],
 )
 def test_passes_are_counted_as_the_arithmetic_says(tiny, name, guidance_scale, where, forwards, more):
     """The table of `check`, derived by hand. Gradient through the networks' inputs: not for the KL family."""

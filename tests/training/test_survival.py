@@ -168,6 +168,7 @@ def test_spikes_are_recorded(experiment, tmp_path, monkeypatch):
     assert rows[3]["gradient_norm/generator_max"] < 2.9 * rows[3]["gradient_norm/generator"]
 
 
+@pytest.mark.long
 def test_no_injected_value_leaks_on_two_processes(tmp_path):
     """One at each place; tests/chaos/nonfinite.py does a thousand, and the same to sharded networks."""
     code = "from chaos.nonfinite import chaos; from pathlib import Path; print(*chaos(Path(sys.argv[1]), 8))"
