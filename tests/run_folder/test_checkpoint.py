@@ -282,16 +282,18 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, monkeypatch: p
     """What is written is the state as it was when the writing began; it is a checkpoint once it is settled, not
     before."""
     store, weights = CheckpointStore(tmp_path), torch.zeros(1000)
-    may_write, write = threading.Event(), checkpoint.save_file
-    monkeypatch.setattr(checkpoint, "save_file", lambda *of: may_write.wait(60) and write(*of))
+    first, second, write = threading.Event(), threading.Event(), checkpoint.save_file
+    gates = iter((first, second))
+    monkeypatch.setattr(checkpoint, "save_file", lambda *of: next(gates).wait(60) and write(*of))
     store.start(1, {"weights": weights, "step": 1})
     weights += 1
     store.finish_pending()
     assert not list(tmp_path.glob("step-00000001"))  # still at it
-    may_write.set()
+    first.set()
     store.start(2, {"weights": weights})  # waits for the one before
     weights += 1
     assert same(CheckpointStore(tmp_path).latest(), (1, {"weights": torch.zeros(1000), "step": 1}))
+    second.set()
     assert same(store.latest(), (2, {"weights": torch.ones(1000)}))  # waits for its own
     store.finish_pending(wait=True)  # there is nothing more
 

