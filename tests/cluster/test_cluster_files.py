@@ -48,6 +48,38 @@ def test_a_cluster_asks_for_the_token_shows_nothing_outside_and_gives_a_stopped_
     assert mounted and all((ROOT / local).is_file() for local in mounted)
 
 
+IMAGES = {
+    "canonical/ubuntu/server/24.04/stable/current/amd64/hvm/ebs-gp3": ((2, 39), None),
+    "deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest": ((2, 39), 580),
+}
+"""Images of AWS that were looked up: their glibc, and the oldest NVIDIA driver in them, where they have one."""
+GLIBC, DRIVER = (2, 28), 580
+"""What torch 2.13's wheels ask for: manylinux_2_28, and the driver of CUDA 13."""
+
+
+def unfit(types):
+    """The node types on whose image the pinned torch does not run, and why."""
+    reasons = {}
+    for name, node_type in types.items():
+        image = node_type["node_config"].get("ImageId", "")
+        known = IMAGES.get(image.removeprefix("resolve:ssm:/aws/service/").removesuffix("/ami-id"))
+        if known is None:
+            reasons[name] = f"no image that is known: {image!r}"
+        elif known[0] < GLIBC or ("GPU" in node_type["resources"] and (known[1] or 0) < DRIVER):
+            reasons[name] = f"glibc {known[0]}, driver {known[1]}"
+    return reasons
+
+
+def test_the_pinned_torch_runs_on_each_types_image():
+    """Where a type names none Ray fills in Ubuntu 18.04."""
+    assert "torch==2.13" in (ROOT / "constraints.txt").read_text() + AWS.read_text()  # else the two constants are to change
+    types = yaml.safe_load(AWS.read_text())["available_node_types"]
+    assert not unfit(types)
+    del types["reward"]["node_config"]["ImageId"]
+    types["trainer_spot"]["node_config"]["ImageId"] = types["head"]["node_config"]["ImageId"]  # which has no driver
+    assert unfit(types).keys() == {"reward", "trainer_spot"}
+
+
 # --------------------------------------------------------------------------------------------------- autoscaling
 TRAINER = ClusterConfig(use_gpu=True, worker_resources={"trainer": 1.0}).per_worker
 CERTAIN = ClusterConfig(use_gpu=True, worker_resources={"trainer": 1.0, "on_demand": 1.0}).per_worker
