@@ -195,3 +195,10 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
         assert not re.findall(r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(?:https?:)?//[^"]*', html), page
         assert "<!-- generated" not in html, page
     assert "objective.reward_scale" in (tmp_path / "site" / "reference" / "configuration.html").read_text()
+
+
+def test_each_recipe_says_who_has_run_it():
+    """A recipe that nobody has run is a guess, and says so."""
+    for recipe in sorted((ROOT / "experiments" / "recipes").glob("*.yaml")):
+        head = recipe.read_text().split("\nname:")[0]
+        assert len(re.findall(r"^# Run: (?:never\b|\d{4}-\d\d-\d\d on .+ by .+)", head, re.MULTILINE)) == 1, recipe.name
