@@ -226,7 +226,7 @@ def plain(world: World, batch: int, step: int, clock: Clock) -> Metrics:
         return alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1)
 
     def noised(x0: Tensor, place: int) -> tuple[Tensor, Tensor]:
-        t, eps = draws.t(place, world.settings.law_of_t), draws.normal(place + 1)
+        t, eps = draws.t(place, world.settings.timestep_distribution), draws.normal(place + 1)
         alpha, sigma = at(t)
         return alpha * x0 + sigma * eps, t
 

@@ -74,7 +74,7 @@ def train(experiment: Experiment, folder: Path | str | None = None, local: bool 
         folder: the run's folder; None: the one that `diffinstruct train` would take, <output_dir>/<name>-<hash>.
         local: train in this process; otherwise on Ray, on the cluster of RAY_ADDRESS or on this machine.
 
-    Raises UserError for a mistake that the user can mend, RewardError, NonFinite or CheckpointError where the run
+    Raises UserError for a mistake that the user can mend, RewardError, NonFiniteGradient or CheckpointError where the run
     broke off, and Paused after SIGTERM; in all cases the same call goes on from the last checkpoint.
     """
     from diffinstruct.run_folder.location import run_folder

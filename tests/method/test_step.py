@@ -14,8 +14,8 @@ from diffinstruct.errors import UserError
 from diffinstruct.method.diffusion import Schedule, uniform_t
 from diffinstruct.method.distances import pseudo_huber
 from diffinstruct.method.guidance import guided
-from diffinstruct.method.noise import NoiseStreams
-from diffinstruct.method.nonfinite import NonFinite
+from diffinstruct.method.noise import NoiseStreams, Stream
+from diffinstruct.method.nonfinite import NonFiniteGradient
 from diffinstruct.method.objectives import objective
 from diffinstruct.method.rewards import LatentRewards, RewardError, RewardRequest
 from diffinstruct.method.step import StepConfig, TrainState, alternating_round
@@ -82,7 +82,7 @@ def make_train_state(adam=True):
 def make_step_config(**changes):
     settings = {
         "objective": chosen("di_star"), "regularization_weight": 0.7, "reward_scale": 30.0, "score_updates": 1,
-        "reuse_sample": True, "score_weighting": "eps", "law_of_t": LAW,
+        "reuse_sample": True, "score_weighting": "eps", "timestep_distribution": LAW,
         "generator_max_grad_norm": 1e9, "score_max_grad_norm": 1e9,
         "ema_decay": 0.9, "precision": "fp32", "micro_batch_size": None,
     }  # fmt: skip
@@ -126,8 +126,8 @@ def test_the_generators_gradient_is_that_of_one_graph(name):
     round_(train_state, settings)
 
     draws, c = NoiseStreams(0, 0, BATCH, SHAPE, slice(0, BATCH), torch.device("cpu")), condition()
-    x0 = generator(draws.normal(draws.GENERATOR), c)
-    t, eps = draws.t(draws.GENERATOR + 1, LAW), draws.normal(draws.GENERATOR + 2)
+    x0 = generator(draws.normal(Stream.GENERATOR_Z), c)
+    t, eps = draws.t(Stream.REGULARIZER_T, LAW), draws.normal(Stream.REGULARIZER_EPS)
     loss, _ = settings.objective(x0, t, eps, c, score_network=train_state.score_network, reference=train_state.reference)
     images = decode(x0)
     reward = contrast(images, PROMPTS) - 0.5 * brightness(images, PROMPTS)
@@ -230,7 +230,7 @@ def test_a_gradient_that_is_not_finite_stops_the_round_before_the_update():
 
     train_state = make_train_state()
     before, averaged = weights(train_state.generator), weights(train_state.ema)
-    with pytest.raises(NonFinite, match=r"step 4: the generator's gradient is not finite"):
+    with pytest.raises(NonFiniteGradient, match=r"step 4: the generator's gradient is not finite"):
         round_(train_state, step=4, send=spoiled)
     assert equal(before, weights(train_state.generator)) and equal(averaged, weights(train_state.ema))
     assert not train_state.generator_optimizer.state
@@ -239,7 +239,7 @@ def test_a_gradient_that_is_not_finite_stops_the_round_before_the_update():
     with torch.no_grad():
         train_state.score_network.leave.weight.mul_(1e30)
     before, start = weights(train_state.score_network), weights(train_state.generator)
-    with pytest.raises(NonFinite, match="score network"):
+    with pytest.raises(NonFiniteGradient, match="score network"):
         round_(train_state)
     assert equal(before, weights(train_state.score_network)) and equal(start, weights(train_state.generator))
 

@@ -68,9 +68,7 @@ def test_a_round_costs_what_the_arithmetic_says(reference, monkeypatch, name, gu
     sample = draws.normal(0)
     with torch.no_grad():
         one = counted(lambda: unwrapped(train_state.score_network)(sample, torch.tensor([5, 500]), c))
-    update = partial(
-        score_update, train_state, settings, reference.schedule, draws, sample, c, draws.SCORE, FiniteCheck(PROMPTS)
-    )
+    update = partial(score_update, train_state, settings, reference.schedule, draws, sample, c, 0, FiniteCheck(PROMPTS))
     score = counted(update) if settings.objective else 0
     rows: list[int] = []
     forward = NetworkDenoiser.forward

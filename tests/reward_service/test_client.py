@@ -156,9 +156,9 @@ def test_the_micro_batch_that_memory_holds_is_kept_and_asked_for_again(world, tm
     monkeypatch.undo()
     asked, ask = [], LocalRewards.ask
 
-    def noted(self, latents, prompts, terms):
-        asked.append(terms.micro_batch)
-        return ask(self, latents, prompts, terms)
+    def noted(self, latents, prompts, request):
+        asked.append(request.micro_batch)
+        return ask(self, latents, prompts, request)
 
     monkeypatch.setattr(LocalRewards, "ask", noted)
     local.run(world(**greedy), tmp_path / "run")
@@ -172,12 +172,12 @@ class Fake:
     def __init__(self, clock, seconds):
         self.clock, self.seconds, self.asked = clock, seconds, 0
 
-    def ask(self, latents, prompts, terms):
+    def ask(self, latents, prompts, request):
         self.asked += 1
 
         def collect():
             self.clock[0] += self.seconds
-            return Scores({}, torch.zeros_like(latents), self.seconds, terms.micro_batch)
+            return Scores({}, torch.zeros_like(latents), self.seconds, request.micro_batch)
 
         return collect
 
@@ -257,9 +257,9 @@ def test_a_probe_sees_the_same_prompts_and_noise_with_the_runs_weights(world, mo
     seen = []
 
     class Spy(monitor.ProbeHistory):
-        def observe(self, probe, kept=False):
-            seen.append((probe, kept))
-            return super().observe(probe, kept)
+        def observe(self, probe, has_checkpoint=False):
+            seen.append((probe, has_checkpoint))
+            return super().observe(probe, has_checkpoint)
 
     monkeypatch.setattr(monitor, "ProbeHistory", Spy)
     rewards = make_rewards(experiment.rewards.names, reference.decode, CPU)
@@ -267,11 +267,11 @@ def test_a_probe_sees_the_same_prompts_and_noise_with_the_runs_weights(world, mo
     reward_client.scales = {"tiny.rewards:Red": 0.5}
     observer = OveroptimizationMonitor(experiment, reference, prompts, reward_client)
     generator = reference.generator(600)
-    figures, alarm = observer.probe(0, generator, kept=False)()
+    figures, alarm = observer.probe(0, generator, has_checkpoint=False)()
     observer.add_round({"x0_gap": 2.0})
     observer.add_round({"x0_gap": 4.0})
     observer.add_round({})  # of a run without an objective
-    observer.probe(10, generator, kept=True)()
+    observer.probe(10, generator, has_checkpoint=True)()
     (first, start_kept), (second, second_kept) = seen
     assert (start_kept, second_kept) == (False, True)
     assert alarm is None and figures["overoptimization/trained"] == 0.0
@@ -302,8 +302,8 @@ class Alarming(monitor.ProbeHistory):
 
     at = 2
 
-    def observe(self, probe, kept=False):
-        super().observe(probe, kept)
+    def observe(self, probe, has_checkpoint=False):
+        super().observe(probe, has_checkpoint)
         if probe.step != self.at:
             return None
         return Alarm(probe.step, "unexplained", f"at step {probe.step} something is odd")

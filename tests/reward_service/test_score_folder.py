@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from test_validation import honest, wrong_sign
+from test_reward_validation import honest, wrong_sign
 from tiny.commands import complaint, imported
 
 from diffinstruct.cli.main import main

@@ -54,7 +54,7 @@ def train(
 def _run(experiment: Experiment, folder: Path, local: bool) -> None:
     """Train, and end the command with a run's own exit status: 1 broke off, 75 paused, 130 interrupted."""
     import diffinstruct
-    from diffinstruct.method.nonfinite import NonFinite
+    from diffinstruct.method.nonfinite import NonFiniteGradient
     from diffinstruct.method.rewards import RewardError
     from diffinstruct.run_folder.checkpoint import CheckpointError
     from diffinstruct.run_folder.locks import COMMAND, LOCK, Busy, only_writer
@@ -64,7 +64,7 @@ def _run(experiment: Experiment, folder: Path, local: bool) -> None:
     command = f"diffinstruct train {shlex.quote(str(file))} --resume {shlex.quote(str(folder))}{' --local' * local}"
     try:
         diffinstruct.train(experiment, folder, local)
-    except (RewardError, NonFinite, CheckpointError, Paused, KeyboardInterrupt) as error:
+    except (RewardError, NonFiniteGradient, CheckpointError, Paused, KeyboardInterrupt) as error:
         print(error if str(error) else "\ninterrupted", file=sys.stderr)
         if any((folder / "checkpoints").glob("step-*")):
             print(f"from its last checkpoint the run goes on with: {command}", file=sys.stderr)

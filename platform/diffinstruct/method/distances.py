@@ -5,7 +5,7 @@ Shapes: y [B, ...]; d(y) [B], d'(y) [B, ...], the gradient of d at y. Norms run 
 
 A new distance is a pair, or a function from parameters to a pair, and one row of `DISTANCES`; or the same in a file of
 your own, named `module:attribute` in the recipe. Its parameters come from `objective.distance_args`.
-`validation.validate_distance` tries your own before the first step.
+`objective_validation.validate_distance` tries your own before the first step.
 """
 
 from __future__ import annotations

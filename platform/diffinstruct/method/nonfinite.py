@@ -9,23 +9,23 @@ from typing import Any
 from torch import Tensor
 
 
-class NonFinite(RuntimeError):
-    """The gradient of `player` is not finite: its update was left out, and with it the rest of the round. All workers
+class NonFiniteGradient(RuntimeError):
+    """The gradient of `network` is not finite: its update was left out, and with it the rest of the round. All workers
     raise it.
 
-    player: "score network" or "generator".
+    network: "score network" or "generator".
     cause: the first thing that was not finite on this worker, with the prompts it belongs to; None where all was well
     here, up
         to the gradient itself.
     """
 
-    def __init__(self, step: int, player: str, cause: str | None) -> None:
-        self.step, self.player, self.cause = step, player, cause
+    def __init__(self, step: int, network: str, cause: str | None) -> None:
+        self.step, self.network, self.cause = step, network, cause
         why = f" ({cause})" if cause else ""
-        super().__init__(f"step {step}: the {player}'s gradient is not finite{why}; its weights are unchanged")
+        super().__init__(f"step {step}: the {network}'s gradient is not finite{why}; its weights are unchanged")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return NonFinite, (self.step, self.player, self.cause)
+        return NonFiniteGradient, (self.step, self.network, self.cause)
 
 
 class FiniteCheck:
@@ -49,6 +49,6 @@ class FiniteCheck:
         self.first = self.first or what
 
     @property
-    def factor(self) -> float:
-        """Of a loss or a gradient: all workers shall see what one has found."""
+    def gradient_factor(self) -> float:
+        """1, or NaN once something was found: a loss or gradient times this shows all workers what one has found."""
         return math.nan if self.first else 1.0

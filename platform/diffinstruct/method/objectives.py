@@ -20,7 +20,7 @@ distance that its signature names, and parameters of its own, which come from `o
 
     def half_distance(x0, t, eps, c, *, score_network, reference, schedule, weighting, distance, factor=0.5): ...
 
-`validation.validate_objective` tries your own before the first step.
+`objective_validation.validate_objective` tries your own before the first step.
 """
 
 from __future__ import annotations

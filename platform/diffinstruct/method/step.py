@@ -1,5 +1,8 @@
 """One alternating round of Diff-Instruct* (arXiv 2410.20898): torch only, knows neither Ray nor MLflow.
 
+A round is the score network's K_TA updates and the generator's one. A run's *step* is the number of rounds that are done:
+configuration, journal and checkpoints count in steps.
+
 Everything that wants something of the generator says so as a gradient at its sample x0. The regulariser and the rewards
 are computed on detached leaves, wherever that is cheapest, and the generator's graph is walked once:
 
@@ -9,7 +12,7 @@ are computed on detached leaves, wherever that is cheapest, and the generator's 
 
 Nothing that is not finite reaches a weight. Where one worker finds such a value in its sample, a loss or a reward, it
 makes its gradient NaN. Gradients are averaged over the workers, so all of them see it, leave the update out and raise
-NonFinite at the same place.
+NonFiniteGradient at the same place.
 
 What does not fit memory at once goes through the networks in micro-batches. Then x0 is drawn without a graph, and the
 generator goes forward once more for each micro-batch's backward pass.
@@ -29,12 +32,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from diffinstruct.method.diffusion import Conditions, GuidedReference, LawOfT, Schedule, denoising_loss
-from diffinstruct.method.noise import NoiseStreams
-from diffinstruct.method.nonfinite import FiniteCheck, NonFinite
+from diffinstruct.method.diffusion import Conditions, GuidedReference, Schedule, TimestepDistribution, denoising_loss
+from diffinstruct.method.noise import SCORE_STREAMS, NoiseStreams, Stream
+from diffinstruct.method.nonfinite import FiniteCheck, NonFiniteGradient
 from diffinstruct.method.objectives import Objective
 from diffinstruct.method.precision import autocast
-from diffinstruct.method.rewards import Collect, NotFinite, Scores, Send
+from diffinstruct.method.rewards import Collect, NonFiniteScore, Scores, Send
 
 Metrics = dict[str, float]
 
@@ -50,14 +53,14 @@ class StepConfig:
     score_updates: int  # the paper's K_TA
     reuse_sample: bool  # the score network learns on the generator's own sample instead of drawing fresh ones
     score_weighting: str  # lambda(t) of the score network's loss
-    law_of_t: LawOfT  # of the generator's loss and the score network's
+    timestep_distribution: TimestepDistribution  # of the generator's loss and the score network's
     generator_max_grad_norm: float
     score_max_grad_norm: float
     ema_decay: float
     precision: str  # "fp32" | "bf16": autocast of the networks' forwards; weights and optimizers stay fp32
     micro_batch_size: int | None  # so many samples go through the networks at once; None: all of this worker's
 
-    def parts(self, samples: int) -> list[slice]:
+    def micro_batches(self, samples: int) -> list[slice]:
         """The micro-batches that `samples` are cut into."""
         size = self.micro_batch_size or samples
         return [slice(i, i + size) for i in range(0, samples, size)]
@@ -71,19 +74,19 @@ class TrainState:
     generator: nn.Module  # (z [B, ...], c) -> x0 [B, ...]
     score_network: nn.Module  # a Denoiser, trained on generated samples only
     reference: GuidedReference  # frozen
-    ema: nn.Module  # fp32 average of the generator
+    ema: nn.Module  # exponential moving average of the generator's weights, fp32
     generator_optimizer: torch.optim.Optimizer
     score_optimizer: torch.optim.Optimizer
 
     def state_dict(self) -> dict[str, Any]:
         """All that a round changes; everything random is drawn from (seed, step), so there is no RNG state to keep."""
-        return {name: part.state_dict() for name, part in self._parts().items()}
+        return {name: part.state_dict() for name, part in self._stateful().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self._parts().items():
+        for name, part in self._stateful().items():
             part.load_state_dict(state[name])
 
-    def _parts(self) -> dict[str, Any]:
+    def _stateful(self) -> dict[str, Any]:
         return {
             "generator": unwrapped(self.generator),
             "score_network": unwrapped(self.score_network),
@@ -111,14 +114,14 @@ def alternating_round(
 ) -> Metrics:
     """The score network's K_TA updates, then the generator's one. Returns this worker's means.
 
-    Raises NonFinite before an update that would spoil the weights; RewardError.
+    Raises NonFiniteGradient before an update that would spoil the weights; RewardError.
     """
     metrics: Metrics = {}
     finite = FiniteCheck(prompts)
     for key, value in c.items():
         finite.check(f"prompt embeddings ({key})", value)
-    z = noise.normal(noise.GENERATOR)
-    parts = config.parts(len(z))
+    z = noise.normal(Stream.GENERATOR_Z)
+    parts = config.micro_batches(len(z))
 
     def generate(part: slice) -> Tensor:
         with autocast(config.precision, noise.device):
@@ -135,7 +138,7 @@ def alternating_round(
 
     if config.objective:
         for k in range(config.score_updates):
-            metrics |= score_update(train_state, config, schedule, noise, sample, c, noise.SCORE + 3 * k, finite)
+            metrics |= score_update(train_state, config, schedule, noise, sample, c, k, finite)
         regularizer_grad, means = _regularizer_gradient(train_state, config, config.objective, noise, sample, c, finite)
         metrics |= means
     else:
@@ -144,7 +147,7 @@ def alternating_round(
     metrics |= means
     metrics["time/reward_exposed"] += exposed
 
-    gradient = (regularizer_grad - reward_grad) / len(sample) * finite.factor
+    gradient = (regularizer_grad - reward_grad) / len(sample) * finite.gradient_factor
     norm = generator_update(train_state, config, noise, generate, x0, gradient, finite)
     return metrics | {
         "gradient_norm/sample_regularizer": _mean_norm(regularizer_grad),
@@ -160,13 +163,14 @@ def score_update(
     noise: NoiseStreams,
     sample: Tensor,
     c: Conditions,
-    stream: int,
+    k: int,
     finite: FiniteCheck,
 ) -> Metrics:
-    """One denoising update of the score network on generated samples, with t and eps of its own."""
-    t, eps = noise.t(stream, config.law_of_t), noise.normal(stream + 1)
-    z = None if config.reuse_sample else noise.normal(stream + 2)
-    *early, last = config.parts(len(sample))
+    """The round's denoising update number k of the score network on generated samples, with t and eps of its own."""
+    first = SCORE_STREAMS * k
+    t, eps = noise.t(Stream.SCORE_T + first, config.timestep_distribution), noise.normal(Stream.SCORE_EPS + first)
+    z = None if config.reuse_sample else noise.normal(Stream.SCORE_Z + first)
+    *early, last = config.micro_batches(len(sample))
 
     def backward(part: slice) -> float:
         c_part = _rows(c, part)
@@ -177,7 +181,7 @@ def score_update(
                     x0 = unwrapped(train_state.generator)(z[part], c_part)
             losses = denoising_loss(train_state.score_network, schedule, x0, t[part], eps[part], c_part, config.score_weighting)
             finite.check("the score network's loss", losses, part)
-            loss = losses.mean() * (len(losses) / len(sample)) * finite.factor
+            loss = losses.mean() * (len(losses) / len(sample)) * finite.gradient_factor
         loss.backward()
         return loss.item()
 
@@ -202,9 +206,9 @@ def _regularizer_gradient(
     finite: FiniteCheck,
 ) -> tuple[Tensor, Metrics]:
     """regularization_weight times the objective's gradient at the sample, and the means of its record."""
-    t, eps = noise.t(noise.GENERATOR + 1, config.law_of_t), noise.normal(noise.GENERATOR + 2)
+    t, eps = noise.t(Stream.REGULARIZER_T, config.timestep_distribution), noise.normal(Stream.REGULARIZER_EPS)
     gradients, records = [], []
-    for part in config.parts(len(sample)):
+    for part in config.micro_batches(len(sample)):
         leaf = sample[part].clone().requires_grad_()
         with autocast(config.precision, noise.device):
             loss, record = objective(
@@ -231,7 +235,7 @@ def _reward_gradient(scale: float, collect: Collect | None, sample: Tensor, fini
     scores: Scores | None = None
     try:
         scores = collect() if collect else None
-    except NotFinite as error:
+    except NonFiniteScore as error:
         finite.record(str(error))
     metrics: Metrics = {"time/reward_exposed": time.perf_counter() - waiting}
     gradient = torch.zeros_like(sample)
@@ -252,11 +256,11 @@ def generator_update(
     gradient: Tensor,
     finite: FiniteCheck,
 ) -> float:
-    """One update of the generator and its average with a gradient at its sample; returns the weights' gradient norm.
+    """One update of the generator and its EMA with a gradient at its sample; returns the weights' gradient norm.
 
     x0 has a graph where the batch is one micro-batch; else `generate` draws each of them once more, with one.
     """
-    *early, last = config.parts(len(x0))
+    *early, last = config.micro_batches(len(x0))
     train_state.generator_optimizer.zero_grad()
     for part in early:
         with _accumulating(train_state.generator):
@@ -271,9 +275,9 @@ def generator_update(
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema <- decay ema + (1 - decay) model. The average is fp32: in bf16 one at 0.9999 stands still."""
-    average: list[Tensor] = list(ema.parameters())
-    torch._foreach_lerp_(average, [p.to(a.dtype) for a, p in zip(average, model.parameters(), strict=True)], 1 - decay)
+    """ema <- decay ema + (1 - decay) model. It is fp32: in bf16 one at 0.9999 stands still."""
+    weights: list[Tensor] = list(ema.parameters())
+    torch._foreach_lerp_(weights, [p.to(e.dtype) for e, p in zip(weights, model.parameters(), strict=True)], 1 - decay)
 
 
 def _clipped(network: nn.Module, max_norm: float, step: int, name: str, finite: FiniteCheck) -> float:
@@ -282,7 +286,7 @@ def _clipped(network: nn.Module, max_norm: float, step: int, name: str, finite: 
     total = nn.utils.clip_grad_norm_(network.parameters(), max_norm)
     norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
     if not math.isfinite(norm):
-        raise NonFinite(step, name, finite.first)
+        raise NonFiniteGradient(step, name, finite.first)
     return norm
 
 

@@ -17,7 +17,7 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError
 from diffinstruct.method.rewards import Collect, LatentRewards, RewardError, RewardModel, RewardRequest, Scores
 from diffinstruct.models.sources import quiet
-from diffinstruct.reward_service.validation import Report, refuse, validate_reward
+from diffinstruct.reward_service.reward_validation import Report, refuse, validate_reward
 from diffinstruct.run_folder.ranks import Ranks
 
 
@@ -43,7 +43,7 @@ MEASURED_ROUNDS = 3
 class RewardBackend(Protocol):
     """The rewards' side of a request: this process or reward actors."""
 
-    def ask(self, latents: Tensor, prompts: Sequence[str], terms: RewardRequest) -> Collect:
+    def ask(self, latents: Tensor, prompts: Sequence[str], request: RewardRequest) -> Collect:
         """Latents [B, ...], detached, and their prompts; collecting raises RewardError."""
 
     def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
@@ -56,9 +56,9 @@ class LocalRewards:
     def __init__(self, rewards: LatentRewards) -> None:
         self.rewards = rewards
 
-    def ask(self, latents: Tensor, prompts: Sequence[str], terms: RewardRequest) -> Collect:
+    def ask(self, latents: Tensor, prompts: Sequence[str], request: RewardRequest) -> Collect:
         try:
-            answer = self.rewards(latents, prompts, terms)
+            answer = self.rewards(latents, prompts, request)
         except RewardError as error:  # it comes when the answer is collected, as an actor's does
             return partial(_raise, error)
         return lambda: answer

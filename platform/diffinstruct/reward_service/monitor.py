@@ -2,7 +2,7 @@
 
 A reward is a proxy: optimised far enough it rises on while held-out rewards and variety fall (Gao et al. 2022, "Scaling
 laws for reward model overoptimization", arXiv 2210.10760). Every few rounds the monitor takes a probe: pictures of the
-averaged generator, always of the same prompts and noise. It compares them with those of the start and of the best
+generator's EMA, always of the same prompts and noise. It compares them with those of the start and of the best
 probe. It is arithmetic on the probes and nothing else, so a resumed run alarms as the uninterrupted one would.
 
 Gains are counted in the within-prompt standard deviation of the start: that of the scores of one prompt's pictures. How
@@ -26,7 +26,7 @@ from diffinstruct.method.step import Metrics
 from diffinstruct.models.pipeline import Reference
 from diffinstruct.models.sampling import EVALUATION_SEED, probe_inputs, sample_latents
 from diffinstruct.reward_service.client import RewardClient
-from diffinstruct.reward_service.validation import PICTURES
+from diffinstruct.reward_service.reward_validation import PICTURES
 from diffinstruct.run_folder.ranks import SINGLE, Ranks
 
 NOISES = 4
@@ -36,9 +36,9 @@ std."""
 # Where a symptom begins: tuned on recorded probes of the pocket world, see docs/results.md.
 UNEXPLAINED = 3.0
 """The trained reward has gained this much more than the held-out ones, in within-prompt std."""
-FALL, FALL_ERRORS, FALL_LEAST = 0.25, 4.0, 0.3
+FALL_SHARE, FALL_ERRORS, FALL_STD, TRAINED_GAIN_STD = 0.25, 4.0, 0.3, 0.3
 """A held-out reward has fallen from its best probe by this share of its gain, this many standard errors, and this many
-within-prompt std, while the trained reward has gained FALL_LEAST within-prompt std since the start."""
+within-prompt std, while the trained reward has gained TRAINED_GAIN_STD within-prompt std since the start."""
 VARIETY = 0.4
 """The variety is below this share of the start's."""
 DISTANCE = 3.0
@@ -47,7 +47,7 @@ DISTANCE = 3.0
 METRICS = tuple(f"overoptimization/{name}" for name in ("trained", "held_out", "unexplained", "variety", "distance"))
 """The keys that `ProbeHistory.figures` may have."""
 
-BLIND = (
+NO_HELD_OUT = (
     "no held-out reward: the monitor sees variety and distance to the reference only, not whether the trained reward's "
     "rise is real; name one in rewards.held_out"
 )
@@ -56,7 +56,7 @@ BLIND = (
 
 @dataclass(frozen=True)
 class Probe:
-    """Scores and figures of n pictures of the averaged generator, of the same prompts and noise at every probe.
+    """Scores and figures of n pictures of the generator's EMA, of the same prompts and noise at every probe.
 
     Rows are NOISES pictures of the first prompt, then of the second, and so on.
     """
@@ -82,7 +82,7 @@ class Alarm:
 
 
 class ProbeHistory:
-    """One run's probes, in order; the first is its start. Without held-out rewards two symptoms remain: see BLIND."""
+    """One run's probes, in order; the first is its start. Without held-out rewards two symptoms remain: see NO_HELD_OUT."""
 
     def __init__(self) -> None:
         self.best: dict[str, Any] = {}
@@ -99,11 +99,12 @@ class ProbeHistory:
     def best_step(self) -> int | None:
         return self.best.get("step")
 
-    def observe(self, probe: Probe, kept: bool = False) -> Alarm | None:
+    def observe(self, probe: Probe, has_checkpoint: bool = False) -> Alarm | None:
         """The alarm of a symptom that was not there at the probe before, one at a time. Raises ValueError for a
         broken probe.
 
-        kept: there is a checkpoint of that step. Of those without any symptom the best has the highest held-out gain.
+        has_checkpoint: whether there is one of that step. Of those without any symptom the best has the highest
+            held-out gain.
         """
         if probe.trained.ndim != 1 or len(probe.trained) % NOISES or len(probe.trained) < 2 * NOISES:
             raise ValueError(
@@ -120,7 +121,7 @@ class ProbeHistory:
         self._figures = self._compare(probe)
         symptoms = self._symptoms(probe)
         gained = self._figures.get("held_out", -math.inf)
-        if kept and not symptoms and gained > self.best.get("held_out", -math.inf):
+        if has_checkpoint and not symptoms and gained > self.best.get("held_out", -math.inf):
             self.best = {"step": probe.step, "held_out": gained}
         self._active = [symptom for symptom in self._active if symptom in symptoms]
         new = next((symptom for symptom in symptoms if symptom not in self._active), None)
@@ -156,8 +157,8 @@ class ProbeHistory:
             fall = by_prompt(best["scores"]) - by_prompt(scores)
             error = fall.std(ddof=1) / math.sqrt(len(fall))
             rise = float(np.mean(best["scores"]) - np.mean(start))
-            threshold = max(FALL * rise, FALL_ERRORS * error, FALL_LEAST * within_prompt_std(start))
-            if "held_out" not in symptoms and trained > FALL_LEAST and fall.mean() > threshold:
+            threshold = max(FALL_SHARE * rise, FALL_ERRORS * error, FALL_STD * within_prompt_std(start))
+            if "held_out" not in symptoms and trained > TRAINED_GAIN_STD and fall.mean() > threshold:
                 symptoms["held_out"] = (
                     f"at step {probe.step} the held-out reward {name} is {fall.mean():.3g} (standard error "
                     f"{error:.2g}) below its best at step {best['step']}, where it had gained {rise:.3g}; the trained "
@@ -215,7 +216,7 @@ ProbeResult = tuple[dict[str, float], Alarm | None]
 
 
 class OveroptimizationMonitor:
-    """Probes the averaged generator, always with the same prompts and noise, and keeps the history of the probes.
+    """Probes the generator's EMA, always with the same prompts and noise, and keeps the history of the probes.
 
     A probe is sent before a round and collected after it: the rewards score it meanwhile. Sampling is a collective call
     of sharded networks. The first rank alone has its samples scored.
@@ -236,7 +237,7 @@ class OveroptimizationMonitor:
         if (x0_gap := metrics.get("x0_gap")) is not None:
             self.x0_gaps.append(x0_gap)
 
-    def probe(self, step: int, generator: nn.Module, kept: bool) -> Callable[[], ProbeResult]:
+    def probe(self, step: int, generator: nn.Module, has_checkpoint: bool) -> Callable[[], ProbeResult]:
         """Probe the generator after `step` rounds, of which there is a checkpoint or not; collecting gives the
         result."""
         latents = sample_latents(self.experiment, self.reference, generator, self.noise, self.prompts)
@@ -250,7 +251,7 @@ class OveroptimizationMonitor:
             scores = {name: score.double().cpu() for name, score in answer().scores.items()}
             trained = sum((weight * scores[name] for name, weight in weights.items()), torch.zeros(len(latents)).double())
             held_out = {name: scores[name].numpy() for name in self.held_out}
-            alarm = self.history.observe(Probe(step, trained.numpy(), held_out, variety(latents), distance), kept)
+            alarm = self.history.observe(Probe(step, trained.numpy(), held_out, variety(latents), distance), has_checkpoint)
             return self.history.figures(), alarm
 
         return collect

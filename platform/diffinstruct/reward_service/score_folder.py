@@ -22,7 +22,7 @@ from diffinstruct.errors import UserError, did_you_mean, nearest_file
 from diffinstruct.method.rewards import LatentRewards, RewardRequest
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.reward_service.client import load_reward
-from diffinstruct.reward_service.validation import PICTURES, Report, validate_reward
+from diffinstruct.reward_service.reward_validation import PICTURES, Report, validate_reward
 from diffinstruct.statistics import bootstrap_mean
 
 if TYPE_CHECKING:

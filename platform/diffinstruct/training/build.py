@@ -17,10 +17,10 @@ from diffinstruct.method.arguments import ArgumentError
 from diffinstruct.method.diffusion import Conditions, Schedule, log_normal_t, uniform_t
 from diffinstruct.method.distances import DISTANCES, distance
 from diffinstruct.method.guidance import guided
+from diffinstruct.method.objective_validation import validate_distance, validate_objective
 from diffinstruct.method.objectives import OBJECTIVES, Objective, objective
 from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.method.step import StepConfig, TrainState
-from diffinstruct.method.validation import validate_distance, validate_objective
 from diffinstruct.models.pipeline import Reference, load_reference
 from diffinstruct.models.prompt_embeddings import NULL
 from diffinstruct.models.roles import Roles
@@ -68,8 +68,8 @@ def make_train_state(
 ) -> TrainState:
     """The roles with their optimizers, the reference with its guidance against the null prompt's conditions."""
 
-    def adam(module: nn.Module, of: Any) -> torch.optim.Optimizer:
-        options = {"lr": of.learning_rate, "betas": of.betas, "weight_decay": of.weight_decay}
+    def adam(module: nn.Module, section: Any) -> torch.optim.Optimizer:
+        options = {"lr": section.learning_rate, "betas": section.betas, "weight_decay": section.weight_decay}
         weights = list(module.parameters())
         return torch.optim.AdamW(weights, fused=weights[0].is_cuda or None, **options)  # one kernel, and no copies on the way
 
@@ -77,7 +77,7 @@ def make_train_state(
         generator=wrap(roles.generator),
         score_network=wrap(roles.score_network),
         reference=guided(roles.reference, null, experiment.reference.guidance_scale, experiment.reference.guidance),
-        ema=roles.average,
+        ema=roles.ema,
         generator_optimizer=adam(roles.generator, experiment.generator),
         score_optimizer=adam(roles.score_network, experiment.score_network),
     )
@@ -89,7 +89,7 @@ def make_step_config(experiment: Experiment, schedule: Schedule) -> StepConfig:
     e = experiment.objective
     if e.t_max > len(schedule.alphas):
         raise UserError(f"objective.t_max: got {e.t_max}, the reference's schedule has {len(schedule.alphas)} steps")
-    law_of_t = (
+    timestep_distribution = (
         uniform_t(e.t_min, e.t_max)
         if e.t_law == "uniform"
         else log_normal_t(schedule, e.t_log_mean, e.t_log_std, e.t_min, e.t_max)
@@ -101,7 +101,7 @@ def make_step_config(experiment: Experiment, schedule: Schedule) -> StepConfig:
         score_updates=experiment.score_network.updates_per_step,
         reuse_sample=experiment.score_network.reuse_sample,
         score_weighting=experiment.score_network.loss_weighting,
-        law_of_t=law_of_t,
+        timestep_distribution=timestep_distribution,
         generator_max_grad_norm=experiment.generator.max_grad_norm,
         score_max_grad_norm=experiment.score_network.max_grad_norm,
         ema_decay=experiment.generator.ema_decay,

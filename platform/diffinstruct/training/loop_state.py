@@ -24,7 +24,7 @@ STATE = 4
 STATE_OF_0_1 = 3
 """The state that version 0.1 wrote. This version exports its model and does not go on with it."""
 EMA_PATH = {STATE: ("train_state", "ema"), STATE_OF_0_1: ("players", "ema")}
-"""Version of the state -> where the averaged generator's weights are in it."""
+"""Version of the state -> where the weights of the generator's EMA are in it."""
 BEST_PATH = {STATE: ("overoptimization", "history", "best"), STATE_OF_0_1: ("watcher", "watch", "best")}
 """Version of the state -> where the best probe at a checkpoint is in it."""
 
@@ -59,11 +59,11 @@ class LoopState:
 
     def state_dict(self) -> dict[str, Any]:
         own = {"reward_scale": self.step_config.reward_scale, "stopped": self.stopped, "metrics": self.last_metrics}
-        parts: dict[str, Any] = to_shards({name: part.state_dict() for name, part in self._parts().items()})
+        parts: dict[str, Any] = to_shards({name: part.state_dict() for name, part in self._stateful().items()})
         return own | parts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self._parts().items():
+        for name, part in self._stateful().items():
             part.load_state_dict(state[name])
         self.step_config = replace(self.step_config, reward_scale=state["reward_scale"])
         self.stopped, self.last_metrics = state["stopped"], state["metrics"]
@@ -77,7 +77,7 @@ class LoopState:
             raise CheckpointError(f"{folder}: the run cannot go on from its newest checkpoint ({reason})") from error
         self.step = step
 
-    def _parts(self) -> dict[str, Any]:
+    def _stateful(self) -> dict[str, Any]:
         return {
             "train_state": self.train_state,
             "rewards": self.rewards,

@@ -66,7 +66,7 @@ def _check_configuration(folder: Path, experiment: Experiment, config_hash: obje
 
 
 def export_checkpoint(experiment: Experiment, folder: Path, which: str, out: Path) -> tuple[int, bool]:
-    """Write the averaged generator of a checkpoint of `folder`, a run of `experiment`, as `export` does: of "last", the
+    """Write the generator's EMA of a checkpoint of `folder`, a run of `experiment`, as `export` does: of "last", the
     newest that can be read, of "best", by the monitor, or of a step. Returns its step, and whether it is the best.
 
     Checkpoints of version 0.1 are read, too. Raises UserError where there is no such checkpoint, or of another
@@ -90,9 +90,9 @@ def export_checkpoint(experiment: Experiment, folder: Path, which: str, out: Pat
             if step == named[which][-1]:
                 raise
             print(error, file=sys.stderr)
-    average = make_roles(experiment, open_reference(experiment, torch.device("cpu"))).average
-    average.load_state_dict(weights)
-    export(experiment.reference.model, average, out)
+    ema = make_roles(experiment, open_reference(experiment, torch.device("cpu"))).ema
+    ema.load_state_dict(weights)
+    export(experiment.reference.model, ema, out)
     return step, step == best
 
 

@@ -25,7 +25,7 @@ from diffinstruct.models.pipeline import Reference
 from diffinstruct.models.sampling import EVALUATION_SEED, sample_latents
 from diffinstruct.run_folder import signals
 from diffinstruct.tracking.journal import Journal, Parent
-from diffinstruct.training.guards import SKIPS
+from diffinstruct.training.guards import MAX_SKIPS_IN_A_ROW
 from diffinstruct.training.resume import keep_configuration
 
 GRID_NOISES = 3
@@ -120,7 +120,8 @@ class RunLog:
 
     def rolled_back(self, step: int, failed_step: int) -> None:
         """Say that the run goes on from an earlier step."""
-        text = f"{SKIPS} steps in a row were not finite: back to the checkpoint of step {step}, on with other prompts and noise"
+        where = f"back to the checkpoint of step {step}, on with other prompts and noise"
+        text = f"{MAX_SKIPS_IN_A_ROW} steps in a row were not finite: {where}"
         print(f"step {failed_step}: {text}", flush=True)
         self.tracker.back_to(step, failed_step, text)
 
@@ -133,11 +134,11 @@ class RunLog:
         """Decode one at a time: a decoder takes more memory for a grid than a round does for its micro-batch."""
         return torch.cat([self.reference.decode(latent).cpu() for latent in latents.split(1)])
 
-    def finish(self, step: int, average: OneStepGenerator, best_step: int, metrics: Metrics) -> Result:
-        """Export the averaged generator as a stock pipeline; hand model and last metrics to the tracker."""
+    def finish(self, step: int, ema: OneStepGenerator, best_step: int, metrics: Metrics) -> Result:
+        """Export the generator's EMA as a stock pipeline; hand model and last metrics to the tracker."""
         from diffinstruct.models.export import export
 
-        folder = export(self.experiment.reference.model, average, self.folder / "export")
+        folder = export(self.experiment.reference.model, ema, self.folder / "export")
         table = self.folder / "metrics.json"
         table.write_text(json.dumps({"step": step, **metrics}, indent=2) + "\n")
         self.tracker.artifact(folder)
@@ -168,7 +169,7 @@ class SilentRunLog:
 
     def grid(self, step: int, columns: Sequence[Tensor]) -> None: ...
 
-    def finish(self, step: int, average: OneStepGenerator, best_step: int, metrics: Metrics) -> Result | None: ...
+    def finish(self, step: int, ema: OneStepGenerator, best_step: int, metrics: Metrics) -> Result | None: ...
 
     def fail(self, error: BaseException) -> None: ...
 

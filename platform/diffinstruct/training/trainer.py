@@ -6,31 +6,31 @@ left to its run log, and to the other ranks' silent one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.method.diffusion import Conditions, Schedule
+from diffinstruct.method.diffusion import Conditions
 from diffinstruct.method.noise import NoiseStreams
-from diffinstruct.method.nonfinite import NonFinite
+from diffinstruct.method.nonfinite import NonFiniteGradient
 from diffinstruct.method.precision import use_deterministic_kernels
-from diffinstruct.method.rewards import NotFinite, Send
-from diffinstruct.method.step import Metrics, StepConfig, TrainState
+from diffinstruct.method.rewards import NonFiniteScore
+from diffinstruct.method.step import Metrics
 from diffinstruct.models.denoiser import OneStepGenerator
 from diffinstruct.models.roles import make_roles, unsharded
 from diffinstruct.models.sampling import EVALUATION_SEED, probe_inputs, sample_latents
 from diffinstruct.models.sharding import gathered, sharded
 from diffinstruct.reward_service.client import LocalRewards, RewardBackend, RewardClient, make_rewards
-from diffinstruct.reward_service.monitor import BLIND, OveroptimizationMonitor, ProbeResult
-from diffinstruct.reward_service.validation import PICTURES
+from diffinstruct.reward_service.monitor import NO_HELD_OUT, OveroptimizationMonitor, ProbeResult
+from diffinstruct.reward_service.reward_validation import PICTURES
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore
 from diffinstruct.run_folder.ranks import SINGLE
 from diffinstruct.tracking.journal import Parent
 from diffinstruct.training.build import make_step_config, make_train_state, open_reference, resolve_device, training_prompts
-from diffinstruct.training.guards import GO_ON, LOWER_SCALE, ON_ALARM, SKIPS, STOP
+from diffinstruct.training.guards import MAX_SKIPS_IN_A_ROW, ON_ALARM, AlarmAction
 from diffinstruct.training.loop_state import Identity, LoopState
 from diffinstruct.training.metric_window import MetricWindow
 from diffinstruct.training.resume import newest
@@ -39,8 +39,8 @@ from diffinstruct.training.worker import Worker
 
 PendingProbe = Callable[[], ProbeResult]
 """Collects a probe that the rewards score meanwhile."""
-RoundInputs = tuple[TrainState, StepConfig, Schedule, NoiseStreams, Sequence[str], Conditions, Send]
-"""The arguments of `alternating_round`."""
+PROBE_SKIPPED = "blind"
+"""The journal's event of a probe that the rewards have no finite score for."""
 
 
 class Trainer:
@@ -59,7 +59,7 @@ class Trainer:
         self.grid = SampleGrid(experiment, self.reference, self.state.train_state.ema)
         self.store = CheckpointStore(folder / "checkpoints", ranks=self.ranks if self.mesh else SINGLE)
         self.run_log: RunLog | SilentRunLog = SilentRunLog()
-        self.leaving = self.pausing = False
+        self.preempted = self.pausing = False
 
     def _build_state(self, actors: RewardBackend | None) -> LoopState:
         """The state before the first round."""
@@ -108,7 +108,7 @@ class Trainer:
         for report in state.rewards.validate(latents, prompts) if self.ranks.first else ():
             self.run_log.event(state.step, f"reward.{report.name}", str(report))
         if experiment.overoptimization.every and not experiment.rewards.held_out:
-            self.run_log.event(state.step, "overoptimization.blind", BLIND)
+            self.run_log.event(state.step, "overoptimization.blind", NO_HELD_OUT)
         if is_new:
             state.rewards.measure_scales(latents, prompts)
 
@@ -120,25 +120,23 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------------------- one round
     def start_probe(self) -> PendingProbe | None:
-        """Send samples of the averaged generator to the rewards, every so many rounds; they score them during the
+        """Send samples of the generator's EMA to the rewards, every so many rounds; they score them during the
         round."""
         step, every = self.state.step, self.experiment.overoptimization.every
         if every == 0 or step % every != 0:
             return None
-        kept = step > 0 and self._checkpoint_due
-        return self.state.monitor.probe(step, self.state.train_state.ema, kept)
+        has_checkpoint = step > 0 and self._checkpoint_due
+        return self.state.monitor.probe(step, self.state.train_state.ema, has_checkpoint)
 
-    def draw_inputs(self) -> RoundInputs:
+    def draw_batch(self) -> tuple[NoiseStreams, list[str], Conditions]:
         """Draw this rank's part of the round's global batch: noise, prompts and their conditions."""
-        state, schedule = self.state, self.reference.schedule
         batch = self.experiment.global_batch_size
         per_rank = batch // self.ranks.world
         rows = slice(self.ranks.rank * per_rank, (self.ranks.rank + 1) * per_rank)
-        seed = state.nonfinite_guard.seed(self.experiment.seed)
-        noise = NoiseStreams(seed, state.step, batch, self.reference.latent_shape, rows, self.device)
+        seed = self.state.nonfinite_guard.seed(self.experiment.seed)
+        noise = NoiseStreams(seed, self.state.step, batch, self.reference.latent_shape, rows, self.device)
         prompts = [self.prompts[i] for i in noise.prompts(len(self.prompts))]
-        c = self.reference.encode_prompts(prompts)
-        return state.train_state, state.step_config, schedule, noise, prompts, c, state.rewards.send
+        return noise, prompts, self.reference.encode_prompts(prompts)
 
     def add(self, metrics: Metrics) -> None:
         """Count a round that is done, and keep its metrics."""
@@ -149,7 +147,7 @@ class Trainer:
             self.run_log.event(state.step, "spike", spike)
         state.monitor.add_round(metrics)
 
-    def skip(self, error: NonFinite) -> str:
+    def skip(self, error: NonFiniteGradient) -> str:
         """Count a round whose update was left out; returns the reason."""
         state, guard = self.state, self.state.nonfinite_guard
         state.step += 1
@@ -159,10 +157,10 @@ class Trainer:
 
     @property
     def skipped_too_many(self) -> bool:
-        return self.state.nonfinite_guard.consecutive == min(SKIPS, self.experiment.steps)
+        return self.state.nonfinite_guard.consecutive == min(MAX_SKIPS_IN_A_ROW, self.experiment.steps)
 
-    def roll_back(self, error: NonFinite, reason: str) -> None:
-        """Go on from the last checkpoint with other prompts and noise. Raises NonFinite the second time."""
+    def roll_back(self, error: NonFiniteGradient, reason: str) -> None:
+        """Go on from the last checkpoint with other prompts and noise. Raises NonFiniteGradient the second time."""
         state, guard = self.state, self.state.nonfinite_guard
         found = None if guard.rolled_back else newest(self.store, self.experiment, self.ranks, self.identity)
         if found is None:
@@ -181,10 +179,10 @@ class Trainer:
         state = self.state
         # The probe is of the generator before this round
         action = self.ranks.min(self._collect(probe, state.step - 1))
-        if action == LOWER_SCALE:
+        if action == AlarmAction.LOWER_SCALE:
             scale = state.halve_reward_scale()
             self._tell_action(f"reward_scale is {scale:g} from here on")
-        elif action == STOP:
+        elif action == AlarmAction.STOP:
             state.stopped = True
             self._tell_action("the run ends here, as if it were finished")
 
@@ -196,12 +194,12 @@ class Trainer:
         left out."""
         try:
             metrics, alarm = probe()
-        except NotFinite as error:
-            self.run_log.event(step, "blind", f"no probe: {error}")
-            return GO_ON
+        except NonFiniteScore as error:
+            self.run_log.event(step, PROBE_SKIPPED, f"no probe: {error}")
+            return AlarmAction.CONTINUE
         self.run_log.probe(step, metrics, self.state.monitor.history.best)
         if alarm is None:
-            return GO_ON
+            return AlarmAction.CONTINUE
         self.run_log.event(step, "overoptimization", f"reward over-optimization: {alarm.line}")
         return ON_ALARM[self.experiment.overoptimization.on_alarm]
 
@@ -213,8 +211,8 @@ class Trainer:
     def obey_signals(self) -> None:
         """Do what the run is told from outside: save every step, pause, or stop."""
         step = self.state.step
-        if not self.leaving and self.worker.leaving():
-            self.leaving = True
+        if not self.preempted and self.worker.preempted():
+            self.preempted = True
             text = "a machine of this run is about to go: every step is saved from here on"
             self.run_log.event(step, "preemption", text)
         signal = self.ranks.min(signals.requested(self.folder) if self.ranks.first else signals.NONE)
@@ -228,7 +226,7 @@ class Trainer:
         """Probe the generator that the run ends with."""
         if self.done and self.experiment.overoptimization.every:
             step = self.state.step
-            self._collect(self.state.monitor.probe(step, self.state.train_state.ema, kept=True), step)
+            self._collect(self.state.monitor.probe(step, self.state.train_state.ema, has_checkpoint=True), step)
 
     def log(self) -> None:
         """Keep the means over the window and all ranks, every so many steps."""
@@ -247,14 +245,15 @@ class Trainer:
 
     @property
     def _checkpoint_due(self) -> bool:
-        """Do not checkpoint while rounds are being skipped: a rollback would land inside the failing stretch."""
+        """Whether `logging.checkpoint_every` asks for a checkpoint of this step. Never while rounds are being skipped: a
+        rollback would land inside the failing stretch."""
         every = self.experiment.logging.checkpoint_every
         return self.state.step % every == 0 and not self.state.nonfinite_guard.consecutive
 
     def checkpoint(self) -> None:
         """Begin a checkpoint where one is due, and make one of what was begun before. Raises Paused once the state of a
         run that is to pause is saved."""
-        guard, at_once = self.state.nonfinite_guard, self.done or self.pausing or self.leaving
+        guard, at_once = self.state.nonfinite_guard, self.done or self.pausing or self.preempted
         if at_once or self._checkpoint_due:
             guard.rolled_back = guard.rolled_back and guard.consecutive > 0
             self._save()
@@ -283,11 +282,11 @@ class Trainer:
             raise
 
     def finish(self) -> Result | None:
-        """Export the averaged generator; returns the result on rank 0."""
-        average = self.state.train_state.ema
-        assert isinstance(average, OneStepGenerator)
+        """Export the generator's EMA; returns the result on rank 0."""
+        ema = self.state.train_state.ema
+        assert isinstance(ema, OneStepGenerator)
         if self.mesh:
-            network = gathered(average.denoiser.network, self.reference.network(device="meta"))
-            average = self.reference.one_step(network, average.timestep, average.input_scale)
+            network = gathered(ema.denoiser.network, self.reference.network(device="meta"))
+            ema = self.reference.one_step(network, ema.timestep, ema.input_scale)
         step, best_step = self.state.step, self.state.monitor.history.best_step
-        return self.run_log.finish(step, average, step if best_step is None else best_step, self.state.last_metrics)
+        return self.run_log.finish(step, ema, step if best_step is None else best_step, self.state.last_metrics)

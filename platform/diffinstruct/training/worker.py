@@ -20,7 +20,7 @@ class Worker:
     """Wraps a trained module for data parallelism."""
     mesh: DeviceMesh | None = None
     """The mesh over which all networks are sharded, where they are."""
-    leaving: Callable[[], bool] = lambda: False
+    preempted: Callable[[], bool] = lambda: False
     """Whether a machine of the run is about to go; a collective call with the same answer on all ranks."""
     where: str = ""
     """The cluster's address, for the run's first and last line."""
