@@ -137,7 +137,7 @@ class World:
         )
         self.settings = make_step_config(self.experiment, self.reference.schedule)
         rewards = LatentRewards(self.reference.decode, {REWARD: brightness})
-        self.jury = RewardClient(self.experiment, None, lambda: LocalRewards(rewards))
+        self.jury = RewardClient(self.experiment.rewards, self.experiment.cluster.rewards, None, lambda: LocalRewards(rewards))
         if setting.compiled:
             backend = "inductor" if device.type == "cuda" else "eager"  # a CPU's compiler takes minutes
             for network in {id(network): network for network in self.networks}.values():

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.sections import RewardActorsConfig, RewardsConfig
 from diffinstruct.errors import UserError
 from diffinstruct.method.rewards import Collect, LatentRewards, RewardError, RewardModel, RewardRequest, Scores
 from diffinstruct.models.sources import quiet
@@ -87,13 +87,19 @@ class RewardClient:
     in_process: makes the rewards in this process, for a run without actors, or one that is faster without them.
     """
 
-    def __init__(self, experiment: Experiment, actors: RewardBackend | None, in_process: Callable[[], LocalRewards]) -> None:
-        self.experiment, self.actors, self.in_process = experiment, actors, in_process
-        self.micro_batch_size = experiment.rewards.micro_batch_size
-        self.scales = {reward.name: 1.0 for reward in experiment.rewards.trained}
-        self.placement = "process" if actors is None else experiment.cluster.rewards.placement
+    def __init__(
+        self,
+        config: RewardsConfig,
+        actors_config: RewardActorsConfig,
+        actors: RewardBackend | None,
+        in_process: Callable[[], LocalRewards],
+    ) -> None:
+        self.config, self.actors, self.in_process = config, actors, in_process
+        self.micro_batch_size = config.micro_batch_size
+        self.scales = {reward.name: 1.0 for reward in config.trained}
+        self.placement = "process" if actors is None else actors_config.placement
         """ "auto" until it is chosen."""
-        if self.placement == "auto" and experiment.cluster.rewards.environments:
+        if self.placement == "auto" and actors_config.environments:
             self.placement = "actor"  # what a package of the same name scores in this environment is another reward
         self._backend: RewardBackend | None = None
         self._exposed_seconds: list[float] = []  # of each round, while the placement is not chosen
@@ -112,7 +118,7 @@ class RewardClient:
     @property
     def request(self) -> RewardRequest:
         """The request of a round: the configuration's weights over the scales, in micro-batches that fit."""
-        weights = {reward.name: reward.weight / self.scales[reward.name] for reward in self.experiment.rewards.trained}
+        weights = {reward.name: reward.weight / self.scales[reward.name] for reward in self.config.trained}
         return RewardRequest(weights, self.micro_batch_size)
 
     def send(self, latents: Tensor, prompts: Sequence[str]) -> Collect:
@@ -139,14 +145,14 @@ class RewardClient:
 
     def validate(self, latents: Tensor, prompts: Sequence[str]) -> list[Report]:
         """Validate all rewards on pictures of the generator. Raises RewardError, a line for each fault."""
-        reports = self.backend.validate(latents, prompts, [reward.name for reward in self.experiment.rewards.trained])
+        reports = self.backend.validate(latents, prompts, [reward.name for reward in self.config.trained])
         refuse(reports)
         return reports
 
     def measure_scales(self, latents: Tensor, prompts: Sequence[str]) -> None:
         """`rewards.normalize`: the standard deviations of the trained rewards over pictures of the starting
         generator."""
-        if self.experiment.rewards.normalize == "std" and self.scales:
+        if self.config.normalize == "std" and self.scales:
             scores = self.score(latents, prompts)().scores
             self.scales = {name: scores[name].double().std().item() for name in self.scales}
             if flat := [name for name, scale in self.scales.items() if scale == 0]:

@@ -21,10 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffinstruct.config.experiment import Experiment
 from diffinstruct.method.step import Metrics
-from diffinstruct.models.pipeline import Reference
-from diffinstruct.models.sampling import EVALUATION_SEED, probe_inputs, sample_latents
+from diffinstruct.models.sampling import EVALUATION_SEED, LatentSampler, probe_inputs
 from diffinstruct.reward_service.client import RewardClient
 from diffinstruct.reward_service.reward_validation import PICTURES
 from diffinstruct.run_folder.ranks import SINGLE, Ranks
@@ -223,12 +221,16 @@ class OveroptimizationMonitor:
     """
 
     def __init__(
-        self, experiment: Experiment, reference: Reference, prompts: Sequence[str], rewards: RewardClient, ranks: Ranks = SINGLE
+        self,
+        held_out: Sequence[str],
+        sample: LatentSampler,
+        prompts: Sequence[str],
+        rewards: RewardClient,
+        ranks: Ranks = SINGLE,
     ) -> None:
-        self.experiment, self.reference, self.rewards, self.ranks = experiment, reference, rewards, ranks
-        self.held_out = experiment.rewards.held_out
+        self.held_out, self.sample, self.rewards, self.ranks = held_out, sample, rewards, ranks
         self.history = ProbeHistory()
-        chosen, self.noise = probe_inputs(reference, prompts, PICTURES // NOISES, EVALUATION_SEED + 1, NOISES)
+        chosen, self.noise = probe_inputs(sample.reference, prompts, PICTURES // NOISES, EVALUATION_SEED + 1, NOISES)
         self.prompts = [prompt for prompt in chosen for _ in range(NOISES)]
         self.x0_gaps: list[float] = []  # of the rounds since the last probe
 
@@ -240,7 +242,7 @@ class OveroptimizationMonitor:
     def probe(self, step: int, generator: nn.Module, has_checkpoint: bool) -> Callable[[], ProbeResult]:
         """Probe the generator after `step` rounds, of which there is a checkpoint or not; collecting gives the
         result."""
-        latents = sample_latents(self.experiment, self.reference, generator, self.noise, self.prompts)
+        latents = self.sample(generator, self.noise, self.prompts)
         if not self.ranks.first:
             return lambda: ({}, None)
         weights, answer = self.rewards.request.weights, self.rewards.score(latents, self.prompts)

@@ -29,12 +29,8 @@ class NonFiniteGuard:
     """Counts the rounds that were skipped because something in them was not finite, and the rollbacks."""
 
     def __init__(self) -> None:
-        self.skipped = 0
-        self.consecutive = 0
-        self.rollbacks = 0
-        """After each one the run goes on with other prompts and noise."""
-        self.rolled_back = False
-        """Whether the run has rolled back and has not come to another checkpoint since."""
+        self.skipped = self.consecutive = self.rollbacks = 0
+        self.rolled_back = False  # and not come to another checkpoint since
 
     def add(self, error: NonFiniteGradient, causes: Sequence[str | None]) -> str:
         """Count a skipped round; returns its reason, from what all ranks have found."""

@@ -22,10 +22,6 @@ class MetricWindow:
         self.usual: Metrics = {}  # mean gradient norms of the window before
         self.since = time.perf_counter()
 
-    def restart_clock(self) -> None:
-        """Measure the pace from now on."""
-        self.since = time.perf_counter()
-
     def add(self, metrics: Metrics) -> list[str]:
         """Add a round's metrics; returns a remark for each gradient norm that is a spike."""
         self.rows.append({self.keys.get(key, key): value for key, value in metrics.items()})

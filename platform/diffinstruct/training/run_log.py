@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.prompts import read_prompt_set
 from diffinstruct.method.step import Metrics
 from diffinstruct.models.denoiser import OneStepGenerator
 from diffinstruct.models.pipeline import Reference
-from diffinstruct.models.sampling import EVALUATION_SEED, sample_latents
+from diffinstruct.models.sampling import EVALUATION_SEED, LatentSampler
 from diffinstruct.run_folder import signals
 from diffinstruct.tracking.journal import Journal, Parent
 from diffinstruct.training.guards import MAX_SKIPS_IN_A_ROW
@@ -45,21 +44,16 @@ class SampleGrid:
     """Samples that show how a run goes. Rows are prompts; the first column is the starting generator, then the current
     one on the same and on more noise."""
 
-    def __init__(self, experiment: Experiment, reference: Reference, start: nn.Module) -> None:
-        prompts = read_prompt_set(experiment.prompts.grid, experiment.prompts.column)
-        self.experiment, self.reference = experiment, reference
-        self.prompts = prompts[: experiment.logging.grid_prompts]
-        noise = torch.Generator().manual_seed(EVALUATION_SEED)
-        self.noise = torch.randn(GRID_NOISES, len(self.prompts), *reference.latent_shape, generator=noise)
-        self.start = self._latents(start, 0)
+    def __init__(self, prompts: Sequence[str], sample: LatentSampler, start: nn.Module) -> None:
+        self.prompts, self.sample = prompts, sample
+        generator = torch.Generator().manual_seed(EVALUATION_SEED)
+        noise = torch.randn(GRID_NOISES, len(prompts), *sample.reference.latent_shape, generator=generator)
+        self.noise = noise.to(sample.reference.device)
+        self.start = sample(start, self.noise[0], prompts)
 
     def columns(self, generator: nn.Module) -> list[Tensor]:
         """The grid's latents by column; a collective call where the generator is sharded."""
-        return [self.start, *(self._latents(generator, i) for i in range(GRID_NOISES))]
-
-    def _latents(self, generator: nn.Module, column: int) -> Tensor:
-        noise = self.noise[column].to(self.reference.device)
-        return sample_latents(self.experiment, self.reference, generator, noise, self.prompts)
+        return [self.start, *(self.sample(generator, noise, self.prompts) for noise in self.noise)]
 
 
 class RunLog:

@@ -6,12 +6,15 @@ left to its run log, and to the other ranks' silent one.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.prompts import read_prompt_set
 from diffinstruct.method.diffusion import Conditions
 from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.nonfinite import NonFiniteGradient
@@ -20,7 +23,7 @@ from diffinstruct.method.rewards import NonFiniteScore
 from diffinstruct.method.step import Metrics
 from diffinstruct.models.denoiser import OneStepGenerator
 from diffinstruct.models.roles import make_roles, unsharded
-from diffinstruct.models.sampling import EVALUATION_SEED, probe_inputs, sample_latents
+from diffinstruct.models.sampling import EVALUATION_SEED, LatentSampler, probe_inputs
 from diffinstruct.models.sharding import gathered, sharded
 from diffinstruct.reward_service.client import LocalRewards, RewardBackend, RewardClient, make_rewards
 from diffinstruct.reward_service.monitor import NO_HELD_OUT, OveroptimizationMonitor, ProbeResult
@@ -29,7 +32,7 @@ from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore
 from diffinstruct.run_folder.ranks import SINGLE
 from diffinstruct.tracking.journal import Parent
-from diffinstruct.training.build import make_step_config, make_train_state, open_reference, resolve_device, training_prompts
+from diffinstruct.training.build import make_step_config, make_train_state, open_reference, resolve_device
 from diffinstruct.training.guards import MAX_SKIPS_IN_A_ROW, ON_ALARM, AlarmAction
 from diffinstruct.training.loop_state import Identity, LoopState
 from diffinstruct.training.metric_window import MetricWindow
@@ -55,8 +58,10 @@ class Trainer:
         self.worker, self.ranks, self.mesh = worker, worker.ranks, worker.mesh
         self.device = resolve_device(experiment.device)
         self.reference = open_reference(experiment, self.device)
+        self.sample = LatentSampler(self.reference, experiment.precision, experiment.rewards.micro_batch_size)
         self.state = self._build_state(actors)
-        self.grid = SampleGrid(experiment, self.reference, self.state.train_state.ema)
+        grid = read_prompt_set(experiment.prompts.grid, experiment.prompts.column)[: experiment.logging.grid_prompts]
+        self.grid = SampleGrid(grid, self.sample, self.state.train_state.ema)
         self.store = CheckpointStore(folder / "checkpoints", ranks=self.ranks if self.mesh else SINGLE)
         self.run_log: RunLog | SilentRunLog = SilentRunLog()
         self.preempted = self.pausing = False
@@ -69,30 +74,33 @@ class Trainer:
         self.start_error = roles.start_error
         train_state = make_train_state(experiment, roles, reference.null_conditions(), self.worker.wrap)
         step_config = make_step_config(experiment, reference.schedule)
-        self.prompts = training_prompts(experiment)
+        self.prompts = read_prompt_set(experiment.prompts.train, experiment.prompts.column)
         self.identity = Identity(experiment.config_hash, self.prompts.digest)
-        rewards = RewardClient(
-            experiment, actors, lambda: LocalRewards(make_rewards(experiment.rewards.names, reference.decode, self.device))
-        )
-        monitor = OveroptimizationMonitor(experiment, reference, self.prompts, rewards, self.ranks)
-        window = MetricWindow(experiment.rewards.held_out, experiment.global_batch_size)
+        config, held_out = experiment.rewards, experiment.rewards.held_out
+        in_process = partial(make_rewards, config.names, reference.decode, self.device)
+        rewards = RewardClient(config, experiment.cluster.rewards, actors, lambda: LocalRewards(in_process()))
+        monitor = OveroptimizationMonitor(held_out, self.sample, self.prompts, rewards, self.ranks)
+        window = MetricWindow(held_out, experiment.global_batch_size)
         return LoopState(train_state, step_config, rewards, monitor, window)
 
     @property
     def done(self) -> bool:
         return self.state.stopped or self.state.step >= self.experiment.steps
 
+    def _newest(self) -> tuple[int, dict[str, Any]] | None:
+        return newest(self.store, self.ranks, self.identity, self.experiment.prompts.train)
+
     # -------------------------------------------------------------------------------------------- before the rounds
     def restore(self) -> None:
         """Go on from the newest checkpoint, if there is one. Nothing is written before: a run of another configuration
         stays as it is."""
-        if found := newest(self.store, self.experiment, self.ranks, self.identity):
+        if found := self._newest():
             self.state.restore(*found, self.mesh, self.store.folder)
         else:
             self.state.rewards.open()
         if self.ranks.first:
             self.run_log = RunLog(self.experiment, self.folder, self.reference, self.parent, self.worker.where, self.state.step)
-        self.state.metric_window.restart_clock()
+        self.state.metric_window.since = time.perf_counter()  # the pace counts from here
 
     def validate_rewards(self) -> None:
         """Validate the rewards on the generator's samples before the first round from here, also in a resumed run,
@@ -104,7 +112,7 @@ class Trainer:
         if is_new := state.step == 0:
             self._show_start()
         prompts, noise = probe_inputs(self.reference, self.prompts, PICTURES, EVALUATION_SEED + 2)
-        latents = sample_latents(experiment, self.reference, state.train_state.ema, noise, prompts)
+        latents = self.sample(state.train_state.ema, noise, prompts)
         for report in state.rewards.validate(latents, prompts) if self.ranks.first else ():
             self.run_log.event(state.step, f"reward.{report.name}", str(report))
         if experiment.overoptimization.every and not experiment.rewards.held_out:
@@ -162,7 +170,7 @@ class Trainer:
     def roll_back(self, error: NonFiniteGradient, reason: str) -> None:
         """Go on from the last checkpoint with other prompts and noise. Raises NonFiniteGradient the second time."""
         state, guard = self.state, self.state.nonfinite_guard
-        found = None if guard.rolled_back else newest(self.store, self.experiment, self.ranks, self.identity)
+        found = None if guard.rolled_back else self._newest()
         if found is None:
             raise guard.give_up(state.step, error, reason) from None
         failed_step, skipped = state.step, guard.skipped
@@ -180,8 +188,8 @@ class Trainer:
         # The probe is of the generator before this round
         action = self.ranks.min(self._collect(probe, state.step - 1))
         if action == AlarmAction.LOWER_SCALE:
-            scale = state.halve_reward_scale()
-            self._tell_action(f"reward_scale is {scale:g} from here on")
+            state.set_reward_scale(state.step_config.reward_scale / 2)
+            self._tell_action(f"reward_scale is {state.step_config.reward_scale:g} from here on")
         elif action == AlarmAction.STOP:
             state.stopped = True
             self._tell_action("the run ends here, as if it were finished")
