@@ -44,9 +44,8 @@ class Metric:
 def kid(features: Array, reference: Array, seed: int) -> Estimate:
     """Kernel distance between `features` [n, F] and `reference` [m, F] (Binkowski et al. 2018, arXiv 1801.01401).
 
-    The unbiased squared MMD under the kernel (x.y / F + 1)^3, 0 in the mean if both have one law. Over all pairs rather
-    than over random subsets, whose deviation is no interval: prompts and reference pictures are resampled instead, and
-    a picture is never paired with its own copy, which keeps every resample unbiased.
+    The unbiased squared MMD under the kernel (x.y / F + 1)^3, over all pairs. Its interval comes from resampled prompts
+    and reference pictures; a picture is never paired with its own copy, so every resample is unbiased.
     """
     value, replicates = kid_replicates(features, reference, seed)
     return from_replicates(value, replicates, len(features), seed)

@@ -20,8 +20,7 @@ Conditions = dict[str, Tensor]
 """What the networks are conditioned on, batch first: {"prompt_embeds": [B, L, D], ...}."""
 
 Denoiser = Callable[[Tensor, Tensor, Conditions], Tensor]
-"""(xt [B, ...], t [B], conditions) -> x0_hat [B, ...]. Every network, of whatever parametrisation, is adapted to
-this."""
+"""(xt [B, ...], t [B], conditions) -> x0_hat [B, ...]. Every network, of whatever parametrisation, is adapted to it."""
 
 GuidedReference = Callable[[Tensor, Tensor, Conditions], tuple[Tensor, Tensor | None]]
 """(xt, t, conditions) -> (r, g), each like xt: the x0 prediction that a divergence compares with, and the guidance that
@@ -81,8 +80,7 @@ class Schedule:
                 return output
             case "flow_prediction":  # v = eps - x0, with alpha + sigma = 1
                 return xt - sigma * output
-        known = "'epsilon', 'v_prediction', 'sample' and 'flow_prediction'"
-        raise ValueError(f"prediction: got {prediction!r}, known are {known}")
+        raise ValueError(f"prediction: got {prediction!r}, known are 'epsilon', 'v_prediction', 'sample' and 'flow_prediction'")
 
 
 def denoising_loss(

@@ -20,8 +20,7 @@ if TYPE_CHECKING:  # the configuration reads DISTANCES before torch is there, an
 
 
 class Distance(NamedTuple):
-    """Any pair of callables of these shapes is a distance, as long as `gradient` is differentiable in y: DI* needs
-    that."""
+    """Any pair of callables of these shapes. `gradient` has to be differentiable in y: DI* needs that."""
 
     value: Callable[[Tensor], Tensor]  # d, [B, ...] -> [B]; recorded, never differentiated
     gradient: Callable[[Tensor], Tensor]  # d', [B, ...] -> [B, ...]
@@ -58,8 +57,7 @@ DISTANCES: dict[str, Distance | Callable[..., Distance]] = {"pseudo_huber": pseu
 
 
 def distance_arguments(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """`objective.distance_args` with the defaults of what it leaves out. Raises ArgumentError; what a module of yours
-    raises."""
+    """`objective.distance_args` with defaults filled in. Raises ArgumentError; what a module of yours raises."""
     pair = _pair(name)
     return complete_arguments(name, parameters(pair) if callable(pair) else {}, args)
 

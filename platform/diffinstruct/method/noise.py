@@ -30,8 +30,7 @@ STREAMS_PER_ROUND = 1_024
 
 @dataclass(frozen=True)
 class NoiseStreams:
-    """The randomness of one round, drawn for the *global* batch and then sliced: the number of workers changes no
-    number."""
+    """The randomness of one round, drawn for the *global* batch and then sliced: on any number of workers the same."""
 
     seed: int
     step: int

@@ -10,13 +10,11 @@ from torch import Tensor
 
 
 class NonFiniteGradient(RuntimeError):
-    """The gradient of `network` is not finite: its update was left out, and with it the rest of the round. All workers
-    raise it.
+    """A gradient is not finite: its update was left out, and with it the rest of the round. All workers raise it.
 
     network: "score network" or "generator".
-    cause: the first thing that was not finite on this worker, with the prompts it belongs to; None where all was well
-    here, up
-        to the gradient itself.
+    cause: the first thing on this worker that was not finite, with its prompt; None where all was well up to the
+        gradient.
     """
 
     def __init__(self, step: int, network: str, cause: str | None) -> None:
@@ -41,8 +39,8 @@ class FiniteCheck:
         if finite.all().item():
             return True
         prompts = self.prompts[part]
-        of = [prompt for prompt, is_finite in zip(prompts, finite.tolist(), strict=True) if not is_finite]
-        self.record(f"{what}, of {len(of)} of {len(prompts)} samples, the first of them {of[0]!r}")
+        spoiled = [prompt for prompt, is_finite in zip(prompts, finite.tolist(), strict=True) if not is_finite]
+        self.record(f"{what}, of {len(spoiled)} of {len(prompts)} samples, the first of them {spoiled[0]!r}")
         return False
 
     def record(self, what: str) -> None:

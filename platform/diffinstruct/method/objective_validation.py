@@ -1,9 +1,8 @@
 """Objectives and distances of the user's own are tried before the first step, as rewards are.
 
 A distance has a right answer: d' is compared with differences of d, and the gradient of d' with differences of d',
-which is what DI* trains with. The right gradient of an objective is not known here. Checked are shapes, that all
-figures are finite at both ends of the run's t and where both networks agree, and that each sample's gradient is its
-own.
+which is what DI* trains with. The right gradient of an objective is not known here: checked are shapes, that all is
+finite at both ends of the run's t and where both networks agree, and that each sample's gradient is its own.
 
 A mistake is a ValueError of one line, with what was seen and what was expected.
 """
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from diffinstruct.method.diffusion import Conditions
 from diffinstruct.method.distances import Distance
-from diffinstruct.method.objectives import Objective
+from diffinstruct.method.objectives import Objective, per_sample_sum
 
 SHAPE = (4, 4, 8, 8)
 """Of the samples that objectives and distances are tried on: [B, channels, height, width]."""
@@ -55,7 +54,7 @@ def _derivatives_agree(distance: Distance, scale: float, at_zero: Tensor, draws:
         differences = [_difference(partial(_value, distance, where=where), y, v, step) for step in steps]
         if (factor := _disagreement(slope(y), differences)) is not None:
             raise ValueError(f"d' is not the gradient of d: differences of d are {factor:.3g} times what d' says")
-        second = _dot(_derivative(distance, y, v, where), w)
+        second = per_sample_sum(_derivative(distance, y, v, where) * w)
         differences = [_difference(slope, y, w, step) for step in steps]
         if (factor := _disagreement(second, differences)) is not None:
             raise ValueError(
@@ -78,7 +77,7 @@ def _slope(distance: Distance, v: Tensor, where: str, y: Tensor) -> Tensor:
     with torch.no_grad():
         gradient = _called("d'", distance.gradient, y)
     _expect("d'(y)", gradient, tuple(y.shape), where)
-    return _dot(gradient.double(), v)
+    return per_sample_sum(gradient.double() * v)
 
 
 def _derivative(distance: Distance, y: Tensor, v: Tensor, where: str) -> Tensor:
@@ -87,9 +86,7 @@ def _derivative(distance: Distance, y: Tensor, v: Tensor, where: str) -> Tensor:
     with torch.enable_grad():
         gradient = _called("d'", distance.gradient, leaf)
         _expect("d'(y)", gradient, tuple(y.shape), where)
-        if not gradient.requires_grad:
-            raise ValueError("d'(y) carries no gradient to y (is it detached?), and di_star differentiates it")
-        (derivative,) = torch.autograd.grad((gradient * v).sum(), leaf, allow_unused=True)
+        derivative = _grad((gradient * v).sum(), leaf)
     if derivative is None:
         raise ValueError("d'(y) carries no gradient to y (is it detached?), and di_star differentiates it")
     _expect("the gradient of d'(y)", derivative, tuple(y.shape), where)
@@ -117,10 +114,6 @@ def _disagreement(derivative: Tensor, differences: Sequence[Tensor]) -> float | 
         return None
     nearest = differences[-1]
     return ((nearest * derivative).sum() / (derivative * derivative).sum()).item()
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1)
 
 
 # ---------------------------------------------------------------------------------------------------- objectives
@@ -190,13 +183,17 @@ def _own_gradients(loss_at: Callable[[Tensor], Tensor], x0: Tensor) -> None:
 
 
 def _gradient_at(loss: Tensor, leaf: Tensor, where: str = "") -> Tensor:
-    if not loss.requires_grad:
-        raise ValueError("its loss carries no gradient (is it detached?), so none reaches x0")
-    (gradient,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
+    gradient = _grad(loss.sum(), leaf)
     if gradient is None:
-        raise ValueError("no gradient of its loss reaches x0")
+        detached = "its loss carries no gradient (is it detached?), so none reaches x0"
+        raise ValueError("no gradient of its loss reaches x0" if loss.requires_grad else detached)
     _expect("its gradient at x0", gradient, tuple(leaf.shape), where)
     return gradient
+
+
+def _grad(total: Tensor, leaf: Tensor) -> Tensor | None:
+    """None where `total` does not depend on the leaf."""
+    return torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
 
 
 def _expect(title: str, tensor: object, shape: tuple[int, ...], where: str = "") -> None:

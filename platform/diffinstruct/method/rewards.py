@@ -30,12 +30,10 @@ class NonFiniteScore(RewardError):
 class RewardRequest:
     """What a caller wants of the rewards.
 
-    weights: name -> its weight in the sum whose gradient is wanted; every other reward is scored and no more. None of
-    them: no
+    weights: name -> weight in the sum whose gradient is wanted; other rewards are scored and no more. Without any no
         gradient is computed.
-    micro_batch: rows that go through decoder and rewards at once. Rows in batches of another size differ in the last
-    bits, so
-        the caller fixes it: answers are reproducible, and memory is bounded.
+    micro_batch: rows that go through decoder and rewards at once. The caller fixes it, since another number changes the
+        last bits.
     """
 
     weights: Mapping[str, float]
@@ -45,8 +43,7 @@ class RewardRequest:
 @dataclass(frozen=True)
 class Scores:
     """`scores`: each reward's own [B]. `gradient`, like the latents: d(sum_b sum_i weight_i r_i) / d latents, so row b
-    is sample b's own gradient whatever the batch. `seconds`: what computing it took. `micro_batch`: the rows that went
-    at once, fewer than asked for where memory did not hold them."""
+    is sample b's own. `seconds`: what it took. `micro_batch`: the rows that went at once, fewer where memory ended."""
 
     scores: dict[str, Tensor]
     gradient: Tensor
@@ -84,7 +81,7 @@ class LatentRewards:
         while True:
             try:
                 rows = [slice(i, i + micro_batch) for i in range(0, len(latents), micro_batch)]
-                parts = [self._score(latents[of], prompts[of], request.weights) for of in rows]
+                parts = [self._score(latents[part], prompts[part], request.weights) for part in rows]
                 break
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):

@@ -28,8 +28,7 @@ GENERATOR, EMA, SCORE, START = "generator", "average", "score", "start"
 @dataclass(frozen=True)
 class Roles:
     """`generator` and `score_network` are trained, `reference` and `ema` (the generator's, in fp32) are not.
-    `start_error`: what a low-rank start has lost, as a share of its difference from the reference; None for an exact
-    one."""
+    `start_error`: the share of its difference from the reference that a low-rank start has lost; None: it is exact."""
 
     generator: OneStepGenerator
     score_network: NetworkDenoiser
@@ -39,18 +38,16 @@ class Roles:
 
 
 Materialize = Callable[[Callable[[str | None], nn.Module]], nn.Module]
-"""Takes a loader, device -> network (None: the reference's device; "meta": without weights), and returns the network as
-this process keeps it: whole or sharded."""
+"""Makes of a loader, device -> network (None: the reference's device; "meta": without weights), the network as this
+process keeps it: whole or sharded."""
 
 
 def unsharded(load: Callable[[str | None], nn.Module]) -> nn.Module:
-    """The `Materialize` of a process that does not shard its networks."""
     return load(None)
 
 
 def make_roles(experiment: Experiment, reference: Reference, materialize: Materialize = unsharded) -> Roles:
-    """As the configuration asks for: `lora_rank` 0 is a full copy in fp32. What is frozen is in the arithmetic's
-    precision."""
+    """The roles of a configuration. `lora_rank` 0 is a full copy in fp32; what is frozen is in `precision`."""
     generator, score_network, error = experiment.generator, experiment.score_network, None
     frozen = frozen_dtype(experiment.precision)
 
@@ -82,10 +79,11 @@ def make_roles(experiment: Experiment, reference: Reference, materialize: Materi
     if score_network.lora_rank:
         base.add(SCORE, score_network.lora_rank, experiment.seed + 1)
     score = base.role(SCORE) if score_network.lora_rank else network()
+    one_step = partial(reference.one_step, timestep=generator.timestep, input_scale=generator.input_scale)
     return Roles(
-        generator=reference.one_step(trained.requires_grad_(True), generator.timestep, generator.input_scale),
+        generator=one_step(trained.requires_grad_(True)),
         score_network=reference.denoiser(score.requires_grad_(True)),
         reference=reference.denoiser(base.role()).eval(),
-        ema=reference.one_step(ema.requires_grad_(False), generator.timestep, generator.input_scale).eval(),
+        ema=one_step(ema.requires_grad_(False)).eval(),
         start_error=error,
     )

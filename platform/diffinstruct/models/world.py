@@ -89,8 +89,6 @@ def world_of(model: str) -> World | None:
     """The world that `reference.model` belongs to: the one it names, or the one whose pipeline it is."""
     if world := named_world(model):
         return world
-    pipeline = Path(model)
-    if pipeline.is_dir() and (pipeline.absolute().parent / WORLD_FILE).is_file():
-        world = read_world(pipeline.absolute().parent)
-        return world if world.pipeline.resolve() == pipeline.resolve() else None
-    return None
+    pipeline = Path(model).resolve()
+    world = named_world(str(Path(model).absolute().parent)) if pipeline.is_dir() else None
+    return world if world and world.pipeline.resolve() == pipeline else None

@@ -22,8 +22,7 @@ from diffinstruct.run_folder.ranks import Ranks
 
 
 def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:
-    """A reward by its short name or import path, on `device`. Raises UserError: it may be anybody's code that fails to
-    load."""
+    """A reward by its short name or import path, on `device`. Raises UserError where its code fails to load."""
     import reward_models
 
     try:
@@ -64,7 +63,7 @@ class LocalRewards:
         return lambda: answer
 
     def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
-        with torch.no_grad():  # decoded one at a time: the pictures of a validation need not fit a GPU's memory at once
+        with torch.no_grad():  # decoded one at a time: all at once need not fit a GPU's memory
             images = torch.cat([self.rewards.decode(latent) for latent in latents.split(1)])
         return [validate_reward(name, reward, images, prompts, name in trained) for name, reward in self.rewards.models.items()]
 
@@ -81,8 +80,8 @@ def make_rewards(names: Sequence[str], decode: Callable[[Tensor], Tensor], devic
 class RewardClient:
     """The rewards as a run asks them.
 
-    Its state is what a run finds out about its rewards: the micro-batch that memory holds, the scales of the rewards,
-    and where they are computed. A resumed run sends the same requests, so it gets the same bits.
+    Its state is what a run finds out about its rewards: the micro-batch that memory holds, their scales, and where they
+    are computed. A resumed run sends the same requests, so it gets the same bits.
 
     in_process: makes the rewards in this process, for a run without actors, or one that is faster without them.
     """
@@ -97,8 +96,7 @@ class RewardClient:
         self.config, self.actors, self.in_process = config, actors, in_process
         self.micro_batch_size = config.micro_batch_size
         self.scales = {reward.name: 1.0 for reward in config.trained}
-        self.placement = "process" if actors is None else actors_config.placement
-        """ "auto" until it is chosen."""
+        self.placement = "process" if actors is None else actors_config.placement  # "auto" until it is chosen
         if self.placement == "auto" and actors_config.environments:
             self.placement = "actor"  # what a package of the same name scores in this environment is another reward
         self._backend: RewardBackend | None = None
@@ -150,8 +148,7 @@ class RewardClient:
         return reports
 
     def measure_scales(self, latents: Tensor, prompts: Sequence[str]) -> None:
-        """`rewards.normalize`: the standard deviations of the trained rewards over pictures of the starting
-        generator."""
+        """`rewards.normalize`: the standard deviations of the trained rewards over pictures of the start."""
         if self.config.normalize == "std" and self.scales:
             scores = self.score(latents, prompts)().scores
             self.scales = {name: scores[name].double().std().item() for name in self.scales}
@@ -160,24 +157,21 @@ class RewardClient:
 
     def choose_placement(self, ranks: Ranks) -> str | None:
         """Choose where the rewards are computed from now on, once enough rounds have been timed; returns a line that
-        says why, or None. Makes collective calls: every rank calls it after the same round."""
+        says why, or None. A collective call."""
         # A round that was left out may have been timed by some ranks and not by others
         if self.placement != "auto" or ranks.min(len(self._exposed_seconds)) < MEASURED_ROUNDS or self._last_batch is None:
             return None
         exposed = sorted(self._exposed_seconds)[len(self._exposed_seconds) // 2]
         seconds, remark = self._time_in_process()
         here = ranks.min(int(seconds < exposed))
-        self.placement = "process" if here else "actor"
+        self.placement, where = ("process", "training process") if here else ("actor", "reward actors")
         if not here:
             self._backend = self.actors
-        return (
-            f"rewards are computed in the {'training process' if here else 'reward actors'}: actors hold a round up by "
-            f"{exposed:.3f} s, the training process {remark}"
-        )
+        times = f"actors hold a round up by {exposed:.3f} s, the training process {remark}"
+        return f"rewards are computed in the {where}: {times}"
 
     def _time_in_process(self) -> tuple[float, str]:
-        """Seconds that the last request takes here, and a remark; it is sent twice, since the first reads the
-        models."""
+        """Seconds that the last request takes here, and a remark; the first of two requests reads the models."""
         assert self._last_batch is not None
         try:
             backend, seconds = self.in_process(), 0.0

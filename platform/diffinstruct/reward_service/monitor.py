@@ -2,12 +2,11 @@
 
 A reward is a proxy: optimised far enough it rises on while held-out rewards and variety fall (Gao et al. 2022, "Scaling
 laws for reward model overoptimization", arXiv 2210.10760). Every few rounds the monitor takes a probe: pictures of the
-generator's EMA, always of the same prompts and noise. It compares them with those of the start and of the best
-probe. It is arithmetic on the probes and nothing else, so a resumed run alarms as the uninterrupted one would.
+generator's EMA, always of the same prompts and noise. It compares them with those of the start and of the best probe:
+arithmetic on the probes and nothing else, so a resumed run alarms as the uninterrupted one would.
 
-Gains are counted in the within-prompt standard deviation of the start: that of the scores of one prompt's pictures. How
-scores differ from prompt to prompt does not matter: the generator cannot choose its prompts, and a planted flaw hides
-behind that difference.
+Gains are counted in the start's within-prompt standard deviation, that of the scores of one prompt's pictures. How
+scores differ between prompts does not matter: a planted flaw hides behind that difference.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ from diffinstruct.reward_service.reward_validation import PICTURES
 from diffinstruct.run_folder.ranks import SINGLE, Ranks
 
 NOISES = 4
-"""A probe has so many pictures of each prompt. How they differ is the variety, how their scores do the within-prompt
-std."""
+"""A probe has so many pictures of each prompt."""
 
 # Where a symptom begins: tuned on recorded probes of the pocket world, see docs/results.md.
 UNEXPLAINED = 3.0
@@ -54,20 +52,13 @@ NO_HELD_OUT = (
 
 @dataclass(frozen=True)
 class Probe:
-    """Scores and figures of n pictures of the generator's EMA, of the same prompts and noise at every probe.
-
-    Rows are NOISES pictures of the first prompt, then of the second, and so on.
-    """
+    """Scores and figures of n pictures: NOISES of the first prompt, then of the second, and so on."""
 
     step: int
-    trained: np.ndarray
-    """[n], the weighted sum of the trained rewards of each picture."""
-    held_out: Mapping[str, np.ndarray]
-    """Name -> [n]."""
-    variety: float
-    """Mean distance between the latents of one prompt's pictures."""
-    distance: float
-    """The metric "x0_gap", mean of the rounds since the last probe; NaN where there is none."""
+    trained: np.ndarray  # [n], the weighted sum of the trained rewards
+    held_out: Mapping[str, np.ndarray]  # name -> [n]
+    variety: float  # mean distance between the latents of one prompt's pictures
+    distance: float  # the metric "x0_gap", mean of the rounds since the last probe; NaN where there is none
 
 
 @dataclass(frozen=True)
@@ -83,14 +74,10 @@ class ProbeHistory:
     """One run's probes, in order; the first is its start. Without held-out rewards two symptoms remain: see NO_HELD_OUT."""
 
     def __init__(self) -> None:
-        self.best: dict[str, Any] = {}
-        """ "step" and "held_out" (its gain) of the probe at a checkpoint that has gained most."""
-        self._start: dict[str, Any] = {}
-        """The first probe's scores and variety; "distance" of the first probe that has one."""
-        self._highest: dict[str, dict[str, Any]] = {}
-        """Held-out reward -> step and scores of the probe with the highest mean."""
-        self._active: list[str] = []
-        """Symptoms that were reported and have not gone away."""
+        self.best: dict[str, Any] = {}  # "step" and "held_out" (its gain) of the best probe at a checkpoint
+        self._start: dict[str, Any] = {}  # the first probe's scores and variety; "distance" of the first that has one
+        self._highest: dict[str, dict[str, Any]] = {}  # held-out reward -> step and scores of the probe with the highest mean
+        self._active: list[str] = []  # symptoms that were reported and have not gone away
         self._figures: dict[str, float] = {}
 
     @property
@@ -104,10 +91,9 @@ class ProbeHistory:
         has_checkpoint: whether there is one of that step. Of those without any symptom the best has the highest
             held-out gain.
         """
-        if probe.trained.ndim != 1 or len(probe.trained) % NOISES or len(probe.trained) < 2 * NOISES:
-            raise ValueError(
-                f"a probe has {NOISES} pictures of each of several prompts, got scores {list(probe.trained.shape)}"
-            )
+        shape = probe.trained.shape
+        if len(shape) != 1 or shape[0] % NOISES or shape[0] < 2 * NOISES:
+            raise ValueError(f"a probe has {NOISES} pictures of each of several prompts, got scores {list(shape)}")
         if not self._start:
             held_out = {name: scores.tolist() for name, scores in probe.held_out.items()}
             self._start = {"trained": probe.trained.tolist(), "held_out": held_out, "variety": probe.variety, "distance": None}
@@ -129,8 +115,8 @@ class ProbeHistory:
         return Alarm(probe.step, new, symptoms[new])
 
     def figures(self) -> dict[str, float]:
-        """The metrics of the last probe, those that there are: gains in within-prompt std (held_out: the mean of the
-        held-out rewards), variety and distance as multiples of what they were."""
+        """The metrics of the last probe: gains in within-prompt std (held_out: the mean of those rewards), variety and
+        distance as multiples of what they were."""
         return {f"overoptimization/{name}": value for name, value in self._figures.items()}
 
     def _compare(self, probe: Probe) -> dict[str, float]:
@@ -180,14 +166,12 @@ class ProbeHistory:
         return symptoms
 
     def state_dict(self) -> dict[str, Any]:
-        """What the coming probes are compared with: numbers, strings, lists and dicts of them."""
-        return {
-            "start": self._start, "highest": self._highest, "active": list(self._active), "best": dict(self.best),
-        }  # fmt: skip
+        """What the coming probes are compared with."""
+        return {"start": self._start, "highest": self._highest, "active": list(self._active), "best": dict(self.best)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._start, self._highest, self._active = (dict(state["start"]), dict(state["highest"]), list(state["active"]))
-        self.best = dict(state["best"])
+        self._start, self._highest, self.best = (dict(state[key]) for key in ("start", "highest", "best"))
+        self._active = list(state["active"])
 
 
 def by_prompt(scores: Any) -> np.ndarray:
@@ -201,8 +185,8 @@ def within_prompt_std(scores: Any) -> float:
 
 
 def gain(start: Any, scores: np.ndarray) -> float:
-    """The gain since the start in its within-prompt std; 0 where nothing has risen. NaN where the scores of each of its
-    prompts are all alike, as those of a reward that says yes or no may be: there is no unit to count in."""
+    """The gain since the start in its within-prompt std; 0 where nothing has risen. NaN where that is 0, as for a reward
+    that says yes or no it may be."""
     risen, unit = float(np.mean(scores) - np.mean(start)), within_prompt_std(start)
     if not risen:
         return 0.0
@@ -216,8 +200,8 @@ ProbeResult = tuple[dict[str, float], Alarm | None]
 class OveroptimizationMonitor:
     """Probes the generator's EMA, always with the same prompts and noise, and keeps the history of the probes.
 
-    A probe is sent before a round and collected after it: the rewards score it meanwhile. Sampling is a collective call
-    of sharded networks. The first rank alone has its samples scored.
+    A probe is sent before a round and collected after it: the rewards score it meanwhile. All ranks sample, which sharded
+    networks do together; the first one alone has its samples scored.
     """
 
     def __init__(
@@ -240,8 +224,7 @@ class OveroptimizationMonitor:
             self.x0_gaps.append(x0_gap)
 
     def probe(self, step: int, generator: nn.Module, has_checkpoint: bool) -> Callable[[], ProbeResult]:
-        """Probe the generator after `step` rounds, of which there is a checkpoint or not; collecting gives the
-        result."""
+        """Probe the generator after `step` rounds; collecting gives the result."""
         latents = self.sample(generator, self.noise, self.prompts)
         if not self.ranks.first:
             return lambda: ({}, None)

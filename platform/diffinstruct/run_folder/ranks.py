@@ -11,10 +11,8 @@ from diffinstruct.method.step import Metrics
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process's view of all of them. Every rank makes each collective call; by default there is one process.
-
-    `cluster/collectives.py` has the calls of torch.distributed.
-    """
+    """One process's view of all of them, with the collective calls, which every rank makes; by default there is one
+    process. `cluster/collectives.py` has the calls of torch.distributed."""
 
     rank: int = 0
     world: int = 1

@@ -41,8 +41,8 @@ class Result:
 
 
 class SampleGrid:
-    """Samples that show how a run goes. Rows are prompts; the first column is the starting generator, then the current
-    one on the same and on more noise."""
+    """Samples that show how a run goes. Rows are prompts, columns the starting generator, then the current one on the
+    same and on more noise."""
 
     def __init__(self, prompts: Sequence[str], sample: LatentSampler, start: nn.Module) -> None:
         self.prompts, self.sample = prompts, sample
@@ -121,12 +121,9 @@ class RunLog:
 
     @torch.no_grad()
     def grid(self, step: int, columns: Sequence[Tensor]) -> None:
-        """Show a SampleGrid's columns."""
-        self.tracker.image("grid", step, tile([self._decoded(latents) for latents in columns]))
-
-    def _decoded(self, latents: Tensor) -> Tensor:
-        """Decode one at a time: a decoder takes more memory for a grid than a round does for its micro-batch."""
-        return torch.cat([self.reference.decode(latent).cpu() for latent in latents.split(1)])
+        """Show a SampleGrid's columns, decoded one sample at a time, which takes no more memory than a round."""
+        decode = self.reference.decode
+        self.tracker.image("grid", step, tile([[decode(latent)[0].cpu() for latent in column.split(1)] for column in columns]))
 
     def finish(self, step: int, ema: OneStepGenerator, best_step: int, metrics: Metrics) -> Result:
         """Export the generator's EMA as a stock pipeline; hand model and last metrics to the tracker."""
@@ -168,7 +165,7 @@ class SilentRunLog:
     def fail(self, error: BaseException) -> None: ...
 
 
-def tile(columns: Sequence[Tensor]) -> Any:
-    """Columns of pictures, each [rows, 3, H, W] in [0, 1] -> one uint8 array [rows * H, columns * W, 3]."""
+def tile(columns: Sequence[Sequence[Tensor]]) -> Any:
+    """Columns of pictures, each [3, H, W] in [0, 1] -> one uint8 array [rows * H, columns * W, 3]."""
     rows = torch.cat([torch.cat(list(column), dim=1) for column in columns], dim=2)
     return (rows.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

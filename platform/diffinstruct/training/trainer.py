@@ -103,9 +103,8 @@ class Trainer:
         self.state.metric_window.since = time.perf_counter()  # the pace counts from here
 
     def validate_rewards(self) -> None:
-        """Validate the rewards on the generator's samples before the first round from here, also in a resumed run,
-        whose rewards somebody may have changed meanwhile. A new run also shows its start and measures the rewards'
-        scales."""
+        """Validate the rewards on the generator's samples before the first round from here; somebody may have changed
+        them since a run broke off. A new run also shows its start and measures the rewards' scales."""
         state, experiment = self.state, self.experiment
         if self.done:
             return
@@ -121,15 +120,13 @@ class Trainer:
             state.rewards.measure_scales(latents, prompts)
 
     def _show_start(self) -> None:
-        if self.start_error is not None:
-            text = f"generator.init_rank: {self.start_error:.1%} of the start's difference is lost"
-            self.run_log.event(0, "start", text)
+        if (lost := self.start_error) is not None:
+            self.run_log.event(0, "start", f"generator.init_rank: {lost:.1%} of the start's difference is lost")
         self.run_log.grid(0, self.grid.columns(self.state.train_state.ema))
 
     # --------------------------------------------------------------------------------------------------- one round
     def start_probe(self) -> PendingProbe | None:
-        """Send samples of the generator's EMA to the rewards, every so many rounds; they score them during the
-        round."""
+        """Send samples of the generator's EMA to the rewards, every so many rounds; they are scored meanwhile."""
         step, every = self.state.step, self.experiment.overoptimization.every
         if every == 0 or step % every != 0:
             return None
@@ -138,9 +135,8 @@ class Trainer:
 
     def draw_batch(self) -> tuple[NoiseStreams, list[str], Conditions]:
         """Draw this rank's part of the round's global batch: noise, prompts and their conditions."""
-        batch = self.experiment.global_batch_size
-        per_rank = batch // self.ranks.world
-        rows = slice(self.ranks.rank * per_rank, (self.ranks.rank + 1) * per_rank)
+        batch, rank = self.experiment.global_batch_size, self.ranks.rank
+        rows = slice(rank * batch // self.ranks.world, (rank + 1) * batch // self.ranks.world)
         seed = self.state.nonfinite_guard.seed(self.experiment.seed)
         noise = NoiseStreams(seed, self.state.step, batch, self.reference.latent_shape, rows, self.device)
         prompts = [self.prompts[i] for i in noise.prompts(len(self.prompts))]
@@ -185,21 +181,18 @@ class Trainer:
         if probe is None:
             return
         state = self.state
-        # The probe is of the generator before this round
-        action = self.ranks.min(self._collect(probe, state.step - 1))
+        action = self.ranks.min(self._collect(probe, state.step - 1))  # it is of the generator before this round
+        if action == AlarmAction.CONTINUE:
+            return
+        text = "the run ends here, as if it were finished"
         if action == AlarmAction.LOWER_SCALE:
             state.set_reward_scale(state.step_config.reward_scale / 2)
-            self._tell_action(f"reward_scale is {state.step_config.reward_scale:g} from here on")
-        elif action == AlarmAction.STOP:
-            state.stopped = True
-            self._tell_action("the run ends here, as if it were finished")
-
-    def _tell_action(self, text: str) -> None:
-        self.run_log.event(self.state.step, "on_alarm", f"overoptimization.on_alarm: {text}")
+            text = f"reward_scale is {state.step_config.reward_scale:g} from here on"
+        state.stopped |= action == AlarmAction.STOP
+        self.run_log.event(state.step, "on_alarm", f"overoptimization.on_alarm: {text}")
 
     def _collect(self, probe: PendingProbe, step: int) -> int:
-        """Keep the result of a probe; returns what it leads to. One that the rewards have no finite score for is
-        left out."""
+        """Keep a probe's result, unless the rewards have no finite score for it; returns what it leads to."""
         try:
             metrics, alarm = probe()
         except NonFiniteScore as error:
@@ -221,8 +214,7 @@ class Trainer:
         step = self.state.step
         if not self.preempted and self.worker.preempted():
             self.preempted = True
-            text = "a machine of this run is about to go: every step is saved from here on"
-            self.run_log.event(step, "preemption", text)
+            self.run_log.event(step, "preemption", "a machine of this run is about to go: every step is saved from here on")
         signal = self.ranks.min(signals.requested(self.folder) if self.ranks.first else signals.NONE)
         self.pausing = signal == signals.PAUSE
         if signal == signals.STOP:
@@ -242,8 +234,7 @@ class Trainer:
         if state.step % self.experiment.logging.every == 0 or self.done:
             state.metric_window.share(self.ranks)
             metrics = state.metric_window.mean() | {"steps/skipped": state.nonfinite_guard.skipped}
-            # Of a window whose rounds were all skipped there is little
-            state.last_metrics = state.last_metrics | metrics
+            state.last_metrics |= metrics  # of a window whose rounds were all skipped there is little
             self.run_log.metrics(state.step, metrics)
 
     def show_samples(self) -> None:
@@ -259,8 +250,8 @@ class Trainer:
         return self.state.step % every == 0 and not self.state.nonfinite_guard.consecutive
 
     def checkpoint(self) -> None:
-        """Begin a checkpoint where one is due, and make one of what was begun before. Raises Paused once the state of a
-        run that is to pause is saved."""
+        """Begin a checkpoint where one is due, and make one of what was begun before. Raises Paused once a run that is
+        to pause is saved."""
         guard, at_once = self.state.nonfinite_guard, self.done or self.pausing or self.preempted
         if at_once or self._checkpoint_due:
             guard.rolled_back = guard.rolled_back and guard.consecutive > 0
