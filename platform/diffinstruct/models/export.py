@@ -16,12 +16,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
+from PIL import Image
 
 from diffinstruct.errors import UserError
 from diffinstruct.models.denoiser import InputScale, OneStepGenerator
@@ -123,3 +125,17 @@ def one_step_scheduler(reference: Reference, generator: OneStepGenerator) -> Sch
         use_exponential_sigmas=True,
         steps_offset=1,
     )
+
+
+def generate(folder: Path | str, prompts: Sequence[str], seed: int = 0) -> list[Image.Image]:
+    """One picture for each prompt, made by the exported pipeline in `folder`, with noise of the seeds from `seed` on.
+
+    Raises UserError for a pipeline that is no one-step generator of ours.
+    """
+    reference, generator = load_export(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    seeds = range(seed, seed + len(prompts))
+    # One random generator for each picture: it depends on its seed, not on its neighbours.
+    z = torch.stack([torch.randn(reference.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    images = reference.sampler(generator)(list(prompts), z).cpu()
+    pixels = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    return [Image.fromarray(picture) for picture in pixels]

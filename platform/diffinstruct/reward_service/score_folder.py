@@ -156,11 +156,12 @@ def _names(folder: Path) -> list[str]:
     found = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
     if not found:
         raise UserError(f"{folder}: no pictures in it ({', '.join(SUFFIXES)})")
-    return sorted(found, key=lambda name: ([_natural(part) for part in re.split(r"(\d+)", name)], name))
 
+    def natural(name: str) -> tuple[list[tuple[int, str]], str]:
+        parts = re.split(r"(\d+)", name)
+        return [(int(part), "") if part.isdecimal() else (0, part.lower()) for part in parts], name
 
-def _natural(part: str) -> tuple[int, str]:
-    return (int(part), "") if part.isdecimal() else (0, part.lower())
+    return sorted(found, key=natural)
 
 
 def _pictures_of_the_start(texts: list[str], device: torch.device) -> Tensor:
