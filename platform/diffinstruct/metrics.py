@@ -79,8 +79,7 @@ def mean_pairwise_distance(features: Array) -> float:
 
 
 # ------------------------------------------------------------------------------------------ the table
-DISTANCES = ("kid", "x0_gap")
-"""Distances from the reference: of an evaluation, which is preferred, and of training."""
+DISTANCES = ("kid", "x0_gap")  # distances from the reference: of an evaluation, which is preferred, and of training
 REWARD, HELD_OUT, ACCURACY = "reward/", "held_out/", "accuracy/"
 
 METRICS: dict[str, Metric] = {

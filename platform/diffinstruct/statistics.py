@@ -14,8 +14,7 @@ from scipy import stats
 
 Array = NDArray[Any]
 RESAMPLES = 2000
-Z = 1.959963984540054
-"""The standard normal's 97.5 % point."""
+Z = 1.959963984540054  # the standard normal's 97.5 % point
 
 
 @dataclass(frozen=True)

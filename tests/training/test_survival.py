@@ -24,13 +24,13 @@ from tiny.runs import agree, journal
 from diffinstruct.cli.main import main
 from diffinstruct.cluster.reward_actor import RewardActor
 from diffinstruct.errors import UserError
+from diffinstruct.locks import LOCK, Busy, locked, only_writer
 from diffinstruct.method.nonfinite import NonFiniteGradient
 from diffinstruct.method.rewards import NonFiniteScore
 from diffinstruct.method.step import alternating_round
 from diffinstruct.reward_service.monitor import ProbeHistory
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, full_disk_as_error
 from diffinstruct.run_folder.location import run_folder
-from diffinstruct.run_folder.locks import LOCK, Busy, locked, only_writer
 from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.run_folder.signals import Paused
 from diffinstruct.tracking.journal import Journal
@@ -398,7 +398,7 @@ def test_an_export_that_finds_no_room_ends_the_run_resumable(experiment, tmp_pat
 
 def test_a_lock_that_finds_no_room_is_one_line(experiment, tmp_path, monkeypatch, capsys):
     (tmp_path / "recipe.yaml").write_text(experiment(output_dir=str(tmp_path / "runs")).to_yaml())
-    monkeypatch.setattr("diffinstruct.run_folder.locks.locked", full)
+    monkeypatch.setattr("diffinstruct.locks.locked", full)
     assert main(["train", str(tmp_path / "recipe.yaml"), "--local"]) == 1
     assert capsys.readouterr().err.strip().endswith("No space left on device")
     monkeypatch.undo()

@@ -34,8 +34,8 @@ from diffinstruct.cluster.attach import ray_options, stand_in
 from diffinstruct.cluster.reward_pool import RewardPool, reward_pool
 from diffinstruct.config.addresses import tracking_uri
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.locks import Busy
 from diffinstruct.run_folder import signals
-from diffinstruct.run_folder.locks import Busy
 
 if TYPE_CHECKING:
     from diffinstruct.reward_service.client import RewardBackend

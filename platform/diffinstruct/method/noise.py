@@ -23,8 +23,7 @@ class Stream(IntEnum):
     SCORE_Z = 10
 
 
-SCORE_STREAMS = 3
-"""Score update k draws from the SCORE streams plus SCORE_STREAMS * k."""
+SCORE_STREAMS = 3  # score update k draws from the SCORE streams plus SCORE_STREAMS * k
 STREAMS_PER_ROUND = 1_024
 
 

@@ -85,13 +85,8 @@ class TrainState:
             part.load_state_dict(state[name])
 
     def _stateful(self) -> dict[str, Any]:
-        return {
-            "generator": unwrapped(self.generator),
-            "score_network": unwrapped(self.score_network),
-            "ema": self.ema,
-            "generator_optimizer": self.generator_optimizer,
-            "score_optimizer": self.score_optimizer,
-        }
+        networks = {"generator": unwrapped(self.generator), "score_network": unwrapped(self.score_network), "ema": self.ema}
+        return networks | {"generator_optimizer": self.generator_optimizer, "score_optimizer": self.score_optimizer}
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -251,8 +246,7 @@ class Round:
         return norm
 
     def _clipped(self, network: nn.Module, max_norm: float, name: str) -> float:
-        """Clip the gradients and return their norm from before. They are already averaged over the workers: all of them
-        raise, or none."""
+        """Clip the gradients; returns their norm from before. They are the workers' means: all raise, or none."""
         total = nn.utils.clip_grad_norm_(network.parameters(), max_norm)
         norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
         if not math.isfinite(norm):

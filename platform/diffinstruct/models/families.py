@@ -20,18 +20,13 @@ from diffinstruct.method.diffusion import Conditions
 class StableDiffusion:
     """SD 1.x and 2.x: a U-Net and one CLIP text encoder."""
 
-    pipeline: ClassVar[str] = "StableDiffusionPipeline"
-    """Its class in diffusers."""
-    part: ClassVar[str] = "unet"
-    """The network's name in the pipeline."""
-    network: ClassVar[str] = "UNet2DConditionModel"
-    """Its class in diffusers."""
-    once: ClassVar[tuple[str, ...]] = ()
-    """Classes by which older pipelines call the same network."""
+    pipeline: ClassVar[str] = "StableDiffusionPipeline"  # its class in diffusers
+    part: ClassVar[str] = "unet"  # the network's name in the pipeline
+    network: ClassVar[str] = "UNet2DConditionModel"  # its class in diffusers
+    once: ClassVar[tuple[str, ...]] = ()  # classes by which older pipelines call the same network
     texts: ClassVar[Mapping[str, str]] = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
     """What turns prompts into conditions: name in the pipeline -> class in transformers."""
-    flow: ClassVar[bool] = False
-    """Whether its schedule is that of a flow."""
+    flow: ClassVar[bool] = False  # whether its schedule is that of a flow
     shape: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "cross_attention_dim")
     """Keys of the network's configuration that a generator's start has in common with the reference."""
 

@@ -33,8 +33,7 @@ from diffinstruct.models.sources import NoWeights, WeightSource
 from diffinstruct.models.world import named_world
 
 DECODERS = ("AutoencoderKL", "AutoencoderTiny")
-WEIGHTS_BESIDE = WeightSource()
-"""Weights from where the configurations are."""
+WEIGHTS_BESIDE = WeightSource()  # weights from where the configurations are
 FLOW = "FlowMatchEulerDiscreteScheduler"
 
 

@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from diffinstruct.errors import UserError
 from diffinstruct.method.diffusion import Conditions
 
-NULL = None
-"""The prompt of the null conditions."""
+NULL = None  # the prompt of the null conditions
 WHOLE, SAMPLES = 2**26, 64
 """Of files with more bytes than WHOLE (a T5 has 10 GB) the digest reads so many blocks, spread over them."""
 

@@ -35,8 +35,7 @@ def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:
     return reward.to(device) if isinstance(reward, nn.Module) else reward
 
 
-MEASURED_ROUNDS = 3
-"""So many first rounds are timed before the rewards' placement is chosen."""
+MEASURED_ROUNDS = 3  # so many first rounds are timed before the rewards' placement is chosen
 
 
 class RewardBackend(Protocol):

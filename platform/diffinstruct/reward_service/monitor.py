@@ -26,19 +26,15 @@ from diffinstruct.reward_service.client import RewardClient
 from diffinstruct.reward_service.reward_validation import PICTURES
 from diffinstruct.run_folder.ranks import SINGLE, Ranks
 
-NOISES = 4
-"""A probe has so many pictures of each prompt."""
+NOISES = 4  # A probe has so many pictures of each prompt
 
 # Where a symptom begins: tuned on recorded probes of the pocket world, see docs/results.md.
-UNEXPLAINED = 3.0
-"""The trained reward has gained this much more than the held-out ones, in within-prompt std."""
+UNEXPLAINED = 3.0  # the trained reward has gained this much more than the held-out ones, in within-prompt std
 FALL_SHARE, FALL_ERRORS, FALL_STD, TRAINED_GAIN_STD = 0.25, 4.0, 0.3, 0.3
 """A held-out reward has fallen from its best probe by this share of its gain, this many standard errors, and this many
 within-prompt std, while the trained reward has gained TRAINED_GAIN_STD within-prompt std since the start."""
-VARIETY = 0.4
-"""The variety is below this share of the start's."""
-DISTANCE = 3.0
-"""The distance is beyond this multiple of the first probe's after the start."""
+VARIETY = 0.4  # the variety is below this share of the start's
+DISTANCE = 3.0  # the distance is beyond this multiple of the first probe's after the start
 
 METRICS = tuple(f"overoptimization/{name}" for name in ("trained", "held_out", "unexplained", "variety", "distance"))
 """The keys that `ProbeHistory.figures` may have."""
@@ -193,8 +189,7 @@ def gain(start: Any, scores: np.ndarray) -> float:
     return risen / unit if unit else math.nan
 
 
-ProbeResult = tuple[dict[str, float], Alarm | None]
-"""The metrics of a probe, and the alarm that it may raise."""
+ProbeResult = tuple[dict[str, float], Alarm | None]  # the metrics of a probe, and the alarm that it may raise
 
 
 class OveroptimizationMonitor:

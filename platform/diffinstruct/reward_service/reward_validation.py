@@ -24,18 +24,14 @@ from diffinstruct.method.rewards import RewardError, RewardModel, out_of_memory,
 
 PICTURES, FEW = 64, 4
 """Pictures that are scored, at most; and those of every other check: a reward may be a ViT-H, the machine a laptop."""
-BATCH = 16
-"""Pictures at once, halved where memory ends."""
+BATCH = 16  # pictures at once, halved where memory ends
 MARGIN = 0.1
 """Difference quotients are taken on pictures in [MARGIN, 1 - MARGIN]: beyond black and white a reward may clamp."""
 STEPS = (0.01, 0.04, 0.0025, 0.0006)
 """Of the difference quotients, in a picture's units: small ones for rewards that bend, large ones for noisy rewards."""
-WRONG = 0.1
-"""The share of a change in score by which the gradient may miss it. A sign is off by 2, a factor of 2 by 1/2."""
-HALF = 1e-4
-"""Relative rounding above this is half precision's."""
-COARSE = 8
-"""Cells a side of the coarse directions: a reward that looks at shapes hardly feels noise of single pixels."""
+WRONG = 0.1  # the share of a change in score by which the gradient may miss it. A sign is off by 2, a factor of 2 by 1/2.
+HALF = 1e-4  # relative rounding above this is half precision's
+COARSE = 8  # cells a side of the coarse directions: a reward that looks at shapes hardly feels noise of single pixels
 
 
 @dataclass(frozen=True)
@@ -398,8 +394,7 @@ class _Memory:
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    def growth(self) -> float:
-        """Bytes."""
+    def growth(self) -> float:  # bytes
         return self._peak() - self.before
 
 

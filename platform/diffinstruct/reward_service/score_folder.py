@@ -29,10 +29,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-BATCH = 16
-"""Pictures of one size that are scored at once, fewer where memory ends."""
-SEED = 0
-"""Of the resamples behind the intervals."""
+BATCH = 16  # pictures of one size that are scored at once, fewer where memory ends
+SEED = 0  # of the resamples behind the intervals
 
 
 def pictures_with_prompts(folder: Path, prompts: str | Path) -> pd.DataFrame:

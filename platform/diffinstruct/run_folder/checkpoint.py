@@ -35,8 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffinstruct.locks import locked
-from diffinstruct.run_folder.locks import FULL
+from diffinstruct.locks import FULL, locked
 from diffinstruct.run_folder.ranks import SINGLE, Ranks
 from diffinstruct.run_folder.state_tree import State, decode, encode
 
@@ -148,7 +147,6 @@ class CheckpointStore:
             self._together(pending.step, pending.need, part)
 
     def _finish(self, step: int, tree: Any, best: int | None) -> None:
-        """What is written becomes a checkpoint."""
         final, files = self.folder / f"step-{step:08d}", tensor_files(self.ranks.world)
         temporary, replaced = final.with_suffix(".tmp"), final.with_suffix(".old")
         (temporary / TREE).write_text(json.dumps({"step": step, "files": len(files), "state": tree}))

@@ -26,16 +26,13 @@ import fsspec
 
 from diffinstruct.config.addresses import one_line
 from diffinstruct.errors import UserError
+from diffinstruct.locks import COMMAND, LOCK
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.checkpoint import MANIFEST, TREE, CheckpointError, CheckpointStore, reading, verify
-from diffinstruct.run_folder.locks import COMMAND, LOCK
 
-INTERVAL = 1.0
-"""Seconds between two looks for a new checkpoint."""
-LONGEST_PAUSE = 30.0
-"""Seconds between two attempts while the store takes nothing."""
-ATTEMPTS = 3
-"""At the end of a run, a second longer apart each time."""
+INTERVAL = 1.0  # seconds between two looks for a new checkpoint
+LONGEST_PAUSE = 30.0  # seconds between two attempts while the store takes nothing
+ATTEMPTS = 3  # at the end of a run, a second longer apart each time
 BROUGHT = ("experiment.yaml", "journal.jsonl", "mlflow.json")
 IMAGE = re.compile(r"[^/\\]+\.png")
 ACKNOWLEDGEMENT = re.compile(r"[\w-]+\.ack")
@@ -175,7 +172,6 @@ class Mirror:
             self.files.rm(self._at(step, ""), recursive=True)
 
     def _manifest(self, step: int) -> Any:
-        """Its bytes; None where the store has none."""
         with suppress(FileNotFoundError):
             return self.files.cat_file(self._at(step, MANIFEST))
 

@@ -16,12 +16,9 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    min: Callable[[int], int] = lambda value: value
-    """The least of all ranks' values."""
-    mean: Callable[[Metrics], Metrics] = lambda metrics: metrics
-    """The mean of each metric over the ranks."""
-    gather: Callable[[Any], list[Any]] = lambda value: [value]
-    """All ranks' values, by rank."""
+    min: Callable[[int], int] = lambda value: value  # the least of all ranks' values
+    mean: Callable[[Metrics], Metrics] = lambda metrics: metrics  # the mean of each metric over the ranks
+    gather: Callable[[Any], list[Any]] = lambda value: [value]  # all ranks' values, by rank
 
     @property
     def first(self) -> bool:

@@ -13,11 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-NONE, PAUSE, STOP = 2, 1, 0
-"""In the order of their rank: of what several workers have heard, the least counts."""
+NONE, PAUSE, STOP = 2, 1, 0  # in the order of their rank: of what several workers have heard, the least counts
 FILES = {STOP: "stop", PAUSE: "pause"}
-EXIT_PAUSED = 75
-"""EX_TEMPFAIL: try again, with the same command."""
+EXIT_PAUSED = 75  # EX_TEMPFAIL: try again, with the same command
 
 
 class Paused(RuntimeError):

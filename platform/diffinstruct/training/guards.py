@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -21,16 +22,17 @@ ON_ALARM = {"warn": AlarmAction.CONTINUE, "lower_scale": AlarmAction.LOWER_SCALE
 """What an alarm leads to, by `overoptimization.on_alarm`."""
 MAX_SKIPS_IN_A_ROW = 5
 """The run rolls back once so many rounds in a row were skipped because something in them was not finite."""
-SPIKE = 10.0
-"""A gradient's norm is a spike beyond so many times its mean over the window before."""
+SPIKE = 10.0  # A gradient's norm is a spike beyond so many times its mean over the window before
 
 
+@dataclass
 class NonFiniteGuard:
     """Counts the rounds that were skipped because something in them was not finite, and the rollbacks."""
 
-    def __init__(self) -> None:
-        self.skipped = self.consecutive = self.rollbacks = 0
-        self.rolled_back = False  # and not come to another checkpoint since
+    skipped: int = 0
+    consecutive: int = 0
+    rollbacks: int = 0
+    rolled_back: bool = False  # and not come to another checkpoint since
 
     def add(self, error: NonFiniteGradient, causes: Sequence[str | None]) -> str:
         """Count a skipped round; returns its reason, from what all ranks have found."""

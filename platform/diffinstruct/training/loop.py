@@ -10,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.locks import only_writer
 from diffinstruct.method.nonfinite import NonFiniteGradient
 from diffinstruct.method.step import alternating_round
 from diffinstruct.reward_service.client import RewardBackend
 from diffinstruct.run_folder.checkpoint import full_disk_as_error
-from diffinstruct.run_folder.locks import only_writer
 from diffinstruct.run_folder.mirror import mirrored
 from diffinstruct.tracking.journal import Parent
 from diffinstruct.training.run_log import Result

@@ -20,10 +20,8 @@ from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.training.guards import NonFiniteGuard
 from diffinstruct.training.metric_window import MetricWindow
 
-STATE = 4
-"""The version of the state in a checkpoint: it goes up with each change that makes older ones unreadable."""
-STATE_OF_0_1 = 3
-"""The state that version 0.1 wrote. This version exports its model and does not go on with it."""
+STATE = 4  # the version of the state in a checkpoint: it goes up with each change that makes older ones unreadable
+STATE_OF_0_1 = 3  # the state that version 0.1 wrote. This version exports its model and does not go on with it.
 EMA_PATH = {STATE: ("train_state", "ema"), STATE_OF_0_1: ("players", "ema")}
 """Version of the state -> where the weights of the generator's EMA are in it."""
 BEST_PATH = {STATE: ("overoptimization", "history", "best"), STATE_OF_0_1: ("watcher", "watch", "best")}
@@ -40,12 +38,9 @@ class LoopState:
     monitor: OveroptimizationMonitor
     metric_window: MetricWindow
     nonfinite_guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
-    step: int = 0
-    """The rounds that are done; a checkpoint has it in its name."""
-    stopped: bool = False
-    """Whether the run has ended before its last step."""
-    last_metrics: Metrics = field(default_factory=dict)
-    """The newest value of each metric."""
+    step: int = 0  # the rounds that are done; a checkpoint has it in its name
+    stopped: bool = False  # whether the run has ended before its last step
+    last_metrics: Metrics = field(default_factory=dict)  # the newest value of each metric
 
     def set_reward_scale(self, scale: float) -> None:
         self.step_config = replace(self.step_config, reward_scale=scale)
@@ -93,7 +88,6 @@ class Identity:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Identity:
-        """The identity in a checkpoint's state."""
         return cls(state.get("experiment", ""), state.get("prompts", ""))
 
     def stamp(self, state: dict[str, Any]) -> dict[str, Any]:

@@ -40,10 +40,8 @@ from diffinstruct.training.resume import newest
 from diffinstruct.training.run_log import Result, RunLog, SampleGrid, SilentRunLog
 from diffinstruct.training.worker import Worker
 
-PendingProbe = Callable[[], ProbeResult]
-"""Collects a probe that the rewards score meanwhile."""
-PROBE_SKIPPED = "blind"
-"""The journal's event of a probe that the rewards have no finite score for."""
+PendingProbe = Callable[[], ProbeResult]  # collects a probe that the rewards score meanwhile
+PROBE_SKIPPED = "blind"  # the journal's event of a probe that the rewards have no finite score for
 
 
 class Trainer:
@@ -67,7 +65,6 @@ class Trainer:
         self.preempted = self.pausing = False
 
     def _build_state(self, actors: RewardBackend | None) -> LoopState:
-        """The state before the first round."""
         experiment, reference = self.experiment, self.reference
         materialize = partial(sharded, mesh=self.mesh, precision=experiment.precision) if self.mesh else unsharded
         roles = make_roles(experiment, reference, materialize)
@@ -143,7 +140,6 @@ class Trainer:
         return noise, prompts, self.reference.encode_prompts(prompts)
 
     def add(self, metrics: Metrics) -> None:
-        """Count a round that is done, and keep its metrics."""
         state = self.state
         state.step += 1
         state.nonfinite_guard.consecutive = 0
@@ -205,7 +201,6 @@ class Trainer:
         return ON_ALARM[self.experiment.overoptimization.on_alarm]
 
     def choose_placement(self) -> None:
-        """Choose where rewards are computed, after the first rounds."""
         if line := self.state.rewards.choose_placement(self.ranks):
             self.run_log.event(self.state.step, "rewards", line)
 
@@ -223,7 +218,6 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ what is kept
     def probe_last_step(self) -> None:
-        """Probe the generator that the run ends with."""
         if self.done and self.experiment.overoptimization.every:
             step = self.state.step
             self._collect(self.state.monitor.probe(step, self.state.train_state.ema, has_checkpoint=True), step)
