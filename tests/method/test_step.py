@@ -1,4 +1,4 @@
-"""One alternating round on tiny players: against one graph, in slices, resumed, and where it has to stop. No Ray."""
+"""One alternating round on tiny networks: against one graph, in slices, resumed, and where it has to stop. No Ray."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_the_generators_gradient_is_that_of_one_graph(name):
 
 
 def test_two_halves_average_to_the_whole():
-    """Noise, t and prompts belong to a sample's index in the global batch; players that stand still keep the halves
+    """Noise, t and prompts belong to a sample's index in the global batch; networks that stand still keep the halves
     equal."""
     whole, left, right = (make_train_state(adam=False) for _ in range(3))
     settings = make_step_config(reuse_sample=False, score_updates=2)
@@ -147,8 +147,8 @@ def test_two_halves_average_to_the_whole():
         round_(train_state, settings, rows=rows)
         for train_state, rows in [(whole, slice(0, 8)), (left, slice(0, 4)), (right, slice(4, 8))]
     ]
-    for player in ("generator", "score_network"):
-        parameters = (getattr(train_state, player).parameters() for train_state in (whole, left, right))
+    for network in ("generator", "score_network"):
+        parameters = (getattr(train_state, network).parameters() for train_state in (whole, left, right))
         for all_, first, second in zip(*parameters, strict=True):
             assert (all_.grad - (first.grad + second.grad) / 2).norm() <= 1e-5 * all_.grad.norm()
     for key in ("loss/regularizer", "loss/score_network", "x0_gap", "reward/contrast"):
@@ -168,9 +168,9 @@ def test_micro_batches_add_up_to_the_whole(size, reuse):
         getattr(parts, name).register_forward_pre_hook(lambda module, arguments, seen=seen: seen.append(len(arguments[0])))
     settings = make_step_config(reuse_sample=reuse, score_updates=2)
     of_whole, of_parts = round_(whole, settings), round_(parts, replace(settings, micro_batch_size=size))
-    for player, seen in sizes.items():
+    for network, seen in sizes.items():
         assert set(seen) == ({1} if size == 1 else {3, 2})
-        for one, other in zip(getattr(whole, player).parameters(), getattr(parts, player).parameters(), strict=True):
+        for one, other in zip(getattr(whole, network).parameters(), getattr(parts, network).parameters(), strict=True):
             assert (one.grad - other.grad).norm() <= 1e-5 * one.grad.norm()
             assert one.grad.norm() > 0
     assert len(sizes["generator"]) == (2 if reuse else 4) * -(-BATCH // size)
@@ -179,7 +179,7 @@ def test_micro_batches_add_up_to_the_whole(size, reuse):
 
 
 def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path):
-    """Six rounds in one go against three, a checkpoint on disk, other players, and three more."""
+    """Six rounds in one go against three, a checkpoint on disk, other networks, and three more."""
     straight, before, after = make_train_state(), make_train_state(), make_train_state()
     losses = [round_(straight, step=step)["loss/regularizer"] for step in range(6)]
     for step in range(3):

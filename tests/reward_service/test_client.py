@@ -1,4 +1,4 @@
-"""A run and its rewards: the handshake before the first round, requests that are the run's state, probes, and what an
+"""A run and its rewards: validation before the first round, requests that are the run's state, probes, and what an
 alarm does.
 
 Runs of the tiny pipeline in this process.
@@ -122,7 +122,7 @@ def test_a_resumed_run_shakes_hands_again(world, tmp_path, monkeypatch):
     assert state(tmp_path / "run")["metrics"] == before
 
 
-def test_what_the_handshake_saw_is_in_the_journal(world, tmp_path):
+def test_what_validation_saw_is_in_the_journal(world, tmp_path):
     local.run(world(steps=1), tmp_path / "run")
     told = {record["event"]: record for record in records(tmp_path / "run", "event")}
     seen = {kind: record for kind, record in told.items() if kind.startswith("reward.")}

@@ -139,7 +139,7 @@ class Reference:
             kind = getattr(diffusers, self.family.pipeline)
             known = inspect.signature(kind).parameters
             options = {key: value for key, value in self.index.items() if key in known and not isinstance(value, list)}
-            nothing = {key: None for key, of in known.items() if of.default is of.empty}
+            nothing = {key: None for key, parameter in known.items() if parameter.default is parameter.empty}
             return kind(**nothing | options | self.texts | parts)
 
     def network(

@@ -143,7 +143,7 @@ class _Validation:
     def answers(self) -> str:
         """Shape, kind of number, finite; and how exact the numbers are."""
         with torch.no_grad():
-            scores = scored(self.name, self.reward, self.images.clone(), list(self.texts), {})
+            scores = self._scored(self.images.clone(), self.texts)
         self.first = scores.double().cpu()
         kinds = {scores.dtype}
         if isinstance(self.reward, nn.Module):
@@ -253,7 +253,7 @@ class _Validation:
         """There is one, finite, and each picture's is its own score's: weights w_b of the scores multiply its rows."""
         images = self._inside
         with torch.enable_grad():
-            graded = scored(self.name, self.reward, images.clone().requires_grad_(), list(self.texts), {})
+            graded = self._scored(images.clone().requires_grad_(), self.texts)
         if (off := _off(graded.detach().double().cpu(), self._ask(images, self.texts))) > self.tolerance:
             raise self._fault(f"asked for a gradient, it gives scores that differ by {off:.3g} from those without")
         gradient = self.own_gradient = self._gradient(images)
@@ -322,16 +322,19 @@ class _Validation:
         return f"the gradient misses at most {self.figures['gradient_error']:.1%} of a change, in {int(told.sum())} directions"
 
     # -------------------------------------------------------------------------------------------------- asking
-    def _ask(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+    def _scored(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """As a run asks: by tower and head where there are such. The list is the reward's own: it may spoil it."""
+        return scored(self.name, self.reward, images, list(texts), {})
+
+    def _ask(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         with torch.no_grad():
-            return scored(self.name, self.reward, images, list(texts), {}).double().cpu()
+            return self._scored(images, texts).double().cpu()
 
     def _gradient(self, images: Tensor, weights: Tensor | None = None) -> Tensor:
         """d(sum_b weight_b r_b) / d images, weights 1 by default, finite."""
         leaf = images.clone().requires_grad_()
         with torch.enable_grad():
-            scores = scored(self.name, self.reward, leaf, list(self.texts), {}).float()
+            scores = self._scored(leaf, self.texts).float()
             total = scores.sum() if weights is None else (weights.to(scores) * scores).sum()
         gradient = None
         if total.requires_grad:
