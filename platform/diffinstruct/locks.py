@@ -4,8 +4,6 @@ They are `flock` locks: they end with the process that holds them, however it di
 file's content is left alone (it says who holds it). The package `filelock` locks files of its own, for one holder.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import logging

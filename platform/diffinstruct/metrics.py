@@ -4,8 +4,6 @@ A row is all that a new metric takes: `evaluate` computes it, and summaries, pai
 it. No torch here, so that a page of results needs none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal

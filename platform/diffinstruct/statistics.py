@@ -1,7 +1,5 @@
 """Values with their 95 % intervals: shares, means, paired differences, over prompts and over training seeds."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

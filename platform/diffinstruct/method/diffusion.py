@@ -8,8 +8,6 @@ Flow matching is the case alpha_t = 1 - t, sigma_t = t. Shapes: samples x0, xt, 
 the schedule.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The randomness of a round, a function of (seed, step, sample)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import IntEnum
 

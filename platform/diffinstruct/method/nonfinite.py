@@ -1,7 +1,5 @@
 """Values that are not finite: where they were found, and the error that leaves the update out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -7,8 +7,6 @@ finite at both ends of the run's t and where both networks agree, and that each 
 A mistake is a ValueError of one line, with what was seen and what was expected.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

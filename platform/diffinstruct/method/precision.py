@@ -1,7 +1,5 @@
 """The arithmetic of networks: autocast, the type of frozen weights, deterministic kernels."""
 
-from __future__ import annotations
-
 import os
 from contextlib import AbstractContextManager, nullcontext
 

@@ -5,8 +5,6 @@ better. `LatentRewards` is that, moved to where the generator's samples live. It
 reward actor; both are asked through `Send`, so the step cannot tell which.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -18,8 +18,6 @@ What does not fit memory at once goes through the networks in micro-batches. The
 generator goes forward once more for each micro-batch's backward pass.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Sequence

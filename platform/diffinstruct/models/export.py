@@ -11,8 +11,6 @@ The generator's timestep T and its input scale are written into the configuratio
             x0_hat. It cannot be made to refuse other step counts: the card says that there is one step.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

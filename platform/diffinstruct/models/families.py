@@ -6,8 +6,6 @@ Prompts are encoded by diffusers' own pipelines, so that a network is conditione
 Shapes: B samples; xt and outputs [B, C, H, W]; t [B], as the network is fed; conditions batch first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 

@@ -8,8 +8,6 @@ Shapes: B samples; latents and noise [B, C, H, W] in the network's units (the de
 images [B, 3, H', W'] in [0, 1]; conditions batch first.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache

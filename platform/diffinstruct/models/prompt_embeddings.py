@@ -6,8 +6,6 @@ A file holds the conditions of one prompt, or of none (guidance's null prompt). 
 number of processes may add to a folder at once.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterable

@@ -6,8 +6,6 @@ add; it copies nothing, and it leaves `requires_grad` as it is. (peft's own `set
 generator's forward and backward pass it would make the generator's gradient 0 without a word.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

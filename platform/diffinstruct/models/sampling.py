@@ -1,7 +1,5 @@
 """Latents of a generator for pictures that are shown or scored."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ as the block computes. A forward pass is a collective call: all processes make i
 One process reads a file's weights, into main memory, and deals them out; the others never hold a whole network.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

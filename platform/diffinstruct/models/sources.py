@@ -3,8 +3,6 @@
 Other `WeightSource`s are for rehearsals: a pipeline's modules with random weights, or with none.
 """
 
-from __future__ import annotations
-
 import shutil
 import warnings
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 The built-in one, "pocket", is such a folder inside the package; the keys of `World` are the keys of the file.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

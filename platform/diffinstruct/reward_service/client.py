@@ -3,8 +3,6 @@
 `cluster/reward_pool.py` has the actors; this file knows no Ray.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial

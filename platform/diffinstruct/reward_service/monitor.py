@@ -9,8 +9,6 @@ Gains are counted in the start's within-prompt standard deviation, that of the s
 scores differ between prompts does not matter: a planted flaw hides behind that difference.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

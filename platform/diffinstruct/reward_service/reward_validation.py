@@ -6,8 +6,6 @@ beside it in the batch; dependent on the picture; and, where it is trained on, w
 other. What breaks the contract is a fault and ends the run; what is merely unusual is a remark.
 """
 
-from __future__ import annotations
-
 import random
 import resource
 import sys

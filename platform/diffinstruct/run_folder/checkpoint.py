@@ -12,8 +12,6 @@ into it: it is there whole or not at all. Reading compares the digests first (sa
 silently), names what is broken, and takes the one before. No pickles.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -7,8 +7,6 @@ The folder stays what a run works with, and the truth: a thread follows it and c
 nothing the run goes on. What comes back is read against the checkpoints' digests; foreign names are left where they are.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

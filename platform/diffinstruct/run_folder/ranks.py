@@ -1,7 +1,5 @@
 """The processes of a run, and the collective calls between them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@
 <run>/stop    finish the step, end here as if this had been the last one
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """A run's state as a JSON tree and tensors by name, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType

@@ -1,7 +1,5 @@
 """What a run is built of: reference, networks with optimizers, settings of the step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a run does about rounds that are not finite and about reward over-optimization."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum

@@ -5,8 +5,6 @@ between them is handed in (where rewards are computed, how modules are wrapped, 
 same numbers, up to the rounding of sums over ranks.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from diffinstruct.config.experiment import Experiment

@@ -1,7 +1,5 @@
 """The metrics of the rounds between two rows of the journal."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from typing import Any

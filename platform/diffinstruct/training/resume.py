@@ -1,7 +1,5 @@
 """Going on with a run: its newest checkpoint, other values for some keys, another run's weights."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Collection
 from pathlib import Path

@@ -3,8 +3,6 @@
 Rank 0 has a RunLog, the others a SilentRunLog: the loop calls both alike.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

@@ -4,8 +4,6 @@ Every rank calls the same methods in the same order, since many of them make col
 left to its run log, and to the other ranks' silent one.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

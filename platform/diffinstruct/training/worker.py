@@ -1,7 +1,5 @@
 """What sets one rank of a run on several processes apart from a run in a single process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
