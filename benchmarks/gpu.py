@@ -154,7 +154,7 @@ class World:
         return [network.base.network if isinstance(network, Role) else network for network in networks]
 
     def draws(self, batch: int, step: int) -> tuple[NoiseStreams, list[str]]:
-        draws = NoiseStreams(0, step, batch, self.reference.latent_shape, slice(0, batch), self.device)
+        draws = NoiseStreams(0, step, self.reference.latent_shape, slice(0, batch), self.device)
         return draws, [f"prompt {i}" for i in range(batch)]
 
 

@@ -85,7 +85,7 @@ def test_the_generators_moments_reach_the_references(name, space):
     truth = torch.stack([MEAN, STD])
     before = (moments() - truth).abs()
     for step in range(1500):
-        draws = NoiseStreams(0, step, BATCH, (1,), slice(0, BATCH), torch.device("cpu"))
+        draws = NoiseStreams(0, step, (1,), slice(0, BATCH), torch.device("cpu"))
         alternating_round(train_state, settings, SCHEDULE, draws, [""] * BATCH, {}, nobody)
     assert before.max() > 0.3
     assert (moments() - truth).abs().max() < 0.1, (moments(), truth)

@@ -106,7 +106,7 @@ def sender(rewards, terms):
 
 
 def round_(train_state, settings=None, step=0, rows=slice(0, BATCH), send=sender(REWARDS, TERMS)):  # noqa: B008
-    draws = NoiseStreams(0, step, BATCH, SHAPE, rows, torch.device("cpu"))
+    draws = NoiseStreams(0, step, SHAPE, rows, torch.device("cpu"))
     return alternating_round(train_state, settings or make_step_config(), SCHEDULE, draws, PROMPTS[rows], condition(rows), send)
 
 
@@ -125,7 +125,7 @@ def test_the_generators_gradient_is_that_of_one_graph(name):
     generator = copy.deepcopy(train_state.generator)
     round_(train_state, settings)
 
-    draws, c = NoiseStreams(0, 0, BATCH, SHAPE, slice(0, BATCH), torch.device("cpu")), condition()
+    draws, c = NoiseStreams(0, 0, SHAPE, slice(0, BATCH), torch.device("cpu")), condition()
     x0 = generator(draws.normal(Stream.GENERATOR_Z), c)
     t, eps = draws.t(Stream.REGULARIZER_T, LAW), draws.normal(Stream.REGULARIZER_EPS)
     loss, _ = settings.objective(x0, t, eps, c, score_network=train_state.score_network, reference=train_state.reference)
@@ -153,8 +153,8 @@ def test_two_halves_average_to_the_whole():
             assert (all_.grad - (first.grad + second.grad) / 2).norm() <= 1e-5 * all_.grad.norm()
     for key in ("loss/regularizer", "loss/score_network", "x0_gap", "reward/contrast"):
         assert metrics[0][key] == pytest.approx((metrics[1][key] + metrics[2][key]) / 2, rel=1e-5)
-    draws = NoiseStreams(3, 5, BATCH, SHAPE, slice(0, BATCH), torch.device("cpu"))
-    half = NoiseStreams(3, 5, BATCH, SHAPE, slice(4, 8), torch.device("cpu"))
+    draws = NoiseStreams(3, 5, SHAPE, slice(0, BATCH), torch.device("cpu"))
+    half = NoiseStreams(3, 5, SHAPE, slice(4, 8), torch.device("cpu"))
     assert draws.prompts(1000)[4:] == half.prompts(1000)
 
 
@@ -385,3 +385,12 @@ def test_where_memory_ends_the_micro_batch_is_halved_and_said():
     assert torch.equal(narrow.gradient, wide.gradient) and torch.equal(narrow.scores["a"], wide.scores["a"])
     with pytest.raises(RewardError, match=r"^rewards a: out of memory with one sample$"):
         LatentRewards(decode, {"a": Headed(Tower(room=0), 0)})(x0, PROMPTS, RewardRequest({"a": 1.0}, 16))
+
+
+@pytest.mark.parametrize("more", [{}, {"reuse_sample": False, "score_updates": 2}, {"objective": None}], ids=str)
+def test_the_streams_that_are_drawn_ahead_are_those_that_a_round_draws(more, monkeypatch):
+    drawn, normal = [], NoiseStreams.normal
+    monkeypatch.setattr(NoiseStreams, "normal", lambda self, stream: (drawn.append(stream), normal(self, stream))[1])
+    settings = make_step_config(**more)
+    round_(make_train_state(), settings)
+    assert sorted(drawn) == sorted(settings.normal_streams)

@@ -66,7 +66,7 @@ def rounds(experiment: Experiment, reference: Reference, train_state: TrainState
             train_state,
             settings,
             reference.schedule,
-            NoiseStreams(0, step, 2, reference.latent_shape, slice(0, 2), torch.device("cpu")),
+            NoiseStreams(0, step, reference.latent_shape, slice(0, 2), torch.device("cpu")),
             PROMPTS,
             c,
             reward,

@@ -61,7 +61,7 @@ def test_a_round_costs_what_the_arithmetic_says(reference, monkeypatch, name, gu
         experiment, make_roles(experiment, reference), reference.null_conditions(), lambda module: module
     )
     settings = make_step_config(experiment, reference.schedule)
-    draws = NoiseStreams(0, 0, BATCH, reference.latent_shape, slice(0, BATCH), torch.device("cpu"))
+    draws = NoiseStreams(0, 0, reference.latent_shape, slice(0, BATCH), torch.device("cpu"))
     c = reference.encode_prompts(PROMPTS)
     sample = draws.normal(0)
     with torch.no_grad():

@@ -54,7 +54,7 @@ def go(
     settings, c = make_step_config(experiment, reference.schedule), reference.encode_prompts(PROMPTS[of])
     found = []
     for step in steps:
-        draws = NoiseStreams(0, step, len(PROMPTS), reference.latent_shape, of, torch.device("cpu"))
+        draws = NoiseStreams(0, step, reference.latent_shape, of, torch.device("cpu"))
         said = alternating_round(train_state, settings, reference.schedule, draws, PROMPTS[of], c, reward)
         found.append({key: said[key] for key in ("gradient_norm/generator", "gradient_norm/score_network")})
     return found

@@ -57,6 +57,15 @@ class StepConfig:
     precision: str  # "fp32" | "bf16": autocast of the networks' forwards; weights and optimizers stay fp32
     micro_batch_size: int | None  # so many samples go through the networks at once; None: all of this worker's
 
+    @property
+    def normal_streams(self) -> list[int]:
+        """The streams of normal noise that a round draws from."""
+        if not self.objective:
+            return [Stream.GENERATOR_Z]
+        scores = (Stream.SCORE_EPS,) if self.reuse_sample else (Stream.SCORE_EPS, Stream.SCORE_Z)
+        of_updates = [stream + SCORE_STREAMS * k for k in range(self.score_updates) for stream in scores]
+        return [Stream.GENERATOR_Z, Stream.REGULARIZER_EPS, *of_updates]
+
     def micro_batches(self, samples: int) -> list[slice]:
         """The rows of the micro-batches that `samples` are cut into."""
         size = self.micro_batch_size or samples

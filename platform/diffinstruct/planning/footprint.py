@@ -97,7 +97,7 @@ def training_footprint(
         c = {key: value.expand(samples, *value.shape[1:]).clone() for key, value in null.items()}
         _finish_a_round(train_state)
         count.peak, count.flops = count.live, 0
-        noise = NoiseStreams(0, 1, samples, reference.latent_shape, slice(0, samples), torch.device("cpu"))
+        noise = NoiseStreams(0, 1, reference.latent_shape, slice(0, samples), torch.device("cpu"))
         alternating_round(train_state, config, reference.schedule, noise, [""] * samples, c, send)
         passes = {role: counter.passes(samples) for role, counter in counters.items()}
         return Footprint(count.live, count.peak, count.flops * per_worker // samples, passes)

@@ -52,7 +52,7 @@ class NonFiniteGuard:
 
     def seed(self, seed: int) -> int:
         """The seed that a run with this seed draws from after its rollbacks."""
-        return seed + 100_003 * self.rollbacks
+        return seed + (self.rollbacks << 32)  # `seed` has 30 bits
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -6,6 +6,7 @@ left to its run log, and to the other ranks' silent one.
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -61,6 +62,8 @@ class Trainer:
         self.store = CheckpointStore(folder / "checkpoints", ranks=self.ranks if self.mesh else SINGLE)
         self.run_log: RunLog | SilentRunLog = SilentRunLog()
         self.preempted = self.pausing = False
+        self.next_noise: NoiseStreams | None = None
+        self.drawing = ThreadPoolExecutor(1, "noise")
 
     def _build_state(self, actors: RewardBackend | None) -> LoopState:
         experiment, reference = self.experiment, self.reference
@@ -133,7 +136,11 @@ class Trainer:
         batch, rank = self.experiment.global_batch_size, self.ranks.rank
         rows = slice(rank * batch // self.ranks.world, (rank + 1) * batch // self.ranks.world)
         seed = self.state.nonfinite_guard.seed(self.experiment.seed)
-        noise = NoiseStreams(seed, self.state.step, batch, self.reference.latent_shape, rows, self.device)
+        noise = NoiseStreams(seed, self.state.step, self.reference.latent_shape, rows, self.device)
+        if self.next_noise and (self.next_noise.seed, self.next_noise.step) == (seed, self.state.step):
+            noise = self.next_noise
+        if self.device.type == "cuda":  # where a core has time for it during the round
+            self.next_noise = noise.next_round(self.state.step_config.normal_streams, self.drawing)
         prompts = [self.prompts[i] for i in noise.prompts(len(self.prompts))]
         return noise, prompts, self.reference.encode_prompts(prompts)
 
