@@ -110,7 +110,7 @@ def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 class World:
-    """The players of a setting, and their reward, as a run has them."""
+    """The roles of a setting, and their reward, as a run has them."""
 
     def __init__(self, setting: Setting, folder: Path, device: torch.device, precision: str = "bf16") -> None:
         rank = RANK if setting.lora else 0
@@ -137,7 +137,9 @@ class World:
         )
         self.settings = make_step_config(self.experiment, self.reference.schedule)
         rewards = LatentRewards(self.reference.decode, {REWARD: brightness})
-        self.jury = RewardClient(self.experiment, None, lambda: LocalRewards(rewards))
+        self.reward_client = RewardClient(
+            self.experiment.rewards, self.experiment.cluster.rewards, None, lambda: LocalRewards(rewards)
+        )
         if setting.compiled:
             backend = "inductor" if device.type == "cuda" else "eager"  # a CPU's compiler takes minutes
             for network in {id(network): network for network in self.networks}.values():
@@ -148,7 +150,7 @@ class World:
         """diffusers' own, of generator, score network and reference: one and the same where they are adapters over
         it."""
         train_state: list[Any] = [self.roles.generator.denoiser, self.roles.score_network, self.roles.reference]
-        networks = (player.network for player in train_state)
+        networks = (role.network for role in train_state)
         return [network.base.network if isinstance(network, Role) else network for network in networks]
 
     def draws(self, batch: int, step: int) -> tuple[NoiseStreams, list[str]]:
@@ -193,7 +195,7 @@ def ours(world: World, batch: int, step: int, clock: Clock, ask: Send | None = N
 
     def send(latents: Tensor, prompts: Sequence[str]) -> Collect:
         clock.begin("reward")
-        collect = (ask or world.jury.send)(latents, prompts)
+        collect = (ask or world.reward_client.send)(latents, prompts)
         clock.begin("score network")
 
         def collected() -> Scores:
@@ -226,7 +228,7 @@ def plain(world: World, batch: int, step: int, clock: Clock) -> Metrics:
         return alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1)
 
     def noised(x0: Tensor, place: int) -> tuple[Tensor, Tensor]:
-        t, eps = draws.t(place, world.settings.law_of_t), draws.normal(place + 1)
+        t, eps = draws.t(place, world.settings.timestep_distribution), draws.normal(place + 1)
         alpha, sigma = at(t)
         return alpha * x0 + sigma * eps, t
 
@@ -247,7 +249,7 @@ def plain(world: World, batch: int, step: int, clock: Clock) -> Metrics:
 
     clock.begin("reward")
     pushes = []
-    for some in sample.split(world.jury.micro_batch_size):
+    for some in sample.split(world.reward_client.micro_batch_size):
         leaf = some.clone().requires_grad_()
         scaled = (leaf / vae.config.scaling_factor).to(vae.dtype)
         images = (vae.decode(scaled, return_dict=False)[0].to(leaf.dtype) * 0.5 + 0.5).clamp(0, 1)

@@ -48,7 +48,7 @@ from diffinstruct.config.reading import load
 from diffinstruct.method.rewards import Collect, LatentRewards, RewardRequest, Scores
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.reward_service.client import make_rewards
-from diffinstruct.reward_service.validation import Report
+from diffinstruct.reward_service.reward_validation import Report
 
 RECIPE = Path(__file__).parents[1] / "experiments/recipes/pocket.yaml"
 NOBODY = -1.0

@@ -43,7 +43,7 @@ from diffinstruct.evaluation.pocket import evaluate_generator
 from diffinstruct.method.rewards import Collect, RewardRequest
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.reward_service.client import LocalRewards, RewardBackend, make_rewards
-from diffinstruct.reward_service.validation import Report
+from diffinstruct.reward_service.reward_validation import Report
 from diffinstruct.tracking.journal import Journal
 from diffinstruct.training.loop import train
 
@@ -134,9 +134,9 @@ class Metered:
             self.made = LocalRewards(make_rewards(self.meter.experiment.rewards.names, decode, "cpu"))
         return self.made
 
-    def ask(self, latents: Tensor, prompts: Sequence[str], terms: RewardRequest) -> Collect:
+    def ask(self, latents: Tensor, prompts: Sequence[str], request: RewardRequest) -> Collect:
         self.meter()
-        return self.service.ask(latents, prompts, terms)
+        return self.service.ask(latents, prompts, request)
 
     def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
         return self.service.validate(latents, prompts, trained)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from diffinstruct.errors import UserError as UserError
     from diffinstruct.evaluation.comparison import compare_runs as compare
     from diffinstruct.evaluation.generators import evaluate_generators as evaluate
-    from diffinstruct.models.generate import generate as generate
+    from diffinstruct.models.export import generate as generate
     from diffinstruct.reward_service.score_folder import validate as validate_reward
     from diffinstruct.sweeps.criterion import SelectionCriterion as SelectionCriterion
     from diffinstruct.sweeps.points import Optuna as Optuna
@@ -40,7 +40,7 @@ _HOMES = {
     "UserError": "errors:UserError",
     "compare": "evaluation.comparison:compare_runs",
     "evaluate": "evaluation.generators:evaluate_generators",
-    "generate": "models.generate:generate",
+    "generate": "models.export:generate",
     "grid": "sweeps.points:grid",
     "load": "config.reading:load",
     "random_points": "sweeps.points:random_points",
@@ -74,7 +74,7 @@ def train(experiment: Experiment, folder: Path | str | None = None, local: bool 
         folder: the run's folder; None: the one that `diffinstruct train` would take, <output_dir>/<name>-<hash>.
         local: train in this process; otherwise on Ray, on the cluster of RAY_ADDRESS or on this machine.
 
-    Raises UserError for a mistake that the user can mend, RewardError, NonFinite or CheckpointError where the run
+    Raises UserError for a mistake that the user can mend, RewardError, NonFiniteGradient or CheckpointError where the run
     broke off, and Paused after SIGTERM; in all cases the same call goes on from the last checkpoint.
     """
     from diffinstruct.run_folder.location import run_folder

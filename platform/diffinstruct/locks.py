@@ -1,18 +1,26 @@
 """Locks on open files; the only file that imports fcntl.
 
-They are `flock` locks, since a lock here has to do three things at once: end with the process that holds it, however
-that dies; be shared by readers of a file that exists (a checkpoint's manifest); leave the file's content alone (it says
-who holds the lock). The package `filelock` locks files of its own, for one holder at a time.
+They are `flock` locks: they end with the process that holds them, however it dies, readers can share them, and the
+file's content is left alone (it says who holds it). The package `filelock` locks files of its own, for one holder.
 """
 
-from __future__ import annotations
-
+import errno
 import fcntl
 import logging
+import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from diffinstruct.errors import UserError
+
+LOCK = "lock"  # the file that the process holds which writes checkpoints and journal
+COMMAND = "command"  # the file that the command holds which has started that process, maybe on another machine
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # error numbers of a disk, or of somebody's quota on it, that takes no more
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +28,7 @@ logger = logging.getLogger(__name__)
 def locked(file: IO[Any], shared: bool = False, wait: bool = False) -> bool:
     """Whether the file is locked now, for as long as it is open. With `wait` the answer comes when the lock is free.
 
-    A disk that knows no locks has nothing to wait for: a warning, and the answer is yes. For an exclusive lock on a
-    network disk the file has to be open for writing.
+    On a disk that knows no locks it is yes, with a warning. Network disks lock exclusively what is open for writing.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
@@ -35,8 +42,33 @@ def locked(file: IO[Any], shared: bool = False, wait: bool = False) -> bool:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Holds the lock on a file for the block, and waits for whoever holds it. The file is made where it is missing, and
-    stays: without it two processes could hold locks on two files of one name."""
+    """Waits for the lock on a file and holds it for the block. The file is made where it is missing, and stays, since two
+    processes could hold locks on two files of one name."""
     with path.open("a+b") as file:
         locked(file, wait=True)
+        yield
+
+
+class Busy(UserError):
+    """Another process is at work on the run."""
+
+
+@contextmanager
+def only_writer(folder: Path, patience: float = 0.0, name: str = LOCK) -> Iterator[None]:
+    """Holds a run's folder for the block. Raises Busy if another process still does after `patience` seconds."""
+    with (folder / name).open("a+") as file:
+        until = time.monotonic() + patience
+        while not locked(file):
+            if time.monotonic() >= until:
+                file.seek(0)
+                who = file.read() or "another process"
+                raise Busy(f"{folder}: {who} is at work on this run; it can have one at a time")
+            time.sleep(0.5)
+        if not (folder / name).exists():  # the one before had begun nothing and took the folder away
+            raise Busy(f"{folder}: another process was at work on this run and has ended; the same command again begins it")
+        try:
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+        except OSError as error:  # of a file that is open it does not tell the name
+            raise OSError(error.errno, error.strerror, file.name) from None
         yield

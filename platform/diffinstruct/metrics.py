@@ -4,8 +4,6 @@ A row is all that a new metric takes: `evaluate` computes it, and summaries, pai
 it. No torch here, so that a page of results needs none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -44,9 +42,8 @@ class Metric:
 def kid(features: Array, reference: Array, seed: int) -> Estimate:
     """Kernel distance between `features` [n, F] and `reference` [m, F] (Binkowski et al. 2018, arXiv 1801.01401).
 
-    The unbiased squared MMD under the kernel (x.y / F + 1)^3, 0 in the mean if both have one law. Over all pairs rather
-    than over random subsets, whose deviation is no interval: prompts and reference pictures are resampled instead, and
-    a picture is never paired with its own copy, which keeps every resample unbiased.
+    The unbiased squared MMD under the kernel (x.y / F + 1)^3, over all pairs. Its interval comes from resampled prompts
+    and reference pictures; a picture is never paired with its own copy, so every resample is unbiased.
     """
     value, replicates = kid_replicates(features, reference, seed)
     return from_replicates(value, replicates, len(features), seed)
@@ -80,8 +77,7 @@ def mean_pairwise_distance(features: Array) -> float:
 
 
 # ------------------------------------------------------------------------------------------ the table
-DISTANCES = ("kid", "x0_gap")
-"""Distances from the reference: of an evaluation, which is preferred, and of training."""
+DISTANCES = ("kid", "x0_gap")  # distances from the reference: of an evaluation, which is preferred, and of training
 REWARD, HELD_OUT, ACCURACY = "reward/", "held_out/", "accuracy/"
 
 METRICS: dict[str, Metric] = {

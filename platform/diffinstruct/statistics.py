@@ -1,29 +1,18 @@
 """Values with their 95 % intervals: shares, means, paired differences, over prompts and over training seeds."""
 
-from __future__ import annotations
-
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-from collections.abc import Sequence
-
 import pandas as pd
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 Array = NDArray[Any]
-
-
 RESAMPLES = 2000
-Z = 1.959963984540054
-"""The standard normal's 97.5 % point."""
+Z = 1.959963984540054  # the standard normal's 97.5 % point
 
 
 @dataclass(frozen=True)
@@ -37,8 +26,7 @@ class Estimate:
     seed: int | None = None
 
     def __str__(self) -> str:
-        """`value [low, high]`, with two significant digits of the interval's width; "?" where n is too small for
-        one."""
+        """`value [low, high]`, with two significant digits of the interval's width; "?" where there is none."""
         width = self.high - self.low
         if not math.isfinite(width):
             return f"{self.value:.3f} [?]"
@@ -49,7 +37,6 @@ class Estimate:
 Summary = dict[str, Estimate]
 
 
-# ------------------------------------------------------------------------------------------ figures of arrays
 def wilson(successes: float, n: int, seed: int | None = None) -> Estimate:
     """A share and its score interval (Wilson 1927), which stays inside [0, 1] and is honest at 0 of n and n of n."""
     share, spread = successes / n, Z * Z / n
@@ -115,9 +102,8 @@ def paired_by_seed(
 ) -> Estimate:
     """one - other, over the seeds that both have: same start, same prompts and noise of every round.
 
-    noise: (sigma, degrees of freedom) of `seed_noise`, in place of the few differences' own spread: with it one seed
-    has an
-        interval too, as wide as if this pair were as noisy as those that sigma was taken from.
+    noise: (sigma, degrees of freedom) of `seed_noise`, in place of the few differences' own standard deviation: with it
+        one seed has an interval, too.
     """
     wide = frame[frame[by].isin([one, other])].pivot(index="seed", columns=by, values=measure).dropna()
     figure = over_seeds((wide[one] - wide[other]).to_numpy())
@@ -129,17 +115,16 @@ def paired_by_seed(
 
 
 def at_distance(trials: pd.DataFrame, distance: str, at: ArrayLike, measures: Sequence[str]) -> dict[str, float]:
-    """Each measure where a path of trials is `at` that distance, the mean over several: between the two trials that are
-    nearest by distance. NaN where the path does not go that far, either way."""
+    """Each measure where a path of trials is `at` that distance, interpolated; the mean over several distances. NaN
+    where the path does not go that far, either way."""
     path, wanted = trials.sort_values(distance), np.atleast_1d(np.asarray(at, np.float64))
     within = len(path) and path[distance].iloc[0] <= wanted.min() and wanted.max() <= path[distance].iloc[-1]
     return {key: float(np.interp(wanted, path[distance], path[key]).mean()) if within else np.nan for key in measures}
 
 
 def seed_noise(frame: pd.DataFrame, by: str, measure: str) -> tuple[float, int]:
-    """What is left of a measure when each arm's and each seed's own mean is taken away (two-way analysis of variance):
-    its standard deviation, and the degrees of freedom of that. Only seeds that all arms of more than one seed have
-    count."""
+    """The standard deviation of a measure beside each arm's and each seed's own mean (two-way analysis of variance), and
+    its degrees of freedom. Only seeds that all arms of more than one seed have count."""
     wide = frame.pivot(index="seed", columns=by, values=measure)
     wide = wide.loc[:, wide.notna().sum() > 1].dropna()
     left = wide.sub(wide.mean(axis=0), axis=1)

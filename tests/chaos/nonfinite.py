@@ -125,7 +125,7 @@ def process(rank: int, experiment: Any, folder: Path, planned: dict[int, Injecti
     from torch.nn.parallel import DistributedDataParallel
 
     from diffinstruct.cluster.collectives import distributed_ranks
-    from diffinstruct.method.nonfinite import NonFinite
+    from diffinstruct.method.nonfinite import NonFiniteGradient
     from diffinstruct.method.step import alternating_round
     from diffinstruct.training import loop
     from diffinstruct.training.worker import Worker
@@ -154,7 +154,7 @@ def process(rank: int, experiment: Any, folder: Path, planned: dict[int, Injecti
             if injection:
                 found["passed"].append((draws.step, injection.place))
             return metrics
-        except NonFinite:
+        except NonFiniteGradient:
             found["raised"].append(draws.step)
             raise
         finally:

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, _Thread
+from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore
 
 CALLS = "%file,%desc"
 """strace's words for calls that take a file's name or its descriptor."""
@@ -77,7 +78,7 @@ def traced(folder: Path, *more: str) -> tuple[bool, list[str]]:
     if child == 0:
         # strace counts each thread's calls by themselves. The writer's are made here in the same order, by the one
         # thread.
-        _Thread.start, _Thread.join = _Thread.run, lambda thread: None  # type: ignore[assignment]
+        threading.Thread.start = threading.Thread.run  # type: ignore[method-assign]
         os.kill(os.getpid(), signal.SIGSTOP)
         CheckpointStore(folder).save(NEW, state(NEW))
         os._exit(0)

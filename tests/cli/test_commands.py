@@ -21,10 +21,10 @@ from diffinstruct.cli.main import main
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import load
 from diffinstruct.errors import UserError
+from diffinstruct.locks import COMMAND, LOCK, only_writer
 from diffinstruct.method.rewards import RewardError
 from diffinstruct.planning.footprint import Footprint
 from diffinstruct.run_folder.location import run_folder
-from diffinstruct.run_folder.locks import COMMAND, LOCK, only_writer
 
 TINY = """\
 name: tiny

@@ -15,7 +15,6 @@ import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -227,12 +226,11 @@ def test_a_checkpoint_names_no_files_but_its_own(tmp_path) -> None:
     document["state"] = {"x": {"$tensor": "../../secret"}, "y": {"$dict": [["k", {"$tensor": str(secret)}]]}}
     forged(path, "state.json", json.dumps(document).encode())
     assert CheckpointStore(tmp_path / "checkpoints").latest() is None
-    experiment = SimpleNamespace(config_hash="own")
     store = CheckpointStore(tmp_path / "checkpoints")
     for said in ({"experiment": "../../etc"}, {"experiment": "../../etc", "format": STATE}, {"format": STATE}):
         document["state"] = {"x": {"$tensor": "x"}} | said
         forged(path, "state.json", json.dumps(document).encode())
-        refused(tmp_path / MARK, lambda: newest(store, experiment, Ranks(), Identity("own", "")), UserError)  # type: ignore[arg-type]
+        refused(tmp_path / MARK, lambda: newest(store, Ranks(), Identity("own", ""), ""), UserError)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from diffinstruct.cluster.attach import attached, check_fits
 from diffinstruct.cluster.reward_pool import reward_pool
 from diffinstruct.cluster.train import fit, run
 from diffinstruct.errors import UserError
-from diffinstruct.method.nonfinite import NonFinite
+from diffinstruct.method.nonfinite import NonFiniteGradient
 from diffinstruct.method.rewards import RewardError
 from diffinstruct.run_folder.checkpoint import CheckpointStore
 from diffinstruct.run_folder.state_tree import TensorShard
@@ -108,7 +108,7 @@ def test_a_killed_worker_goes_on_from_the_checkpoint(session, world, tmp_path, c
 def test_an_error_that_would_come_again_is_not_tried_again(pool, world, tmp_path):
     experiment = world[1](prompts__train=str(world[0] / "broken.txt"))
     # At the handshake, or in the rounds where the pool's actors have had theirs with another test's prompts
-    with pytest.raises((NonFinite, RewardError), match=r"reward tiny.rewards:Broken: \d of \d scores are not finite"):
+    with pytest.raises((NonFiniteGradient, RewardError), match=r"reward tiny.rewards:Broken: \d of \d scores are not finite"):
         fit(experiment, tmp_path, pool, "")
     assert starts(tmp_path) == 1
     assert journal(tmp_path)[1][-1] == "FAILED"

@@ -72,7 +72,7 @@ def test_the_generators_moments_reach_the_references(name, space):
     settings = StepConfig(
         objective=objective(name, schedule=SCHEDULE, weighting=space, distance=pseudo_huber(0.1), args={}),
         regularization_weight=1.0, reward_scale=0.0, score_updates=3, reuse_sample=True, score_weighting="v",
-        law_of_t=uniform_t(20, 980), generator_max_grad_norm=1.0, score_max_grad_norm=10.0, ema_decay=0.99,
+        timestep_distribution=uniform_t(20, 980), generator_max_grad_norm=1.0, score_max_grad_norm=10.0, ema_decay=0.99,
         precision="fp32", micro_batch_size=None,
     )  # fmt: skip
     z = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""One alternating round on tiny players: against one graph, in slices, resumed, and where it has to stop. No Ray."""
+"""One alternating round on tiny networks: against one graph, in slices, resumed, and where it has to stop. No Ray."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from diffinstruct.errors import UserError
 from diffinstruct.method.diffusion import Schedule, uniform_t
 from diffinstruct.method.distances import pseudo_huber
 from diffinstruct.method.guidance import guided
-from diffinstruct.method.noise import NoiseStreams
-from diffinstruct.method.nonfinite import NonFinite
+from diffinstruct.method.noise import NoiseStreams, Stream
+from diffinstruct.method.nonfinite import NonFiniteGradient
 from diffinstruct.method.objectives import objective
 from diffinstruct.method.rewards import LatentRewards, RewardError, RewardRequest
 from diffinstruct.method.step import StepConfig, TrainState, alternating_round
@@ -82,7 +82,7 @@ def make_train_state(adam=True):
 def make_step_config(**changes):
     settings = {
         "objective": chosen("di_star"), "regularization_weight": 0.7, "reward_scale": 30.0, "score_updates": 1,
-        "reuse_sample": True, "score_weighting": "eps", "law_of_t": LAW,
+        "reuse_sample": True, "score_weighting": "eps", "timestep_distribution": LAW,
         "generator_max_grad_norm": 1e9, "score_max_grad_norm": 1e9,
         "ema_decay": 0.9, "precision": "fp32", "micro_batch_size": None,
     }  # fmt: skip
@@ -126,8 +126,8 @@ def test_the_generators_gradient_is_that_of_one_graph(name):
     round_(train_state, settings)
 
     draws, c = NoiseStreams(0, 0, BATCH, SHAPE, slice(0, BATCH), torch.device("cpu")), condition()
-    x0 = generator(draws.normal(draws.GENERATOR), c)
-    t, eps = draws.t(draws.GENERATOR + 1, LAW), draws.normal(draws.GENERATOR + 2)
+    x0 = generator(draws.normal(Stream.GENERATOR_Z), c)
+    t, eps = draws.t(Stream.REGULARIZER_T, LAW), draws.normal(Stream.REGULARIZER_EPS)
     loss, _ = settings.objective(x0, t, eps, c, score_network=train_state.score_network, reference=train_state.reference)
     images = decode(x0)
     reward = contrast(images, PROMPTS) - 0.5 * brightness(images, PROMPTS)
@@ -139,7 +139,7 @@ def test_the_generators_gradient_is_that_of_one_graph(name):
 
 
 def test_two_halves_average_to_the_whole():
-    """Noise, t and prompts belong to a sample's index in the global batch; players that stand still keep the halves
+    """Noise, t and prompts belong to a sample's index in the global batch; networks that stand still keep the halves
     equal."""
     whole, left, right = (make_train_state(adam=False) for _ in range(3))
     settings = make_step_config(reuse_sample=False, score_updates=2)
@@ -147,8 +147,8 @@ def test_two_halves_average_to_the_whole():
         round_(train_state, settings, rows=rows)
         for train_state, rows in [(whole, slice(0, 8)), (left, slice(0, 4)), (right, slice(4, 8))]
     ]
-    for player in ("generator", "score_network"):
-        parameters = (getattr(train_state, player).parameters() for train_state in (whole, left, right))
+    for network in ("generator", "score_network"):
+        parameters = (getattr(train_state, network).parameters() for train_state in (whole, left, right))
         for all_, first, second in zip(*parameters, strict=True):
             assert (all_.grad - (first.grad + second.grad) / 2).norm() <= 1e-5 * all_.grad.norm()
     for key in ("loss/regularizer", "loss/score_network", "x0_gap", "reward/contrast"):
@@ -168,9 +168,9 @@ def test_micro_batches_add_up_to_the_whole(size, reuse):
         getattr(parts, name).register_forward_pre_hook(lambda module, arguments, seen=seen: seen.append(len(arguments[0])))
     settings = make_step_config(reuse_sample=reuse, score_updates=2)
     of_whole, of_parts = round_(whole, settings), round_(parts, replace(settings, micro_batch_size=size))
-    for player, seen in sizes.items():
+    for network, seen in sizes.items():
         assert set(seen) == ({1} if size == 1 else {3, 2})
-        for one, other in zip(getattr(whole, player).parameters(), getattr(parts, player).parameters(), strict=True):
+        for one, other in zip(getattr(whole, network).parameters(), getattr(parts, network).parameters(), strict=True):
             assert (one.grad - other.grad).norm() <= 1e-5 * one.grad.norm()
             assert one.grad.norm() > 0
     assert len(sizes["generator"]) == (2 if reuse else 4) * -(-BATCH // size)
@@ -179,7 +179,7 @@ def test_micro_batches_add_up_to_the_whole(size, reuse):
 
 
 def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path):
-    """Six rounds in one go against three, a checkpoint on disk, other players, and three more."""
+    """Six rounds in one go against three, a checkpoint on disk, other networks, and three more."""
     straight, before, after = make_train_state(), make_train_state(), make_train_state()
     losses = [round_(straight, step=step)["loss/regularizer"] for step in range(6)]
     for step in range(3):
@@ -230,7 +230,7 @@ def test_a_gradient_that_is_not_finite_stops_the_round_before_the_update():
 
     train_state = make_train_state()
     before, averaged = weights(train_state.generator), weights(train_state.ema)
-    with pytest.raises(NonFinite, match=r"step 4: the generator's gradient is not finite"):
+    with pytest.raises(NonFiniteGradient, match=r"step 4: the generator's gradient is not finite"):
         round_(train_state, step=4, send=spoiled)
     assert equal(before, weights(train_state.generator)) and equal(averaged, weights(train_state.ema))
     assert not train_state.generator_optimizer.state
@@ -239,7 +239,7 @@ def test_a_gradient_that_is_not_finite_stops_the_round_before_the_update():
     with torch.no_grad():
         train_state.score_network.leave.weight.mul_(1e30)
     before, start = weights(train_state.score_network), weights(train_state.generator)
-    with pytest.raises(NonFinite, match="score network"):
+    with pytest.raises(NonFiniteGradient, match="score network"):
         round_(train_state)
     assert equal(before, weights(train_state.score_network)) and equal(start, weights(train_state.generator))
 

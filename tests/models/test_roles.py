@@ -87,7 +87,7 @@ def by_hand(roles: Roles, reference: Reference) -> Roles:
         generator=reference.one_step(own(roles.generator), at),
         score_network=reference.denoiser(own(roles.score_network)),
         reference=reference.denoiser(reference.network()),
-        average=reference.one_step(own(roles.average), at),
+        ema=reference.one_step(own(roles.ema), at),
     )
 
 
@@ -199,7 +199,7 @@ def test_another_start_is_a_second_base_or_a_low_rank_difference(folder: Path, f
     second = make_roles(configured(folder, family, *RANKS, start), reference)
     with torch.no_grad():
         torch.testing.assert_close(second.generator(z, c), whole(z, c), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(second.average(z, c), whole(z, c), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(second.ema(z, c), whole(z, c), rtol=1e-5, atol=1e-5)
     assert second.start_error is None
     assert second.generator.denoiser.network.base is not second.reference.network.base
 

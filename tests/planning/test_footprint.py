@@ -15,7 +15,7 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.nonfinite import FiniteCheck
 from diffinstruct.method.rewards import Scores
-from diffinstruct.method.step import alternating_round, score_update, unwrapped
+from diffinstruct.method.step import Round, alternating_round, unwrapped
 from diffinstruct.models.denoiser import NetworkDenoiser
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.roles import make_roles
@@ -66,9 +66,8 @@ def test_a_round_costs_what_the_arithmetic_says(reference, monkeypatch, name, gu
     sample = draws.normal(0)
     with torch.no_grad():
         one = counted(lambda: unwrapped(train_state.score_network)(sample, torch.tensor([5, 500]), c))
-    update = partial(
-        score_update, train_state, settings, reference.schedule, draws, sample, c, draws.SCORE, FiniteCheck(PROMPTS)
-    )
+    this = Round(train_state, settings, reference.schedule, draws, c, FiniteCheck(PROMPTS))
+    update = partial(this.update_score_network, sample, 0)
     score = counted(update) if settings.objective else 0
     rows: list[int] = []
     forward = NetworkDenoiser.forward

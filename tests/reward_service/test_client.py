@@ -1,4 +1,4 @@
-"""A run and its rewards: the handshake before the first round, requests that are the run's state, probes, and what an
+"""A run and its rewards: validation before the first round, requests that are the run's state, probes, and what an
 alarm does.
 
 Runs of the tiny pipeline in this process.
@@ -19,7 +19,7 @@ from tiny import pipelines
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.method.rewards import LatentRewards, RewardError, RewardRequest, Scores
 from diffinstruct.models.pipeline import load_reference
-from diffinstruct.models.sampling import probe_inputs, sample_latents
+from diffinstruct.models.sampling import LatentSampler, probe_inputs
 from diffinstruct.reward_service import client, monitor
 from diffinstruct.reward_service.client import MEASURED_ROUNDS, LocalRewards, RewardClient, make_rewards
 from diffinstruct.reward_service.monitor import Alarm, OveroptimizationMonitor, variety
@@ -54,6 +54,10 @@ def world(tmp_path_factory):
         return Experiment.model_validate(content)
 
     return experiment
+
+
+def client_of(experiment, actors, in_process):
+    return RewardClient(experiment.rewards, experiment.cluster.rewards, actors, in_process)
 
 
 def records(folder, kind):
@@ -118,7 +122,7 @@ def test_a_resumed_run_shakes_hands_again(world, tmp_path, monkeypatch):
     assert state(tmp_path / "run")["metrics"] == before
 
 
-def test_what_the_handshake_saw_is_in_the_journal(world, tmp_path):
+def test_what_validation_saw_is_in_the_journal(world, tmp_path):
     local.run(world(steps=1), tmp_path / "run")
     told = {record["event"]: record for record in records(tmp_path / "run", "event")}
     seen = {kind: record for kind, record in told.items() if kind.startswith("reward.")}
@@ -139,7 +143,7 @@ def test_normalised_rewards_pull_as_strongly_whatever_their_units(world, tmp_pat
     with pytest.raises(RewardError, match=r"^reward flat: the same score for 4 pictures, nothing to normalize by$"):
         flat = LocalRewards(LatentRewards(lambda x: x, {"flat": lambda images, prompts: torch.ones(len(prompts))}))
         experiment = world(rewards__normalize="std")
-        judge = RewardClient(experiment, None, lambda: flat)
+        judge = client_of(experiment, None, lambda: flat)
         judge.scales = {"flat": 1.0}
         judge.measure_scales(torch.zeros(4, 3), ["a"] * 4)
 
@@ -156,9 +160,9 @@ def test_the_micro_batch_that_memory_holds_is_kept_and_asked_for_again(world, tm
     monkeypatch.undo()
     asked, ask = [], LocalRewards.ask
 
-    def noted(self, latents, prompts, terms):
-        asked.append(terms.micro_batch)
-        return ask(self, latents, prompts, terms)
+    def noted(self, latents, prompts, request):
+        asked.append(request.micro_batch)
+        return ask(self, latents, prompts, request)
 
     monkeypatch.setattr(LocalRewards, "ask", noted)
     local.run(world(**greedy), tmp_path / "run")
@@ -172,12 +176,12 @@ class Fake:
     def __init__(self, clock, seconds):
         self.clock, self.seconds, self.asked = clock, seconds, 0
 
-    def ask(self, latents, prompts, terms):
+    def ask(self, latents, prompts, request):
         self.asked += 1
 
         def collect():
             self.clock[0] += self.seconds
-            return Scores({}, torch.zeros_like(latents), self.seconds, terms.micro_batch)
+            return Scores({}, torch.zeros_like(latents), self.seconds, request.micro_batch)
 
         return collect
 
@@ -199,7 +203,7 @@ def test_the_first_rounds_show_where_rewards_hold_a_run_up_less(world, monkeypat
             raise ImportError("no module named 'theirs'")
         return fake(clock, here)
 
-    reward_client = RewardClient(world(), fake(clock, actors), in_process)
+    reward_client = client_of(world(), fake(clock, actors), in_process)
     line = None
     for _ in range(MEASURED_ROUNDS):
         assert line is None and reward_client.placement == "auto"
@@ -211,7 +215,7 @@ def test_the_first_rounds_show_where_rewards_hold_a_run_up_less(world, monkeypat
     assert reward_client.placement == place and (reward_client.backend is reward_client.actors) == (place == "actor")
     assert reward_client.choose_placement(Ranks()) is None
 
-    resumed = RewardClient(world(), fake(clock, actors), lambda: fake(clock, 0.0))
+    resumed = client_of(world(), fake(clock, actors), lambda: fake(clock, 0.0))
     resumed.load_state_dict(reward_client.state_dict())
     assert (resumed.backend is resumed.actors) == (place == "actor")
 
@@ -219,7 +223,7 @@ def test_the_first_rounds_show_where_rewards_hold_a_run_up_less(world, monkeypat
 def test_one_worker_that_is_better_off_with_actors_decides_for_all(world, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(client.time, "perf_counter", lambda: clock[0])
-    reward_client = RewardClient(world(), fake(clock, 0.5), lambda: fake(clock, 0.2))
+    reward_client = client_of(world(), fake(clock, 0.5), lambda: fake(clock, 0.2))
     for _ in range(MEASURED_ROUNDS):
         reward_client.send(torch.zeros(8, 4), ["a"] * 8)()
     # The other rank has seen as many rounds, and is for actors
@@ -229,9 +233,8 @@ def test_one_worker_that_is_better_off_with_actors_decides_for_all(world, monkey
 
 def test_rewards_with_an_environment_of_their_own_stay_there(world):
     environment = {"rewards": ["tiny.rewards:Red"], "runtime_env": "theirs.yaml"}
-    reward_client = RewardClient(
-        world(cluster__rewards__environments=[environment]), fake([0.0], 9.0), lambda: fake([0.0], 0.0)
-    )
+    experiment = world(cluster__rewards__environments=[environment])
+    reward_client = client_of(experiment, fake([0.0], 9.0), lambda: fake([0.0], 0.0))
     assert reward_client.placement == "actor" and reward_client.backend is reward_client.actors
 
 
@@ -257,21 +260,22 @@ def test_a_probe_sees_the_same_prompts_and_noise_with_the_runs_weights(world, mo
     seen = []
 
     class Spy(monitor.ProbeHistory):
-        def observe(self, probe, kept=False):
-            seen.append((probe, kept))
-            return super().observe(probe, kept)
+        def observe(self, probe, has_checkpoint=False):
+            seen.append((probe, has_checkpoint))
+            return super().observe(probe, has_checkpoint)
 
     monkeypatch.setattr(monitor, "ProbeHistory", Spy)
     rewards = make_rewards(experiment.rewards.names, reference.decode, CPU)
-    reward_client = RewardClient(experiment, None, lambda: LocalRewards(rewards))
+    reward_client = client_of(experiment, None, lambda: LocalRewards(rewards))
     reward_client.scales = {"tiny.rewards:Red": 0.5}
-    observer = OveroptimizationMonitor(experiment, reference, prompts, reward_client)
+    sample = LatentSampler(reference, experiment.precision, experiment.rewards.micro_batch_size)
+    observer = OveroptimizationMonitor(experiment.rewards.held_out, sample, prompts, reward_client)
     generator = reference.generator(600)
-    figures, alarm = observer.probe(0, generator, kept=False)()
+    figures, alarm = observer.probe(0, generator, has_checkpoint=False)()
     observer.add_round({"x0_gap": 2.0})
     observer.add_round({"x0_gap": 4.0})
     observer.add_round({})  # of a run without an objective
-    observer.probe(10, generator, kept=True)()
+    observer.probe(10, generator, has_checkpoint=True)()
     (first, start_kept), (second, second_kept) = seen
     assert (start_kept, second_kept) == (False, True)
     assert alarm is None and figures["overoptimization/trained"] == 0.0
@@ -279,7 +283,7 @@ def test_a_probe_sees_the_same_prompts_and_noise_with_the_runs_weights(world, mo
     assert np.array_equal(first.trained, second.trained) and first.variety == second.variety > 0
 
     assert len(observer.prompts) == 64 and len(set(observer.prompts[:4])) == 1
-    latents = sample_latents(experiment, reference, generator, observer.noise, observer.prompts)
+    latents = sample(generator, observer.noise, observer.prompts)
     scores = rewards(latents, observer.prompts, RewardRequest({}, 16)).scores
     np.testing.assert_allclose(first.trained, 4.0 * scores["tiny.rewards:Red"].double().numpy(), rtol=1e-6)
     np.testing.assert_allclose(first.held_out["tiny.rewards:Calm"], scores["tiny.rewards:Calm"].numpy(), rtol=1e-6)
@@ -302,8 +306,8 @@ class Alarming(monitor.ProbeHistory):
 
     at = 2
 
-    def observe(self, probe, kept=False):
-        super().observe(probe, kept)
+    def observe(self, probe, has_checkpoint=False):
+        super().observe(probe, has_checkpoint)
         if probe.step != self.at:
             return None
         return Alarm(probe.step, "unexplained", f"at step {probe.step} something is odd")

@@ -60,28 +60,28 @@ def test_of_several_held_out_rewards_the_mean_counts():
 
 
 def test_a_held_out_reward_that_falls_from_its_best_probe():
-    assert alarms(probe(0), probe(10, 2, 2), probe(20, 2, 2 - 2 * monitor.FALL + 0.01)) == []
+    assert alarms(probe(0), probe(10, 2, 2), probe(20, 2, 2 - 2 * monitor.FALL_SHARE + 0.01)) == []
     seen = ProbeHistory()
     for each in (probe(0), probe(10, 2, 2), probe(20, 2.5, 1.9)):
         assert seen.observe(each) is None
-    alarm = seen.observe(probe(30, 3, 2 - 2 * monitor.FALL - 0.01))
+    alarm = seen.observe(probe(30, 3, 2 - 2 * monitor.FALL_SHARE - 0.01))
     assert alarm and (alarm.step, alarm.symptom) == (30, "held_out")
     assert "judge" in alarm.line and "best at step 10" in alarm.line
 
 
 def test_a_fall_that_noise_explains_is_none():
     """The same mean fall: alike for all prompts it is one, of two prompts' pictures alone it is not."""
-    fall = 2 * monitor.FALL + 0.2
+    fall = 2 * monitor.FALL_SHARE + 0.2
     of_two = np.where(np.arange(PROMPTS) < 2, fall * PROMPTS / 2, 0).repeat(NOISES)
     assert alarms(probe(0), probe(10, 2, 2), probe(20, 2, 2 - np.full(len(START), fall))) == [(20, "held_out")]
     assert alarms(probe(0), probe(10, 2, 2), probe(20, 2, 2 - of_two)) == []
 
 
 def test_a_held_out_reward_that_never_gained_may_not_fall_either():
-    assert alarms(probe(0), probe(10, 0.5, -monitor.FALL_LEAST + 0.01)) == []
-    assert alarms(probe(0), probe(10, 0.5, -monitor.FALL_LEAST - 0.01)) == [(10, "held_out")]
+    assert alarms(probe(0), probe(10, 0.5, -monitor.FALL_STD + 0.01)) == []
+    assert alarms(probe(0), probe(10, 0.5, -monitor.FALL_STD - 0.01)) == [(10, "held_out")]
     assert (
-        alarms(probe(0), probe(10, 0.0, -monitor.FALL_LEAST - 0.01)) == []
+        alarms(probe(0), probe(10, 0.0, -monitor.FALL_STD - 0.01)) == []
     )  # the trained one has not risen: a bad start, no hack
 
 
@@ -128,24 +128,26 @@ def test_a_resumed_run_alarms_alike():
     ]
     whole, told = ProbeHistory(), []
     for each in course:
-        told.append((whole.observe(each, kept=True), whole.figures(), whole.best))
+        told.append((whole.observe(each, has_checkpoint=True), whole.figures(), whole.best))
     assert len([alarm for alarm, *_ in told if alarm]) == 4
     for cut in range(len(course)):
         first = ProbeHistory()
         for each in course[:cut]:
-            first.observe(each, kept=True)
+            first.observe(each, has_checkpoint=True)
         kept = json.loads(json.dumps(first.state_dict()))
         for each in course[cut:]:
-            first.observe(each, kept=True)  # the run that went on has nothing to do with what was kept
+            first.observe(each, has_checkpoint=True)  # the run that went on has nothing to do with what was kept
         second = ProbeHistory()
         second.load_state_dict(kept)
-        assert [(second.observe(each, kept=True), second.figures(), second.best) for each in course[cut:]] == told[cut:]
+        assert [(second.observe(each, has_checkpoint=True), second.figures(), second.best) for each in course[cut:]] == told[
+            cut:
+        ]
 
 
 def test_the_best_checkpoint_has_gained_most_held_out_and_no_symptom():
     seen = ProbeHistory()
     course = [probe(0), probe(10, 1, 1), probe(20, 2, 1.5), probe(30, 2, 1.4), probe(40, 3, 2, variety=0.1), probe(50, 3, 1.9)]
-    bests = [(seen.observe(each, kept=each.step not in (0, 20)), seen.best.get("step"))[1] for each in course]
+    bests = [(seen.observe(each, has_checkpoint=each.step not in (0, 20)), seen.best.get("step"))[1] for each in course]
     assert bests == [None, 10, 10, 30, 30, 50]  # of step 20 there is none, at 40 variety is lost
     assert seen.best == {"step": 50, "held_out": pytest.approx(1.9)}
 
@@ -153,7 +155,7 @@ def test_the_best_checkpoint_has_gained_most_held_out_and_no_symptom():
 def test_without_held_out_rewards_there_is_no_best_one():
     seen = ProbeHistory()
     for step in (0, 10):
-        seen.observe(Probe(step, START, {}, 1.0, math.nan), kept=True)
+        seen.observe(Probe(step, START, {}, 1.0, math.nan), has_checkpoint=True)
     assert seen.best == {}
 
 
@@ -163,7 +165,7 @@ def test_without_held_out_rewards_variety_and_distance_remain():
     alarm = seen.observe(Probe(10, START + 100, {}, 0.1, 0.25))
     assert alarm and alarm.symptom == "variety"
     assert seen.figures().keys() == {"overoptimization/trained", "overoptimization/variety", "overoptimization/distance"}
-    assert "rewards.held_out" in monitor.BLIND
+    assert "rewards.held_out" in monitor.NO_HELD_OUT
 
 
 def test_a_reward_without_a_within_prompt_std_has_no_gain_to_count():

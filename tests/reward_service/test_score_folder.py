@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from test_validation import honest, wrong_sign
+from test_reward_validation import honest, wrong_sign
 from tiny.commands import complaint, imported
 
 from diffinstruct.cli.main import main
@@ -280,7 +280,7 @@ def Complex():
 
 
 @pytest.mark.parametrize(("name", "kind"), [("Counting", "int64"), ("Complex", "complex64")])
-def test_scores_that_are_no_real_numbers_are_refused_as_in_the_handshake(folder, prompts, tmp_path, capsys, name, kind):
+def test_scores_that_are_no_real_numbers_are_refused_as_in_validation(folder, prompts, tmp_path, capsys, name, kind):
     expected = f"reward test_score_folder:{name}: scores of torch.{kind}, expected floating point"
     ask = ["--reward", f"test_score_folder:{name}", "-o", tmp_path / "s.csv"]
     assert fails(capsys, "rewards", "score", folder, prompts, *ask) == expected

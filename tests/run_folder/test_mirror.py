@@ -19,11 +19,11 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.inputs import check_inputs
 from diffinstruct.config.reading import load
 from diffinstruct.errors import ConfigErrors, UserError
+from diffinstruct.locks import only_writer
 from diffinstruct.method.step import alternating_round
 from diffinstruct.run_folder import mirror, signals
 from diffinstruct.run_folder.checkpoint import CheckpointStore
 from diffinstruct.run_folder.location import run_folder
-from diffinstruct.run_folder.locks import only_writer
 from diffinstruct.run_folder.mirror import Mirror
 from diffinstruct.run_folder.signals import Paused
 from diffinstruct.training import local

@@ -7,7 +7,7 @@ import inspect
 
 import torch
 
-from diffinstruct.method.nonfinite import NonFinite
+from diffinstruct.method.nonfinite import NonFiniteGradient
 from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.training import loop, trainer
 from diffinstruct.training.guards import NonFiniteGuard
@@ -51,7 +51,7 @@ def test_one_process_is_its_own_answer_to_collective_calls():
 def test_a_guard_goes_on_from_its_state():
     """Rollbacks and what was skipped are counted on; each rollback draws from another seed."""
     guard = NonFiniteGuard()
-    error = NonFinite(4, "generator", None)
+    error = NonFiniteGradient(4, "generator", None)
     assert guard.add(error, [None, "a loss"]) == "worker 1: a loss"
     assert guard.add(error, [None]) == "the generator's gradient, with all before it finite"
     assert (guard.skipped, guard.consecutive, guard.seed(7)) == (2, 2, 7)

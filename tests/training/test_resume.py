@@ -8,7 +8,7 @@ from diffinstruct.cli.main import main
 from diffinstruct.errors import UserError
 from diffinstruct.run_folder.checkpoint import CheckpointStore
 from diffinstruct.training import local
-from diffinstruct.training.loop_state import STATE_OF_0_1, Identity, SavedState
+from diffinstruct.training.loop_state import STATE_OF_0_1, Identity, moved
 from diffinstruct.training.resume import change, export_checkpoint, identity_of, take_over
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -100,21 +100,20 @@ def test_a_saved_state_moves_to_another_configuration(run):
         update={
             "generator": experiment.generator.model_copy(update={"learning_rate": 0.25}),
             "score_network": experiment.score_network.model_copy(update={"weight_decay": 0.5}),
+            "objective": experiment.objective.model_copy(update={"reward_scale": 7.0}),
+            "rewards": experiment.rewards.model_copy(update={"micro_batch_size": 3}),
         }
     )
     _, state = CheckpointStore(folder / "checkpoints").latest()
     scales = dict(state["rewards"]["scales"])
-    saved = SavedState(state | {"stopped": True})
-    assert saved.belongs_to(identity_of(experiment)) and not saved.belongs_to(identity_of(changed))
-    saved.move_to(Identity("new", "prompts"), changed)
-    saved.set_reward_scale(7.0)
-    saved.set_reward_micro_batch_size(3)
-    assert saved.belongs_to(Identity("new", "prompts")) and saved.state["stopped"] is False
-    assert saved.state["reward_scale"] == 7.0
-    assert saved.state["rewards"] == {"micro_batch_size": 3, "scales": scales, "placement": "process"}
-    groups = {name: saved.state["train_state"][name]["param_groups"][0] for name in ("generator_optimizer", "score_optimizer")}
+    assert Identity.of(state) == identity_of(experiment) != identity_of(changed)
+    state["reward_scale"] = 0.5  # as an alarm has left it
+    new = moved(state | {"stopped": True}, Identity("new", "prompts"), changed, {"rewards.micro_batch_size"})
+    assert Identity.of(new) == Identity("new", "prompts") and new["stopped"] is False and new["reward_scale"] == 0.5
+    assert new["rewards"] == {"micro_batch_size": 3, "scales": scales, "placement": "process"}
+    groups = {name: new["train_state"][name]["param_groups"][0] for name in ("generator_optimizer", "score_optimizer")}
     assert groups["generator_optimizer"]["lr"] == 0.25 and groups["score_optimizer"]["weight_decay"] == 0.5
-    history = saved.state["overoptimization"]["history"]
+    history = new["overoptimization"]["history"]
     assert history["best"] == {} and history["start"]["trained"]
-    saved.restart_monitor()
-    assert saved.state["overoptimization"]["history"]["start"] == {}
+    new = moved(new, Identity("new", "others"), changed, {"objective.reward_scale", "prompts.train"})
+    assert new["overoptimization"]["history"]["start"] == {} and new["reward_scale"] == 7.0

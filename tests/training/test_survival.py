@@ -24,13 +24,13 @@ from tiny.runs import agree, journal
 from diffinstruct.cli.main import main
 from diffinstruct.cluster.reward_actor import RewardActor
 from diffinstruct.errors import UserError
-from diffinstruct.method.nonfinite import NonFinite
-from diffinstruct.method.rewards import NotFinite
+from diffinstruct.locks import LOCK, Busy, locked, only_writer
+from diffinstruct.method.nonfinite import NonFiniteGradient
+from diffinstruct.method.rewards import NonFiniteScore
 from diffinstruct.method.step import alternating_round
 from diffinstruct.reward_service.monitor import ProbeHistory
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, full_disk_as_error
 from diffinstruct.run_folder.location import run_folder
-from diffinstruct.run_folder.locks import LOCK, Busy, locked, only_writer
 from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.run_folder.signals import Paused
 from diffinstruct.tracking.journal import Journal
@@ -62,7 +62,7 @@ def spoil(monkeypatch, steps, seen=None):
 
         def nan(latents, prompts):
             def collect():
-                raise NotFinite("reward red: 8 of 8 scores are not finite")
+                raise NonFiniteScore("reward red: 8 of 8 scores are not finite")
 
             return collect if steps(draws.step) else send(latents, prompts)
 
@@ -123,7 +123,7 @@ def test_what_cannot_be_got_around_ends_the_run_resumable(experiment, tmp_path, 
     spoil(monkeypatch, lambda step: step >= 4)
     why = "reward red: 8 of 8 scores are not finite; 5 steps in a row, once more after going back"
     for _ in range(2):  # the same call meets the same end
-        with pytest.raises(NonFinite, match=why):
+        with pytest.raises(NonFiniteGradient, match=why):
             local.run(experiment(steps=20), tmp_path / "run")
     assert journal(tmp_path / "run")[1] == ["FAILED", "FAILED"]
     assert CheckpointStore(tmp_path / "run/checkpoints").latest()[0] == 3
@@ -132,7 +132,7 @@ def test_what_cannot_be_got_around_ends_the_run_resumable(experiment, tmp_path, 
     assert journal(tmp_path / "run")[1][-1] == "FINISHED"
 
     spoil(monkeypatch, lambda step: True)
-    with pytest.raises(NonFinite, match="5 steps in a row, with no checkpoint to go back to"):
+    with pytest.raises(NonFiniteGradient, match="5 steps in a row, with no checkpoint to go back to"):
         local.run(experiment(), tmp_path / "other")
 
 
@@ -182,7 +182,7 @@ def test_no_injected_value_leaks_on_two_processes(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ the run's folder
 def test_a_run_has_one_writer(experiment, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffinstruct.training.loop.PATIENCE", 0.1)
+    monkeypatch.setattr("diffinstruct.training.loop.FOLDER_LOCK_TIMEOUT_S", 0.1)
     (tmp_path / "run").mkdir()
     at_work = rf"process {os.getpid()} on \S+ is at work on this run"
     with only_writer(tmp_path / "run"), pytest.raises(UserError, match=at_work):
@@ -399,7 +399,7 @@ def test_an_export_that_finds_no_room_ends_the_run_resumable(experiment, tmp_pat
 
 def test_a_lock_that_finds_no_room_is_one_line(experiment, tmp_path, monkeypatch, capsys):
     (tmp_path / "recipe.yaml").write_text(experiment(output_dir=str(tmp_path / "runs")).to_yaml())
-    monkeypatch.setattr("diffinstruct.run_folder.locks.locked", full)
+    monkeypatch.setattr("diffinstruct.locks.locked", full)
     assert main(["train", str(tmp_path / "recipe.yaml"), "--local"]) == 1
     assert capsys.readouterr().err.strip().endswith("No space left on device")
     monkeypatch.undo()

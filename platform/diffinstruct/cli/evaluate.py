@@ -149,7 +149,7 @@ def generate(
     import numpy as np
     from PIL import Image
 
-    from diffinstruct.models.generate import generate
+    from diffinstruct.models.export import generate
 
     pictures = generate(model, [prompt] * n, seed)
     try:

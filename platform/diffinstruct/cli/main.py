@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)  # where a reward of one's own may lie; `python -m diffinstruct` has it there already
-    from diffinstruct.run_folder.locks import FULL
+    from diffinstruct.locks import FULL
 
     try:
         # typer's own handling would print usage errors in several lines

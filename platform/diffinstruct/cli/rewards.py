@@ -44,8 +44,8 @@ def validate(
     """Validate a reward, check by check, as every run does before its first step."""
     check_rewards([reward], "rewards validate")
     from diffinstruct.method.rewards import RewardError
+    from diffinstruct.reward_service.reward_validation import refuse
     from diffinstruct.reward_service.score_folder import validate
-    from diffinstruct.reward_service.validation import refuse
     from reward_models import NAMES
 
     report = validate(reward, images, prompts, not held_out)

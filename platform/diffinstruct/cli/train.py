@@ -33,8 +33,8 @@ def train(
     ] = None,
 ) -> None:
     """Train a generator on Ray."""
+    from diffinstruct.locks import COMMAND, only_writer
     from diffinstruct.run_folder.location import run_folder
-    from diffinstruct.run_folder.locks import COMMAND, only_writer
 
     experiment = read_experiment(file, overrides)
     folder = run_folder(experiment) if resume is None else existing_run(resume)
@@ -54,17 +54,17 @@ def train(
 def _run(experiment: Experiment, folder: Path, local: bool) -> None:
     """Train, and end the command with a run's own exit status: 1 broke off, 75 paused, 130 interrupted."""
     import diffinstruct
-    from diffinstruct.method.nonfinite import NonFinite
+    from diffinstruct.locks import COMMAND, LOCK, Busy, only_writer
+    from diffinstruct.method.nonfinite import NonFiniteGradient
     from diffinstruct.method.rewards import RewardError
     from diffinstruct.run_folder.checkpoint import CheckpointError
-    from diffinstruct.run_folder.locks import COMMAND, LOCK, Busy, only_writer
     from diffinstruct.run_folder.signals import EXIT_PAUSED, Paused
 
     file = folder / "experiment.yaml"
     command = f"diffinstruct train {shlex.quote(str(file))} --resume {shlex.quote(str(folder))}{' --local' * local}"
     try:
         diffinstruct.train(experiment, folder, local)
-    except (RewardError, NonFinite, CheckpointError, Paused, KeyboardInterrupt) as error:
+    except (RewardError, NonFiniteGradient, CheckpointError, Paused, KeyboardInterrupt) as error:
         print(error if str(error) else "\ninterrupted", file=sys.stderr)
         if any((folder / "checkpoints").glob("step-*")):
             print(f"from its last checkpoint the run goes on with: {command}", file=sys.stderr)
@@ -173,7 +173,7 @@ def _push_mirror(folder: Path) -> int:
     """Bring one run's mirror up to date, where it has one; the command's exit status for it."""
     from diffinstruct.config.addresses import one_line
     from diffinstruct.config.reading import load_run
-    from diffinstruct.run_folder.locks import Busy, only_writer
+    from diffinstruct.locks import Busy, only_writer
 
     try:
         if (folder / "experiment.yaml").is_file() and (url := load_run(folder).mirror):

@@ -39,7 +39,7 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def leaving() -> bool:
+def preempted() -> bool:
     """Whether a node of the run has been told to go, as spot machines are. A collective call of Ray's alpha API."""
     return ray.train.get_preemption_info() is not None
 

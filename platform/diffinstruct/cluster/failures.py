@@ -12,7 +12,7 @@ from ray.train import ControllerError, UserCallback, WorkerGroupError
 from diffinstruct.config.addresses import one_line
 from diffinstruct.config.sections import TrackingConfig
 from diffinstruct.errors import UserError
-from diffinstruct.method.nonfinite import NonFinite
+from diffinstruct.method.nonfinite import NonFiniteGradient
 from diffinstruct.method.rewards import RewardError
 from diffinstruct.run_folder.checkpoint import CheckpointError
 from diffinstruct.run_folder.signals import Paused
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:
     pass
 
-FINAL = (UserError, RewardError, NonFinite, CheckpointError, Paused)
+FINAL = (UserError, RewardError, NonFiniteGradient, CheckpointError, Paused)
 """Errors that a second try would meet again."""
 
 

@@ -16,7 +16,7 @@ from diffinstruct.cluster.attach import stand_in
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.method.precision import use_deterministic_kernels
 from diffinstruct.method.rewards import LatentRewards, RewardRequest
-from diffinstruct.reward_service.validation import Report
+from diffinstruct.reward_service.reward_validation import Report
 
 LOADING = "loading"
 """What an actor says it does meanwhile: it is no work on anybody's request."""
@@ -65,11 +65,11 @@ class RewardActor:
     def load(self, request: str) -> ActorReply:
         return ActorReply(request, tuple(self.rewards.models), None)
 
-    def score(self, request: str, latents: np.ndarray, prompts: Sequence[str], terms: RewardRequest) -> ActorReply:
+    def score(self, request: str, latents: np.ndarray, prompts: Sequence[str], reward_request: RewardRequest) -> ActorReply:
         rewards = self.rewards
         with self.at_work(request):
             # What Ray hands over is read-only memory that it shares with others.
-            answer = rewards(torch.tensor(latents, device=self.device), prompts, terms)
+            answer = rewards(torch.tensor(latents, device=self.device), prompts, reward_request)
             scores = {name: score.cpu().numpy() for name, score in answer.scores.items()}
             content = (scores, answer.gradient.cpu().numpy(), answer.seconds, answer.micro_batch)
         return ActorReply(request, tuple(scores), content)

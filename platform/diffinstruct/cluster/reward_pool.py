@@ -39,7 +39,7 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.sections import RewardEnvironmentConfig
 from diffinstruct.errors import UserError, did_you_mean, nearest_file
 from diffinstruct.method.rewards import Collect, RewardError, RewardRequest, Scores
-from diffinstruct.reward_service.validation import Report
+from diffinstruct.reward_service.reward_validation import Report
 
 VALIDATION_CALLS = 40
 """A validation may take as long as so many scoring calls, with each actor."""
@@ -74,20 +74,20 @@ class RewardPool:
     def actors(self) -> tuple[ActorHandle, ...]:
         return tuple(replica for group in self.groups for replica in group.replicas)
 
-    def ask(self, latents: Tensor, prompts: Sequence[str], terms: RewardRequest) -> Collect:
+    def ask(self, latents: Tensor, prompts: Sequence[str], request: RewardRequest) -> Collect:
         """Ask every group, each with its part of the weights. A batch is dealt out to a group's replicas in whole
         micro-batches, so that its rows meet the same neighbours as in one process."""
-        if unknown := [name for name in terms.weights if name not in self.names]:
+        if unknown := [name for name in request.weights if name not in self.names]:
             raise RewardError(f"reward {unknown[0]}: asked for, but there are {', '.join(self.names) or 'none'}")
         array = latents.detach().cpu().numpy()
-        batches = -(-len(array) // terms.micro_batch)
+        batches = -(-len(array) // request.micro_batch)
         calls = []
         for group in self.groups:
-            weights = {name: weight for name, weight in terms.weights.items() if name in group.rewards}
-            share = -(-batches // len(group.replicas)) * terms.micro_batch
+            weights = {name: weight for name, weight in request.weights.items() if name in group.rewards}
+            share = -(-batches // len(group.replicas)) * request.micro_batch
             calls.append(
                 [
-                    self._score(group, self.first + i, array[at : at + share], prompts[at : at + share], weights, terms)
+                    self._score(group, self.first + i, array[at : at + share], prompts[at : at + share], weights, request)
                     for i, at in enumerate(range(0, len(array), share))
                 ]
             )
@@ -95,7 +95,7 @@ class RewardPool:
         def collect() -> Scores:
             answers = [[call.answer() for call in of_group] for of_group in calls]
             if not answers:
-                return Scores({}, torch.zeros(array.shape), 0.0, terms.micro_batch)
+                return Scores({}, torch.zeros(array.shape), 0.0, request.micro_batch)
             found = {
                 name: torch.from_numpy(np.concatenate([scores[name] for scores, *_ in of_group]))
                 for group, of_group in zip(self.groups, answers, strict=True)
@@ -118,9 +118,9 @@ class RewardPool:
         rows: np.ndarray,
         prompts: Sequence[str],
         weights: dict[str, float],
-        terms: RewardRequest,
+        request: RewardRequest,
     ) -> Call:
-        latents, asked = ray.put(rows), RewardRequest(weights, terms.micro_batch)
+        latents, asked = ray.put(rows), RewardRequest(weights, request.micro_batch)
 
         def fault(answer: ActorReply) -> None:
             scores, gradient, *_ = answer.content

@@ -34,15 +34,15 @@ from diffinstruct.cluster.attach import ray_options, stand_in
 from diffinstruct.cluster.reward_pool import RewardPool, reward_pool
 from diffinstruct.config.addresses import tracking_uri
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.locks import Busy
 from diffinstruct.run_folder import signals
-from diffinstruct.run_folder.locks import Busy
 
 if TYPE_CHECKING:
     from diffinstruct.reward_service.client import RewardBackend
     from diffinstruct.tracking.journal import Parent
     from diffinstruct.training.run_log import Result
 from diffinstruct.cluster.attach import attached, check_fits, warn_of_passing_copy
-from diffinstruct.cluster.collectives import collective_device, distributed_ranks, leaving
+from diffinstruct.cluster.collectives import collective_device, distributed_ranks, preempted
 from diffinstruct.cluster.failures import NoSecondTry, close, final_error
 
 OUTPUT = "output.txt"
@@ -156,7 +156,7 @@ def train_loop(
     torch.set_num_threads(experiment.cluster.cpus_per_worker)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    worker = Worker(distributed_ranks(rank, world), where=where, leaving=leaving if watched else lambda: False)
+    worker = Worker(distributed_ranks(rank, world), where=where, preempted=preempted if watched else lambda: False)
     if world > 1:
         if experiment.cluster.fully_shard:
             worker = replace(worker, mesh=init_device_mesh(collective_device(), (world,)))

@@ -1,7 +1,5 @@
 """Parameters by name, as a recipe gives them to an objective or a distance; knows nothing of torch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib import import_module
 from inspect import Parameter, signature

@@ -8,8 +8,6 @@ Flow matching is the case alpha_t = 1 - t, sigma_t = t. Shapes: samples x0, xt, 
 the schedule.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,14 +18,13 @@ Conditions = dict[str, Tensor]
 """What the networks are conditioned on, batch first: {"prompt_embeds": [B, L, D], ...}."""
 
 Denoiser = Callable[[Tensor, Tensor, Conditions], Tensor]
-"""(xt [B, ...], t [B], conditions) -> x0_hat [B, ...]. Every network, of whatever parametrisation, is adapted to
-this."""
+"""(xt [B, ...], t [B], conditions) -> x0_hat [B, ...]. Every network, of whatever parametrisation, is adapted to it."""
 
 GuidedReference = Callable[[Tensor, Tensor, Conditions], tuple[Tensor, Tensor | None]]
 """(xt, t, conditions) -> (r, g), each like xt: the x0 prediction that a divergence compares with, and the guidance that
 stays beside it, a constant, or None."""
 
-LawOfT = Callable[[Tensor], Tensor]
+TimestepDistribution = Callable[[Tensor], Tensor]
 """Uniform numbers in [0, 1) [B] -> t [B]: a law by its quantiles, so that t is drawn by sample and not by batch."""
 
 WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -81,8 +78,7 @@ class Schedule:
                 return output
             case "flow_prediction":  # v = eps - x0, with alpha + sigma = 1
                 return xt - sigma * output
-        known = "'epsilon', 'v_prediction', 'sample' and 'flow_prediction'"
-        raise ValueError(f"prediction: got {prediction!r}, known are {known}")
+        raise ValueError(f"prediction: got {prediction!r}, known are 'epsilon', 'v_prediction', 'sample' and 'flow_prediction'")
 
 
 def denoising_loss(
@@ -98,12 +94,12 @@ def denoising_loss(
     return (schedule.scale(weighting, t, x0) * (x0_hat - x0)).pow(2).flatten(1).mean(1)
 
 
-def uniform_t(t_min: int, t_max: int) -> LawOfT:
+def uniform_t(t_min: int, t_max: int) -> TimestepDistribution:
     """t ~ U[t_min, t_max)."""
     return lambda fraction: (t_min + fraction * (t_max - t_min)).floor().to(torch.long)
 
 
-def log_normal_t(schedule: Schedule, mean: float, std: float, t_min: int, t_max: int) -> LawOfT:
+def log_normal_t(schedule: Schedule, mean: float, std: float, t_min: int, t_max: int) -> TimestepDistribution:
     """ln(sigma_t / alpha_t) ~ N(mean, std^2), cut to t in [t_min, t_max) (the law of Karras et al. 2022, arXiv
     2206.00364)."""
     ratio = (schedule.sigmas.double() / schedule.alphas.double()).log().cpu()

@@ -5,7 +5,7 @@ Shapes: y [B, ...]; d(y) [B], d'(y) [B, ...], the gradient of d at y. Norms run 
 
 A new distance is a pair, or a function from parameters to a pair, and one row of `DISTANCES`; or the same in a file of
 your own, named `module:attribute` in the recipe. Its parameters come from `objective.distance_args`.
-`validation.validate_distance` tries your own before the first step.
+`objective_validation.validate_distance` tries your own before the first step.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ if TYPE_CHECKING:  # the configuration reads DISTANCES before torch is there, an
 
 
 class Distance(NamedTuple):
-    """Any pair of callables of these shapes is a distance, as long as `gradient` is differentiable in y: DI* needs
-    that."""
+    """Any pair of callables of these shapes. `gradient` has to be differentiable in y: DI* needs that."""
 
     value: Callable[[Tensor], Tensor]  # d, [B, ...] -> [B]; recorded, never differentiated
     gradient: Callable[[Tensor], Tensor]  # d', [B, ...] -> [B, ...]
@@ -58,8 +57,7 @@ DISTANCES: dict[str, Distance | Callable[..., Distance]] = {"pseudo_huber": pseu
 
 
 def distance_arguments(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """`objective.distance_args` with the defaults of what it leaves out. Raises ArgumentError; what a module of yours
-    raises."""
+    """`objective.distance_args` with defaults filled in. Raises ArgumentError; what a module of yours raises."""
     pair = _pair(name)
     return complete_arguments(name, parameters(pair) if callable(pair) else {}, args)
 

@@ -1,8 +1,6 @@
 """Classifier-free guidance of the reference, inside the divergence or beside it (guidance IN and OUT of arXiv
 2410.20898)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Values that are not finite: where they were found, and the error that leaves the update out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,23 +7,21 @@ from typing import Any
 from torch import Tensor
 
 
-class NonFinite(RuntimeError):
-    """The gradient of `player` is not finite: its update was left out, and with it the rest of the round. All workers
-    raise it.
+class NonFiniteGradient(RuntimeError):
+    """A gradient is not finite: its update was left out, and with it the rest of the round. All workers raise it.
 
-    player: "score network" or "generator".
-    cause: the first thing that was not finite on this worker, with the prompts it belongs to; None where all was well
-    here, up
-        to the gradient itself.
+    network: "score network" or "generator".
+    cause: the first thing on this worker that was not finite, with its prompt; None where all was well up to the
+        gradient.
     """
 
-    def __init__(self, step: int, player: str, cause: str | None) -> None:
-        self.step, self.player, self.cause = step, player, cause
+    def __init__(self, step: int, network: str, cause: str | None) -> None:
+        self.step, self.network, self.cause = step, network, cause
         why = f" ({cause})" if cause else ""
-        super().__init__(f"step {step}: the {player}'s gradient is not finite{why}; its weights are unchanged")
+        super().__init__(f"step {step}: the {network}'s gradient is not finite{why}; its weights are unchanged")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return NonFinite, (self.step, self.player, self.cause)
+        return NonFiniteGradient, (self.step, self.network, self.cause)
 
 
 class FiniteCheck:
@@ -41,14 +37,14 @@ class FiniteCheck:
         if finite.all().item():
             return True
         prompts = self.prompts[part]
-        of = [prompt for prompt, is_finite in zip(prompts, finite.tolist(), strict=True) if not is_finite]
-        self.record(f"{what}, of {len(of)} of {len(prompts)} samples, the first of them {of[0]!r}")
+        spoiled = [prompt for prompt, is_finite in zip(prompts, finite.tolist(), strict=True) if not is_finite]
+        self.record(f"{what}, of {len(spoiled)} of {len(prompts)} samples, the first of them {spoiled[0]!r}")
         return False
 
     def record(self, what: str) -> None:
         self.first = self.first or what
 
     @property
-    def factor(self) -> float:
-        """Of a loss or a gradient: all workers shall see what one has found."""
+    def gradient_factor(self) -> float:
+        """1, or NaN once something was found: a loss or gradient times this shows all workers what one has found."""
         return math.nan if self.first else 1.0

@@ -20,7 +20,7 @@ distance that its signature names, and parameters of its own, which come from `o
 
     def half_distance(x0, t, eps, c, *, score_network, reference, schedule, weighting, distance, factor=0.5): ...
 
-`validation.validate_objective` tries your own before the first step.
+`objective_validation.validate_objective` tries your own before the first step.
 """
 
 from __future__ import annotations
@@ -114,8 +114,7 @@ def dmd(
     schedule: Schedule,
     weighting: str,
 ) -> Loss:
-    """DMD without its GAN and regression losses (arXiv 2311.18828): Diff-Instruct, divided for each sample
-    by mean|x0 - r|."""
+    """DMD without its GAN and regression losses (arXiv 2311.18828): Diff-Instruct, divided by a sample's mean|x0 - r|."""
     loss, record = diff_instruct(
         x0, t, eps, c, score_network=score_network, reference=reference, schedule=schedule, weighting=weighting
     )
@@ -155,14 +154,12 @@ def per_sample_sum(x: Tensor) -> Tensor:
 
 
 def _beside(g: Tensor | None, m: Tensor, xt: Tensor) -> Tensor | float:
-    """Guidance OUT (arXiv 2410.20898): - (guidance_scale - 1) w_t < sg[s_ref(c) - s_ref(null)], x_t >, w_t = m_t /
-    k_t."""
+    """Guidance OUT (arXiv 2410.20898): -(guidance_scale - 1) w_t < sg[s_ref(c) - s_ref(null)], x_t >, w_t = m_t / k_t."""
     return 0.0 if g is None else -per_sample_sum(m * g * xt)
 
 
 def _record(f: Tensor, r: Tensor, x0: Tensor) -> dict[str, Tensor]:
-    """Constants [B]. "reference_error", how far the sample is from what the reference makes of it, divides DMD and
-    SiD."""
+    """Constants [B]. "reference_error", the sample's distance from the reference's prediction, divides DMD and SiD."""
     return {
         "x0_gap": (f - r).detach().pow(2).flatten(1).mean(1),
         "reference_error": (x0 - r).detach().abs().flatten(1).mean(1).clamp(min=1e-5),
@@ -196,10 +193,8 @@ OBJECTIVES: dict[str, ObjectiveFacts] = {
 
 OWN = ObjectiveFacts("your own as 'module:attribute'")
 """Of an objective that is no row above the costlier case is assumed: gradient flows through the networks."""
-
-OF_THE_ROUND = ("score_network", "reference")
-OF_THE_RUN = ("schedule", "weighting", "distance")
-"""Parameters of an objective that the platform fills in; all others that are not positional are its own."""
+GIVEN = ("x0", "t", "eps", "c", "score_network", "reference", "schedule", "weighting", "distance")
+"""Parameters of an objective that the platform fills in; all others are its own."""
 
 
 def facts(name: str) -> ObjectiveFacts:
@@ -208,10 +203,9 @@ def facts(name: str) -> ObjectiveFacts:
 
 
 def objective_arguments(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """`objective.args` with the defaults of what it leaves out. Raises ArgumentError; what a module of yours raises."""
+    """`objective.args` with defaults filled in. Raises ArgumentError; what a module of yours raises."""
     function = _function(name)
-    given = ("x0", "t", "eps", "c", *OF_THE_ROUND, *OF_THE_RUN)
-    return complete_arguments(name, parameters(function, without=given) if function else {}, args)
+    return complete_arguments(name, parameters(function, without=GIVEN) if function else {}, args)
 
 
 def objective(

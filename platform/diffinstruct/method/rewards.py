@@ -5,8 +5,6 @@ better. `LatentRewards` is that, moved to where the generator's samples live. It
 reward actor; both are asked through `Send`, so the step cannot tell which.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +20,7 @@ class RewardError(RuntimeError):
     """A reward that cannot be trusted: wrong shape, not finite, dead, late. It never becomes a score."""
 
 
-class NotFinite(RewardError):
+class NonFiniteScore(RewardError):
     """Scores or a gradient with a NaN or an infinity in them: of these pictures, and maybe not of the next."""
 
 
@@ -30,12 +28,10 @@ class NotFinite(RewardError):
 class RewardRequest:
     """What a caller wants of the rewards.
 
-    weights: name -> its weight in the sum whose gradient is wanted; every other reward is scored and no more. None of
-    them: no
+    weights: name -> weight in the sum whose gradient is wanted; other rewards are scored and no more. Without any no
         gradient is computed.
-    micro_batch: rows that go through decoder and rewards at once. Rows in batches of another size differ in the last
-    bits, so
-        the caller fixes it: answers are reproducible, and memory is bounded.
+    micro_batch: rows that go through decoder and rewards at once. The caller fixes it, since another number changes the
+        last bits.
     """
 
     weights: Mapping[str, float]
@@ -45,8 +41,7 @@ class RewardRequest:
 @dataclass(frozen=True)
 class Scores:
     """`scores`: each reward's own [B]. `gradient`, like the latents: d(sum_b sum_i weight_i r_i) / d latents, so row b
-    is sample b's own gradient whatever the batch. `seconds`: what computing it took. `micro_batch`: the rows that went
-    at once, fewer than asked for where memory did not hold them."""
+    is sample b's own. `seconds`: what it took. `micro_batch`: the rows that went at once, fewer where memory ended."""
 
     scores: dict[str, Tensor]
     gradient: Tensor
@@ -73,18 +68,18 @@ class LatentRewards:
     def __init__(self, decode: Callable[[Tensor], Tensor], models: Mapping[str, RewardModel]) -> None:
         self.decode, self.models = decode, models
 
-    def __call__(self, latents: Tensor, prompts: Sequence[str], terms: RewardRequest) -> Scores:
+    def __call__(self, latents: Tensor, prompts: Sequence[str], request: RewardRequest) -> Scores:
         """Raises RewardError, with the reward's name."""
-        if unknown := [name for name in terms.weights if name not in self.models]:
+        if unknown := [name for name in request.weights if name not in self.models]:
             raise RewardError(f"reward {unknown[0]}: asked for, but there are {', '.join(self.models) or 'none'}")
         started = time.perf_counter()
         if not self.models:  # reward scale 0 and nobody watching: no reason to decode
-            return Scores({}, torch.zeros_like(latents), 0.0, terms.micro_batch)
-        micro_batch = terms.micro_batch
+            return Scores({}, torch.zeros_like(latents), 0.0, request.micro_batch)
+        micro_batch = request.micro_batch
         while True:
             try:
                 rows = [slice(i, i + micro_batch) for i in range(0, len(latents), micro_batch)]
-                parts = [self._score(latents[of], prompts[of], terms.weights) for of in rows]
+                parts = [self._score(latents[part], prompts[part], request.weights) for part in rows]
                 break
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
@@ -113,7 +108,7 @@ class LatentRewards:
                 scores[name] = score.detach()
             gradient = torch.autograd.grad(total, leaf)[0] if weights else torch.zeros_like(leaf)
         if not math.isfinite(gradient.abs().sum().item()):
-            raise NotFinite(f"the gradient of {' + '.join(weights)} at the latents is not finite")
+            raise NonFiniteScore(f"the gradient of {' + '.join(weights)} at the latents is not finite")
         seen = {tower: features.detach() for tower, features in seen.items()}
         with torch.no_grad():
             for name in (name for name in self.models if name not in weights):
@@ -151,7 +146,7 @@ def scored(
     if not score.is_floating_point():
         raise RewardError(f"reward {name}: scores of {score.dtype}, expected floating point")
     if not torch.isfinite(score).all():
-        raise NotFinite(f"reward {name}: {int((~torch.isfinite(score)).sum())} of {batch} scores are not finite")
+        raise NonFiniteScore(f"reward {name}: {int((~torch.isfinite(score)).sum())} of {batch} scores are not finite")
     return score
 
 

@@ -1,5 +1,8 @@
 """One alternating round of Diff-Instruct* (arXiv 2410.20898): torch only, knows neither Ray nor MLflow.
 
+A round is the score network's K_TA updates and the generator's one. A run's *step* is the number of rounds that are done:
+configuration, journal and checkpoints count in steps.
+
 Everything that wants something of the generator says so as a gradient at its sample x0. The regulariser and the rewards
 are computed on detached leaves, wherever that is cheapest, and the generator's graph is walked once:
 
@@ -9,17 +12,15 @@ are computed on detached leaves, wherever that is cheapest, and the generator's 
 
 Nothing that is not finite reaches a weight. Where one worker finds such a value in its sample, a loss or a reward, it
 makes its gradient NaN. Gradients are averaged over the workers, so all of them see it, leave the update out and raise
-NonFinite at the same place.
+NonFiniteGradient at the same place.
 
 What does not fit memory at once goes through the networks in micro-batches. Then x0 is drawn without a graph, and the
 generator goes forward once more for each micro-batch's backward pass.
 """
 
-from __future__ import annotations
-
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,20 +30,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from diffinstruct.method.diffusion import Conditions, GuidedReference, LawOfT, Schedule, denoising_loss
-from diffinstruct.method.noise import NoiseStreams
-from diffinstruct.method.nonfinite import FiniteCheck, NonFinite
+from diffinstruct.method.diffusion import Conditions, GuidedReference, Schedule, TimestepDistribution, denoising_loss
+from diffinstruct.method.noise import SCORE_STREAMS, NoiseStreams, Stream
+from diffinstruct.method.nonfinite import FiniteCheck, NonFiniteGradient
 from diffinstruct.method.objectives import Objective
 from diffinstruct.method.precision import autocast
-from diffinstruct.method.rewards import Collect, NotFinite, Scores, Send
+from diffinstruct.method.rewards import Collect, NonFiniteScore, Scores, Send
 
 Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
 class StepConfig:
-    """The settings of a round. Without an `objective` the rewards alone train the generator, and no score network is
-    trained."""
+    """The settings of a round. Without an `objective` the rewards alone train, and they train the generator alone."""
 
     objective: Objective | None
     regularization_weight: float
@@ -50,47 +50,41 @@ class StepConfig:
     score_updates: int  # the paper's K_TA
     reuse_sample: bool  # the score network learns on the generator's own sample instead of drawing fresh ones
     score_weighting: str  # lambda(t) of the score network's loss
-    law_of_t: LawOfT  # of the generator's loss and the score network's
+    timestep_distribution: TimestepDistribution  # of the generator's loss and the score network's
     generator_max_grad_norm: float
     score_max_grad_norm: float
     ema_decay: float
     precision: str  # "fp32" | "bf16": autocast of the networks' forwards; weights and optimizers stay fp32
     micro_batch_size: int | None  # so many samples go through the networks at once; None: all of this worker's
 
-    def parts(self, samples: int) -> list[slice]:
-        """The micro-batches that `samples` are cut into."""
+    def micro_batches(self, samples: int) -> list[slice]:
+        """The rows of the micro-batches that `samples` are cut into."""
         size = self.micro_batch_size or samples
         return [slice(i, i + size) for i in range(0, samples, size)]
 
 
 @dataclass
 class TrainState:
-    """The roles of the method and their optimizers. `generator` and `score_network` may be wrapped for data
-    parallelism."""
+    """The method's networks and their optimizers. The trained ones may be wrapped for data parallelism."""
 
     generator: nn.Module  # (z [B, ...], c) -> x0 [B, ...]
     score_network: nn.Module  # a Denoiser, trained on generated samples only
     reference: GuidedReference  # frozen
-    ema: nn.Module  # fp32 average of the generator
+    ema: nn.Module  # exponential moving average of the generator's weights, fp32
     generator_optimizer: torch.optim.Optimizer
     score_optimizer: torch.optim.Optimizer
 
     def state_dict(self) -> dict[str, Any]:
         """All that a round changes; everything random is drawn from (seed, step), so there is no RNG state to keep."""
-        return {name: part.state_dict() for name, part in self._parts().items()}
+        return {name: part.state_dict() for name, part in self._stateful().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self._parts().items():
+        for name, part in self._stateful().items():
             part.load_state_dict(state[name])
 
-    def _parts(self) -> dict[str, Any]:
-        return {
-            "generator": unwrapped(self.generator),
-            "score_network": unwrapped(self.score_network),
-            "ema": self.ema,
-            "generator_optimizer": self.generator_optimizer,
-            "score_optimizer": self.score_optimizer,
-        }
+    def _stateful(self) -> dict[str, Any]:
+        networks = {"generator": unwrapped(self.generator), "score_network": unwrapped(self.score_network), "ema": self.ema}
+        return networks | {"generator_optimizer": self.generator_optimizer, "score_optimizer": self.score_optimizer}
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -111,41 +105,35 @@ def alternating_round(
 ) -> Metrics:
     """The score network's K_TA updates, then the generator's one. Returns this worker's means.
 
-    Raises NonFinite before an update that would spoil the weights; RewardError.
+    Raises NonFiniteGradient before an update that would spoil the weights; RewardError.
     """
     metrics: Metrics = {}
     finite = FiniteCheck(prompts)
     for key, value in c.items():
         finite.check(f"prompt embeddings ({key})", value)
-    z = noise.normal(noise.GENERATOR)
-    parts = config.parts(len(z))
-
-    def generate(part: slice) -> Tensor:
-        with autocast(config.precision, noise.device):
-            x0: Tensor = train_state.generator(z[part], _rows(c, part))
-        return x0
-
-    with torch.set_grad_enabled(len(parts) == 1):
-        x0 = torch.cat([generate(part) for part in parts])
+    this = Round(train_state, config, schedule, noise, c, finite)
+    z = noise.normal(Stream.GENERATOR_Z)
+    batches = config.micro_batches(len(z))
+    with torch.set_grad_enabled(len(batches) == 1):
+        x0 = torch.cat([this.generate(z, rows) for rows in batches])
     sample = x0.detach()
     sending = time.perf_counter()
     # A reward may well give such pictures a finite score
     collect = send(sample, prompts) if finite.check("the generator's sample", sample) else None
     exposed = time.perf_counter() - sending  # rewards in this process have their answer now
 
+    regularizer_grad = torch.zeros_like(sample)
     if config.objective:
         for k in range(config.score_updates):
-            metrics |= score_update(train_state, config, schedule, noise, sample, c, noise.SCORE + 3 * k, finite)
-        regularizer_grad, means = _regularizer_gradient(train_state, config, config.objective, noise, sample, c, finite)
+            metrics |= this.update_score_network(sample, k)
+        regularizer_grad, means = this.regularizer_gradient(sample, config.objective)
         metrics |= means
-    else:
-        regularizer_grad = torch.zeros_like(sample)
-    reward_grad, means = _reward_gradient(config.reward_scale, collect, sample, finite)
+    reward_grad, means = this.reward_gradient(sample, collect)
     metrics |= means
     metrics["time/reward_exposed"] += exposed
 
-    gradient = (regularizer_grad - reward_grad) / len(sample) * finite.factor
-    norm = generator_update(train_state, config, noise, generate, x0, gradient, finite)
+    gradient = (regularizer_grad - reward_grad) / len(sample) * finite.gradient_factor
+    norm = this.update_generator(z, x0, gradient)
     return metrics | {
         "gradient_norm/sample_regularizer": _mean_norm(regularizer_grad),
         "gradient_norm/sample_reward": _mean_norm(reward_grad),
@@ -153,137 +141,122 @@ def alternating_round(
     }
 
 
-def score_update(
-    train_state: TrainState,
-    config: StepConfig,
-    schedule: Schedule,
-    noise: NoiseStreams,
-    sample: Tensor,
-    c: Conditions,
-    stream: int,
-    finite: FiniteCheck,
-) -> Metrics:
-    """One denoising update of the score network on generated samples, with t and eps of its own."""
-    t, eps = noise.t(stream, config.law_of_t), noise.normal(stream + 1)
-    z = None if config.reuse_sample else noise.normal(stream + 2)
-    *early, last = config.parts(len(sample))
+@dataclass(frozen=True)
+class Round:
+    """The parts of one alternating round, with what all of them work on. Samples are [B, ...], of this worker."""
 
-    def backward(part: slice) -> float:
-        c_part = _rows(c, part)
-        with autocast(config.precision, noise.device):
-            x0 = sample[part]
-            if z is not None:
-                with torch.no_grad():
-                    x0 = unwrapped(train_state.generator)(z[part], c_part)
-            losses = denoising_loss(train_state.score_network, schedule, x0, t[part], eps[part], c_part, config.score_weighting)
-            finite.check("the score network's loss", losses, part)
-            loss = losses.mean() * (len(losses) / len(sample)) * finite.factor
-        loss.backward()
-        return loss.item()
+    train_state: TrainState
+    config: StepConfig
+    schedule: Schedule
+    noise: NoiseStreams
+    c: Conditions
+    finite: FiniteCheck
 
-    train_state.score_optimizer.zero_grad()
-    loss = 0.0
-    for part in early:
-        with _accumulating(train_state.score_network):
-            loss += backward(part)
-    loss += backward(last)
-    norm = _clipped(train_state.score_network, config.score_max_grad_norm, noise.step, "score network", finite)
-    train_state.score_optimizer.step()
-    return {"loss/score_network": loss, "gradient_norm/score_network": norm}
+    def generate(self, z: Tensor, rows: slice) -> Tensor:
+        """The generator's samples of these rows of z, with a graph where gradients are on."""
+        with autocast(self.config.precision, self.noise.device):
+            x0: Tensor = self.train_state.generator(z[rows], _rows(self.c, rows))
+        return x0
 
+    def update_score_network(self, sample: Tensor, k: int) -> Metrics:
+        """Denoising update number k of the score network on generated samples, with t and eps of its own."""
+        config, noise, network = self.config, self.noise, self.train_state.score_network
+        first = SCORE_STREAMS * k
+        t, eps = noise.t(Stream.SCORE_T + first, config.timestep_distribution), noise.normal(Stream.SCORE_EPS + first)
+        z = None if config.reuse_sample else noise.normal(Stream.SCORE_Z + first)
+        *early, last = config.micro_batches(len(sample))
 
-def _regularizer_gradient(
-    train_state: TrainState,
-    config: StepConfig,
-    objective: Objective,
-    noise: NoiseStreams,
-    sample: Tensor,
-    c: Conditions,
-    finite: FiniteCheck,
-) -> tuple[Tensor, Metrics]:
-    """regularization_weight times the objective's gradient at the sample, and the means of its record."""
-    t, eps = noise.t(noise.GENERATOR + 1, config.law_of_t), noise.normal(noise.GENERATOR + 2)
-    gradients, records = [], []
-    for part in config.parts(len(sample)):
-        leaf = sample[part].clone().requires_grad_()
-        with autocast(config.precision, noise.device):
-            loss, record = objective(
-                leaf,
-                t[part],
-                eps[part],
-                _rows(c, part),
-                score_network=unwrapped(train_state.score_network),
-                reference=train_state.reference,
-            )
-        gradients.append(config.regularization_weight * torch.autograd.grad(loss.sum(), leaf)[0])
-        records.append({"loss/regularizer": loss.detach()} | record)
-    gradient, per_sample = torch.cat(gradients), {key: torch.cat([r[key] for r in records]) for key in records[0]}
-    for key, values in per_sample.items():
-        finite.check(key, values)
-    finite.check("the regularizer's gradient", gradient)
-    return gradient, {key: values.mean().item() for key, values in per_sample.items()}
+        def backward(rows: slice) -> float:
+            c = _rows(self.c, rows)
+            with autocast(config.precision, noise.device):
+                x0 = sample[rows]
+                if z is not None:
+                    with torch.no_grad():
+                        x0 = unwrapped(self.train_state.generator)(z[rows], c)
+                losses = denoising_loss(network, self.schedule, x0, t[rows], eps[rows], c, config.score_weighting)
+                self.finite.check("the score network's loss", losses, rows)
+                loss = losses.mean() * (len(losses) / len(sample)) * self.finite.gradient_factor
+            loss.backward()
+            return loss.item()
 
+        self.train_state.score_optimizer.zero_grad()
+        loss = 0.0
+        for rows in early:
+            with _accumulating(network):
+                loss += backward(rows)
+        loss += backward(last)
+        norm = self._clipped(network, config.score_max_grad_norm, "score network")
+        self.train_state.score_optimizer.step()
+        return {"loss/score_network": loss, "gradient_norm/score_network": norm}
 
-def _reward_gradient(scale: float, collect: Collect | None, sample: Tensor, finite: FiniteCheck) -> tuple[Tensor, Metrics]:
-    """reward_scale times the rewards' gradient at the sample, and the rewards' means. Without `collect`, or where a
-    reward is not finite, the gradient is 0."""
-    waiting = time.perf_counter()
-    scores: Scores | None = None
-    try:
-        scores = collect() if collect else None
-    except NotFinite as error:
-        finite.record(str(error))
-    metrics: Metrics = {"time/reward_exposed": time.perf_counter() - waiting}
-    gradient = torch.zeros_like(sample)
-    if scores:
-        metrics["time/reward"] = scores.seconds
-        gradient = scale * scores.gradient.to(sample)
-        metrics |= {f"reward/{name}": score.mean().item() for name, score in scores.scores.items()}
-    finite.check("reward_scale times the rewards' gradient", gradient)
-    return gradient, metrics
+    def regularizer_gradient(self, sample: Tensor, objective: Objective) -> tuple[Tensor, Metrics]:
+        """regularization_weight times the objective's gradient at the sample, and the means of its record."""
+        config, noise = self.config, self.noise
+        score_network, reference = unwrapped(self.train_state.score_network), self.train_state.reference
+        t, eps = noise.t(Stream.REGULARIZER_T, config.timestep_distribution), noise.normal(Stream.REGULARIZER_EPS)
+        gradients, records = [], []
+        for rows in config.micro_batches(len(sample)):
+            leaf = sample[rows].clone().requires_grad_()
+            with autocast(config.precision, noise.device):
+                inputs = (leaf, t[rows], eps[rows], _rows(self.c, rows))
+                loss, record = objective(*inputs, score_network=score_network, reference=reference)
+            gradients.append(config.regularization_weight * torch.autograd.grad(loss.sum(), leaf)[0])
+            records.append({"loss/regularizer": loss.detach()} | record)
+        gradient, per_sample = torch.cat(gradients), {key: torch.cat([r[key] for r in records]) for key in records[0]}
+        for key, values in per_sample.items():
+            self.finite.check(key, values)
+        self.finite.check("the regularizer's gradient", gradient)
+        return gradient, {key: values.mean().item() for key, values in per_sample.items()}
 
+    def reward_gradient(self, sample: Tensor, collect: Collect | None) -> tuple[Tensor, Metrics]:
+        """reward_scale times the rewards' gradient at the sample, and the rewards' means. Without `collect`, or where a
+        reward is not finite, the gradient is 0."""
+        waiting = time.perf_counter()
+        scores: Scores | None = None
+        try:
+            scores = collect() if collect else None
+        except NonFiniteScore as error:
+            self.finite.record(str(error))
+        metrics: Metrics = {"time/reward_exposed": time.perf_counter() - waiting}
+        gradient = torch.zeros_like(sample)
+        if scores:
+            metrics["time/reward"] = scores.seconds
+            gradient = self.config.reward_scale * scores.gradient.to(sample)
+            metrics |= {f"reward/{name}": score.mean().item() for name, score in scores.scores.items()}
+        self.finite.check("reward_scale times the rewards' gradient", gradient)
+        return gradient, metrics
 
-def generator_update(
-    train_state: TrainState,
-    config: StepConfig,
-    noise: NoiseStreams,
-    generate: Callable[[slice], Tensor],
-    x0: Tensor,
-    gradient: Tensor,
-    finite: FiniteCheck,
-) -> float:
-    """One update of the generator and its average with a gradient at its sample; returns the weights' gradient norm.
+    def update_generator(self, z: Tensor, x0: Tensor, gradient: Tensor) -> float:
+        """One update of the generator and its EMA with a gradient at its sample; returns the weights' gradient norm.
 
-    x0 has a graph where the batch is one micro-batch; else `generate` draws each of them once more, with one.
-    """
-    *early, last = config.parts(len(x0))
-    train_state.generator_optimizer.zero_grad()
-    for part in early:
-        with _accumulating(train_state.generator):
-            generate(part).backward(gradient[part])
-    (generate(last) if early else x0).backward(gradient[last])
-    norm = _clipped(train_state.generator, config.generator_max_grad_norm, noise.step, "generator", finite)
-    train_state.generator_optimizer.step()
-    decay = min(config.ema_decay, (1 + noise.step) / (10 + noise.step))
-    update_ema(train_state.ema, unwrapped(train_state.generator), decay)
-    return norm
+        x0 has a graph where the batch is one micro-batch; else each of them is drawn once more, with one.
+        """
+        config, step, generator = self.config, self.noise.step, self.train_state.generator
+        *early, last = config.micro_batches(len(x0))
+        self.train_state.generator_optimizer.zero_grad()
+        for rows in early:
+            with _accumulating(generator):
+                self.generate(z, rows).backward(gradient[rows])
+        (self.generate(z, last) if early else x0).backward(gradient[last])
+        norm = self._clipped(generator, config.generator_max_grad_norm, "generator")
+        self.train_state.generator_optimizer.step()
+        update_ema(self.train_state.ema, unwrapped(generator), min(config.ema_decay, (1 + step) / (10 + step)))
+        return norm
+
+    def _clipped(self, network: nn.Module, max_norm: float, name: str) -> float:
+        """Clip the gradients; returns their norm from before. They are the workers' means: all raise, or none."""
+        total = nn.utils.clip_grad_norm_(network.parameters(), max_norm)
+        norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
+        if not math.isfinite(norm):
+            raise NonFiniteGradient(self.noise.step, name, self.finite.first)
+        return norm
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema <- decay ema + (1 - decay) model. The average is fp32: in bf16 one at 0.9999 stands still."""
-    average: list[Tensor] = list(ema.parameters())
-    torch._foreach_lerp_(average, [p.to(a.dtype) for a, p in zip(average, model.parameters(), strict=True)], 1 - decay)
-
-
-def _clipped(network: nn.Module, max_norm: float, step: int, name: str, finite: FiniteCheck) -> float:
-    """Clip the gradients and return their norm from before. They are already averaged over the workers: all of them
-    raise, or none."""
-    total = nn.utils.clip_grad_norm_(network.parameters(), max_norm)
-    norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
-    if not math.isfinite(norm):
-        raise NonFinite(step, name, finite.first)
-    return norm
+    """ema <- decay ema + (1 - decay) model. It is fp32: in bf16 one at 0.9999 stands still."""
+    weights: list[Tensor] = list(ema.parameters())
+    torch._foreach_lerp_(weights, [p.to(e.dtype) for e, p in zip(weights, model.parameters(), strict=True)], 1 - decay)
 
 
 def _mean_norm(gradient: Tensor) -> float:
@@ -291,8 +264,8 @@ def _mean_norm(gradient: Tensor) -> float:
     return gradient.flatten(1).norm(dim=1).mean().item()
 
 
-def _rows(c: Conditions, part: slice) -> Conditions:
-    return {key: value[part] for key, value in c.items()}
+def _rows(c: Conditions, rows: slice) -> Conditions:
+    return {key: value[rows] for key, value in c.items()}
 
 
 def _accumulating(network: nn.Module) -> AbstractContextManager:

@@ -1,7 +1,5 @@
 """Networks behind one face: denoisers and one-step generators."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

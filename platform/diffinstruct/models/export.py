@@ -11,16 +11,17 @@ The generator's timestep T and its input scale are written into the configuratio
             x0_hat. It cannot be made to refuse other step counts: the card says that there is one step.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
+from PIL import Image
 
 from diffinstruct.errors import UserError
 from diffinstruct.models.denoiser import InputScale, OneStepGenerator
@@ -49,9 +50,9 @@ pipe("a prompt", num_inference_steps=1, guidance_scale=0.0).images[0]
 def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
     """Write `generator` with the other parts of the reference `model` as a folder of its stock pipeline; returns it.
 
-    Everything is stored in the generator's own dtype, so that the pictures are the trainer's; adapters are merged into
-    the network they are on, in fp32, and lie beside it in `lora/` for `load_lora_weights` where the pipeline knows
-    that. The folder appears whole or not at all, and replaces one that is already there.
+    Everything is stored in the generator's own dtype, so that the pictures are the trainer's. Adapters are merged into
+    their network, in fp32, and lie beside it in `lora/` where the pipeline knows `load_lora_weights`. The folder appears
+    whole or not at all, and replaces one that is already there.
     """
     folder = Path(folder).absolute()
     trained: Any = generator.denoiser.network
@@ -72,8 +73,7 @@ def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
             values.pop("_name_or_path", None)
             config.write_text(json.dumps(values, indent=2) + "\n")
         origin = Path(model).name if Path(model).exists() else model
-        refuses = reference.betas is not None
-        otherwise = "any other step count raises an error" if refuses else "it was trained for no other step count"
+        otherwise = "any other step count raises an error" if reference.betas else "it was trained for no other step count"
         card = CARD.format(name=folder.name, reference=origin, timestep=generator.timestep, otherwise=otherwise)
         (partial / "README.md").write_text(card)
         if folder.exists():
@@ -86,23 +86,20 @@ def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
 
 
 def load_export(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Reference, OneStepGenerator]:
-    """Open what `export` wrote: the pipeline's other parts, and its one-step generator. It needs nothing else of its
-    run.
+    """Open what `export` wrote: the pipeline's other parts, and its one-step generator.
 
     Raises UserError for a pipeline that is no one-step generator of ours.
     """
     reference = load_reference(str(folder), device=device)
     scheduler = json.loads(Path(folder, "scheduler", "scheduler_config.json").read_text())
+    name, timestep = scheduler["_class_name"], scheduler["num_train_timesteps"] - 1
     scales: dict[str, InputScale] = {"LCMScheduler": "unit", "EulerDiscreteScheduler": "sigma", FLOW: "unit"}
-    if scheduler["_class_name"] not in scales or not (scheduler.get("trained_betas") or scheduler["_class_name"] == FLOW):
-        raise UserError(f"{folder}: its scheduler ({scheduler['_class_name']}) holds no one-step generator's timestep")
-    timestep = scheduler["num_train_timesteps"] - 1
-    return reference, reference.generator(timestep, "reference", scales[scheduler["_class_name"]])
+    if name not in scales or not (scheduler.get("trained_betas") or name == FLOW):
+        raise UserError(f"{folder}: its scheduler ({name}) holds no one-step generator's timestep")
+    return reference, reference.generator(timestep, "reference", scales[name])
 
 
-def one_step_scheduler(
-    reference: Reference, generator: OneStepGenerator
-) -> LCMScheduler | EulerDiscreteScheduler | FlowMatchEulerDiscreteScheduler:
+def one_step_scheduler(reference: Reference, generator: OneStepGenerator) -> SchedulerMixin:
     """The stock scheduler whose only step is the generator's, at T."""
     if reference.betas is None:
         return FlowMatchEulerDiscreteScheduler.from_config(reference.scheduler.config)
@@ -117,9 +114,7 @@ def one_step_scheduler(
             clip_sample=False,
             steps_offset=1,  # not used; the pipeline insists on it
         )
-    alphas_cumprod = 1.0
-    for beta in betas:
-        alphas_cumprod *= 1 - beta
+    alphas_cumprod = prod(1 - beta for beta in betas)
     return EulerDiscreteScheduler(
         num_train_timesteps=len(betas),
         trained_betas=[0.0] * (len(betas) - 2) + [betas[-2], 1 - alphas_cumprod / (1 - betas[-2])],
@@ -128,3 +123,17 @@ def one_step_scheduler(
         use_exponential_sigmas=True,
         steps_offset=1,
     )
+
+
+def generate(folder: Path | str, prompts: Sequence[str], seed: int = 0) -> list[Image.Image]:
+    """One picture for each prompt, made by the exported pipeline in `folder`, with noise of the seeds from `seed` on.
+
+    Raises UserError for a pipeline that is no one-step generator of ours.
+    """
+    reference, generator = load_export(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    seeds = range(seed, seed + len(prompts))
+    # One random generator for each picture: it depends on its seed, not on its neighbours.
+    z = torch.stack([torch.randn(reference.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    images = reference.sampler(generator)(list(prompts), z).cpu()
+    pixels = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    return [Image.fromarray(picture) for picture in pixels]

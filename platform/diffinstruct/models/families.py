@@ -1,13 +1,10 @@
 """What differs between families of text-to-image pipelines. Each answers the same four questions: which parts there
-are, what a prompt and the null prompt become, and how the network is called. To add one, add its class and a line in
-FAMILIES.
+are, what a prompt and the null prompt become, and how the network is called. To add one, add its class.
 
 Prompts are encoded by diffusers' own pipelines, so that a network is conditioned on what it was trained on.
 
 Shapes: B samples; xt and outputs [B, C, H, W]; t [B], as the network is fed; conditions batch first.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -21,18 +18,13 @@ from diffinstruct.method.diffusion import Conditions
 class StableDiffusion:
     """SD 1.x and 2.x: a U-Net and one CLIP text encoder."""
 
-    pipeline: ClassVar[str] = "StableDiffusionPipeline"
-    """Its class in diffusers."""
-    part: ClassVar[str] = "unet"
-    """The network's name in the pipeline."""
-    network: ClassVar[str] = "UNet2DConditionModel"
-    """Its class in diffusers."""
-    once: ClassVar[tuple[str, ...]] = ()
-    """Classes by which older pipelines call the same network."""
+    pipeline: ClassVar[str] = "StableDiffusionPipeline"  # its class in diffusers
+    part: ClassVar[str] = "unet"  # the network's name in the pipeline
+    network: ClassVar[str] = "UNet2DConditionModel"  # its class in diffusers
+    once: ClassVar[tuple[str, ...]] = ()  # classes by which older pipelines call the same network
     texts: ClassVar[Mapping[str, str]] = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
     """What turns prompts into conditions: name in the pipeline -> class in transformers."""
-    flow: ClassVar[bool] = False
-    """Whether its schedule is that of a flow."""
+    flow: ClassVar[bool] = False  # whether its schedule is that of a flow
     shape: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "cross_attention_dim")
     """Keys of the network's configuration that a generator's start has in common with the reference."""
 
@@ -40,8 +32,7 @@ class StableDiffusion:
         *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
         *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
     )
-    """Endings of the names of the layers that adapters belong to (the choice of DMD2's one-step SDXL; arXiv
-    2405.14867)."""
+    """Endings of the names of the layers that adapters belong to (as in DMD2's one-step SDXL; arXiv 2405.14867)."""
 
     @staticmethod
     def encode(pipeline: Any, prompt: str, device: torch.device | str) -> Conditions:
@@ -55,8 +46,7 @@ class StableDiffusion:
 
     @staticmethod
     def blank(network: Any, tokens: int) -> Conditions:
-        """The shapes of one prompt's conditions, for a network of this configuration and a CLIP that sees so many
-        tokens."""
+        """Conditions of one prompt as to their shapes, for this network's configuration and a CLIP of so many tokens."""
         return {"prompt_embeds": torch.zeros(1, tokens, network.cross_attention_dim)}
 
     @staticmethod
@@ -66,8 +56,8 @@ class StableDiffusion:
 
 
 class StableDiffusionXL(StableDiffusion):
-    """SDXL: a U-Net, two CLIP text encoders whose hidden states lie side by side, the second's pooled state, and the
-    picture's size as "time ids" (original size, crop, target size; not cropped, here)."""
+    """SDXL: a U-Net and two CLIP text encoders; it also gets the second's pooled state, and the picture's size as "time
+    ids" (original size, crop, target size; not cropped, here)."""
 
     pipeline = "StableDiffusionXLPipeline"
     texts: ClassVar[Mapping[str, str]] = {
@@ -134,14 +124,8 @@ class PixArtAlpha(StableDiffusion):
                 "resolution": xt.new_tensor(pixels).expand(len(xt), -1),
                 "aspect_ratio": xt.new_tensor([pixels[0] / pixels[1]]).expand(len(xt), -1),
             }
-        output = network(
-            xt,
-            encoder_hidden_states=c["prompt_embeds"],
-            encoder_attention_mask=c["prompt_attention_mask"],
-            timestep=t,
-            added_cond_kwargs=sizes,
-            return_dict=False,
-        )[0]
+        text = {"encoder_hidden_states": c["prompt_embeds"], "encoder_attention_mask": c["prompt_attention_mask"]}
+        output = network(xt, timestep=t, added_cond_kwargs=sizes, return_dict=False, **text)[0]
         return output.chunk(2, dim=1)[0] if config.out_channels == 2 * config.in_channels else output
 
 
@@ -179,13 +163,8 @@ class StableDiffusion3(StableDiffusion):
 
     @staticmethod
     def output(network: nn.Module, xt: Tensor, t: Tensor, c: Conditions, pixels: tuple[int, int]) -> Tensor:
-        return network(
-            hidden_states=xt,
-            timestep=t,
-            encoder_hidden_states=c["prompt_embeds"],
-            pooled_projections=c["pooled_prompt_embeds"],
-            return_dict=False,
-        )[0]
+        text = {"encoder_hidden_states": c["prompt_embeds"], "pooled_projections": c["pooled_prompt_embeds"]}
+        return network(hidden_states=xt, timestep=t, return_dict=False, **text)[0]
 
 
 def _families(family: type[StableDiffusion]) -> Iterator[type[StableDiffusion]]:

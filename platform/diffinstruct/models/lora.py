@@ -52,14 +52,12 @@ class SharedBase:
             layer._active_adapter = self.active_adapters
 
     def add_difference(self, adapter: str, other: nn.Module, rank: int) -> float:
-        """An adapter that makes this network as much like `other` as its rank allows; the share of the difference, in
-        the Frobenius norm over all weights, that it does not hold (what no adapter reaches, as biases and norms,
-        included)."""
-        whole, lost = 0.0, 0.0
-        target = dict(other.named_parameters())
+        """An adapter that makes this network as much like `other` as its rank allows. Returns the share of the
+        difference, in the Frobenius norm over all weights, that it does not hold."""
+        whole, target = 0.0, dict(other.named_parameters())
         for name, parameter in _own(dict(self.network.named_parameters())):
-            square = (target[name].float() - parameter.float()).square().sum().item()
-            whole, lost = whole + square, lost + square
+            whole += (target[name].float() - parameter.float()).square().sum().item()
+        lost = whole
         self.add(adapter, rank, 0)
         for name, layer in self.layers.items():
             weight = layer.get_base_layer().weight
@@ -90,15 +88,13 @@ class SharedBase:
             self.active_adapters[:] = before
 
     def _checkpoint(self, block: Any, *inputs: Any) -> Any:
-        """A block whose activations are computed again in the backward pass, which is the role's own whatever role the
-        network plays by then."""
+        """Recompute a block in the backward pass in the role of the forward pass, whatever role it plays by then."""
         names = tuple(self.active_adapters)
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self.with_adapters(names)))
 
 
 class Role(nn.Module):
-    """A shared network in one role, called as the network itself. Its parameters and its state are its own adapter's
-    alone."""
+    """A shared network in one role, called as the network itself. Its parameters and state are its own adapter's."""
 
     def __init__(self, base: SharedBase, adapter: str | None, frozen_adapters: tuple[str, ...]) -> None:
         super().__init__()
@@ -113,9 +109,8 @@ class Role(nn.Module):
             return self.base.network(*inputs, **more)
 
     @property
-    def dtype(self) -> torch.dtype:
-        found: torch.dtype = self.base.network.dtype
-        return found
+    def dtype(self) -> Any:
+        return self.base.network.dtype
 
     @property
     def config(self) -> Any:
@@ -135,10 +130,8 @@ class Role(nn.Module):
 
     def lora_weights(self) -> Mapping[str, Tensor]:
         """Its own adapter as diffusers' `save_lora_weights` wants it: "<layer>.lora_A.weight" -> weight."""
-        return {
-            name.replace("/", ".").replace(f".{self.adapter}.", "."): weight.detach().cpu()
-            for name, weight in self.weights.items()
-        }
+        named = ((name.replace("/", "."), weight) for name, weight in self.weights.items())
+        return {name.replace(f".{self.adapter}.", "."): weight.detach().cpu() for name, weight in named}
 
 
 def _own(named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -8,8 +8,6 @@ Shapes: B samples; latents and noise [B, C, H, W] in the network's units (the de
 images [B, 3, H', W'] in [0, 1]; conditions batch first.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
@@ -25,29 +23,15 @@ from torch import Tensor, nn
 
 from diffinstruct.errors import UserError
 from diffinstruct.method.diffusion import Conditions, Schedule
+from diffinstruct.models import sources
 from diffinstruct.models.denoiser import InputScale, NetworkDenoiser, OneStepGenerator
 from diffinstruct.models.families import FAMILIES
 from diffinstruct.models.prompt_embeddings import NULL, Embeddings
-from diffinstruct.models.sources import (
-    FOLDER_OR_HUB,
-    SUPPORTED,
-    NoWeights,
-    PipelineIndex,
-    WeightSource,
-    message_lines,
-    network_from_file,
-    network_without_weights,
-    only_safetensors,
-    pinned,
-    quiet,
-    read_source,
-    refuse_missing,
-    text_encoder_digest,
-    unpacked,
-)
+from diffinstruct.models.sources import NoWeights, WeightSource
 from diffinstruct.models.world import named_world
 
 DECODERS = ("AutoencoderKL", "AutoencoderTiny")
+WEIGHTS_BESIDE = WeightSource()  # weights from where the configurations are
 FLOW = "FlowMatchEulerDiscreteScheduler"
 
 
@@ -56,9 +40,7 @@ class Reference:
 
     Not to be sent to another process: there, `load_reference` again and use the part that is needed.
 
-    source: the folder or hub id that the parts are read from.
-    weights: what makes the parts of it.
-    index: the pipeline's `model_index.json`.
+    index: the pipeline's `model_index.json`; the other arguments are those of `load_reference`.
     schedule: alpha_t and sigma_t, from the pipeline's own betas or flow.
     latent_shape: (C, H, W) of one sample, at the resolution that the network was trained for.
     """
@@ -72,14 +54,12 @@ class Reference:
         activation_checkpointing: bool,
         embeddings: Path | None,
         decoder_dtype: torch.dtype | None = None,
-        weights: WeightSource = FOLDER_OR_HUB,
+        weights: WeightSource = WEIGHTS_BESIDE,
     ) -> None:
-        self.weights = weights
-        self.source, self.index, self.dtype, self.device = source, index, dtype, device
-        self.decoder_dtype = decoder_dtype or dtype
-        self.activation_checkpointing = activation_checkpointing
+        self.source, self.index, self.dtype, self.device, self.weights = source, index, dtype, device, weights
+        self.decoder_dtype, self.activation_checkpointing = decoder_dtype or dtype, activation_checkpointing
         self.family = FAMILIES[index["_class_name"]]
-        scheduler = read_source(DDIMScheduler.load_config, source, subfolder="scheduler")
+        scheduler = sources.read_source(DDIMScheduler.load_config, source, subfolder="scheduler")
         name, flow = scheduler["_class_name"], self.family.flow
         if (name != FLOW or scheduler.get("use_dynamic_shifting")) if flow else "beta_schedule" not in scheduler:
             wanted = f"a {FLOW} without use_dynamic_shifting" if flow else "one with a beta schedule"
@@ -93,10 +73,10 @@ class Reference:
             self.scheduler = ddim = DDIMScheduler.from_config(scheduler)
             self.betas, self.prediction = ddim.betas.tolist(), ddim.config.prediction_type
             self.schedule = Schedule(ddim.alphas_cumprod.sqrt(), (1 - ddim.alphas_cumprod).sqrt())
-        self._config = read_source(self._network_class.load_config, source, subfolder=self.family.part)
+        self._config = sources.read_source(self._network_class.load_config, source, subfolder=self.family.part)
         size = self._config["sample_size"]
         self.latent_shape = (self._config["in_channels"], *((size, size) if isinstance(size, int) else size))
-        self.embeddings = Embeddings(embeddings, text_encoder_digest(source, self.family)) if embeddings else None
+        self.embeddings = Embeddings(embeddings, sources.text_encoder_digest(source, self.family)) if embeddings else None
         # Prompt sets are finite: a run sees each prompt many times. 1,000 embeddings of SD1.5 are 0.24 GB in fp32.
         # Those on disk are cached by the operating system.
         self._embedding = self._stored if embeddings else lru_cache(maxsize=1000)(self._embed)
@@ -121,20 +101,19 @@ class Reference:
     @cached_property
     def texts(self) -> dict[str, Any]:
         """Tokenizers and text encoders, by their names in the pipeline."""
-        parts: dict[str, Any] = {}
-        for name in self.family.texts:
-            if name.startswith("tokenizer"):
-                parts[name] = read_source(self._class(name).from_pretrained, self.source, subfolder=name)
-            else:
-                parts[name] = self._load(name, self.dtype).requires_grad_(False)
-        return parts
+        return {
+            name: sources.read_source(self._class(name).from_pretrained, self.source, subfolder=name)
+            if name.startswith("tokenizer")
+            else self._load(name, self.dtype).requires_grad_(False)
+            for name in self.family.texts
+        }
 
     def _load(self, part: str, dtype: torch.dtype) -> Any:
         return self.weights.load(self._class(part), self.source, part, dtype, self.device)
 
     @cached_property
     def _pixels_per_latent(self) -> int:
-        config = read_source(self._class("vae").load_config, self.source, subfolder="vae")
+        config = sources.read_source(self._class("vae").load_config, self.source, subfolder="vae")
         blocks = config.get("block_out_channels") or config["decoder_block_out_channels"]
         return int(2 ** (len(blocks) - 1))
 
@@ -154,11 +133,11 @@ class Reference:
 
     def pipeline(self, **parts: Any) -> Any:
         """diffusers' own pipeline with the text encoders and these parts, and nothing in the place of others."""
-        with quiet():
+        with sources.quiet():
             kind = getattr(diffusers, self.family.pipeline)
             known = inspect.signature(kind).parameters
             options = {key: value for key, value in self.index.items() if key in known and not isinstance(value, list)}
-            nothing = {key: None for key, of in known.items() if of.default is of.empty}
+            nothing = {key: None for key, parameter in known.items() if parameter.default is parameter.empty}
             return kind(**nothing | options | self.texts | parts)
 
     def network(
@@ -173,9 +152,9 @@ class Reference:
         """
         dtype, device = dtype or self.dtype, device or self.device
         if str(device) == "meta":
-            network = nn.Module.to(network_without_weights(self._network_class, self._config), dtype=dtype).eval()
+            network = nn.Module.to(sources.network_without_weights(self._network_class, self._config), dtype=dtype).eval()
         elif Path(path := self.check_start(start)).is_file():
-            network = network_from_file(self._network_class, path, self._config, self.source, self.family.part)
+            network = sources.network_from_file(self._network_class, path, self._config, self.source, self.family.part)
             # nn.Module's own `to`: diffusers' warns of what does not concern these models
             network = nn.Module.to(network, device, dtype).requires_grad_(True).eval()
         else:
@@ -187,18 +166,17 @@ class Reference:
         return network
 
     def check_start(self, start: str) -> str:
-        """Where a start's weights lie; whether they fit, as far as they need not be read. Raises UserError as
-        `network`."""
+        """Where a start's weights lie. Raises UserError as `network`, for what can be told without reading them."""
         source = self.source if start == "reference" else start
         if start == "pocket-distilled":
             world = named_world("pocket")
             assert world is not None
             source = str(world.generator)
-        refuse_missing("generator.init_from", source)
+        sources.refuse_missing("generator.init_from", source)
         if Path(source).is_file():
-            only_safetensors("generator.init_from", Path(source))
+            sources.only_safetensors("generator.init_from", Path(source))
             return source
-        config = read_source(
+        config = sources.read_source(
             self._network_class.load_config, source, key="generator.init_from", subfolder=self._subfolder(source)
         )
         for key in self.family.shape:
@@ -220,8 +198,7 @@ class Reference:
         return self.one_step(self.network(start), timestep, input_scale)
 
     def one_step(self, network: nn.Module, timestep: int, input_scale: InputScale = "unit") -> OneStepGenerator:
-        """A network as a one-step generator at T, an index into the schedule. Raises UserError for one outside of
-        it."""
+        """A network as a one-step generator at T, an index into the schedule. Raises UserError for one outside."""
         last = len(self.schedule.alphas) - 1
         if not 0 <= timestep <= last:
             raise UserError(f"generator.timestep: got {timestep}, the schedule has 0 to {last}")
@@ -244,8 +221,7 @@ class Reference:
         return (self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].to(latents.dtype) * 0.5 + 0.5).clamp(0, 1)
 
     def sampler(self, generator: OneStepGenerator) -> Callable[[list[str], Tensor], Tensor]:
-        """(prompts, noise [B, C, H, W]) -> images [B, 3, H', W'] in [0, 1], of a one-step generator, without
-        gradient."""
+        """(prompts, noise [B, C, H, W]) -> a one-step generator's images [B, 3, H', W'] in [0, 1], without gradient."""
 
         @torch.no_grad()
         def sample(prompts: list[str], z: Tensor) -> Tensor:
@@ -256,8 +232,7 @@ class Reference:
     def encode_prompts(self, prompts: list[str]) -> Conditions:
         """The prompts' conditions, constants, as the stock pipeline computes them: {"prompt_embeds": [B, L, D], ...}.
 
-        Each prompt is encoded alone, so its embedding depends neither on its neighbours nor on what the cache holds: a
-        resumed run sees the same bits.
+        Each prompt is encoded alone: neither its neighbours nor the cache change a bit of it, so a run can resume.
         """
         found = [self._embedding(prompt) for prompt in prompts]
         return {key: torch.cat([one[key] for one in found]) for key in found[0]}
@@ -269,7 +244,7 @@ class Reference:
     def blank_conditions(self) -> Conditions:
         """Conditions of one prompt as to their shapes; no text encoder is read."""
         encoder = getattr(transformers, self.family.texts["text_encoder"]).config_class
-        config = read_source(encoder.from_pretrained, self.source, subfolder="text_encoder")
+        config = sources.read_source(encoder.from_pretrained, self.source, subfolder="text_encoder")
         return self.family.blank(FrozenDict(self._config), getattr(config, "max_position_embeddings", 0))
 
     def store_embeddings(self, prompts: Iterable[str | None]) -> None:
@@ -301,12 +276,11 @@ class Reference:
 
     @torch.no_grad()
     def _embed(self, prompt: str | None) -> Conditions:
-        given = self.weights.conditions(self.blank_conditions, self.device)
-        if given is not None:
+        if (given := self.weights.conditions(self.blank_conditions, self.device)) is not None:
             return given
         # Quiet: every worker would report a prompt that is cut off. Not in the autocast precision of the first caller,
         # either: the embedding is cached.
-        with quiet(), torch.autocast(torch.device(self.device).type, enabled=False):
+        with sources.quiet(), torch.autocast(torch.device(self.device).type, enabled=False):
             if prompt is NULL:
                 return self.family.null(self._encoding, self.device)
             return self.family.encode(self._encoding, prompt, self.device)
@@ -316,10 +290,9 @@ class Reference:
         return {key: value.to(self.device) for key, value in self.embeddings.read(prompt).items()}
 
     def _subfolder(self, source: str) -> str:
-        """Where in a folder or hub repository the network is: under its part's name in a pipeline, at the top
-        otherwise."""
+        """Where in a folder or hub repository the network is: in a pipeline under its part's name, else at the top."""
         try:
-            name, revision = pinned(source)
+            name, revision = sources.pinned(source)
             self._network_class.load_config(name, subfolder=self.family.part, **revision)
         except OSError:
             return ""
@@ -333,7 +306,7 @@ def load_reference(
     activation_checkpointing: bool = False,
     embeddings: Path | None = None,
     decoder_dtype: torch.dtype | None = None,
-    weights: WeightSource = FOLDER_OR_HUB,
+    weights: WeightSource = WEIGHTS_BESIDE,
 ) -> Reference:
     """Open "pocket" (the built-in world), another world's folder, a diffusers pipeline's folder, hub id or hub
     id@commit, or a .safetensors file that holds a whole pipeline in its authors' layout; its parts load when used.
@@ -347,22 +320,24 @@ def load_reference(
     Raises UserError, one line, for what is not there or not supported.
     """
     source = str(world.pipeline) if (world := named_world(model)) else model
-    refuse_missing("reference.model", source)
+    sources.refuse_missing("reference.model", source)
     if Path(source).is_file():
-        source = str(unpacked(Path(source)))
-    index = read_source(PipelineIndex.load_config, source, key="reference.model")
+        source = str(sources.unpacked(Path(source)))
+    index = sources.read_source(sources.PipelineIndex.load_config, source, key="reference.model")
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"reference.model: {model} is a {name}; {SUPPORTED}")
+        raise UserError(f"reference.model: {model} is a {name}; {sources.SUPPORTED}")
     family = FAMILIES[name]
     wanted = {family.part: (family.network, *family.once), "vae": DECODERS}
     wanted |= {part: (kind, f"{kind}Fast") for part, kind in family.texts.items()}
     for part, classes in wanted.items():
         _, found = entry if isinstance(entry := index.get(part), list | tuple) and len(entry) == 2 else (None, entry)
         if found not in classes:
-            raise UserError(f"reference.model: the {part} of {model} is a {found}, not a {' or '.join(classes)}; {SUPPORTED}")
+            raise UserError(
+                f"reference.model: the {part} of {model} is a {found}, not a {' or '.join(classes)}; {sources.SUPPORTED}"
+            )
     try:
         return Reference(source, index, dtype, device, activation_checkpointing, embeddings, decoder_dtype, weights)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        said = f"{type(error).__name__}: {message_lines(error)[0]}"
+        said = f"{type(error).__name__}: {sources.message_lines(error)[0]}"
         raise UserError(f"reference.model: {model} is not as diffusers writes it: {said}") from error

@@ -1,12 +1,10 @@
 """Prompt embeddings on disk: made once, where the text encoders are, and read by those that train without any.
 
-    <folder>/<encoder>/<two digits>/<sha256 of the prompt>.safetensors
+    <folder>/<digest of text encoders and tokenizers>/<two digits>/<sha256 of the prompt>.safetensors
 
-`encoder` stands for what made them: text encoders and tokenizers. A file holds the conditions of one prompt, or of none
-(guidance's null prompt). It is there whole or not at all, so any number of processes may add to a folder at once.
+A file holds the conditions of one prompt, or of none (guidance's null prompt). It is there whole or not at all, so any
+number of processes may add to a folder at once.
 """
-
-from __future__ import annotations
 
 import hashlib
 import os
@@ -20,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from diffinstruct.errors import UserError
 from diffinstruct.method.diffusion import Conditions
 
-NULL = None
-"""The prompt of the null conditions."""
+NULL = None  # the prompt of the null conditions
 WHOLE, SAMPLES = 2**26, 64
+"""Of files with more bytes than WHOLE (a T5 has 10 GB) the digest reads so many blocks, spread over them."""
 
 
 class Embeddings:
@@ -36,8 +34,7 @@ class Embeddings:
         return [prompt for prompt in dict.fromkeys(prompts) if not self._file(prompt).exists()]
 
     def read(self, prompt: str | None) -> Conditions:
-        """The conditions of one prompt, batch size 1, on the CPU. Raises UserError for one that is not there or
-        damaged."""
+        """The conditions of one prompt, batch size 1, on the CPU. Raises UserError for one not there or damaged."""
         file = self._file(prompt)
         try:
             return load_file(file)
@@ -63,18 +60,16 @@ class Embeddings:
 
 
 def digest(files: Iterable[Path]) -> str:
-    """12 hex digits for the content of files, by their names. Of those larger than WHOLE (a T5 has 10 GB) the size and
-    SAMPLES
-    blocks spread over them count: two trainings differ everywhere."""
-    of = hashlib.sha256()
+    """12 hex digits for the names and the content of files. Of large ones samples do: two trainings differ everywhere."""
+    sha256 = hashlib.sha256()
     for path in sorted(files):
         size = path.stat().st_size
-        of.update(f"{path.name} {size} ".encode())
+        sha256.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:
             if size <= WHOLE:
-                of.update(file.read())
-            else:
-                for i in range(SAMPLES):
-                    file.seek(i * (size - 2**16) // (SAMPLES - 1))
-                    of.update(file.read(2**16))
-    return of.hexdigest()[:12]
+                sha256.update(file.read())
+                continue
+            for i in range(SAMPLES):
+                file.seek(i * (size - 2**16) // (SAMPLES - 1))
+                sha256.update(file.read(2**16))
+    return sha256.hexdigest()[:12]

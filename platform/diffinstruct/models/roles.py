@@ -1,12 +1,10 @@
 """The roles of the method as modules: full copies of the pretrained network, or adapters over one frozen base.
 
 With adapters (LoRA, arXiv 2106.09685) one network plays several roles: the reference is the base alone, the generator,
-its average and the score network are the base with an adapter each. Changing roles changes which adapters the layers
+its EMA and the score network are the base with an adapter each. Changing roles changes which adapters the layers
 add; it copies nothing, and it leaves `requires_grad` as it is. (peft's own `set_adapter` does not: called between the
 generator's forward and backward pass it would make the generator's gradient 0 without a word.)
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,36 +19,34 @@ from diffinstruct.models.denoiser import NetworkDenoiser, OneStepGenerator
 from diffinstruct.models.lora import SharedBase
 from diffinstruct.models.pipeline import Reference
 
-GENERATOR, AVERAGE, SCORE, START = "generator", "average", "score", "start"
+GENERATOR, EMA, SCORE, START = "generator", "average", "score", "start"
+"""The names of the adapters, which are part of the names of the weights in checkpoints."""
 
 
 @dataclass(frozen=True)
 class Roles:
-    """`generator` and `score_network` are trained, `reference` and `average` (of the generator, in fp32) are not.
-    `start_error`: what a low-rank start has lost, as a share of its difference from the reference; None for an exact
-    one."""
+    """`generator` and `score_network` are trained, `reference` and `ema` (the generator's, in fp32) are not.
+    `start_error`: the share of its difference from the reference that a low-rank start has lost; None: it is exact."""
 
     generator: OneStepGenerator
     score_network: NetworkDenoiser
     reference: NetworkDenoiser
-    average: OneStepGenerator
+    ema: OneStepGenerator
     start_error: float | None = None
 
 
 Materialize = Callable[[Callable[[str | None], nn.Module]], nn.Module]
-"""Takes a loader, device -> network (None: the reference's device; "meta": without weights), and returns the network as
-this process keeps it: whole or sharded."""
+"""Makes of a loader, device -> network (None: the reference's device; "meta": without weights), the network as this
+process keeps it: whole or sharded."""
 
 
 def unsharded(load: Callable[[str | None], nn.Module]) -> nn.Module:
-    """The `Materialize` of a process that does not shard its networks."""
     return load(None)
 
 
 def make_roles(experiment: Experiment, reference: Reference, materialize: Materialize = unsharded) -> Roles:
-    """As the configuration asks for: `lora_rank` 0 is a full copy in fp32. What is frozen is in the arithmetic's
-    precision."""
-    of, score, error = experiment.generator, experiment.score_network, None
+    """The roles of a configuration. `lora_rank` 0 is a full copy in fp32; what is frozen is in `precision`."""
+    generator, score_network, error = experiment.generator, experiment.score_network, None
     frozen = frozen_dtype(experiment.precision)
 
     def network(start: str = "reference", dtype: torch.dtype | None = None) -> nn.Module:
@@ -65,26 +61,27 @@ def make_roles(experiment: Experiment, reference: Reference, materialize: Materi
 
     base = base_of("reference")
     trained: nn.Module
-    average: nn.Module
-    if of.lora_rank:
+    ema: nn.Module
+    if generator.lora_rank:
         shared, frozen_adapters = base, tuple[str, ...]()
-        if of.init_from != "reference" and of.init_rank:
-            error = base.add_difference(START, network(of.init_from), of.init_rank)
+        if generator.init_from != "reference" and generator.init_rank:
+            error = base.add_difference(START, network(generator.init_from), generator.init_rank)
             frozen_adapters = (START,)
-        elif of.init_from != "reference":
-            shared = base_of(of.init_from)
-        shared.add(GENERATOR, of.lora_rank, experiment.seed)
-        shared.add(AVERAGE, of.lora_rank, experiment.seed)
-        trained, average = shared.role(GENERATOR, frozen_adapters), shared.role(AVERAGE, frozen_adapters)
+        elif generator.init_from != "reference":
+            shared = base_of(generator.init_from)
+        shared.add(GENERATOR, generator.lora_rank, experiment.seed)
+        shared.add(EMA, generator.lora_rank, experiment.seed)
+        trained, ema = shared.role(GENERATOR, frozen_adapters), shared.role(EMA, frozen_adapters)
     else:
-        trained, average = network(of.init_from), network(of.init_from)
-    if score.lora_rank:
-        base.add(SCORE, score.lora_rank, experiment.seed + 1)
-    assistant = base.role(SCORE) if score.lora_rank else network()
+        trained, ema = network(generator.init_from), network(generator.init_from)
+    if score_network.lora_rank:
+        base.add(SCORE, score_network.lora_rank, experiment.seed + 1)
+    score = base.role(SCORE) if score_network.lora_rank else network()
+    one_step = partial(reference.one_step, timestep=generator.timestep, input_scale=generator.input_scale)
     return Roles(
-        generator=reference.one_step(trained.requires_grad_(True), of.timestep, of.input_scale),
-        score_network=reference.denoiser(assistant.requires_grad_(True)),
+        generator=one_step(trained.requires_grad_(True)),
+        score_network=reference.denoiser(score.requires_grad_(True)),
         reference=reference.denoiser(base.role()).eval(),
-        average=reference.one_step(average.requires_grad_(False), of.timestep, of.input_scale).eval(),
+        ema=one_step(ema.requires_grad_(False)).eval(),
         start_error=error,
     )

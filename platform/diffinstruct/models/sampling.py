@@ -1,13 +1,11 @@
 """Latents of a generator for pictures that are shown or scored."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from diffinstruct.config.experiment import Experiment
 from diffinstruct.method.precision import autocast
 from diffinstruct.models.pipeline import Reference
 
@@ -23,13 +21,18 @@ def probe_inputs(reference: Reference, prompts: Sequence[str], n: int, seed: int
     return [prompts[i] for i in order[:n]], noise.to(reference.device)
 
 
-@torch.no_grad()
-def sample_latents(
-    experiment: Experiment, reference: Reference, generator: nn.Module, noise: Tensor, prompts: Sequence[str]
-) -> Tensor:
-    """The generator's latents, in a round's precision and a micro-batch at a time: a probe takes no more memory than a
-    round."""
-    batch = experiment.rewards.micro_batch_size
-    parts = [slice(i, i + batch) for i in range(0, len(noise), batch)]
-    with autocast(experiment.precision, noise.device):
-        return torch.cat([generator(noise[part], reference.encode_prompts(list(prompts[part]))) for part in parts])
+@dataclass(frozen=True)
+class LatentSampler:
+    """Samples a generator in a round's precision, a micro-batch at a time: it takes no more memory than a round."""
+
+    reference: Reference
+    precision: str
+    micro_batch_size: int
+
+    @torch.no_grad()
+    def __call__(self, generator: nn.Module, noise: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The generator's latents, like `noise`."""
+        size, encode = self.micro_batch_size, self.reference.encode_prompts
+        rows = [slice(i, i + size) for i in range(0, len(noise), size)]
+        with autocast(self.precision, noise.device):
+            return torch.cat([generator(noise[part], encode(list(prompts[part]))) for part in rows])

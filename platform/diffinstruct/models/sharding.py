@@ -1,14 +1,9 @@
 """Networks that are spread over the training processes (FSDP2, `fully_shard`), for what one GPU does not hold.
 
-Each process keeps its rows of every weight, and with them of gradients, Adam states and average; a block's weights are
-whole for as long as the block computes. A forward pass is then a collective call: all processes make it, also for
-pictures that one alone looks at.
-
-A file's weights are read by one process, into main memory, and dealt out from there; the others never hold a whole
-network.
+Each process keeps its rows of every weight, gradient, Adam state and of the EMA; a block's weights are whole for as long
+as the block computes. A forward pass is a collective call: all processes make it, also for pictures that one looks at.
+One process reads a file's weights, into main memory, and deals them out; the others never hold a whole network.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,10 +29,10 @@ def sharded(load: Callable[[str], nn.Module], mesh: DeviceMesh, precision: str) 
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
     for module in blocks(network):
         # A flow's times are floats: where they come in, nothing is rounded
-        of = replace(policy, cast_forward_inputs=module is not network)
+        own = replace(policy, cast_forward_inputs=module is not network)
         # Reshard the root after forward, too: a no-grad forward would leave it unsharded and the optimizer would see
         # mixed tensors.
-        fully_shard(module, mesh=mesh, mp_policy=of, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, mp_policy=own, reshard_after_forward=True)
     placed = {}
     for name, parameter in network.named_parameters():
         whole = weights.pop(name).detach() if rank == 0 else torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -47,16 +42,15 @@ def sharded(load: Callable[[str], nn.Module], mesh: DeviceMesh, precision: str) 
 
 
 def blocks(network: Any) -> list[nn.Module]:
-    """The parts whose weights are gathered together, inner ones first; the network itself, for what is in none,
-    last."""
+    """The modules whose weights are gathered together, inner ones first, the network itself last."""
     found = [module for module in network.modules() if type(module).__name__ in network._no_split_modules]
     return [*reversed(found), network]
 
 
 @torch.no_grad()
 def gathered(network: nn.Module, whole: nn.Module) -> nn.Module:
-    """`whole`, which comes without weights, with those of a sharded network, on the CPU. All processes call it, the
-    first one gets the weights."""
+    """`whole`, which comes without weights, with those of a sharded network, on the CPU. A collective call; only the
+    first process gets the weights."""
     first = torch.distributed.get_rank() == 0
     weights = {}
     for name, tensor in network.state_dict().items():
@@ -69,24 +63,23 @@ def gathered(network: nn.Module, whole: nn.Module) -> nn.Module:
 
 
 def to_shards(state: Any) -> Any:
-    """A state with this process's Rows in the place of sharded tensors."""
-    if isinstance(state, DTensor):
-        return TensorShard(state.to_local(), tuple(state.shape))
-    if isinstance(state, dict):
-        return {key: to_shards(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(to_shards(value) for value in state)
-    return state
+    """A state with this process's TensorShards in the place of sharded tensors."""
+    return _replaced(state, DTensor, lambda tensor: TensorShard(tensor.to_local(), tuple(tensor.shape)))
 
 
 def to_dtensors(state: Any, mesh: DeviceMesh) -> Any:
-    """The inverse of `rows`."""
-    if isinstance(state, TensorShard):
-        stride = torch.empty(state.shape, device="meta").stride()
-        own = state.own.to(mesh.device_type)
-        return DTensor.from_local(own, mesh, [Shard(0)], shape=torch.Size(state.shape), stride=stride, run_check=False)
+    """The inverse of `to_shards`."""
+
+    def of_all(shard: TensorShard) -> DTensor:
+        stride, own = torch.empty(shard.shape, device="meta").stride(), shard.own.to(mesh.device_type)
+        return DTensor.from_local(own, mesh, [Shard(0)], shape=torch.Size(shard.shape), stride=stride, run_check=False)
+
+    return _replaced(state, TensorShard, of_all)
+
+
+def _replaced(state: Any, kind: type, replace: Callable[[Any], Any]) -> Any:
+    if isinstance(state, kind):
+        return replace(state)
     if isinstance(state, dict):
-        return {key: to_dtensors(value, mesh) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(to_dtensors(value, mesh) for value in state)
-    return state
+        return {key: _replaced(value, kind, replace) for key, value in state.items()}
+    return type(state)(_replaced(value, kind, replace) for value in state) if isinstance(state, list | tuple) else state

@@ -1,9 +1,7 @@
 """Where weights come from: folders, hub ids and files, and what is refused.
 
-`WeightSource` is the seam for rehearsals: a pipeline's modules with random weights, or with none.
+Other `WeightSource`s are for rehearsals: a pipeline's modules with random weights, or with none.
 """
-
-from __future__ import annotations
 
 import shutil
 import warnings
@@ -11,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import diffusers
 import torch
@@ -39,34 +37,22 @@ class PipelineIndex(ConfigMixin):
 
 
 # ------------------------------------------------------------------------------------------------- the seam
-class WeightSource(Protocol):
-    """It makes a pipeline's modules; their configurations are always read from the pipeline's files."""
+class WeightSource:
+    """Makes a pipeline's modules, of the weights that lie beside their configurations, in a folder or on the hub."""
 
     def load(self, kind: Any, source: str, subfolder: str, dtype: torch.dtype, device: torch.device | str) -> Any:
         """A module of class `kind`, of diffusers or transformers, in evaluation mode."""
-
-    def conditions(self, blank: Callable[[], Conditions], device: torch.device | str) -> Conditions | None:
-        """One prompt's conditions, of the shapes of `blank()`; None leaves them to the text encoders."""
-
-
-class FolderOrHub:
-    """The weights that lie beside the configurations, in a folder or on the hub."""
-
-    def load(self, kind: Any, source: str, subfolder: str, dtype: torch.dtype, device: torch.device | str) -> Any:
         with quiet() if Path(source).is_dir() else nullcontext():  # a download keeps its progress bar
             part = read_source(kind.from_pretrained, source, subfolder=subfolder, use_safetensors=True, dtype=dtype)
         return part.to(device).eval()
 
     def conditions(self, blank: Callable[[], Conditions], device: torch.device | str) -> Conditions | None:
+        """One prompt's conditions, of the shapes of `blank()`; None leaves them to the text encoders."""
         return None
 
 
-FOLDER_OR_HUB = FolderOrHub()
-
-
-class RandomWeights:
-    """Random weights, the same ones at every call as if they had been read, and random conditions: for measurements
-    of speed and memory without a download."""
+class RandomWeights(WeightSource):
+    """Random weights, at every call the same, and random conditions: to measure speed and memory without a download."""
 
     def load(self, kind: Any, source: str, subfolder: str, dtype: torch.dtype, device: torch.device | str) -> Any:
         torch.manual_seed(0)
@@ -76,7 +62,7 @@ class RandomWeights:
         return {key: torch.randn(value.shape, device=device) for key, value in blank().items()}
 
 
-class NoWeights:
+class NoWeights(WeightSource):
     """Modules on the meta device, which have shapes and take no memory: for counting."""
 
     def load(self, kind: Any, source: str, subfolder: str, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -112,8 +98,8 @@ def network_from_file(kind: Any, file: str, config: Any, reference: str, part: s
         try:
             network.load_state_dict(weights, assign=True)
         except RuntimeError as error:
-            mismatch = f"generator.init_from: {file} does not fit the reference {reference}: {message_lines(error)[-1]}"
-            raise UserError(mismatch) from None
+            why = f"does not fit the reference {reference}: {message_lines(error)[-1]}"
+            raise UserError(f"generator.init_from: {file} {why}") from None
         return network
     if not hasattr(kind, "from_single_file"):
         odd = min(weights.keys() ^ network.state_dict().keys())
@@ -124,8 +110,7 @@ def network_from_file(kind: Any, file: str, config: Any, reference: str, part: s
         try:
             return convert(str(Path(file).absolute()))
         except Exception as error:  # the converters look for what they know and fall over what they do not
-            problem = f"generator.init_from: {file} holds no {kind.__name__}: {message_lines(error)[-1]}"
-            raise UserError(problem) from None
+            raise UserError(f"generator.init_from: {file} holds no {kind.__name__}: {message_lines(error)[-1]}") from None
 
 
 def text_encoder_digest(source: str, family: type[StableDiffusion]) -> str:
@@ -181,24 +166,18 @@ def unpacked(file: Path) -> Path:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bar for files on disk, no remark on torchvision (which nothing here needs) or on the key that
-    AutoencoderTiny writes and does not read."""
-    verbosity, bars = diffusers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    diffusers_bars = diffusers_logging.is_progress_bar_enabled()
-    transformers_verbosity = transformers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
+    """No progress bars, and no remarks on torchvision (not needed here) or on a key that AutoencoderTiny ignores."""
+    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in (diffusers_logging, transformers_logging)]
+    for log, *_ in before:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
     try:
         yield
     finally:
-        diffusers_logging.set_verbosity(verbosity)
-        transformers_logging.set_verbosity(transformers_verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-        if diffusers_bars:
-            diffusers_logging.enable_progress_bar()
+        for log, verbosity, bar in before:
+            log.set_verbosity(verbosity)
+            if bar:
+                log.enable_progress_bar()
 
 
 def read_source(load: Callable[..., Any], source: str, key: str = "", **where: Any) -> Any:

@@ -3,8 +3,6 @@
 The built-in one, "pocket", is such a folder inside the package; the keys of `World` are the keys of the file.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -89,8 +87,6 @@ def world_of(model: str) -> World | None:
     """The world that `reference.model` belongs to: the one it names, or the one whose pipeline it is."""
     if world := named_world(model):
         return world
-    pipeline = Path(model)
-    if pipeline.is_dir() and (pipeline.absolute().parent / WORLD_FILE).is_file():
-        world = read_world(pipeline.absolute().parent)
-        return world if world.pipeline.resolve() == pipeline.resolve() else None
-    return None
+    pipeline = Path(model).resolve()
+    world = named_world(str(Path(model).absolute().parent)) if pipeline.is_dir() else None
+    return world if world and world.pipeline.resolve() == pipeline else None

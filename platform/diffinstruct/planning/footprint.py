@@ -144,7 +144,7 @@ def _fill_roles(experiment: Experiment, roles: Roles) -> None:
     # Sharded networks are gathered in the arithmetic's precision, so autocast makes no copies of them
     gathered = torch.bfloat16 if experiment.cluster.fully_shard and experiment.precision == "bf16" else None
     filled = dict[nn.Parameter, nn.Parameter]()
-    for role in (roles.generator.denoiser, roles.score_network, roles.average.denoiser, roles.reference):
+    for role in (roles.generator.denoiser, roles.score_network, roles.ema.denoiser, roles.reference):
         if isinstance(role.network, Role):
             _fill(role.network.base.network, filled, gathered)
         _fill(role.network, filled, gathered)

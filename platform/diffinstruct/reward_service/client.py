@@ -3,8 +3,6 @@
 `cluster/reward_pool.py` has the actors; this file knows no Ray.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -13,17 +11,16 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.sections import RewardActorsConfig, RewardsConfig
 from diffinstruct.errors import UserError
 from diffinstruct.method.rewards import Collect, LatentRewards, RewardError, RewardModel, RewardRequest, Scores
 from diffinstruct.models.sources import quiet
-from diffinstruct.reward_service.validation import Report, refuse, validate_reward
+from diffinstruct.reward_service.reward_validation import Report, refuse, validate_reward
 from diffinstruct.run_folder.ranks import Ranks
 
 
 def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:
-    """A reward by its short name or import path, on `device`. Raises UserError: it may be anybody's code that fails to
-    load."""
+    """A reward by its short name or import path, on `device`. Raises UserError where its code fails to load."""
     import reward_models
 
     try:
@@ -36,14 +33,13 @@ def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:
     return reward.to(device) if isinstance(reward, nn.Module) else reward
 
 
-MEASURED_ROUNDS = 3
-"""So many first rounds are timed before the rewards' placement is chosen."""
+MEASURED_ROUNDS = 3  # so many first rounds are timed before the rewards' placement is chosen
 
 
 class RewardBackend(Protocol):
     """The rewards' side of a request: this process or reward actors."""
 
-    def ask(self, latents: Tensor, prompts: Sequence[str], terms: RewardRequest) -> Collect:
+    def ask(self, latents: Tensor, prompts: Sequence[str], request: RewardRequest) -> Collect:
         """Latents [B, ...], detached, and their prompts; collecting raises RewardError."""
 
     def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
@@ -56,15 +52,15 @@ class LocalRewards:
     def __init__(self, rewards: LatentRewards) -> None:
         self.rewards = rewards
 
-    def ask(self, latents: Tensor, prompts: Sequence[str], terms: RewardRequest) -> Collect:
+    def ask(self, latents: Tensor, prompts: Sequence[str], request: RewardRequest) -> Collect:
         try:
-            answer = self.rewards(latents, prompts, terms)
+            answer = self.rewards(latents, prompts, request)
         except RewardError as error:  # it comes when the answer is collected, as an actor's does
             return partial(_raise, error)
         return lambda: answer
 
     def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
-        with torch.no_grad():  # decoded one at a time: the pictures of a validation need not fit a GPU's memory at once
+        with torch.no_grad():  # decoded one at a time: all at once need not fit a GPU's memory
             images = torch.cat([self.rewards.decode(latent) for latent in latents.split(1)])
         return [validate_reward(name, reward, images, prompts, name in trained) for name, reward in self.rewards.models.items()]
 
@@ -81,19 +77,24 @@ def make_rewards(names: Sequence[str], decode: Callable[[Tensor], Tensor], devic
 class RewardClient:
     """The rewards as a run asks them.
 
-    Its state is what a run finds out about its rewards: the micro-batch that memory holds, the scales of the rewards,
-    and where they are computed. A resumed run sends the same requests, so it gets the same bits.
+    Its state is what a run finds out about its rewards: the micro-batch that memory holds, their scales, and where they
+    are computed. A resumed run sends the same requests, so it gets the same bits.
 
     in_process: makes the rewards in this process, for a run without actors, or one that is faster without them.
     """
 
-    def __init__(self, experiment: Experiment, actors: RewardBackend | None, in_process: Callable[[], LocalRewards]) -> None:
-        self.experiment, self.actors, self.in_process = experiment, actors, in_process
-        self.micro_batch_size = experiment.rewards.micro_batch_size
-        self.scales = {reward.name: 1.0 for reward in experiment.rewards.trained}
-        self.placement = "process" if actors is None else experiment.cluster.rewards.placement
-        """ "auto" until it is chosen."""
-        if self.placement == "auto" and experiment.cluster.rewards.environments:
+    def __init__(
+        self,
+        config: RewardsConfig,
+        actors_config: RewardActorsConfig,
+        actors: RewardBackend | None,
+        in_process: Callable[[], LocalRewards],
+    ) -> None:
+        self.config, self.actors, self.in_process = config, actors, in_process
+        self.micro_batch_size = config.micro_batch_size
+        self.scales = {reward.name: 1.0 for reward in config.trained}
+        self.placement = "process" if actors is None else actors_config.placement  # "auto" until it is chosen
+        if self.placement == "auto" and actors_config.environments:
             self.placement = "actor"  # what a package of the same name scores in this environment is another reward
         self._backend: RewardBackend | None = None
         self._exposed_seconds: list[float] = []  # of each round, while the placement is not chosen
@@ -112,7 +113,7 @@ class RewardClient:
     @property
     def request(self) -> RewardRequest:
         """The request of a round: the configuration's weights over the scales, in micro-batches that fit."""
-        weights = {reward.name: reward.weight / self.scales[reward.name] for reward in self.experiment.rewards.trained}
+        weights = {reward.name: reward.weight / self.scales[reward.name] for reward in self.config.trained}
         return RewardRequest(weights, self.micro_batch_size)
 
     def send(self, latents: Tensor, prompts: Sequence[str]) -> Collect:
@@ -139,14 +140,13 @@ class RewardClient:
 
     def validate(self, latents: Tensor, prompts: Sequence[str]) -> list[Report]:
         """Validate all rewards on pictures of the generator. Raises RewardError, a line for each fault."""
-        reports = self.backend.validate(latents, prompts, [reward.name for reward in self.experiment.rewards.trained])
+        reports = self.backend.validate(latents, prompts, [reward.name for reward in self.config.trained])
         refuse(reports)
         return reports
 
     def measure_scales(self, latents: Tensor, prompts: Sequence[str]) -> None:
-        """`rewards.normalize`: the standard deviations of the trained rewards over pictures of the starting
-        generator."""
-        if self.experiment.rewards.normalize == "std" and self.scales:
+        """`rewards.normalize`: the standard deviations of the trained rewards over pictures of the start."""
+        if self.config.normalize == "std" and self.scales:
             scores = self.score(latents, prompts)().scores
             self.scales = {name: scores[name].double().std().item() for name in self.scales}
             if flat := [name for name, scale in self.scales.items() if scale == 0]:
@@ -154,24 +154,21 @@ class RewardClient:
 
     def choose_placement(self, ranks: Ranks) -> str | None:
         """Choose where the rewards are computed from now on, once enough rounds have been timed; returns a line that
-        says why, or None. Makes collective calls: every rank calls it after the same round."""
+        says why, or None. A collective call."""
         # A round that was left out may have been timed by some ranks and not by others
         if self.placement != "auto" or ranks.min(len(self._exposed_seconds)) < MEASURED_ROUNDS or self._last_batch is None:
             return None
         exposed = sorted(self._exposed_seconds)[len(self._exposed_seconds) // 2]
         seconds, remark = self._time_in_process()
         here = ranks.min(int(seconds < exposed))
-        self.placement = "process" if here else "actor"
+        self.placement, where = ("process", "training process") if here else ("actor", "reward actors")
         if not here:
             self._backend = self.actors
-        return (
-            f"rewards are computed in the {'training process' if here else 'reward actors'}: actors hold a round up by "
-            f"{exposed:.3f} s, the training process {remark}"
-        )
+        times = f"actors hold a round up by {exposed:.3f} s, the training process {remark}"
+        return f"rewards are computed in the {where}: {times}"
 
     def _time_in_process(self) -> tuple[float, str]:
-        """Seconds that the last request takes here, and a remark; it is sent twice, since the first reads the
-        models."""
+        """Seconds that the last request takes here, and a remark; the first of two requests reads the models."""
         assert self._last_batch is not None
         try:
             backend, seconds = self.in_process(), 0.0

@@ -2,15 +2,12 @@
 
 A reward is a proxy: optimised far enough it rises on while held-out rewards and variety fall (Gao et al. 2022, "Scaling
 laws for reward model overoptimization", arXiv 2210.10760). Every few rounds the monitor takes a probe: pictures of the
-averaged generator, always of the same prompts and noise. It compares them with those of the start and of the best
-probe. It is arithmetic on the probes and nothing else, so a resumed run alarms as the uninterrupted one would.
+generator's EMA, always of the same prompts and noise. It compares them with those of the start and of the best probe:
+arithmetic on the probes and nothing else, so a resumed run alarms as the uninterrupted one would.
 
-Gains are counted in the within-prompt standard deviation of the start: that of the scores of one prompt's pictures. How
-scores differ from prompt to prompt does not matter: the generator cannot choose its prompts, and a planted flaw hides
-behind that difference.
+Gains are counted in the start's within-prompt standard deviation, that of the scores of one prompt's pictures. How
+scores differ between prompts does not matter: a planted flaw hides behind that difference.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,33 +18,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffinstruct.config.experiment import Experiment
 from diffinstruct.method.step import Metrics
-from diffinstruct.models.pipeline import Reference
-from diffinstruct.models.sampling import EVALUATION_SEED, probe_inputs, sample_latents
+from diffinstruct.models.sampling import EVALUATION_SEED, LatentSampler, probe_inputs
 from diffinstruct.reward_service.client import RewardClient
-from diffinstruct.reward_service.validation import PICTURES
+from diffinstruct.reward_service.reward_validation import PICTURES
 from diffinstruct.run_folder.ranks import SINGLE, Ranks
 
-NOISES = 4
-"""A probe has so many pictures of each prompt. How they differ is the variety, how their scores do the within-prompt
-std."""
+NOISES = 4  # A probe has so many pictures of each prompt
 
 # Where a symptom begins: tuned on recorded probes of the pocket world, see docs/results.md.
-UNEXPLAINED = 3.0
-"""The trained reward has gained this much more than the held-out ones, in within-prompt std."""
-FALL, FALL_ERRORS, FALL_LEAST = 0.25, 4.0, 0.3
+UNEXPLAINED = 3.0  # the trained reward has gained this much more than the held-out ones, in within-prompt std
+FALL_SHARE, FALL_ERRORS, FALL_STD, TRAINED_GAIN_STD = 0.25, 4.0, 0.3, 0.3
 """A held-out reward has fallen from its best probe by this share of its gain, this many standard errors, and this many
-within-prompt std, while the trained reward has gained FALL_LEAST within-prompt std since the start."""
-VARIETY = 0.4
-"""The variety is below this share of the start's."""
-DISTANCE = 3.0
-"""The distance is beyond this multiple of the first probe's after the start."""
+within-prompt std, while the trained reward has gained TRAINED_GAIN_STD within-prompt std since the start."""
+VARIETY = 0.4  # the variety is below this share of the start's
+DISTANCE = 3.0  # the distance is beyond this multiple of the first probe's after the start
 
 METRICS = tuple(f"overoptimization/{name}" for name in ("trained", "held_out", "unexplained", "variety", "distance"))
 """The keys that `ProbeHistory.figures` may have."""
 
-BLIND = (
+NO_HELD_OUT = (
     "no held-out reward: the monitor sees variety and distance to the reference only, not whether the trained reward's "
     "rise is real; name one in rewards.held_out"
 )
@@ -56,20 +46,13 @@ BLIND = (
 
 @dataclass(frozen=True)
 class Probe:
-    """Scores and figures of n pictures of the averaged generator, of the same prompts and noise at every probe.
-
-    Rows are NOISES pictures of the first prompt, then of the second, and so on.
-    """
+    """Scores and figures of n pictures: NOISES of the first prompt, then of the second, and so on."""
 
     step: int
-    trained: np.ndarray
-    """[n], the weighted sum of the trained rewards of each picture."""
-    held_out: Mapping[str, np.ndarray]
-    """Name -> [n]."""
-    variety: float
-    """Mean distance between the latents of one prompt's pictures."""
-    distance: float
-    """The metric "x0_gap", mean of the rounds since the last probe; NaN where there is none."""
+    trained: np.ndarray  # [n], the weighted sum of the trained rewards
+    held_out: Mapping[str, np.ndarray]  # name -> [n]
+    variety: float  # mean distance between the latents of one prompt's pictures
+    distance: float  # the metric "x0_gap", mean of the rounds since the last probe; NaN where there is none
 
 
 @dataclass(frozen=True)
@@ -82,33 +65,29 @@ class Alarm:
 
 
 class ProbeHistory:
-    """One run's probes, in order; the first is its start. Without held-out rewards two symptoms remain: see BLIND."""
+    """One run's probes, in order; the first is its start. Without held-out rewards two symptoms remain: see NO_HELD_OUT."""
 
     def __init__(self) -> None:
-        self.best: dict[str, Any] = {}
-        """ "step" and "held_out" (its gain) of the probe at a checkpoint that has gained most."""
-        self._start: dict[str, Any] = {}
-        """The first probe's scores and variety; "distance" of the first probe that has one."""
-        self._highest: dict[str, dict[str, Any]] = {}
-        """Held-out reward -> step and scores of the probe with the highest mean."""
-        self._active: list[str] = []
-        """Symptoms that were reported and have not gone away."""
+        self.best: dict[str, Any] = {}  # "step" and "held_out" (its gain) of the best probe at a checkpoint
+        self._start: dict[str, Any] = {}  # the first probe's scores and variety; "distance" of the first that has one
+        self._highest: dict[str, dict[str, Any]] = {}  # held-out reward -> step and scores of the probe with the highest mean
+        self._active: list[str] = []  # symptoms that were reported and have not gone away
         self._figures: dict[str, float] = {}
 
     @property
     def best_step(self) -> int | None:
         return self.best.get("step")
 
-    def observe(self, probe: Probe, kept: bool = False) -> Alarm | None:
+    def observe(self, probe: Probe, has_checkpoint: bool = False) -> Alarm | None:
         """The alarm of a symptom that was not there at the probe before, one at a time. Raises ValueError for a
         broken probe.
 
-        kept: there is a checkpoint of that step. Of those without any symptom the best has the highest held-out gain.
+        has_checkpoint: whether there is one of that step. Of those without any symptom the best has the highest
+            held-out gain.
         """
-        if probe.trained.ndim != 1 or len(probe.trained) % NOISES or len(probe.trained) < 2 * NOISES:
-            raise ValueError(
-                f"a probe has {NOISES} pictures of each of several prompts, got scores {list(probe.trained.shape)}"
-            )
+        shape = probe.trained.shape
+        if len(shape) != 1 or shape[0] % NOISES or shape[0] < 2 * NOISES:
+            raise ValueError(f"a probe has {NOISES} pictures of each of several prompts, got scores {list(shape)}")
         if not self._start:
             held_out = {name: scores.tolist() for name, scores in probe.held_out.items()}
             self._start = {"trained": probe.trained.tolist(), "held_out": held_out, "variety": probe.variety, "distance": None}
@@ -120,7 +99,7 @@ class ProbeHistory:
         self._figures = self._compare(probe)
         symptoms = self._symptoms(probe)
         gained = self._figures.get("held_out", -math.inf)
-        if kept and not symptoms and gained > self.best.get("held_out", -math.inf):
+        if has_checkpoint and not symptoms and gained > self.best.get("held_out", -math.inf):
             self.best = {"step": probe.step, "held_out": gained}
         self._active = [symptom for symptom in self._active if symptom in symptoms]
         new = next((symptom for symptom in symptoms if symptom not in self._active), None)
@@ -130,8 +109,8 @@ class ProbeHistory:
         return Alarm(probe.step, new, symptoms[new])
 
     def figures(self) -> dict[str, float]:
-        """The metrics of the last probe, those that there are: gains in within-prompt std (held_out: the mean of the
-        held-out rewards), variety and distance as multiples of what they were."""
+        """The metrics of the last probe: gains in within-prompt std (held_out: the mean of those rewards), variety and
+        distance as multiples of what they were."""
         return {f"overoptimization/{name}": value for name, value in self._figures.items()}
 
     def _compare(self, probe: Probe) -> dict[str, float]:
@@ -156,8 +135,8 @@ class ProbeHistory:
             fall = by_prompt(best["scores"]) - by_prompt(scores)
             error = fall.std(ddof=1) / math.sqrt(len(fall))
             rise = float(np.mean(best["scores"]) - np.mean(start))
-            threshold = max(FALL * rise, FALL_ERRORS * error, FALL_LEAST * within_prompt_std(start))
-            if "held_out" not in symptoms and trained > FALL_LEAST and fall.mean() > threshold:
+            threshold = max(FALL_SHARE * rise, FALL_ERRORS * error, FALL_STD * within_prompt_std(start))
+            if "held_out" not in symptoms and trained > TRAINED_GAIN_STD and fall.mean() > threshold:
                 symptoms["held_out"] = (
                     f"at step {probe.step} the held-out reward {name} is {fall.mean():.3g} (standard error "
                     f"{error:.2g}) below its best at step {best['step']}, where it had gained {rise:.3g}; the trained "
@@ -181,14 +160,12 @@ class ProbeHistory:
         return symptoms
 
     def state_dict(self) -> dict[str, Any]:
-        """What the coming probes are compared with: numbers, strings, lists and dicts of them."""
-        return {
-            "start": self._start, "highest": self._highest, "active": list(self._active), "best": dict(self.best),
-        }  # fmt: skip
+        """What the coming probes are compared with."""
+        return {"start": self._start, "highest": self._highest, "active": list(self._active), "best": dict(self.best)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._start, self._highest, self._active = (dict(state["start"]), dict(state["highest"]), list(state["active"]))
-        self.best = dict(state["best"])
+        self._start, self._highest, self.best = (dict(state[key]) for key in ("start", "highest", "best"))
+        self._active = list(state["active"])
 
 
 def by_prompt(scores: Any) -> np.ndarray:
@@ -202,32 +179,35 @@ def within_prompt_std(scores: Any) -> float:
 
 
 def gain(start: Any, scores: np.ndarray) -> float:
-    """The gain since the start in its within-prompt std; 0 where nothing has risen. NaN where the scores of each of its
-    prompts are all alike, as those of a reward that says yes or no may be: there is no unit to count in."""
+    """The gain since the start in its within-prompt std; 0 where nothing has risen. NaN where that is 0, as for a reward
+    that says yes or no it may be."""
     risen, unit = float(np.mean(scores) - np.mean(start)), within_prompt_std(start)
     if not risen:
         return 0.0
     return risen / unit if unit else math.nan
 
 
-ProbeResult = tuple[dict[str, float], Alarm | None]
-"""The metrics of a probe, and the alarm that it may raise."""
+ProbeResult = tuple[dict[str, float], Alarm | None]  # the metrics of a probe, and the alarm that it may raise
 
 
 class OveroptimizationMonitor:
-    """Probes the averaged generator, always with the same prompts and noise, and keeps the history of the probes.
+    """Probes the generator's EMA, always with the same prompts and noise, and keeps the history of the probes.
 
-    A probe is sent before a round and collected after it: the rewards score it meanwhile. Sampling is a collective call
-    of sharded networks. The first rank alone has its samples scored.
+    A probe is sent before a round and collected after it: the rewards score it meanwhile. All ranks sample, which sharded
+    networks do together; the first one alone has its samples scored.
     """
 
     def __init__(
-        self, experiment: Experiment, reference: Reference, prompts: Sequence[str], rewards: RewardClient, ranks: Ranks = SINGLE
+        self,
+        held_out: Sequence[str],
+        sample: LatentSampler,
+        prompts: Sequence[str],
+        rewards: RewardClient,
+        ranks: Ranks = SINGLE,
     ) -> None:
-        self.experiment, self.reference, self.rewards, self.ranks = experiment, reference, rewards, ranks
-        self.held_out = experiment.rewards.held_out
+        self.held_out, self.sample, self.rewards, self.ranks = held_out, sample, rewards, ranks
         self.history = ProbeHistory()
-        chosen, self.noise = probe_inputs(reference, prompts, PICTURES // NOISES, EVALUATION_SEED + 1, NOISES)
+        chosen, self.noise = probe_inputs(sample.reference, prompts, PICTURES // NOISES, EVALUATION_SEED + 1, NOISES)
         self.prompts = [prompt for prompt in chosen for _ in range(NOISES)]
         self.x0_gaps: list[float] = []  # of the rounds since the last probe
 
@@ -236,10 +216,9 @@ class OveroptimizationMonitor:
         if (x0_gap := metrics.get("x0_gap")) is not None:
             self.x0_gaps.append(x0_gap)
 
-    def probe(self, step: int, generator: nn.Module, kept: bool) -> Callable[[], ProbeResult]:
-        """Probe the generator after `step` rounds, of which there is a checkpoint or not; collecting gives the
-        result."""
-        latents = sample_latents(self.experiment, self.reference, generator, self.noise, self.prompts)
+    def probe(self, step: int, generator: nn.Module, has_checkpoint: bool) -> Callable[[], ProbeResult]:
+        """Probe the generator after `step` rounds; collecting gives the result."""
+        latents = self.sample(generator, self.noise, self.prompts)
         if not self.ranks.first:
             return lambda: ({}, None)
         weights, answer = self.rewards.request.weights, self.rewards.score(latents, self.prompts)
@@ -250,7 +229,7 @@ class OveroptimizationMonitor:
             scores = {name: score.double().cpu() for name, score in answer().scores.items()}
             trained = sum((weight * scores[name] for name, weight in weights.items()), torch.zeros(len(latents)).double())
             held_out = {name: scores[name].numpy() for name in self.held_out}
-            alarm = self.history.observe(Probe(step, trained.numpy(), held_out, variety(latents), distance), kept)
+            alarm = self.history.observe(Probe(step, trained.numpy(), held_out, variety(latents), distance), has_checkpoint)
             return self.history.figures(), alarm
 
         return collect

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,27 +22,22 @@ from diffinstruct.errors import UserError, did_you_mean, nearest_file
 from diffinstruct.method.rewards import LatentRewards, RewardRequest
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.reward_service.client import load_reward
-from diffinstruct.reward_service.validation import PICTURES, Report, validate_reward
+from diffinstruct.reward_service.reward_validation import PICTURES, Report, validate_reward
 from diffinstruct.statistics import bootstrap_mean
 
 if TYPE_CHECKING:
     import pandas as pd
 
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-BATCH = 16
-"""Pictures of one size that are scored at once, fewer where memory ends."""
-SEED = 0
-"""Of the resamples behind the intervals."""
+BATCH = 16  # pictures of one size that are scored at once, fewer where memory ends
+SEED = 0  # of the resamples behind the intervals
 
 
 def pictures_with_prompts(folder: Path, prompts: str | Path) -> pd.DataFrame:
     """The prompts' table with a first column `image`, file names in `folder`.
 
-    A table that has a column `image` says itself which prompt belongs to which picture; otherwise there is one prompt
-    for each
-    picture, in the order of names, numbers by value: 2.png comes before 10.png. Raises UserError where they do not
-    match.
+    Without such a column in the table there has to be one prompt for each picture, in the order of names, numbers by
+    value: 2.png comes before 10.png. Raises UserError where they do not match.
     """
     names, table, everything = _names(folder), read_prompts(prompts), read_prompts(prompts, empty=True)
     if "image" in table:
@@ -71,21 +66,21 @@ def pictures_with_prompts(folder: Path, prompts: str | Path) -> pd.DataFrame:
 
 
 def score(folder: Path, table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """The table with a column of scores for each reward. Raises UserError for a picture that cannot be read,
-    RewardError with the name of a reward that fails."""
+    """The table with a column of scores for each reward. Raises UserError for a picture that cannot be read, and
+    RewardError."""
     device = _device()
     rewards = LatentRewards(lambda images: images, {name: load_reward(name, device) for name in names})
     paths, texts = [folder / name for name in table["image"]], table["prompt"].tolist()
-    of_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+    by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
     for row, path in enumerate(paths):
-        of_size[_size(path)].append(row)
-    scores = {name: torch.zeros(len(table), dtype=torch.float64) for name in names}
-    for alike in of_size.values():
+        by_size[_size(path)].append(row)
+    columns = {name: np.zeros(len(table)) for name in names}
+    for alike in by_size.values():
         for rows in (alike[i : i + BATCH] for i in range(0, len(alike), BATCH)):
             images = torch.stack([read_picture(paths[row]) for row in rows]).to(device)
-            for name, of_rows in rewards(images, [texts[row] for row in rows], RewardRequest({}, BATCH)).scores.items():
-                scores[name][rows] = of_rows.double().cpu()
-    return table.assign(**{name: column.numpy() for name, column in scores.items()})
+            for name, scores in rewards(images, [texts[row] for row in rows], RewardRequest({}, BATCH)).scores.items():
+                columns[name][rows] = scores.double().cpu()
+    return table.assign(**columns)
 
 
 def summary(table: pd.DataFrame, names: Sequence[str]) -> str:
@@ -106,18 +101,15 @@ def save(table: pd.DataFrame, path: Path) -> None:
 
 
 def validate(name: str, folder: Path | None = None, prompts: str | Path | None = None, trained: bool = True) -> Report:
-    """Validate one reward. Without a folder, the pocket world's one-step generator makes the pictures;
-    without prompts, its own stand in, for no check asks whether they fit. Of a folder, the pictures of
-    the first one's size are taken, 64 at most."""
+    """Validate one reward, on at most 64 pictures of the size of the folder's first one. Without a folder the pocket
+    world's one-step generator makes the pictures; without prompts its own stand in: no check asks whether they fit."""
     device = _device()
     if folder and prompts:
         table = pictures_with_prompts(folder, prompts)
         names, texts = table["image"].tolist(), table["prompt"].tolist()
     else:
-        texts = read_prompts(prompts or "pocket:eval")["prompt"].tolist()
-        names = _names(folder) if folder else []
-        wanted = len(names) or PICTURES
-        texts = (texts * math.ceil(wanted / len(texts)))[:wanted]
+        names, texts = _names(folder) if folder else [], read_prompts(prompts or "pocket:eval")["prompt"].tolist()
+        texts = list(islice(cycle(texts), len(names) or PICTURES))
     if folder:
         paths = [folder / name for name in names]
         alike = [row for row, path in enumerate(paths) if _size(path) == _size(paths[0])][:PICTURES]
@@ -162,11 +154,12 @@ def _names(folder: Path) -> list[str]:
     found = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
     if not found:
         raise UserError(f"{folder}: no pictures in it ({', '.join(SUFFIXES)})")
-    return sorted(found, key=lambda name: ([_natural(part) for part in re.split(r"(\d+)", name)], name))
 
+    def natural(name: str) -> tuple[list[tuple[int, str]], str]:
+        parts = re.split(r"(\d+)", name)
+        return [(int(part), "") if part.isdecimal() else (0, part.lower()) for part in parts], name
 
-def _natural(part: str) -> tuple[int, str]:
-    return (int(part), "") if part.isdecimal() else (0, part.lower())
+    return sorted(found, key=natural)
 
 
 def _pictures_of_the_start(texts: list[str], device: torch.device) -> Tensor:

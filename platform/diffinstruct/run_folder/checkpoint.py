@@ -12,8 +12,6 @@ into it: it is there whole or not at all. Reading compares the digests first (sa
 silently), names what is broken, and takes the one before. No pickles.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -23,6 +21,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -34,8 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffinstruct.locks import locked
-from diffinstruct.run_folder.locks import FULL
+from diffinstruct.locks import FULL, locked
 from diffinstruct.run_folder.ranks import SINGLE, Ranks
 from diffinstruct.run_folder.state_tree import State, decode, encode
 
@@ -57,36 +55,30 @@ def tensor_files(world: int) -> list[str]:
     return [f"tensors-{rank:05d}-of-{world:05d}.safetensors" for rank in range(world)]
 
 
-class _Thread(threading.Thread):
-    """Does things in turn; `result` waits for them and raises what one has raised."""
-
-    def __init__(self, *parts: Callable[[], None]) -> None:
-        super().__init__(name="checkpoint", daemon=True)
-        self.parts = parts
-        self.error: Exception | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            for part in self.parts:
-                part()
-        except Exception as error:
-            self.error = error
-
-    def result(self) -> None:
-        self.join()
-        if self.error:
-            raise self.error
-
-
 @dataclass(frozen=True)
 class _Pending:
-    """A checkpoint that is being written; all ranks do `rest` when each has written its part."""
+    """A checkpoint of `need` bytes that a thread is writing; all ranks do `rest` when each has written its part."""
 
     step: int
     need: int
-    thread: _Thread
+    written: Future[None]
     rest: tuple[Callable[[], None], ...]
+
+
+def _in_thread(*parts: Callable[[], None]) -> Future[None]:
+    """Do things in turn, in a thread that does not keep the program from ending, as an executor's would."""
+    future = Future[None]()
+
+    def work() -> None:
+        try:
+            for part in parts:
+                part()
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="checkpoint", daemon=True).start()
+    return future
 
 
 class CheckpointStore:
@@ -110,13 +102,12 @@ class CheckpointStore:
         leave writing the copy to a thread; `finish_pending` makes it a checkpoint. Waits for the one before. A
         collective call: each rank writes its shards, and the first one all else.
 
-        The newest `keep` stay, and that of the step `best`. Those *after* `step` go too: whoever writes an earlier step
-        could not use them, or has started over. Raises CheckpointError when the disk does not take it (the checkpoints
-        before stay as they are), TypeError for a value that has no place in a checkpoint.
+        The newest `keep` stay, and that of the step `best`; those *after* `step` go, since the run has gone back. Raises
+        CheckpointError when the disk does not take it, TypeError for a value that has no place in a checkpoint.
         """
         self.finish_pending(wait=True)
-        tree, tensors = encode(state, self._copies)
-        self._copies = tensors
+        tree, self._copies = encode(state, self._copies)
+        tensors = self._copies
         temporary = self.folder / f"step-{step:08d}.tmp"
         need = sum(tensor.nbytes for tensor in tensors.values())
         own = temporary / tensor_files(self.ranks.world)[self.ranks.rank]
@@ -139,30 +130,29 @@ class CheckpointStore:
 
         self._together(step, need, begin)
         if self.ranks.world == 1:  # nobody else's part to wait for
-            self._pending = _Pending(step, need, _Thread(write, end), ())
+            self._pending = _Pending(step, need, _in_thread(write, end), ())
         else:
-            self._pending = _Pending(step, need, _Thread(write), (end,))
+            self._pending = _Pending(step, need, _in_thread(write), (end,))
 
     def finish_pending(self, wait: bool = False) -> None:
-        """Make a checkpoint of what `start` has begun, if it is written by now or with `wait`; the newest ones are
-        kept. A collective call. Raises as `start` does."""
+        """Make a checkpoint of what `start` has begun, if it is written by now or with `wait`. A collective call. Raises
+        as `start` does."""
         pending = self._pending
-        if pending is None or not self.ranks.min(int(wait or not pending.thread.is_alive())):
+        if pending is None or not self.ranks.min(int(wait or pending.written.done())):
             return
         self._pending = None
-        for part in (pending.thread.result, *pending.rest):
+        for part in (pending.written.result, *pending.rest):
             self._together(pending.step, pending.need, part)
 
     def _finish(self, step: int, tree: Any, best: int | None) -> None:
-        """What is written becomes a checkpoint."""
         final, files = self.folder / f"step-{step:08d}", tensor_files(self.ranks.world)
         temporary, replaced = final.with_suffix(".tmp"), final.with_suffix(".old")
         (temporary / TREE).write_text(json.dumps({"step": step, "files": len(files), "state": tree}))
         manifest = {TREE: _fingerprint(temporary / TREE)}
         for name in files:  # as each has seen its own: to read them all again would take long
-            said = (temporary / name).with_suffix(".json")
-            manifest[name] = json.loads(said.read_text())
-            said.unlink()
+            fingerprint = (temporary / name).with_suffix(".json")
+            manifest[name] = json.loads(fingerprint.read_text())
+            fingerprint.unlink()
         (temporary / MANIFEST).write_bytes(_manifest(manifest))
         for path in (temporary / TREE, temporary / MANIFEST, temporary):
             flush(path)
@@ -238,12 +228,8 @@ def _read(step: int, path: Path, ranks: Ranks, keys: Sequence[str] = ()) -> Any:
     """The state in `path`, or what it has under `keys`; of a sharded tensor this rank's shard. Raises
     CheckpointError with the reason if any part of it is not what was written."""
     try:
-        _own(path / MANIFEST)
         with ExitStack() as open_files:
-            said = open_files.enter_context(reading(path))
-            manifest = json.loads(said)
-            if said != _manifest(manifest):
-                raise CheckpointError(f"{MANIFEST}: it is not as it was written")
+            manifest = _parsed(path, open_files.enter_context(reading(path)))
             _verify(path / TREE, manifest[TREE])
             document = json.loads((path / TREE).read_bytes())
             if document["step"] != step:
@@ -251,9 +237,8 @@ def _read(step: int, path: Path, ranks: Ranks, keys: Sequence[str] = ()) -> Any:
             if not 1 <= document["files"] == len(manifest) - 1:  # before as many names are made up
                 raise CheckpointError(f"{TREE}: it is of {document['files']} files, {MANIFEST} of {len(manifest) - 1}")
             files = tensor_files(document["files"])
-            own = (
-                files[ranks.rank : ranks.rank + 1] if len(files) == ranks.world else files
-            )  # another number of processes reads them all
+            # Another number of processes reads them all
+            own = files[ranks.rank : ranks.rank + 1] if len(files) == ranks.world else files
 
             @cache
             def tensors(name: str) -> Any:
@@ -298,17 +283,21 @@ def reading(path: Path) -> Iterator[bytes]:
 
 
 def verify(path: Path) -> None:
-    """Raises CheckpointError where a checkpoint's files are not what its manifest says, or that is not as it was
-    written."""
+    """Raises CheckpointError where a checkpoint's manifest or files are not what was written."""
     try:
-        _own(path / MANIFEST)
-        said = (path / MANIFEST).read_bytes()
-        if said != _manifest(manifest := json.loads(said)):
-            raise CheckpointError(f"{MANIFEST}: it is not as it was written")
-        for name, written in manifest.items():
+        for name, written in _parsed(path, (path / MANIFEST).read_bytes()).items():
             _verify(path / name, written)
     except UNREADABLE as error:
         raise CheckpointError(f"{type(error).__name__}: {error}") from error
+
+
+def _parsed(path: Path, manifest: bytes) -> dict[str, Any]:
+    """A manifest's entries. Raises CheckpointError for one that is not as it was written."""
+    _own(path / MANIFEST)
+    entries: dict[str, Any] = json.loads(manifest)
+    if manifest != _manifest(entries):
+        raise CheckpointError(f"{MANIFEST}: it is not as it was written")
+    return entries
 
 
 def _span(rows: int, rank: int, world: int) -> tuple[int, int]:
@@ -357,8 +346,7 @@ def _free(path: Path) -> int:
 
 @contextmanager
 def full_disk_as_error(folder: Path) -> Iterator[None]:
-    """In the block, which writes to `folder`, a disk that is full, or a quota, is a CheckpointError in one line,
-    whichever file it was that found out."""
+    """Make a full disk, or quota, a CheckpointError of one line, whichever file in `folder` it was that found out."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,7 +1,5 @@
 """Where a run's folder lies."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from diffinstruct.config.experiment import Experiment

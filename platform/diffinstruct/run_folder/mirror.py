@@ -1,16 +1,11 @@
 """A run's copy in an object store: where machines go with their disks, the same command goes on from there.
 
-    <mirror>/<run>/checkpoints/step-00000100/...   the checkpoint's files; its manifest.json comes last and says: it is
-    all here
-                   journal.jsonl, images/, ...     what else the run's folder holds, as it was before that checkpoint
-                   came
+    <mirror>/<run>/checkpoints/step-00000100/...   the checkpoint's files; its manifest.json comes last
+                   journal.jsonl, images/, ...     what else the run's folder held before that checkpoint came
 
 The folder stays what a run works with, and the truth: a thread follows it and copies what is new. While the store takes
-nothing the run goes on. Of what comes back checkpoints are read against their digests, like any other, and names that
-do not belong to a run are left where they are.
+nothing the run goes on. What comes back is read against the checkpoints' digests; foreign names are left where they are.
 """
-
-from __future__ import annotations
 
 import json
 import logging
@@ -23,21 +18,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
 from diffinstruct.config.addresses import one_line
 from diffinstruct.errors import UserError
+from diffinstruct.locks import COMMAND, LOCK
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.checkpoint import MANIFEST, TREE, CheckpointError, CheckpointStore, reading, verify
-from diffinstruct.run_folder.locks import COMMAND, LOCK
 
-INTERVAL = 1.0
-"""Seconds between two looks for a new checkpoint."""
-LONGEST_PAUSE = 30.0
-"""Seconds between two attempts while the store takes nothing."""
-ATTEMPTS = 3
-"""At the end of a run, a second longer apart each time."""
+INTERVAL = 1.0  # seconds between two looks for a new checkpoint
+LONGEST_PAUSE = 30.0  # seconds between two attempts while the store takes nothing
+ATTEMPTS = 3  # at the end of a run, a second longer apart each time
 BROUGHT = ("experiment.yaml", "journal.jsonl", "mlflow.json")
 IMAGE = re.compile(r"[^/\\]+\.png")
 ACKNOWLEDGEMENT = re.compile(r"[\w-]+\.ack")
@@ -62,9 +55,8 @@ class Mirror:
         self._copied: dict[str, tuple[int, int]] = {}  # of the folder's other files: when they were written, and their size
 
     def push(self) -> None:
-        """Copy what the store has not, and clear away there what the folder has no more. What is damaged here is left
-        out, and stays there as it is. Raises CheckpointError for a folder that is behind its copy, such as an old
-        disk's."""
+        """Copy what the store has not, and clear away there what the folder has no more. What is damaged here stays
+        there as it is. Raises CheckpointError for a folder that is behind its copy, such as an old disk's."""
         steps, there = self.store.steps(), self._there()
         if behind := [step for step in there if step > max(steps, default=-1) and self._manifest(step) is not None]:
             raise CheckpointError(f"{self.folder} lacks step {max(behind)} of {self.url}: the run's command brings it")
@@ -80,8 +72,7 @@ class Mirror:
 
     def pull(self) -> int | None:
         """Bring checkpoints and journal here, where the store's newest whole checkpoint is newer than the folder's; its
-        step, or None. One that is damaged is named and left out; UserError where that leaves none at all, there and
-        here."""
+        step, or None. A damaged one is named and left out; UserError where that leaves none, there and here."""
         is_whole = cache(self._is_whole)  # all of it is read for that
         here = next((step for step in self.store.steps() if is_whole(step)), -1)
         there = [(step, manifest) for step in self._there() if (manifest := self._manifest(step)) is not None]
@@ -109,8 +100,7 @@ class Mirror:
 
     def touch(self) -> None:
         """Raises what a store raises that takes nothing."""
-        what = b"A copy of a run of diffinstruct: its command goes on from here.\n"
-        self.files.pipe_file(f"{self.root}/mirror.txt", what)
+        self.files.pipe_file(f"{self.root}/mirror.txt", b"A copy of a run of diffinstruct: its command goes on from here.\n")
 
     def _bring_others(self) -> None:
         (self.folder / "images").mkdir(exist_ok=True)
@@ -168,11 +158,10 @@ class Mirror:
         return passing
 
     def _is_whole(self, step: int) -> bool:
-        try:
+        with suppress(CheckpointError):
             verify(self.store.folder / f"step-{step:08d}")
-        except CheckpointError:
-            return False
-        return True
+            return True
+        return False
 
     def _clear(self, step: int) -> None:
         if self._manifest(step) is not None:  # the mark first
@@ -180,22 +169,18 @@ class Mirror:
         with suppress(FileNotFoundError):
             self.files.rm(self._at(step, ""), recursive=True)
 
-    def _manifest(self, step: int) -> bytes | None:
-        try:
-            found: bytes = self.files.cat_file(self._at(step, MANIFEST))
-        except FileNotFoundError:
-            return None
-        return found
+    def _manifest(self, step: int) -> Any:
+        with suppress(FileNotFoundError):
+            return self.files.cat_file(self._at(step, MANIFEST))
 
     def _there(self) -> list[int]:
         return [int(match[1]) for name in self._names("checkpoints") if (match := re.fullmatch(r"step-(\d{8,})", name))]
 
-    def _names(self, of: str) -> list[str]:
+    def _names(self, folder: str) -> list[str]:
         self.files.invalidate_cache()
-        try:
-            return [path.rstrip("/").rpartition("/")[2] for path in self.files.ls(f"{self.root}/{of}", detail=False)]
-        except FileNotFoundError:
-            return []
+        with suppress(FileNotFoundError):
+            return [path.rstrip("/").rpartition("/")[2] for path in self.files.ls(f"{self.root}/{folder}", detail=False)]
+        return []
 
     def _at(self, step: int, name: str) -> str:
         return f"{self.root}/checkpoints/step-{step:08d}/{name}"
@@ -215,11 +200,10 @@ def _names_in(manifest: bytes) -> list[str]:
 
 @contextmanager
 def mirrored(url: str | None, folder: Path) -> Iterator[None]:
-    """Bring what a run's mirror has more than its folder, and keep it up to date during the block and at its end;
-    nothing without a url.
+    """Bring what a run's mirror has more than its folder, and keep it up to date during the block and at its end.
 
-    Raises UserError where the store cannot be asked and the folder has no checkpoint: a run would start over that has
-    begun.
+    Raises UserError where the store cannot be asked and the folder has no checkpoint: a run that has begun might start
+    over.
     """
     if url is None:
         yield
@@ -270,20 +254,17 @@ def _follow(mirror: Mirror, ended: threading.Event) -> None:
 
 
 def _written(mirror: Mirror, step: int) -> int:
-    """When; 0 for one that is just being cleared away."""
-    try:
+    """When a checkpoint was written; 0 for one that is just being cleared away."""
+    with suppress(OSError):
         return (mirror.store.folder / f"step-{step:08d}" / MANIFEST).stat().st_mtime_ns
-    except OSError:
-        return 0
+    return 0
 
 
 def _push_at_the_end(mirror: Mirror) -> None:
-    why = ""
     for attempt in range(ATTEMPTS):
         time.sleep(attempt)
         try:
-            mirror.push()
-            return
+            return mirror.push()
         except Exception as error:
             why = one_line(error)
     how = f"later: diffinstruct sync {shlex.quote(str(mirror.folder))}"

@@ -1,7 +1,5 @@
 """The processes of a run, and the collective calls between them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +9,14 @@ from diffinstruct.method.step import Metrics
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process's view of all of them. Every rank makes each collective call; by default there is one process.
-
-    `cluster/collectives.py` has the calls of torch.distributed.
-    """
+    """One process's view of all of them, with the collective calls, which every rank makes; by default there is one
+    process. `cluster/collectives.py` has the calls of torch.distributed."""
 
     rank: int = 0
     world: int = 1
-    min: Callable[[int], int] = lambda value: value
-    """The least of all ranks' values."""
-    mean: Callable[[Metrics], Metrics] = lambda metrics: metrics
-    """The mean of each metric over the ranks."""
-    gather: Callable[[Any], list[Any]] = lambda value: [value]
-    """All ranks' values, by rank."""
+    min: Callable[[int], int] = lambda value: value  # the least of all ranks' values
+    mean: Callable[[Metrics], Metrics] = lambda metrics: metrics  # the mean of each metric over the ranks
+    gather: Callable[[Any], list[Any]] = lambda value: [value]  # all ranks' values, by rank
 
     @property
     def first(self) -> bool:

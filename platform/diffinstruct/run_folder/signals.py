@@ -1,11 +1,8 @@
-"""What a run can be told while it runs. An order is a file in its folder, since whoever gives it may be on another
-machine.
+"""What a run can be told while it runs: files in its folder, since whoever tells it may be on another machine.
 
 <run>/pause   finish the step, save, end; the same command goes on from there
 <run>/stop    finish the step, end here as if this had been the last one
 """
-
-from __future__ import annotations
 
 import signal
 import threading
@@ -14,24 +11,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-NONE, PAUSE, STOP = 2, 1, 0
-"""In the order of their rank: of what several workers have heard, the least counts."""
+NONE, PAUSE, STOP = 2, 1, 0  # in the order of their rank: of what several workers have heard, the least counts
 FILES = {STOP: "stop", PAUSE: "pause"}
-EXIT_PAUSED = 75
-"""EX_TEMPFAIL: try again, with the same command."""
+EXIT_PAUSED = 75  # EX_TEMPFAIL: try again, with the same command
 
 
 class Paused(RuntimeError):
     """A run or a sweep has ended because it was told to pause; its state is saved."""
 
 
-def request(folder: Path, order: int) -> None:
-    (folder / FILES[order]).touch()
+def request(folder: Path, kind: int) -> None:
+    (folder / FILES[kind]).touch()
 
 
 def requested(folder: Path) -> int:
-    """The order that lies in `folder`, or NONE."""
-    return next((order for order, name in FILES.items() if (folder / name).exists()), NONE)
+    """The signal that lies in `folder`, or NONE."""
+    return next((kind for kind, name in FILES.items() if (folder / name).exists()), NONE)
 
 
 def clear(folder: Path) -> None:

@@ -1,7 +1,5 @@
 """A run's state as a JSON tree and tensors by name, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,16 +13,15 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class TensorShard:
-    """A process's part of a tensor that is spread over all of them: of this shape, along its first dimension, in the
-    order of the processes, as `torch.chunk` cuts it."""
+    """One rank's shard of a tensor split along dim 0, as `torch.chunk` cuts it; `shape` is the full tensor's."""
 
     own: Tensor
     shape: tuple[int, ...]
 
 
 def encode(state: State, spare: Mapping[str, Tensor] = MappingProxyType({})) -> tuple[Any, dict[str, Tensor]]:
-    """A state as a JSON tree and its tensors' copies by name. One tensor at two places is stored once and read as one
-    again. Copies go into those of `spare` that have the same name, shape and type."""
+    """A state as a JSON tree and its tensors' copies by name; one tensor at two places is stored once. Copies go into
+    those of `spare` that have the same name, shape and type."""
     tensors: dict[str, Tensor] = {}
     names: dict[tuple[Any, ...], str] = {}  # which tensor (memory and view of it) already has a name
 

@@ -1,32 +1,29 @@
 """What a run is built of: reference, networks with optimizers, settings of the step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.prompts import PromptSet, read_prompt_set
+from diffinstruct.config.prompts import read_prompt_set
+from diffinstruct.config.sections import ObjectiveConfig, OptimizerConfig, ReferenceConfig
 from diffinstruct.errors import UserError, did_you_mean
 from diffinstruct.method.arguments import ArgumentError
 from diffinstruct.method.diffusion import Conditions, Schedule, log_normal_t, uniform_t
 from diffinstruct.method.distances import DISTANCES, distance
 from diffinstruct.method.guidance import guided
+from diffinstruct.method.objective_validation import validate_distance, validate_objective
 from diffinstruct.method.objectives import OBJECTIVES, Objective, objective
 from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.method.step import StepConfig, TrainState
-from diffinstruct.method.validation import validate_distance, validate_objective
 from diffinstruct.models.pipeline import Reference, load_reference
 from diffinstruct.models.prompt_embeddings import NULL
 from diffinstruct.models.roles import Roles
 
 
-# --------------------------------------------------------------------------------------------------- building
 def resolve_device(name: str) -> torch.device:
     """ "auto" is a GPU where there is one."""
     if name == "auto":
@@ -49,13 +46,12 @@ def open_reference(experiment: Experiment, device: torch.device) -> Reference:
 def missing_embeddings(experiment: Experiment) -> list[str | None]:
     """The prompts of a run (and the null prompt) that its folder of embeddings lacks; none where it has no such
     folder."""
-    if experiment.prompts.embeddings is None:
+    prompts = experiment.prompts
+    if prompts.embeddings is None:
         return []
-    grid = read_prompt_set(experiment.prompts.grid, experiment.prompts.column)
-    prompts: list[str | None] = [NULL, *training_prompts(experiment), *grid]
     stored = open_reference(experiment, torch.device("cpu")).embeddings
     assert stored is not None
-    return stored.missing(prompts)
+    return stored.missing([NULL, *(p for uri in (prompts.train, prompts.grid) for p in read_prompt_set(uri, prompts.column))])
 
 
 def store_embeddings(experiment: Experiment, prompts: Sequence[str | None]) -> None:
@@ -68,16 +64,16 @@ def make_train_state(
 ) -> TrainState:
     """The roles with their optimizers, the reference with its guidance against the null prompt's conditions."""
 
-    def adam(module: nn.Module, of: Any) -> torch.optim.Optimizer:
-        options = {"lr": of.learning_rate, "betas": of.betas, "weight_decay": of.weight_decay}
-        weights = list(module.parameters())
-        return torch.optim.AdamW(weights, fused=weights[0].is_cuda or None, **options)  # one kernel, and no copies on the way
+    def adam(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+        weights, decay = list(module.parameters()), config.weight_decay
+        fused = weights[0].is_cuda or None  # one kernel, and no copies on the way
+        return torch.optim.AdamW(weights, config.learning_rate, config.betas, weight_decay=decay, fused=fused)
 
     return TrainState(
         generator=wrap(roles.generator),
         score_network=wrap(roles.score_network),
         reference=guided(roles.reference, null, experiment.reference.guidance_scale, experiment.reference.guidance),
-        ema=roles.average,
+        ema=roles.ema,
         generator_optimizer=adam(roles.generator, experiment.generator),
         score_optimizer=adam(roles.score_network, experiment.score_network),
     )
@@ -89,19 +85,18 @@ def make_step_config(experiment: Experiment, schedule: Schedule) -> StepConfig:
     e = experiment.objective
     if e.t_max > len(schedule.alphas):
         raise UserError(f"objective.t_max: got {e.t_max}, the reference's schedule has {len(schedule.alphas)} steps")
-    law_of_t = (
-        uniform_t(e.t_min, e.t_max)
-        if e.t_law == "uniform"
-        else log_normal_t(schedule, e.t_log_mean, e.t_log_std, e.t_min, e.t_max)
-    )
+    if e.t_law == "uniform":
+        timestep_distribution = uniform_t(e.t_min, e.t_max)
+    else:
+        timestep_distribution = log_normal_t(schedule, e.t_log_mean, e.t_log_std, e.t_min, e.t_max)
     return StepConfig(
-        objective=make_objective(experiment, schedule),
+        objective=make_objective(e, experiment.reference, schedule),
         regularization_weight=e.regularization_weight,
         reward_scale=e.reward_scale,
         score_updates=experiment.score_network.updates_per_step,
         reuse_sample=experiment.score_network.reuse_sample,
         score_weighting=experiment.score_network.loss_weighting,
-        law_of_t=law_of_t,
+        timestep_distribution=timestep_distribution,
         generator_max_grad_norm=experiment.generator.max_grad_norm,
         score_max_grad_norm=experiment.score_network.max_grad_norm,
         ema_decay=experiment.generator.ema_decay,
@@ -110,22 +105,17 @@ def make_step_config(experiment: Experiment, schedule: Schedule) -> StepConfig:
     )
 
 
-def training_prompts(experiment: Experiment) -> PromptSet:
-    return read_prompt_set(experiment.prompts.train, experiment.prompts.column)
-
-
-def make_objective(experiment: Experiment, schedule: Schedule) -> Objective | None:
+def make_objective(e: ObjectiveConfig, reference: ReferenceConfig, schedule: Schedule) -> Objective | None:
     """The objective with its distance; the user's own are tried on tiny samples. Raises UserError."""
-    e, reference = experiment.objective, experiment.reference
-    with _one_line("objective.distance", e.distance, "no pair (d, d')"):
+    with _one_line("distance", e.distance, "no pair (d, d')"):
         chosen = distance(e.distance, e.distance_args)
     if e.distance not in DISTANCES:
-        with _one_line("objective.distance", e.distance, "refused"):
+        with _one_line("distance", e.distance, "refused"):
             validate_distance(chosen)
-    with _one_line("objective.name", e.name, "no objective"):
+    with _one_line("name", e.name, "no objective"):
         loss = objective(e.name, schedule=schedule, weighting=e.weighting, distance=chosen, args=e.args)
     if loss and e.name not in OBJECTIVES:
-        with _one_line("objective.name", e.name, "refused"):
+        with _one_line("name", e.name, "refused"):
             beside = reference.guidance == "out" and reference.guidance_scale != 1
             validate_objective(loss, e.t_min, e.t_max, guidance_beside=beside)
     return loss
@@ -133,11 +123,11 @@ def make_objective(experiment: Experiment, schedule: Schedule) -> Objective | No
 
 @contextmanager
 def _one_line(key: str, name: str, verdict: str) -> Iterator[None]:
-    """Whatever the user's module raises becomes a UserError of one line."""
+    """Whatever the user's module raises becomes a UserError of one line, of the key `objective.<key>`."""
     try:
         yield
     except ArgumentError as error:
-        args = "objective.args" if key == "objective.name" else "objective.distance_args"
-        raise UserError(f"{args}.{error.name}: {error.reason}{did_you_mean(error.name, error.known)}") from None
+        args = "args" if key == "name" else "distance_args"
+        raise UserError(f"objective.{args}.{error.name}: {error.reason}{did_you_mean(error.name, error.known)}") from None
     except (Exception, SystemExit) as error:
-        raise UserError(f"{key}: {name!r} is {verdict}: {' '.join(str(error).split())}") from error
+        raise UserError(f"objective.{key}: {name!r} is {verdict}: {' '.join(str(error).split())}") from error

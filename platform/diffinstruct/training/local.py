@@ -1,7 +1,5 @@
 """A run without Ray: one process, rewards in it. For a debugger, for GPU machines without Ray, for tests."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from diffinstruct.config.experiment import Experiment

@@ -5,23 +5,21 @@ between them is handed in (where rewards are computed, how modules are wrapped, 
 same numbers, up to the rounding of sums over ranks.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.method.nonfinite import NonFinite
+from diffinstruct.locks import only_writer
+from diffinstruct.method.nonfinite import NonFiniteGradient
 from diffinstruct.method.step import alternating_round
 from diffinstruct.reward_service.client import RewardBackend
 from diffinstruct.run_folder.checkpoint import full_disk_as_error
-from diffinstruct.run_folder.locks import only_writer
 from diffinstruct.run_folder.mirror import mirrored
 from diffinstruct.tracking.journal import Parent
 from diffinstruct.training.run_log import Result
 from diffinstruct.training.trainer import Trainer
 from diffinstruct.training.worker import SINGLE_PROCESS, Worker
 
-PATIENCE = 60.0
+FOLDER_LOCK_TIMEOUT_S = 60.0
 """Seconds that a run waits for a process that holds its folder: a worker that was lost may take a while to be gone."""
 
 
@@ -35,18 +33,18 @@ def train(
     """Run or resume `experiment` in `folder`; returns the result on rank 0, None elsewhere. Without `actors` the
     rewards are computed in this process.
 
-    A round with something in it that is not finite is skipped and counted. After SKIPS of them in a row the run rolls
-    back to its last checkpoint and goes on from there with other prompts and noise, once; if that comes to the same it
-    raises NonFinite.
+    A round with something in it that is not finite is skipped and counted. After MAX_SKIPS_IN_A_ROW the run rolls back
+    to its last checkpoint and goes on from there with other prompts and noise, once; if that comes to the same it raises
+    NonFiniteGradient.
 
-    Raises NonFinite, RewardError or, where the disk is full, CheckpointError with the run resumable: weights on disk
+    Raises NonFiniteGradient, RewardError or, where the disk is full, CheckpointError with the run resumable: weights on disk
     are from the last checkpoint; UserError where another process is at work on the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with full_disk_as_error(folder):
         if not worker.ranks.first:
             return run_rounds(Trainer(experiment, folder, actors, worker, parent))
-        with only_writer(folder, PATIENCE), mirrored(experiment.mirror, folder):
+        with only_writer(folder, FOLDER_LOCK_TIMEOUT_S), mirrored(experiment.mirror, folder):
             return run_rounds(Trainer(experiment, folder, actors, worker, parent))
 
 
@@ -57,10 +55,13 @@ def run_rounds(trainer: Trainer) -> Result | None:
         trainer.validate_rewards()
         while not trainer.done:
             probe = trainer.start_probe()
-            inputs = trainer.draw_inputs()
+            noise, prompts, conditions = trainer.draw_batch()
+            state, schedule = trainer.state, trainer.reference.schedule
             try:
-                metrics = alternating_round(*inputs)
-            except NonFinite as error:
+                metrics = alternating_round(
+                    state.train_state, state.step_config, schedule, noise, prompts, conditions, state.rewards.send
+                )
+            except NonFiniteGradient as error:
                 reason = trainer.skip(error)
                 if trainer.skipped_too_many:
                     trainer.roll_back(error, reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,17 @@ from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.training.guards import NonFiniteGuard
 from diffinstruct.training.metric_window import MetricWindow
 
-STATE = 4
-"""The version of the state in a checkpoint: it goes up with each change that makes older ones unreadable."""
-STATE_OF_0_1 = 3
-"""The state that version 0.1 wrote. This version exports its model and does not go on with it."""
+STATE = 4  # the version of the state in a checkpoint: it goes up with each change that makes older ones unreadable
+STATE_OF_0_1 = 3  # the state that version 0.1 wrote. This version exports its model and does not go on with it.
 EMA_PATH = {STATE: ("train_state", "ema"), STATE_OF_0_1: ("players", "ema")}
-"""Version of the state -> where the averaged generator's weights are in it."""
+"""Version of the state -> where the weights of the generator's EMA are in it."""
 BEST_PATH = {STATE: ("overoptimization", "history", "best"), STATE_OF_0_1: ("watcher", "watch", "best")}
 """Version of the state -> where the best probe at a checkpoint is in it."""
 
 
 @dataclass
 class LoopState:
-    """All that a run changes; a resumed run goes on from it bit for bit. Everything random is drawn from (seed, step),
-    so there is no RNG state to keep."""
+    """All that a run changes; a resumed run goes on from it bit for bit."""
 
     train_state: TrainState
     step_config: StepConfig
@@ -40,17 +38,12 @@ class LoopState:
     monitor: OveroptimizationMonitor
     metric_window: MetricWindow
     nonfinite_guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
-    step: int = 0
-    """The rounds that are done; a checkpoint has it in its name."""
-    stopped: bool = False
-    """Whether the run has ended before its last step."""
-    last_metrics: Metrics = field(default_factory=dict)
-    """The newest value of each metric."""
+    step: int = 0  # the rounds that are done; a checkpoint has it in its name
+    stopped: bool = False  # whether the run has ended before its last step
+    last_metrics: Metrics = field(default_factory=dict)  # the newest value of each metric
 
-    def halve_reward_scale(self) -> float:
-        """Lower the reward scale from here on; returns the new one."""
-        self.step_config = replace(self.step_config, reward_scale=self.step_config.reward_scale / 2)
-        return self.step_config.reward_scale
+    def set_reward_scale(self, scale: float) -> None:
+        self.step_config = replace(self.step_config, reward_scale=scale)
 
     def agree(self, ranks: Ranks) -> None:
         """Make what the ranks have measured by themselves the same on all of them. A collective call."""
@@ -58,14 +51,13 @@ class LoopState:
         self.metric_window.share(ranks)
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"reward_scale": self.step_config.reward_scale, "stopped": self.stopped, "metrics": self.last_metrics}
-        parts: dict[str, Any] = to_shards({name: part.state_dict() for name, part in self._parts().items()})
-        return own | parts
+        values = {"reward_scale": self.step_config.reward_scale, "stopped": self.stopped, "metrics": self.last_metrics}
+        return values | to_shards({name: part.state_dict() for name, part in self._stateful().items()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self._parts().items():
+        for name, part in self._stateful().items():
             part.load_state_dict(state[name])
-        self.step_config = replace(self.step_config, reward_scale=state["reward_scale"])
+        self.set_reward_scale(state["reward_scale"])
         self.stopped, self.last_metrics = state["stopped"], state["metrics"]
 
     def restore(self, step: int, state: dict[str, Any], mesh: DeviceMesh | None, folder: Path) -> None:
@@ -77,7 +69,7 @@ class LoopState:
             raise CheckpointError(f"{folder}: the run cannot go on from its newest checkpoint ({reason})") from error
         self.step = step
 
-    def _parts(self) -> dict[str, Any]:
+    def _stateful(self) -> dict[str, Any]:
         return {
             "train_state": self.train_state,
             "rewards": self.rewards,
@@ -94,54 +86,34 @@ class Identity:
     experiment: str
     prompts: str
 
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Identity:
+        return cls(state.get("experiment", ""), state.get("prompts", ""))
+
     def stamp(self, state: dict[str, Any]) -> dict[str, Any]:
         """A state as a checkpoint keeps it."""
         return state | {"format": STATE, "experiment": self.experiment, "prompts": self.prompts}
 
 
-class SavedState:
-    """The state of a checkpoint without the networks, and what may be changed in it before a run goes on."""
+def moved(state: dict[str, Any], identity: Identity, experiment: Experiment, keys: Collection[str]) -> dict[str, Any]:
+    """A checkpoint's state as that of another configuration, which has other values for `keys`; with its optimizers.
 
-    def __init__(self, state: dict[str, Any]) -> None:
-        self.state = state
-
-    def check_version(self, folder: Path) -> None:
-        """Raises UserError for a checkpoint in `folder` of another version of this program."""
-        check_version(folder, self.state.get("format"))
-
-    def belongs_to(self, identity: Identity) -> bool:
-        return identity == Identity(self.state.get("experiment", ""), self.state.get("prompts", ""))
-
-    @property
-    def experiment(self) -> object:
-        return self.state.get("experiment")
-
-    @property
-    def prompts(self) -> object:
-        return self.state.get("prompts")
-
-    def move_to(self, identity: Identity, experiment: Experiment) -> None:
-        """Make it the state of another configuration, with that one's optimizers. The other run's best checkpoint is
-        not here, and its end is not this one's."""
-        self.state = identity.stamp(self.state)
-        self.state["stopped"] = False
-        self.state["overoptimization"]["history"]["best"] = {}
-        for optimizer, section in (
-            ("generator_optimizer", experiment.generator),
-            ("score_optimizer", experiment.score_network),
-        ):
-            for group in self.state["train_state"][optimizer]["param_groups"]:
-                group |= {"lr": section.learning_rate, "betas": section.betas, "weight_decay": section.weight_decay}
-
-    def set_reward_scale(self, scale: float) -> None:
-        self.state["reward_scale"] = scale
-
-    def set_reward_micro_batch_size(self, size: int) -> None:
-        self.state["rewards"]["micro_batch_size"] = size
-
-    def restart_monitor(self) -> None:
-        """Forget all probes: they are compared picture by picture, so other prompts need a new start."""
-        self.state["overoptimization"] = {"history": ProbeHistory().state_dict(), "x0_gaps": []}
+    The other run's best checkpoint is not here, and its end is not this one's. The reward scale stays what an alarm has
+    made of it, unless it is among the keys. Probes are compared picture by picture, so other prompts need a new start.
+    """
+    state = identity.stamp(state) | {"stopped": False}
+    state["overoptimization"]["history"]["best"] = {}
+    sections = {"generator_optimizer": experiment.generator, "score_optimizer": experiment.score_network}
+    for optimizer, section in sections.items():
+        for group in state["train_state"][optimizer]["param_groups"]:
+            group |= {"lr": section.learning_rate, "betas": section.betas, "weight_decay": section.weight_decay}
+    if "objective.reward_scale" in keys:
+        state["reward_scale"] = experiment.objective.reward_scale
+    if any(key.startswith("prompts.") for key in keys):
+        state["overoptimization"] = {"history": ProbeHistory().state_dict(), "x0_gaps": []}
+    if "rewards.micro_batch_size" in keys:
+        state["rewards"]["micro_batch_size"] = experiment.rewards.micro_batch_size
+    return state
 
 
 def check_version(folder: Path, version: object) -> None:

@@ -1,7 +1,5 @@
 """The metrics of the rounds between two rows of the journal."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,10 +18,6 @@ class MetricWindow:
         self.rows: list[Metrics] = []
         self.shared = 0  # so many rows are means over all ranks
         self.usual: Metrics = {}  # mean gradient norms of the window before
-        self.since = time.perf_counter()
-
-    def restart_clock(self) -> None:
-        """Measure the pace from now on."""
         self.since = time.perf_counter()
 
     def add(self, metrics: Metrics) -> list[str]:

@@ -1,7 +1,5 @@
 """Going on with a run: its newest checkpoint, other values for some keys, another run's weights."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -10,25 +8,25 @@ from typing import Any
 import torch
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.prompts import read_prompt_set
 from diffinstruct.errors import UserError, did_you_mean
 from diffinstruct.models.roles import make_roles
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, flush
 from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.run_folder.state_tree import TensorShard
-from diffinstruct.training.build import open_reference, training_prompts
-from diffinstruct.training.loop_state import BEST_PATH, EMA_PATH, STATE_OF_0_1, Identity, SavedState, check_version
+from diffinstruct.training.build import open_reference
+from diffinstruct.training.loop_state import BEST_PATH, EMA_PATH, STATE_OF_0_1, Identity, check_version, moved
 
 
 def identity_of(experiment: Experiment) -> Identity:
     """The identity of a run of `experiment` with its prompts as they are now."""
-    return Identity(experiment.config_hash, training_prompts(experiment).digest)
+    prompts = experiment.prompts
+    return Identity(experiment.config_hash, read_prompt_set(prompts.train, prompts.column).digest)
 
 
-def newest(
-    store: CheckpointStore, experiment: Experiment, ranks: Ranks, identity: Identity
-) -> tuple[int, dict[str, Any]] | None:
-    """The rounds that are done and the run's state, of the newest good checkpoint; None where there is none. A
-    collective call.
+def newest(store: CheckpointStore, ranks: Ranks, identity: Identity, prompts: str) -> tuple[int, dict[str, Any]] | None:
+    """The step and the state of the newest good checkpoint, of a run of this identity, whose prompts come from
+    `prompts`; None where there is none. A collective call.
 
     Raises CheckpointError where ranks see different ones, since their weights would differ from then on, and where
     there are some and none can be read: a disk that does not answer for a moment is no reason to begin anew over them.
@@ -44,29 +42,26 @@ def newest(
         if store.steps():
             raise CheckpointError(f"{store.folder}: no checkpoint in it can be read; without it the run begins anew")
         return None
-    saved = SavedState(found[1])
-    saved.check_version(store.folder)
-    _check_configuration(store.folder, experiment, saved.experiment)
+    check_version(store.folder, found[1].get("format"))
+    saved = Identity.of(found[1])
+    _check_configuration(store.folder, identity.experiment, saved.experiment)
     if saved.prompts != identity.prompts:
         remedy = "with those that it was begun with the run goes on, with these under --resume RUN --allow prompts.train"
-        raise UserError(
-            f"prompts.train: the prompts of {experiment.prompts.train} have changed since step {step} of "
-            f"{store.folder}; {remedy}"
-        )
+        raise UserError(f"prompts.train: the prompts of {prompts} have changed since step {step} of {store.folder}; {remedy}")
     return found
 
 
-def _check_configuration(folder: Path, experiment: Experiment, config_hash: object) -> None:
+def _check_configuration(folder: Path, config_hash: str, saved: object) -> None:
     """Raises UserError for a checkpoint that another configuration has written."""
-    if config_hash != experiment.config_hash:
+    if saved != config_hash:
         raise UserError(
-            f"{folder}: belongs to another configuration ({config_hash}, this one is {experiment.config_hash}); "
+            f"{folder}: belongs to another configuration ({saved}, this one is {config_hash}); "
             "resume with the run's own experiment.yaml"
         )
 
 
 def export_checkpoint(experiment: Experiment, folder: Path, which: str, out: Path) -> tuple[int, bool]:
-    """Write the averaged generator of a checkpoint of `folder`, a run of `experiment`, as `export` does: of "last", the
+    """Write the generator's EMA of a checkpoint of `folder`, a run of `experiment`, as `export` does: of "last", the
     newest that can be read, of "best", by the monitor, or of a step. Returns its step, and whether it is the best.
 
     Checkpoints of version 0.1 are read, too. Raises UserError where there is no such checkpoint, or of another
@@ -84,24 +79,24 @@ def export_checkpoint(experiment: Experiment, folder: Path, which: str, out: Pat
         raise UserError(f"--step: no checkpoint {which!r} in {folder}{did_you_mean(which, named) or known}")
     for step in named[which]:
         try:
-            weights = _ema_weights(store, step, experiment)
+            weights = _ema_weights(store, step, experiment.config_hash)
             break
         except CheckpointError as error:
             if step == named[which][-1]:
                 raise
             print(error, file=sys.stderr)
-    average = make_roles(experiment, open_reference(experiment, torch.device("cpu"))).average
-    average.load_state_dict(weights)
-    export(experiment.reference.model, average, out)
+    ema = make_roles(experiment, open_reference(experiment, torch.device("cpu"))).ema
+    ema.load_state_dict(weights)
+    export(experiment.reference.model, ema, out)
     return step, step == best
 
 
-def _ema_weights(store: CheckpointStore, step: int, experiment: Experiment) -> dict[str, Any]:
-    """The averaged generator's weights in a checkpoint, and no other tensor of it."""
+def _ema_weights(store: CheckpointStore, step: int, config_hash: str) -> dict[str, Any]:
+    """The weights of the generator's EMA in a checkpoint, and no other tensor of it."""
     version = store.part(step, "format")
     if version != STATE_OF_0_1:  # whose keys had other names, so that its configuration has another hash
         check_version(store.folder, version)
-        _check_configuration(store.folder, experiment, store.part(step, "experiment"))
+        _check_configuration(store.folder, config_hash, store.part(step, "experiment"))
     weights = store.part(step, *EMA_PATH[version])
     return {name: value.own if isinstance(value, TensorShard) else value for name, value in weights.items()}
 
@@ -121,50 +116,38 @@ def _best_step(store: CheckpointStore) -> int | None:
 
 def take_over(experiment: Experiment, folder: Path, donor: Path) -> int:
     """Make `folder` a run of `experiment` that goes on from the newest checkpoint of another run, whose configuration
-    may have other values for all but the networks' shapes; returns the step that it goes on from. Raises
-    CheckpointError where there is none."""
+    may have other values for all but the networks' shapes; returns its step. Raises CheckpointError where there is
+    none."""
     found = CheckpointStore(donor / "checkpoints").latest()
     if found is None:
         raise CheckpointError(f"{donor}: no checkpoint whose weights could be taken over")
-    step, saved = found[0], SavedState(found[1])
-    saved.check_version(donor / "checkpoints")
-    saved.move_to(identity_of(experiment), experiment)
-    saved.set_reward_scale(experiment.objective.reward_scale)
-    CheckpointStore(folder / "checkpoints").save(step, saved.state)
+    step, state = found
+    check_version(donor / "checkpoints", state.get("format"))
+    state = moved(state, identity_of(experiment), experiment, {"objective.reward_scale"})
+    CheckpointStore(folder / "checkpoints").save(step, state)
     return step
 
 
 def change(experiment: Experiment, folder: Path, keys: Collection[str]) -> int | None:
     """Make the newest checkpoint in `folder`, of a run with other values of these keys, one of `experiment`. Returns
-    its step, 0 where there is none, and None where it is one already. The reward scale stays what an alarm has made of
-    it, unless it is among the keys.
+    its step, 0 where there is none, and None where it is one already.
 
     Raises UserError for fewer steps than are done, CheckpointError where there are checkpoints and none can be read.
     """
     store = CheckpointStore(folder / "checkpoints", keep=1)  # older ones stay the other configuration's
-    found = store.latest()
-    if found is None:
-        if store.steps():
-            raise CheckpointError(f"{store.folder}: no checkpoint in it can be read; nothing is changed")
-        keep_configuration(experiment, folder)
-        return 0
-    step, saved, identity = found[0], SavedState(found[1]), identity_of(experiment)
-    saved.check_version(store.folder)
-    if step > experiment.steps:
-        raise UserError(f"steps: should be at least the {step} that are done, got {experiment.steps}")
-    if saved.belongs_to(identity):
-        keep_configuration(experiment, folder)
-        return None
-    saved.move_to(identity, experiment)
-    if "objective.reward_scale" in keys:
-        saved.set_reward_scale(experiment.objective.reward_scale)
-    if any(key.startswith("prompts.") for key in keys):
-        saved.restart_monitor()
-    if "rewards.micro_batch_size" in keys:
-        saved.set_reward_micro_batch_size(experiment.rewards.micro_batch_size)
-    store.save(step, saved.state)
+    changed: int | None = 0
+    if found := store.latest():
+        (step, state), identity = found, identity_of(experiment)
+        check_version(store.folder, state.get("format"))
+        if step > experiment.steps:
+            raise UserError(f"steps: should be at least the {step} that are done, got {experiment.steps}")
+        changed = None if Identity.of(state) == identity else step
+        if changed is not None:
+            store.save(step, moved(state, identity, experiment, keys))
+    elif store.steps():
+        raise CheckpointError(f"{store.folder}: no checkpoint in it can be read; nothing is changed")
     keep_configuration(experiment, folder)
-    return step
+    return changed
 
 
 def keep_configuration(experiment: Experiment, folder: Path) -> None:

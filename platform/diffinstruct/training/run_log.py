@@ -3,8 +3,6 @@
 Rank 0 has a RunLog, the others a SilentRunLog: the loop calls both alike.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys
@@ -18,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.prompts import read_prompt_set
 from diffinstruct.method.step import Metrics
 from diffinstruct.models.denoiser import OneStepGenerator
 from diffinstruct.models.pipeline import Reference
-from diffinstruct.models.sampling import EVALUATION_SEED, sample_latents
+from diffinstruct.models.sampling import EVALUATION_SEED, LatentSampler
 from diffinstruct.run_folder import signals
 from diffinstruct.tracking.journal import Journal, Parent
-from diffinstruct.training.guards import SKIPS
+from diffinstruct.training.guards import MAX_SKIPS_IN_A_ROW
 from diffinstruct.training.resume import keep_configuration
 
 GRID_NOISES = 3
@@ -42,24 +39,19 @@ class Result:
 
 
 class SampleGrid:
-    """Samples that show how a run goes. Rows are prompts; the first column is the starting generator, then the current
-    one on the same and on more noise."""
+    """Samples that show how a run goes. Rows are prompts, columns the starting generator, then the current one on the
+    same and on more noise."""
 
-    def __init__(self, experiment: Experiment, reference: Reference, start: nn.Module) -> None:
-        prompts = read_prompt_set(experiment.prompts.grid, experiment.prompts.column)
-        self.experiment, self.reference = experiment, reference
-        self.prompts = prompts[: experiment.logging.grid_prompts]
-        noise = torch.Generator().manual_seed(EVALUATION_SEED)
-        self.noise = torch.randn(GRID_NOISES, len(self.prompts), *reference.latent_shape, generator=noise)
-        self.start = self._latents(start, 0)
+    def __init__(self, prompts: Sequence[str], sample: LatentSampler, start: nn.Module) -> None:
+        self.prompts, self.sample = prompts, sample
+        generator = torch.Generator().manual_seed(EVALUATION_SEED)
+        noise = torch.randn(GRID_NOISES, len(prompts), *sample.reference.latent_shape, generator=generator)
+        self.noise = noise.to(sample.reference.device)
+        self.start = sample(start, self.noise[0], prompts)
 
     def columns(self, generator: nn.Module) -> list[Tensor]:
         """The grid's latents by column; a collective call where the generator is sharded."""
-        return [self.start, *(self._latents(generator, i) for i in range(GRID_NOISES))]
-
-    def _latents(self, generator: nn.Module, column: int) -> Tensor:
-        noise = self.noise[column].to(self.reference.device)
-        return sample_latents(self.experiment, self.reference, generator, noise, self.prompts)
+        return [self.start, *(self.sample(generator, noise, self.prompts) for noise in self.noise)]
 
 
 class RunLog:
@@ -120,24 +112,22 @@ class RunLog:
 
     def rolled_back(self, step: int, failed_step: int) -> None:
         """Say that the run goes on from an earlier step."""
-        text = f"{SKIPS} steps in a row were not finite: back to the checkpoint of step {step}, on with other prompts and noise"
+        where = f"back to the checkpoint of step {step}, on with other prompts and noise"
+        text = f"{MAX_SKIPS_IN_A_ROW} steps in a row were not finite: {where}"
         print(f"step {failed_step}: {text}", flush=True)
         self.tracker.back_to(step, failed_step, text)
 
     @torch.no_grad()
     def grid(self, step: int, columns: Sequence[Tensor]) -> None:
-        """Show a SampleGrid's columns."""
-        self.tracker.image("grid", step, tile([self._decoded(latents) for latents in columns]))
+        """Show a SampleGrid's columns, decoded one sample at a time, which takes no more memory than a round."""
+        decode = self.reference.decode
+        self.tracker.image("grid", step, tile([[decode(latent)[0].cpu() for latent in column.split(1)] for column in columns]))
 
-    def _decoded(self, latents: Tensor) -> Tensor:
-        """Decode one at a time: a decoder takes more memory for a grid than a round does for its micro-batch."""
-        return torch.cat([self.reference.decode(latent).cpu() for latent in latents.split(1)])
-
-    def finish(self, step: int, average: OneStepGenerator, best_step: int, metrics: Metrics) -> Result:
-        """Export the averaged generator as a stock pipeline; hand model and last metrics to the tracker."""
+    def finish(self, step: int, ema: OneStepGenerator, best_step: int, metrics: Metrics) -> Result:
+        """Export the generator's EMA as a stock pipeline; hand model and last metrics to the tracker."""
         from diffinstruct.models.export import export
 
-        folder = export(self.experiment.reference.model, average, self.folder / "export")
+        folder = export(self.experiment.reference.model, ema, self.folder / "export")
         table = self.folder / "metrics.json"
         table.write_text(json.dumps({"step": step, **metrics}, indent=2) + "\n")
         self.tracker.artifact(folder)
@@ -168,12 +158,12 @@ class SilentRunLog:
 
     def grid(self, step: int, columns: Sequence[Tensor]) -> None: ...
 
-    def finish(self, step: int, average: OneStepGenerator, best_step: int, metrics: Metrics) -> Result | None: ...
+    def finish(self, step: int, ema: OneStepGenerator, best_step: int, metrics: Metrics) -> Result | None: ...
 
     def fail(self, error: BaseException) -> None: ...
 
 
-def tile(columns: Sequence[Tensor]) -> Any:
-    """Columns of pictures, each [rows, 3, H, W] in [0, 1] -> one uint8 array [rows * H, columns * W, 3]."""
+def tile(columns: Sequence[Sequence[Tensor]]) -> Any:
+    """Columns of pictures, each [3, H, W] in [0, 1] -> one uint8 array [rows * H, columns * W, 3]."""
     rows = torch.cat([torch.cat(list(column), dim=1) for column in columns], dim=2)
     return (rows.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

@@ -4,43 +4,42 @@ Every rank calls the same methods in the same order, since many of them make col
 left to its run log, and to the other ranks' silent one.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.method.diffusion import Conditions, Schedule
+from diffinstruct.config.prompts import read_prompt_set
+from diffinstruct.method.diffusion import Conditions
 from diffinstruct.method.noise import NoiseStreams
-from diffinstruct.method.nonfinite import NonFinite
+from diffinstruct.method.nonfinite import NonFiniteGradient
 from diffinstruct.method.precision import use_deterministic_kernels
-from diffinstruct.method.rewards import NotFinite, Send
-from diffinstruct.method.step import Metrics, StepConfig, TrainState
+from diffinstruct.method.rewards import NonFiniteScore
+from diffinstruct.method.step import Metrics
 from diffinstruct.models.denoiser import OneStepGenerator
 from diffinstruct.models.roles import make_roles, unsharded
-from diffinstruct.models.sampling import EVALUATION_SEED, probe_inputs, sample_latents
+from diffinstruct.models.sampling import EVALUATION_SEED, LatentSampler, probe_inputs
 from diffinstruct.models.sharding import gathered, sharded
 from diffinstruct.reward_service.client import LocalRewards, RewardBackend, RewardClient, make_rewards
-from diffinstruct.reward_service.monitor import BLIND, OveroptimizationMonitor, ProbeResult
-from diffinstruct.reward_service.validation import PICTURES
+from diffinstruct.reward_service.monitor import NO_HELD_OUT, OveroptimizationMonitor, ProbeResult
+from diffinstruct.reward_service.reward_validation import PICTURES
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore
 from diffinstruct.run_folder.ranks import SINGLE
 from diffinstruct.tracking.journal import Parent
-from diffinstruct.training.build import make_step_config, make_train_state, open_reference, resolve_device, training_prompts
-from diffinstruct.training.guards import GO_ON, LOWER_SCALE, ON_ALARM, SKIPS, STOP
+from diffinstruct.training.build import make_step_config, make_train_state, open_reference, resolve_device
+from diffinstruct.training.guards import MAX_SKIPS_IN_A_ROW, ON_ALARM, AlarmAction
 from diffinstruct.training.loop_state import Identity, LoopState
 from diffinstruct.training.metric_window import MetricWindow
 from diffinstruct.training.resume import newest
 from diffinstruct.training.run_log import Result, RunLog, SampleGrid, SilentRunLog
 from diffinstruct.training.worker import Worker
 
-PendingProbe = Callable[[], ProbeResult]
-"""Collects a probe that the rewards score meanwhile."""
-RoundInputs = tuple[TrainState, StepConfig, Schedule, NoiseStreams, Sequence[str], Conditions, Send]
-"""The arguments of `alternating_round`."""
+PendingProbe = Callable[[], ProbeResult]  # collects a probe that the rewards score meanwhile
+PROBE_SKIPPED = "blind"  # the journal's event of a probe that the rewards have no finite score for
 
 
 class Trainer:
@@ -55,93 +54,90 @@ class Trainer:
         self.worker, self.ranks, self.mesh = worker, worker.ranks, worker.mesh
         self.device = resolve_device(experiment.device)
         self.reference = open_reference(experiment, self.device)
+        self.sample = LatentSampler(self.reference, experiment.precision, experiment.rewards.micro_batch_size)
         self.state = self._build_state(actors)
-        self.grid = SampleGrid(experiment, self.reference, self.state.train_state.ema)
+        grid = read_prompt_set(experiment.prompts.grid, experiment.prompts.column)[: experiment.logging.grid_prompts]
+        self.grid = SampleGrid(grid, self.sample, self.state.train_state.ema)
         self.store = CheckpointStore(folder / "checkpoints", ranks=self.ranks if self.mesh else SINGLE)
         self.run_log: RunLog | SilentRunLog = SilentRunLog()
-        self.leaving = self.pausing = False
+        self.preempted = self.pausing = False
 
     def _build_state(self, actors: RewardBackend | None) -> LoopState:
-        """The state before the first round."""
         experiment, reference = self.experiment, self.reference
         materialize = partial(sharded, mesh=self.mesh, precision=experiment.precision) if self.mesh else unsharded
         roles = make_roles(experiment, reference, materialize)
         self.start_error = roles.start_error
         train_state = make_train_state(experiment, roles, reference.null_conditions(), self.worker.wrap)
         step_config = make_step_config(experiment, reference.schedule)
-        self.prompts = training_prompts(experiment)
+        self.prompts = read_prompt_set(experiment.prompts.train, experiment.prompts.column)
         self.identity = Identity(experiment.config_hash, self.prompts.digest)
-        rewards = RewardClient(
-            experiment, actors, lambda: LocalRewards(make_rewards(experiment.rewards.names, reference.decode, self.device))
-        )
-        monitor = OveroptimizationMonitor(experiment, reference, self.prompts, rewards, self.ranks)
-        window = MetricWindow(experiment.rewards.held_out, experiment.global_batch_size)
+        config, held_out = experiment.rewards, experiment.rewards.held_out
+        in_process = partial(make_rewards, config.names, reference.decode, self.device)
+        rewards = RewardClient(config, experiment.cluster.rewards, actors, lambda: LocalRewards(in_process()))
+        monitor = OveroptimizationMonitor(held_out, self.sample, self.prompts, rewards, self.ranks)
+        window = MetricWindow(held_out, experiment.global_batch_size)
         return LoopState(train_state, step_config, rewards, monitor, window)
 
     @property
     def done(self) -> bool:
         return self.state.stopped or self.state.step >= self.experiment.steps
 
+    def _newest(self) -> tuple[int, dict[str, Any]] | None:
+        return newest(self.store, self.ranks, self.identity, self.experiment.prompts.train)
+
     # -------------------------------------------------------------------------------------------- before the rounds
     def restore(self) -> None:
         """Go on from the newest checkpoint, if there is one. Nothing is written before: a run of another configuration
         stays as it is."""
-        if found := newest(self.store, self.experiment, self.ranks, self.identity):
+        if found := self._newest():
             self.state.restore(*found, self.mesh, self.store.folder)
         else:
             self.state.rewards.open()
         if self.ranks.first:
             self.run_log = RunLog(self.experiment, self.folder, self.reference, self.parent, self.worker.where, self.state.step)
-        self.state.metric_window.restart_clock()
+        self.state.metric_window.since = time.perf_counter()  # the pace counts from here
 
     def validate_rewards(self) -> None:
-        """Validate the rewards on the generator's samples before the first round from here, also in a resumed run,
-        whose rewards somebody may have changed meanwhile. A new run also shows its start and measures the rewards'
-        scales."""
+        """Validate the rewards on the generator's samples before the first round from here; somebody may have changed
+        them since a run broke off. A new run also shows its start and measures the rewards' scales."""
         state, experiment = self.state, self.experiment
         if self.done:
             return
         if is_new := state.step == 0:
             self._show_start()
         prompts, noise = probe_inputs(self.reference, self.prompts, PICTURES, EVALUATION_SEED + 2)
-        latents = sample_latents(experiment, self.reference, state.train_state.ema, noise, prompts)
+        latents = self.sample(state.train_state.ema, noise, prompts)
         for report in state.rewards.validate(latents, prompts) if self.ranks.first else ():
             self.run_log.event(state.step, f"reward.{report.name}", str(report))
         if experiment.overoptimization.every and not experiment.rewards.held_out:
-            self.run_log.event(state.step, "overoptimization.blind", BLIND)
+            self.run_log.event(state.step, "overoptimization.blind", NO_HELD_OUT)
         if is_new:
             state.rewards.measure_scales(latents, prompts)
 
     def _show_start(self) -> None:
-        if self.start_error is not None:
-            text = f"generator.init_rank: {self.start_error:.1%} of the start's difference is lost"
-            self.run_log.event(0, "start", text)
+        if (lost := self.start_error) is not None:
+            self.run_log.event(0, "start", f"generator.init_rank: {lost:.1%} of the start's difference is lost")
         self.run_log.grid(0, self.grid.columns(self.state.train_state.ema))
 
     # --------------------------------------------------------------------------------------------------- one round
     def start_probe(self) -> PendingProbe | None:
-        """Send samples of the averaged generator to the rewards, every so many rounds; they score them during the
-        round."""
+        """Send samples of the generator's EMA to the rewards, every so many rounds; they are scored meanwhile."""
         step, every = self.state.step, self.experiment.overoptimization.every
         if every == 0 or step % every != 0:
             return None
-        kept = step > 0 and self._checkpoint_due
-        return self.state.monitor.probe(step, self.state.train_state.ema, kept)
+        has_checkpoint = step > 0 and self._checkpoint_due
+        return self.state.monitor.probe(step, self.state.train_state.ema, has_checkpoint)
 
-    def draw_inputs(self) -> RoundInputs:
+    def draw_batch(self) -> tuple[NoiseStreams, list[str], Conditions]:
         """Draw this rank's part of the round's global batch: noise, prompts and their conditions."""
-        state, schedule = self.state, self.reference.schedule
-        batch = self.experiment.global_batch_size
-        per_rank = batch // self.ranks.world
-        rows = slice(self.ranks.rank * per_rank, (self.ranks.rank + 1) * per_rank)
-        seed = state.nonfinite_guard.seed(self.experiment.seed)
-        noise = NoiseStreams(seed, state.step, batch, self.reference.latent_shape, rows, self.device)
+        batch, rank = self.experiment.global_batch_size, self.ranks.rank
+        rows = slice(rank * batch // self.ranks.world, (rank + 1) * batch // self.ranks.world)
+        seed = self.state.nonfinite_guard.seed(self.experiment.seed)
+        noise = NoiseStreams(seed, self.state.step, batch, self.reference.latent_shape, rows, self.device)
         prompts = [self.prompts[i] for i in noise.prompts(len(self.prompts))]
-        c = self.reference.encode_prompts(prompts)
-        return state.train_state, state.step_config, schedule, noise, prompts, c, state.rewards.send
+        return noise, prompts, self.reference.encode_prompts(prompts)
 
     def add(self, metrics: Metrics) -> None:
-        """Count a round that is done, and keep its metrics."""
         state = self.state
         state.step += 1
         state.nonfinite_guard.consecutive = 0
@@ -149,7 +145,7 @@ class Trainer:
             self.run_log.event(state.step, "spike", spike)
         state.monitor.add_round(metrics)
 
-    def skip(self, error: NonFinite) -> str:
+    def skip(self, error: NonFiniteGradient) -> str:
         """Count a round whose update was left out; returns the reason."""
         state, guard = self.state, self.state.nonfinite_guard
         state.step += 1
@@ -159,12 +155,12 @@ class Trainer:
 
     @property
     def skipped_too_many(self) -> bool:
-        return self.state.nonfinite_guard.consecutive == min(SKIPS, self.experiment.steps)
+        return self.state.nonfinite_guard.consecutive == min(MAX_SKIPS_IN_A_ROW, self.experiment.steps)
 
-    def roll_back(self, error: NonFinite, reason: str) -> None:
-        """Go on from the last checkpoint with other prompts and noise. Raises NonFinite the second time."""
+    def roll_back(self, error: NonFiniteGradient, reason: str) -> None:
+        """Go on from the last checkpoint with other prompts and noise. Raises NonFiniteGradient the second time."""
         state, guard = self.state, self.state.nonfinite_guard
-        found = None if guard.rolled_back else newest(self.store, self.experiment, self.ranks, self.identity)
+        found = None if guard.rolled_back else self._newest()
         if found is None:
             raise guard.give_up(state.step, error, reason) from None
         failed_step, skipped = state.step, guard.skipped
@@ -179,44 +175,39 @@ class Trainer:
         if probe is None:
             return
         state = self.state
-        # The probe is of the generator before this round
-        action = self.ranks.min(self._collect(probe, state.step - 1))
-        if action == LOWER_SCALE:
-            scale = state.halve_reward_scale()
-            self._tell_action(f"reward_scale is {scale:g} from here on")
-        elif action == STOP:
-            state.stopped = True
-            self._tell_action("the run ends here, as if it were finished")
-
-    def _tell_action(self, text: str) -> None:
-        self.run_log.event(self.state.step, "on_alarm", f"overoptimization.on_alarm: {text}")
+        action = self.ranks.min(self._collect(probe, state.step - 1))  # it is of the generator before this round
+        if action == AlarmAction.CONTINUE:
+            return
+        text = "the run ends here, as if it were finished"
+        if action == AlarmAction.LOWER_SCALE:
+            state.set_reward_scale(state.step_config.reward_scale / 2)
+            text = f"reward_scale is {state.step_config.reward_scale:g} from here on"
+        state.stopped |= action == AlarmAction.STOP
+        self.run_log.event(state.step, "on_alarm", f"overoptimization.on_alarm: {text}")
 
     def _collect(self, probe: PendingProbe, step: int) -> int:
-        """Keep the result of a probe; returns what it leads to. One that the rewards have no finite score for is
-        left out."""
+        """Keep a probe's result, unless the rewards have no finite score for it; returns what it leads to."""
         try:
             metrics, alarm = probe()
-        except NotFinite as error:
-            self.run_log.event(step, "blind", f"no probe: {error}")
-            return GO_ON
+        except NonFiniteScore as error:
+            self.run_log.event(step, PROBE_SKIPPED, f"no probe: {error}")
+            return AlarmAction.CONTINUE
         self.run_log.probe(step, metrics, self.state.monitor.history.best)
         if alarm is None:
-            return GO_ON
+            return AlarmAction.CONTINUE
         self.run_log.event(step, "overoptimization", f"reward over-optimization: {alarm.line}")
         return ON_ALARM[self.experiment.overoptimization.on_alarm]
 
     def choose_placement(self) -> None:
-        """Choose where rewards are computed, after the first rounds."""
         if line := self.state.rewards.choose_placement(self.ranks):
             self.run_log.event(self.state.step, "rewards", line)
 
     def obey_signals(self) -> None:
         """Do what the run is told from outside: save every step, pause, or stop."""
         step = self.state.step
-        if not self.leaving and self.worker.leaving():
-            self.leaving = True
-            text = "a machine of this run is about to go: every step is saved from here on"
-            self.run_log.event(step, "preemption", text)
+        if not self.preempted and self.worker.preempted():
+            self.preempted = True
+            self.run_log.event(step, "preemption", "a machine of this run is about to go: every step is saved from here on")
         signal = self.ranks.min(signals.requested(self.folder) if self.ranks.first else signals.NONE)
         self.pausing = signal == signals.PAUSE
         if signal == signals.STOP:
@@ -225,10 +216,9 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ what is kept
     def probe_last_step(self) -> None:
-        """Probe the generator that the run ends with."""
         if self.done and self.experiment.overoptimization.every:
             step = self.state.step
-            self._collect(self.state.monitor.probe(step, self.state.train_state.ema, kept=True), step)
+            self._collect(self.state.monitor.probe(step, self.state.train_state.ema, has_checkpoint=True), step)
 
     def log(self) -> None:
         """Keep the means over the window and all ranks, every so many steps."""
@@ -236,8 +226,7 @@ class Trainer:
         if state.step % self.experiment.logging.every == 0 or self.done:
             state.metric_window.share(self.ranks)
             metrics = state.metric_window.mean() | {"steps/skipped": state.nonfinite_guard.skipped}
-            # Of a window whose rounds were all skipped there is little
-            state.last_metrics = state.last_metrics | metrics
+            state.last_metrics |= metrics  # of a window whose rounds were all skipped there is little
             self.run_log.metrics(state.step, metrics)
 
     def show_samples(self) -> None:
@@ -247,14 +236,15 @@ class Trainer:
 
     @property
     def _checkpoint_due(self) -> bool:
-        """Do not checkpoint while rounds are being skipped: a rollback would land inside the failing stretch."""
+        """Whether `logging.checkpoint_every` asks for a checkpoint of this step. Never while rounds are being skipped: a
+        rollback would land inside the failing stretch."""
         every = self.experiment.logging.checkpoint_every
         return self.state.step % every == 0 and not self.state.nonfinite_guard.consecutive
 
     def checkpoint(self) -> None:
-        """Begin a checkpoint where one is due, and make one of what was begun before. Raises Paused once the state of a
-        run that is to pause is saved."""
-        guard, at_once = self.state.nonfinite_guard, self.done or self.pausing or self.leaving
+        """Begin a checkpoint where one is due, and make one of what was begun before. Raises Paused once a run that is
+        to pause is saved."""
+        guard, at_once = self.state.nonfinite_guard, self.done or self.pausing or self.preempted
         if at_once or self._checkpoint_due:
             guard.rolled_back = guard.rolled_back and guard.consecutive > 0
             self._save()
@@ -283,11 +273,11 @@ class Trainer:
             raise
 
     def finish(self) -> Result | None:
-        """Export the averaged generator; returns the result on rank 0."""
-        average = self.state.train_state.ema
-        assert isinstance(average, OneStepGenerator)
+        """Export the generator's EMA; returns the result on rank 0."""
+        ema = self.state.train_state.ema
+        assert isinstance(ema, OneStepGenerator)
         if self.mesh:
-            network = gathered(average.denoiser.network, self.reference.network(device="meta"))
-            average = self.reference.one_step(network, average.timestep, average.input_scale)
+            network = gathered(ema.denoiser.network, self.reference.network(device="meta"))
+            ema = self.reference.one_step(network, ema.timestep, ema.input_scale)
         step, best_step = self.state.step, self.state.monitor.history.best_step
-        return self.run_log.finish(step, average, step if best_step is None else best_step, self.state.last_metrics)
+        return self.run_log.finish(step, ema, step if best_step is None else best_step, self.state.last_metrics)

@@ -1,7 +1,5 @@
 """What sets one rank of a run on several processes apart from a run in a single process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,14 +14,11 @@ class Worker:
     """One training process; the default is a run in one process."""
 
     ranks: Ranks = field(default_factory=Ranks)
-    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
-    """Wraps a trained module for data parallelism."""
-    mesh: DeviceMesh | None = None
-    """The mesh over which all networks are sharded, where they are."""
-    leaving: Callable[[], bool] = lambda: False
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module  # wraps a trained module for data parallelism
+    mesh: DeviceMesh | None = None  # the mesh over which all networks are sharded, where they are
+    preempted: Callable[[], bool] = lambda: False
     """Whether a machine of the run is about to go; a collective call with the same answer on all ranks."""
-    where: str = ""
-    """The cluster's address, for the run's first and last line."""
+    where: str = ""  # the cluster's address, for the run's first and last line
 
 
 SINGLE_PROCESS = Worker()

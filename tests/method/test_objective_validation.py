@@ -7,8 +7,8 @@ import torch
 
 from diffinstruct.method.diffusion import Schedule
 from diffinstruct.method.distances import DISTANCES, Distance, distance, pseudo_huber, squared
+from diffinstruct.method.objective_validation import validate_distance, validate_objective
 from diffinstruct.method.objectives import OBJECTIVES, diff_instruct_star, objective
-from diffinstruct.method.validation import validate_distance, validate_objective
 
 T = torch.linspace(0.01, 0.99, 100, dtype=torch.float64)
 SCHEDULE = Schedule((1 - T**2).sqrt(), T)

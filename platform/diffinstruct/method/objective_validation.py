@@ -1,14 +1,11 @@
 """Objectives and distances of the user's own are tried before the first step, as rewards are.
 
 A distance has a right answer: d' is compared with differences of d, and the gradient of d' with differences of d',
-which is what DI* trains with. The right gradient of an objective is not known here. Checked are shapes, that all
-figures are finite at both ends of the run's t and where both networks agree, and that each sample's gradient is its
-own.
+which is what DI* trains with. The right gradient of an objective is not known here: checked are shapes, that all is
+finite at both ends of the run's t and where both networks agree, and that each sample's gradient is its own.
 
 A mistake is a ValueError of one line, with what was seen and what was expected.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,17 +15,15 @@ from torch import Tensor
 
 from diffinstruct.method.diffusion import Conditions
 from diffinstruct.method.distances import Distance
-from diffinstruct.method.objectives import Objective
+from diffinstruct.method.objectives import Objective, per_sample_sum
 
-SHAPE = (4, 4, 8, 8)
-"""Of the samples that objectives and distances are tried on: [B, channels, height, width]."""
-SCALES = (0.1, 1.0, 3.0)
-"""Standard deviations of the differences y that a distance is tried at."""
+SHAPE = (4, 4, 8, 8)  # of the samples that are tried: [B, channels, height, width]
+SCALES = (0.1, 1.0, 3.0)  # standard deviations of the differences y that a distance is tried at
 STEPS = (1e-2, 1e-3, 1e-5)
 """Lengths of a finite difference, in units of the scale; the best of them counts, since d may bend within a step."""
 DIRECTIONS = 3
-WRONG = 0.01
-"""Relative error of a derivative that is taken for another's."""
+WRONG = 0.01  # relative error of a derivative that is taken for another's
+REFERENCE_GAIN = 0.6
 
 
 # ----------------------------------------------------------------------------------------------------- distances
@@ -55,7 +50,7 @@ def _derivatives_agree(distance: Distance, scale: float, at_zero: Tensor, draws:
         differences = [_difference(partial(_value, distance, where=where), y, v, step) for step in steps]
         if (factor := _disagreement(slope(y), differences)) is not None:
             raise ValueError(f"d' is not the gradient of d: differences of d are {factor:.3g} times what d' says")
-        second = _dot(_derivative(distance, y, v, where), w)
+        second = per_sample_sum(_derivative(distance, y, v, where) * w)
         differences = [_difference(slope, y, w, step) for step in steps]
         if (factor := _disagreement(second, differences)) is not None:
             raise ValueError(
@@ -68,39 +63,33 @@ def _derivatives_agree(distance: Distance, scale: float, at_zero: Tensor, draws:
 
 def _value(distance: Distance, y: Tensor, where: str) -> Tensor:
     with torch.no_grad():
-        value = _called("d", distance.value, y)
-    _expect("d(y)", value, (len(y),), where)
-    return value.double()
+        return _called("d", distance.value, y, (len(y),), where).double()
 
 
 def _slope(distance: Distance, v: Tensor, where: str, y: Tensor) -> Tensor:
     """[B]: <d'(y), v>."""
     with torch.no_grad():
-        gradient = _called("d'", distance.gradient, y)
-    _expect("d'(y)", gradient, tuple(y.shape), where)
-    return _dot(gradient.double(), v)
+        return per_sample_sum(_called("d'", distance.gradient, y, y.shape, where).double() * v)
 
 
 def _derivative(distance: Distance, y: Tensor, v: Tensor, where: str) -> Tensor:
     """The gradient of <d'(y), v> at y: the second derivative of d, times v."""
     leaf = y.clone().requires_grad_()
     with torch.enable_grad():
-        gradient = _called("d'", distance.gradient, leaf)
-        _expect("d'(y)", gradient, tuple(y.shape), where)
-        if not gradient.requires_grad:
-            raise ValueError("d'(y) carries no gradient to y (is it detached?), and di_star differentiates it")
-        (derivative,) = torch.autograd.grad((gradient * v).sum(), leaf, allow_unused=True)
+        derivative = _grad((_called("d'", distance.gradient, leaf, y.shape, where) * v).sum(), leaf)
     if derivative is None:
         raise ValueError("d'(y) carries no gradient to y (is it detached?), and di_star differentiates it")
-    _expect("the gradient of d'(y)", derivative, tuple(y.shape), where)
+    _expect("the gradient of d'(y)", derivative, y.shape, where)
     return derivative.double()
 
 
-def _called(title: str, function: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+def _called(title: str, function: Callable[[Tensor], Tensor], y: Tensor, shape: tuple[int, ...], where: str) -> Tensor:
     try:
-        return function(y.clone())
+        value = function(y.clone())
     except (Exception, SystemExit) as error:
         raise ValueError(f"{title}(y) of a y {list(y.shape)}: {_one_line(error)}") from error
+    _expect(f"{title}(y)", value, shape, where)
+    return value
 
 
 def _difference(function: Callable[[Tensor], Tensor], y: Tensor, v: Tensor, step: float) -> Tensor:
@@ -119,16 +108,10 @@ def _disagreement(derivative: Tensor, differences: Sequence[Tensor]) -> float | 
     return ((nearest * derivative).sum() / (derivative * derivative).sum()).item()
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1)
-
-
 # ---------------------------------------------------------------------------------------------------- objectives
 def validate_objective(objective: Objective, t_min: int, t_max: int, guidance_beside: bool = False) -> None:
-    """Raises ValueError where the loss has no finite gradient at x0, or is not a loss for each sample.
-
-    `guidance_beside`: the run's reference gives a guidance beside its prediction, which has to show in the gradient.
-    """
+    """Raises ValueError where the loss has no finite gradient at x0, or is not a loss for each sample; and where it takes
+    no notice of the guidance that the run's reference gives beside its prediction (`guidance_beside`)."""
     draws = torch.Generator().manual_seed(0)
     x0, eps, guidance = (torch.randn(SHAPE, generator=draws, device="cpu") for _ in range(3))
     t = torch.linspace(t_min, t_max - 1, SHAPE[0], device="cpu").long()
@@ -148,9 +131,6 @@ def validate_objective(objective: Objective, t_min: int, t_max: int, guidance_be
             gradients.append(_gradient_at(loss_at(leaf, beside=strength * guidance), leaf))
         if torch.equal(*gradients):
             raise ValueError("the guidance that the reference gives beside its prediction (r, g) makes no difference")
-
-
-REFERENCE_GAIN = 0.6
 
 
 def _loss(
@@ -190,13 +170,17 @@ def _own_gradients(loss_at: Callable[[Tensor], Tensor], x0: Tensor) -> None:
 
 
 def _gradient_at(loss: Tensor, leaf: Tensor, where: str = "") -> Tensor:
-    if not loss.requires_grad:
-        raise ValueError("its loss carries no gradient (is it detached?), so none reaches x0")
-    (gradient,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
+    gradient = _grad(loss.sum(), leaf)
     if gradient is None:
-        raise ValueError("no gradient of its loss reaches x0")
-    _expect("its gradient at x0", gradient, tuple(leaf.shape), where)
+        detached = "its loss carries no gradient (is it detached?), so none reaches x0"
+        raise ValueError("no gradient of its loss reaches x0" if loss.requires_grad else detached)
+    _expect("its gradient at x0", gradient, leaf.shape, where)
     return gradient
+
+
+def _grad(total: Tensor, leaf: Tensor) -> Tensor | None:
+    """None where `total` does not depend on the leaf."""
+    return torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
 
 
 def _expect(title: str, tensor: object, shape: tuple[int, ...], where: str = "") -> None:

@@ -16,7 +16,7 @@ from diffinstruct.config.prompts import read_prompts
 from diffinstruct.method.rewards import RewardError
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.reward_service.client import load_reward
-from diffinstruct.reward_service.validation import Report, refuse, validate_reward
+from diffinstruct.reward_service.reward_validation import Report, refuse, validate_reward
 
 N = 64
 PICTURES = F.interpolate(torch.rand(N, 3, 5, 5, generator=torch.Generator().manual_seed(0)), (20, 16), mode="bilinear")

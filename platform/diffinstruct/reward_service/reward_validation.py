@@ -1,14 +1,10 @@
 """Reward validation shows whether a reward can be trusted before anything is trained on it or judged by it.
 
-A reward that breaks its contract seldom crashes: training goes on, towards something else. So each is asked first, on a
-few
-pictures, whether it does what a reward is taken for: one finite score a picture; the same for the same question,
-whatever was asked before and whatever stands beside it in the batch; dependent on the picture; and, where it is trained
-on, with the gradient of that score and of no other. What breaks the contract is a fault and ends the run; what is
-merely unusual is a remark.
+A reward that breaks its contract seldom crashes: training goes on, towards something else. So each is tried first, on a
+few pictures: one finite score a picture; the same for the same question, whatever was asked before and whatever stands
+beside it in the batch; dependent on the picture; and, where it is trained on, with the gradient of that score and of no
+other. What breaks the contract is a fault and ends the run; what is merely unusual is a remark.
 """
-
-from __future__ import annotations
 
 import random
 import resource
@@ -24,23 +20,16 @@ from torch import Tensor, nn
 
 from diffinstruct.method.rewards import RewardError, RewardModel, out_of_memory, scored
 
-FEW = 4
-"""Pictures of every check but the range: a reward may be a ViT-H, and the machine a laptop."""
-PICTURES = 64
-"""Of the range, at most."""
-BATCH = 16
-"""Pictures at once in the range, halved where memory ends."""
+PICTURES, FEW = 64, 4
+"""Pictures that are scored, at most; and those of every other check: a reward may be a ViT-H, the machine a laptop."""
+BATCH = 16  # pictures at once, halved where memory ends
 MARGIN = 0.1
 """Difference quotients are taken on pictures in [MARGIN, 1 - MARGIN]: beyond black and white a reward may clamp."""
 STEPS = (0.01, 0.04, 0.0025, 0.0006)
-"""Of the difference quotients, in the units of a picture. The small are for rewards that bend, the large for noisy
-ones."""
-WRONG = 0.1
-"""The share of a change in score by which the gradient may miss it. A sign is off by 2, a factor of 2 by 1/2."""
-HALF = 1e-4
-"""Relative rounding above this is half precision's."""
-COARSE = 8
-"""Cells a side of the coarse directions: a reward that looks at shapes hardly feels noise of single pixels."""
+"""Of the difference quotients, in a picture's units: small ones for rewards that bend, large ones for noisy rewards."""
+WRONG = 0.1  # the share of a change in score by which the gradient may miss it. A sign is off by 2, a factor of 2 by 1/2.
+HALF = 1e-4  # relative rounding above this is half precision's
+COARSE = 8  # cells a side of the coarse directions: a reward that looks at shapes hardly feels noise of single pixels
 
 
 @dataclass(frozen=True)
@@ -49,16 +38,14 @@ class Report:
 
     faults: a line each, with the reward's name; none for one that can be trusted.
     remarks: what is unusual and no fault.
-    checks: what was looked at -> what was seen, in words, in the order of looking. After some faults nothing else can
-    be told.
+    checks: name of a check -> what it saw, in words, in order. After some faults nothing else can be told.
     figures: low, high, mean, std of the scores; pictures_per_second; memory (bytes by which the peak grew);
-    gradient_error
-        (share of a change in score that the gradient missed, the worst).
+        gradient_error (the worst share of a change in score that the gradient missed).
     """
 
     name: str
-    faults: tuple[str, ...]
-    remarks: tuple[str, ...] = ()
+    faults: Sequence[str] = ()
+    remarks: Sequence[str] = ()
     checks: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
 
@@ -71,11 +58,10 @@ class Report:
 
 
 def validate_reward(name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str], trained: bool) -> Report:
-    """Validate `reward` on images [B, 3, H, W] in [0, 1] and their prompts. trained: whether it needs a
-    gradient.
+    """Validate `reward` on images [B, 3, H, W] in [0, 1] and their prompts. trained: whether it needs a gradient.
 
-    The first 64 are scored; the other checks take four of them. Fewer than four are filled up with dimmed copies. The
-    state of torch's and Python's random numbers is left as it was.
+    The first 64 are scored; the other checks take four of them. Fewer than four are filled up with dimmed copies.
+    torch's and Python's random numbers go on as if nothing had been drawn.
     """
     images, texts = images.detach()[:PICTURES], list(prompts)[:PICTURES]
     while len(images) < FEW:
@@ -119,35 +105,30 @@ class _Validation:
         self.first = torch.zeros(few)
         self.scores = torch.zeros(len(images))  # of all pictures
         self.own_gradient = torch.zeros_like(self.images)  # of the pictures drawn `_inside`
+        self.differentiable = False
         self.epsilon = 0.0  # relative rounding of the scores
         self.rounding = 0.0  # of a score, as far as it is known
         self.tolerance = 0.0  # between scores that should be the same: batches of different sizes round differently
 
     def report(self, trained: bool) -> Report:
         memory = _Memory(self.images.device)
-        if (
-            self._passes("answers", self.answers)
-            and self._passes("range", self.range)
-            and self._passes("repetition", self.repetition)
-        ):
-            self._passes("input", self.input)
-            self._passes("neighbours", self.neighbours)
-            self._passes("order", self.order)
-            self._passes("sight", self.sight)
-            differentiable = trained and self._passes("gradient", self.gradient)
-            self._passes("saturation", lambda: self.saturation(differentiable))
-            if differentiable:
-                self._passes("slope", self.slope)
+        if all(map(self._passes, (self.answers, self.range, self.repetition))):
+            for check in (self.input, self.neighbours, self.order, self.sight):
+                self._passes(check)
+            self.differentiable = trained and self._passes(self.gradient)
+            self._passes(self.saturation)
+            if self.differentiable:
+                self._passes(self.slope)
         self.figures["memory"] = memory.growth()
         if not self.faults:
             self.checks["memory"] = f"its peak grew by {self.figures['memory'] / 2**20:.0f} MiB"
         return Report(self.name, tuple(self.faults), tuple(self.remarks), self.checks, self.figures)
 
-    def _passes(self, what: str, check: Callable[[], str]) -> bool:
+    def _passes(self, check: Callable[[], str]) -> bool:
         try:
-            self.checks[what] = check()
+            self.checks[check.__name__] = check()
         except RewardError as error:
-            self.checks[what] = f"refused: {str(error).removeprefix(f'reward {self.name}: ')}"
+            self.checks[check.__name__] = f"refused: {str(error).removeprefix(f'reward {self.name}: ')}"
             if str(error) not in self.faults:
                 self.faults.append(str(error))
             return False
@@ -160,7 +141,7 @@ class _Validation:
     def answers(self) -> str:
         """Shape, kind of number, finite; and how exact the numbers are."""
         with torch.no_grad():
-            scores = scored(self.name, self.reward, self.images.clone(), list(self.texts), {})
+            scores = self._scored(self.images.clone(), self.texts)
         self.first = scores.double().cpu()
         kinds = {scores.dtype}
         if isinstance(self.reward, nn.Module):
@@ -169,12 +150,10 @@ class _Validation:
         return f"{len(self.first)} pictures got {len(self.first)} scores, {str(scores.dtype).removeprefix('torch.')}"
 
     def range(self) -> str:
-        """Of a held-out reward too, one score for all pictures is a fault: it judges nothing, and cannot be told from a
-        reward that swallows its own errors."""
+        """One score for all pictures is a fault, of a held-out reward too: it might swallow its own errors."""
         images, texts = self.all_images, self.all_texts
         began = time.perf_counter()
-        rows = [slice(i, i + self.batch) for i in range(0, len(images), self.batch)]
-        scores = self.scores = torch.cat([self._ask(images[of], texts[of]) for of in rows])
+        scores = self.scores = torch.cat([self._ask(images[rows], texts[rows]) for rows in self._batches])
         seconds = time.perf_counter() - began
         low, high, mean, std = (f(scores).item() for f in (torch.min, torch.max, torch.mean, torch.std))
         self.figures |= {"low": low, "high": high, "mean": mean, "std": std, "pictures_per_second": len(images) / seconds}
@@ -195,21 +174,21 @@ class _Validation:
 
     def repetition(self) -> str:
         """The same bits for the same question, right away and after another one."""
-        with _seeded(0):
-            first = self._ask(self.images, self.texts)
-        with _seeded(0):
-            again = self._ask(self.images, self.texts)
-        if off := _off(first, again):
+
+        def asked(seed: int) -> Tensor:
+            torch.manual_seed(seed)  # the random numbers that everybody draws from
+            random.seed(seed)
+            return self._ask(self.images, self.texts)
+
+        first = asked(seed=0)
+        if off := _off(first, asked(seed=0)):
             raise self._fault(
                 f"asked twice, it gave scores that differ by {off:.3g}: it remembers, or draws random numbers of its own"
             )
-        with _seeded(1):
-            other_numbers = self._ask(self.images, self.texts)
-        if off := _off(first, other_numbers):
+        if off := _off(first, asked(seed=1)):
             raise self._fault(f"its scores are random: asked twice, they differ by {off:.3g} (is it in eval mode?)")
         self._ask(self._others, self.texts)
-        later = self._ask(self.images, self.texts)
-        if off := _off(first, later):
+        if off := _off(first, self._ask(self.images, self.texts)):
             raise self._fault(f"asked about other pictures in between, it gave scores that differ by {off:.3g}: it remembers")
         return "asked again, it gave the same bits"
 
@@ -254,8 +233,7 @@ class _Validation:
         return "scores follow their pictures to other rows"
 
     def sight(self) -> str:
-        """Other pictures under the same prompts get other scores. Other prompts need not matter: some rewards rate
-        beauty."""
+        """Other pictures get other scores under the same prompts. Other prompts need not: some rewards rate beauty."""
         if not _off(self._ask(self._others, self.texts), self.first) and not self._sees_some():
             raise self._fault("it does not look at the pictures: others under the same prompts get the same scores")
         if not _off(self._ask(self.images, self._other_texts), self.first):
@@ -265,17 +243,15 @@ class _Validation:
 
     def _sees_some(self) -> bool:
         """Whether any picture under another's prompt gets another score: a reward may have an opinion of few only."""
-        pictures = self.all_images.roll(1, 0)
-        rows = [slice(i, i + self.batch) for i in range(0, len(pictures), self.batch)]
-        return any(_off(self._ask(pictures[of], self.all_texts[of]), self.scores[of]) for of in rows)
+        images, texts = self.all_images.roll(1, 0), self.all_texts
+        return any(_off(self._ask(images[rows], texts[rows]), self.scores[rows]) for rows in self._batches)
 
     # ---------------------------------------------------------------------------------------------- gradients
     def gradient(self) -> str:
-        """There is one, finite, and each picture's is its own score's: with weights w_b, row b of the gradient is w_b
-        times what it is with ones, unless other rows' scores have a part in it."""
+        """There is one, finite, and each picture's is its own score's: weights w_b of the scores multiply its rows."""
         images = self._inside
         with torch.enable_grad():
-            graded = scored(self.name, self.reward, images.clone().requires_grad_(), list(self.texts), {})
+            graded = self._scored(images.clone().requires_grad_(), self.texts)
         if (off := _off(graded.detach().double().cpu(), self._ask(images, self.texts))) > self.tolerance:
             raise self._fault(f"asked for a gradient, it gives scores that differ by {off:.3g} from those without")
         gradient = self.own_gradient = self._gradient(images)
@@ -293,22 +269,22 @@ class _Validation:
             raise self._fault(f"its gradient is not linear in the scores' weights, it is off by {off:.0%}")
         return f"each picture has its own, of norm {sizes.min():.3g} to {sizes.max():.3g}"
 
-    def saturation(self, differentiable: bool) -> str:
+    def saturation(self) -> str:
         """On black, white and hard, fully saturated pictures too, all is finite."""
         images = (self.images > 0.5).to(self.images)
         images[0], images[1] = 0, 1
         try:
-            self._gradient(images) if differentiable else self._ask(images, self.texts)
+            self._gradient(images) if self.differentiable else self._ask(images, self.texts)
         except RewardError as error:
             raise RewardError(f"{error} (on black, white or fully saturated pictures)") from error
-        return f"{'score and gradient are' if differentiable else 'the score is'} finite on black, white and saturated pictures"
+        what = "score and gradient are" if self.differentiable else "the score is"
+        return f"{what} finite on black, white and saturated pictures"
 
     def slope(self) -> str:
         """The gradient against central differences: along itself, and along coarse and fine random directions.
 
-        Of each row, direction and step, the change in score per unit of the step is compared with what the gradient
-        says. A step counts where the change stands out of the scores' rounding; the best of the steps that count is
-        taken, since a reward may bend within the large one.
+        For each row and direction the best of the STEPS counts, since a reward may bend within a large one, of those
+        whose change in score stands out of the scores' rounding.
         """
         images, gradient = self._inside, self.own_gradient
         directions = self._directions(gradient)
@@ -344,16 +320,19 @@ class _Validation:
         return f"the gradient misses at most {self.figures['gradient_error']:.1%} of a change, in {int(told.sum())} directions"
 
     # -------------------------------------------------------------------------------------------------- asking
-    def _ask(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+    def _scored(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """As a run asks: by tower and head where there are such. The list is the reward's own: it may spoil it."""
+        return scored(self.name, self.reward, images, list(texts), {})
+
+    def _ask(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         with torch.no_grad():
-            return scored(self.name, self.reward, images, list(texts), {}).double().cpu()
+            return self._scored(images, texts).double().cpu()
 
     def _gradient(self, images: Tensor, weights: Tensor | None = None) -> Tensor:
         """d(sum_b weight_b r_b) / d images, weights 1 by default, finite."""
         leaf = images.clone().requires_grad_()
         with torch.enable_grad():
-            scores = scored(self.name, self.reward, leaf, list(self.texts), {}).float()
+            scores = self._scored(leaf, self.texts).float()
             total = scores.sum() if weights is None else (weights.to(scores) * scores).sum()
         gradient = None
         if total.requires_grad:
@@ -370,8 +349,8 @@ class _Validation:
         return gradient
 
     def _directions(self, gradient: Tensor) -> list[Tensor]:
-        """Of [B, 3, H, W] and at most 1 in a pixel. Of several random ones, a row gets that along which its gradient
-        says most: along one by chance at right angles to it, rounding would be compared with rounding."""
+        """Directions [B, 3, H, W], at most 1 in a pixel. Of several random ones a row gets that along which its gradient
+        says most: at right angles to it, rounding would be compared with rounding."""
         draws = torch.Generator().manual_seed(0)
         batch, channels, height, width = gradient.shape
 
@@ -383,6 +362,10 @@ class _Validation:
 
         along = gradient / gradient.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
         return [along, most_telling(COARSE, COARSE), most_telling(height, width)]
+
+    @property
+    def _batches(self) -> list[slice]:
+        return [slice(i, i + self.batch) for i in range(0, len(self.all_images), self.batch)]
 
     @property
     def _others(self) -> Tensor:
@@ -405,18 +388,15 @@ class _Memory:
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            self.before = float(torch.cuda.memory_allocated(device))
-        else:
-            self.before = _resident_peak()
+        self.before = self._peak()
 
-    def growth(self) -> float:
-        """Bytes."""
-        now = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _resident_peak()
-        return now - self.before
+    def _peak(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-
-def _resident_peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    def growth(self) -> float:  # bytes
+        return self._peak() - self.before
 
 
 def _off(a: Tensor, b: Tensor) -> float:
@@ -431,11 +411,3 @@ def _random_numbers_kept(device: torch.device) -> Iterator[None]:
             yield
         finally:
             random.setstate(state)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """The random numbers that everybody draws from start here; inside `_random_numbers_kept`."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    yield
