@@ -263,7 +263,7 @@ def test_files_that_are_not_the_runs_own_spoil_no_report(tmp_path, caplog, capsy
     assert f"{run / 'journal.jsonl'}: the line at byte " in caplog.text
     (run / "metrics.json").write_text("[1, 2]")
     assert main(["report", str(folder), "-o", str(tmp_path / "out.html")]) == 2
-    assert capsys.readouterr().err == f"{run}/metrics.json: should be figures by name, got [1, 2]\n"
+    assert capsys.readouterr().err == f"{run}/metrics.json: should be metrics by name, got [1, 2]\n"
 
 
 def test_records_that_lack_what_is_asked_of_them_are_left_out(tmp_path, caplog):

@@ -18,7 +18,7 @@ from diffinstruct.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from diffinstruct.config.experiment import Experiment
 
-PATIENCE = 5.0
+OTHER_PROCESS_WAIT_S = 5.0
 """Seconds in which a process that was killed on another machine is gone from its run."""
 
 
@@ -44,8 +44,8 @@ def train(
         raise UserError(f"output_dir: cannot make {folder}: {error.strerror}") from None
     if allow and resume is None:
         raise UserError("--allow: goes with --resume RUN")
-    with only_writer(folder, PATIENCE, COMMAND):  # from here on: another command would clear this one's signals
-        with only_writer(folder, PATIENCE):  # what a command has started may outlive it
+    with only_writer(folder, OTHER_PROCESS_WAIT_S, COMMAND):  # from here on: another command would clear this one's signals
+        with only_writer(folder, OTHER_PROCESS_WAIT_S):  # what a command has started may outlive it
             if (folder / "experiment.yaml").is_file():
                 _check_resume(experiment, folder, allow or [])
         _run(experiment, folder, local)

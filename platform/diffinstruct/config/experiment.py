@@ -16,7 +16,18 @@ import yaml
 from pydantic import Field, ValidationInfo, field_validator
 
 from diffinstruct.config.addresses import NO_STORES, quote_uri, redact
-from diffinstruct.config.fields import Count, Samples, Section, Text, broken_rule, key, keys_with, mistake_at
+from diffinstruct.config.fields import (
+    POCKET,
+    POCKET_DISTILLED,
+    Count,
+    Samples,
+    Section,
+    Text,
+    broken_rule,
+    key,
+    keys_with,
+    mistake_at,
+)
 from diffinstruct.config.sections import (
     ClusterConfig,
     GeneratorConfig,
@@ -120,7 +131,7 @@ class Experiment(Section):
     @classmethod
     def _same_world(cls, value: GeneratorConfig, info: ValidationInfo) -> GeneratorConfig:
         reference = info.data.get("reference", ReferenceConfig())
-        if value.init_from == "pocket-distilled" and reference.model != "pocket":
+        if value.init_from == POCKET_DISTILLED and reference.model != POCKET:
             raise mistake_at(
                 "init_from",
                 value.init_from,

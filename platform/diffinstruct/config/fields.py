@@ -16,8 +16,12 @@ from diffinstruct.method.distances import DISTANCES
 from diffinstruct.method.objectives import OBJECTIVES
 from reward_models import NAMES
 
-POCKET_SPLITS = ("train", "eval", "open", "grid")
-"""Of the built-in prompts: for training, held-out combinations, face-free ones, and those of the picture grid."""
+POCKET = "pocket"
+"""The built-in world: the reference of this name, and the source of the prompts POCKET_PROMPTS."""
+POCKET_DISTILLED = "pocket-distilled"
+"""The one-step generator that comes with it, to start from."""
+POCKET_PROMPTS = tuple(f"{POCKET}:{split}" for split in ("train", "eval", "open", "grid"))
+"""For training, held-out combinations, face-free ones, and those of the picture grid."""
 
 
 def broken_rule(what: str, hint: str = "") -> PydanticCustomError:

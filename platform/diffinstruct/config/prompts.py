@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from diffinstruct.config.fields import POCKET_SPLITS
+from diffinstruct.config.fields import POCKET, POCKET_PROMPTS
 from diffinstruct.errors import UserError, did_you_mean, nearest_file
 
 if TYPE_CHECKING:
@@ -79,12 +79,11 @@ def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt"
     if name == "datasets":
         table = _of_datasets(str(source), column)
     else:
-        path = POCKET_CSV if name == "pocket" else Path(source)
-        column = "prompt" if name == "pocket" else column
-        if name == "pocket" and split not in POCKET_SPLITS:
-            raise UserError(f"{source}: unknown split{did_you_mean(source, [f'pocket:{known}' for known in POCKET_SPLITS])}")
+        path, column = (POCKET_CSV, "prompt") if name == POCKET else (Path(source), column)
+        if name == POCKET and str(source) not in POCKET_PROMPTS:
+            raise UserError(f"{source}: unknown split{did_you_mean(source, POCKET_PROMPTS)}")
         if path.suffix not in READERS:
-            known = f"'pocket:<split>', a file ({', '.join(READERS)}) or 'datasets:<hub id or folder>:<split>'"
+            known = f"'{POCKET}:<split>', a file ({', '.join(READERS)}) or 'datasets:<hub id or folder>:<split>'"
             raise UserError(f"{source}: prompts are {known}")
         try:
             table = READERS[path.suffix](path, column)
@@ -108,7 +107,7 @@ def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt"
     table = table.assign(prompt=texts.where(~missing, ""))
     if (nul := table["prompt"].str.contains("\0", regex=False)).any():
         raise UserError(f"{source}: row {table.index[nul][0] + 1}: {column!r} should be text, got a NUL byte")
-    if name == "pocket":
+    if name == POCKET:
         table = table[table["split"] == split]
     filled = table[table["prompt"].str.strip() != ""]
     if filled.empty:

@@ -10,7 +10,9 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from diffinstruct.config.addresses import IN_ENVIRONMENT, TRACKING_SCHEMES, keeps_nothing, quote_uri, redact
 from diffinstruct.config.fields import (
-    POCKET_SPLITS,
+    POCKET,
+    POCKET_DISTILLED,
+    POCKET_PROMPTS,
     Argument,
     Beta,
     Count,
@@ -47,7 +49,9 @@ RAYS_OWN = {
 class ReferenceConfig(Section):
     """The frozen diffusion model that the generator is held close to."""
 
-    model: Text = key("pocket", description="diffusers folder, hub id or hub id@commit, or 'pocket', the built-in world (ours)")
+    model: Text = key(
+        POCKET, description=f"diffusers folder, hub id or hub id@commit, or '{POCKET}', the built-in world (ours)"
+    )
     guidance_scale: float = key(
         3.0,
         ge=1,
@@ -75,8 +79,8 @@ class GeneratorConfig(OptimizerConfig):
     """The one-step network z -> x0."""
 
     init_from: Text = key(
-        "pocket-distilled",
-        description="initial weights: 'pocket-distilled', 'reference', a diffusers folder, hub id or hub id@commit, "
+        POCKET_DISTILLED,
+        description=f"initial weights: '{POCKET_DISTILLED}', 'reference', a diffusers folder, hub id or hub id@commit, "
         "or a .safetensors file (ours)",
     )
     init_rank: Rank = key(
@@ -275,11 +279,12 @@ class PromptsConfig(Section):
     """Where the captions come from; the only data."""
 
     train: Text = key(
-        "pocket:train",
-        description="'pocket:<split>', a .csv, .jsonl, .parquet or .txt file, or 'datasets:<hub id or folder>:<split>' (ours)",
+        f"{POCKET}:train",
+        description=f"'{POCKET}:<split>', a .csv, .jsonl, .parquet or .txt file, or "
+        "'datasets:<hub id or folder>:<split>' (ours)",
         resume=True,
     )
-    grid: Text = key("pocket:grid", description="the prompts of the picture grid, in the same form (ours)", resume=True)
+    grid: Text = key(f"{POCKET}:grid", description="the prompts of the picture grid, in the same form (ours)", resume=True)
     column: Text = key(
         "prompt", description="of both, which holds the prompts; a .txt and the pocket world have one (ours)", resume=True
     )
@@ -293,9 +298,8 @@ class PromptsConfig(Section):
     @field_validator("train", "grid")
     @classmethod
     def _known_split(cls, value: str) -> str:
-        name, _, split = value.partition(":")
-        if name == "pocket" and split not in POCKET_SPLITS:
-            raise broken_rule("unknown split", hint=did_you_mean(value, [f"pocket:{known}" for known in POCKET_SPLITS]))
+        if value.partition(":")[0] == POCKET and value not in POCKET_PROMPTS:
+            raise broken_rule("unknown split", hint=did_you_mean(value, POCKET_PROMPTS))
         return value
 
 

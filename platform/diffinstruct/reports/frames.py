@@ -1,5 +1,5 @@
-"""Runs as tables: kept rows of finished trials, a sweep's folder as one frame, figures over training seeds, the Pareto
-front.
+"""Runs as tables: kept rows of finished trials, a sweep's folder as one frame, estimates over training seeds, the
+Pareto front.
 
 An experiment that takes hours is interrupted; what it knows already must not be. Each finished trial adds its row, and
 a trial whose row is there is not run again, on this machine or another.
@@ -29,6 +29,7 @@ import pandas as pd
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import RENAMED as RENAMED_KEYS
 from diffinstruct.config.reading import load_run
+from diffinstruct.config.sections import ARGUMENTS
 from diffinstruct.errors import UserError, nearest_file
 from diffinstruct.locks import exclusive
 from diffinstruct.metrics import DISTANCES, HELD_OUT, METRICS
@@ -101,8 +102,8 @@ class TrialRows:
 def flat(summary: Summary) -> dict[str, float]:
     """A summary as columns: `x`, `x.low`, `x.high` (its interval over prompts), and `x.n`."""
     columns: dict[str, float] = {}
-    for name, figure in summary.items():
-        columns |= {name: figure.value, f"{name}.low": figure.low, f"{name}.high": figure.high, f"{name}.n": figure.n}
+    for name, estimate in summary.items():
+        columns |= {name: estimate.value, f"{name}.low": estimate.low, f"{name}.high": estimate.high, f"{name}.n": estimate.n}
     return columns
 
 
@@ -236,10 +237,26 @@ def measures(frame: pd.DataFrame) -> Measures:
 
 
 def swept(frame: pd.DataFrame) -> list[str]:
-    """The keys of a run's identity that differ between runs, in the configuration's order, but for the seed and the
+    """The keys of a run's identity that differ between runs, in the order of `identity_keys`, but for the seed and the
     cluster. A row without a key, as older rows are, differs from those that have one."""
-    keys = [key for key in Experiment().identity if key != "seed" and not key.startswith("cluster.")]
-    return [key for key in keys if key in frame and frame[key].nunique(dropna=False) > 1]
+    keys = [key for key in identity_keys(frame) if key != "seed" and not key.startswith("cluster.")]
+    return [key for key in keys if _differs(frame, key)]
+
+
+def identity_keys(frame: pd.DataFrame) -> list[str]:
+    """The columns that are keys of a run's identity, in the configuration's order; last, arguments of objectives and
+    distances that the default configuration does not have."""
+    known = Experiment().identity
+    arguments = tuple(f"objective.{section}." for section in ARGUMENTS.values())
+    return [key for key in known if key in frame] + [
+        column for column in frame if column.startswith(arguments) and column not in known
+    ]
+
+
+def _differs(frame: pd.DataFrame, key: str) -> bool:
+    if key.startswith("objective.args.") and "objective.name" in frame:  # whether it has the argument, the name says
+        return bool(frame.groupby("objective.name", dropna=False)[key].nunique(dropna=False).max() > 1)
+    return bool(frame[key].nunique(dropna=False) > 1)
 
 
 def points(frame: pd.DataFrame) -> pd.DataFrame:
@@ -310,7 +327,7 @@ def plain(value: Any) -> str:
     return "" if pd.isna(value) else f"{value:.4g}"
 
 
-def figure(row: Mapping[str, Any], measure: str) -> str:
+def estimate_text(row: Mapping[str, Any], measure: str) -> str:
     """`value [low, high]` of a row, `value` where it has no interval, nothing where it has no value."""
     if pd.isna(row.get(measure)):
         return ""
@@ -351,7 +368,7 @@ def _run(folder: Path) -> dict[str, Any]:
             except ValueError as error:
                 raise UserError(f"{file}: not JSON: {error}") from None
             if not isinstance(found, dict):
-                raise UserError(f"{file}: should be figures by name, got {found!r}")
+                raise UserError(f"{file}: should be metrics by name, got {found!r}")
             row |= {renamed(key): value for key, value in found.items()}
     return row
 

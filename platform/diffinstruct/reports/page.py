@@ -29,7 +29,8 @@ from diffinstruct.reports import plots
 from diffinstruct.reports.frames import (
     Measures,
     described,
-    figure,
+    estimate_text,
+    identity_keys,
     learning_curves,
     load_sweep,
     measures,
@@ -101,7 +102,7 @@ def of_run(folder: Path, run: pd.Series) -> str:
         curves=_curves(values, frame),
         pictures=pictures_over_time(folder, experiment),
         evaluation=[
-            (name, metric.title if (metric := find_metric(name)) else "", figure(run, name), int(run[f"{name}.n"]))
+            (name, metric.title if (metric := find_metric(name)) else "", estimate_text(run, name), int(run[f"{name}.n"]))
             for name in intervals
         ],
         metrics=metrics,
@@ -116,7 +117,7 @@ def of_sweep(path: Path, frame: pd.DataFrame) -> str:
     keys, of, by_point = swept(frame), measures(frame), points(frame)
     titles = of.titles()
     order = frame.sort_values(of.held_out, ascending=False, na_position="last") if of.held_out else frame
-    configuration = {key: _cut(plain(frame[key].iloc[0])) for key in _configuration(frame) if key not in keys and key != "seed"}
+    configuration = {key: _cut(plain(frame[key].iloc[0])) for key in identity_keys(frame) if key not in keys and key != "seed"}
     default = {key: _cut(plain(value)) for key, value in Experiment().to_params().items() if value is not None}
     best = by_point.sort_values(of.held_out, ascending=False) if of.held_out else by_point
     counts = frame["status"].value_counts().to_dict()
@@ -259,14 +260,14 @@ def _trial(row: pd.Series, keys: Sequence[str], titles: Mapping[str, str]) -> di
         "keys": _cells(row, keys),
         "seed": plain(row.get("seed")),
         "step": plain(row.get("step")),
-        "figures": [figure(row, measure) for measure in titles],
+        "estimates": [estimate_text(row, measure) for measure in titles],
         "remark": _cut(": ".join(filter(None, remarks))),
     }
 
 
 def _point_table(best: pd.DataFrame, keys: Sequence[str], titles: Mapping[str, str]) -> list[dict[str, Any]]:
     return [
-        {"keys": _cells(row, keys), "n": len(row["runs"]), "figures": [figure(row, measure) for measure in titles]}
+        {"keys": _cells(row, keys), "n": len(row["runs"]), "estimates": [estimate_text(row, measure) for measure in titles]}
         for _, row in best.head(MOST_ROWS).iterrows()
     ]
 
@@ -278,10 +279,6 @@ def _cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
 
 def _heads(keys: Sequence[str]) -> list[str]:
     return ["configuration"] if len(keys) > MOST_COLUMNS else [*short(keys).values()]
-
-
-def _configuration(frame: pd.DataFrame) -> list[str]:
-    return [key for key in Experiment().identity if key in frame]
 
 
 def _order(value: Any) -> tuple[bool, Any]:

@@ -59,8 +59,8 @@ def check_domains(space: Space) -> None:
 
 @dataclass(frozen=True)
 class Optuna:
-    """`trials` points that Optuna's TPE sampler asks for, each knowing the results before it: the aim's `up` as large
-    and its `down` as small as can be, within the aim's bounds. With one trial at a time the same seed gives the same
+    """`trials` points that Optuna's TPE sampler asks for, each knowing the results before it: the criterion's `maximize` as
+    large and its `minimize` as small as can be, within its bounds. With one trial at a time the same seed gives the same
     points, interrupted or not; with several they depend on which ends first."""
 
     space: Space

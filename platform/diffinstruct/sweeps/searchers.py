@@ -49,10 +49,10 @@ class Asking(Listed):
     """Hands out the points that Optuna asks for. Those of an earlier life first: it is told at once what they came
     to."""
 
-    def __init__(self, trials: Trials, aim: SelectionCriterion) -> None:
+    def __init__(self, trials: Trials, criterion: SelectionCriterion) -> None:
         super().__init__(trials, [i for i in trials.known if not trials.finished(i)])
         assert isinstance(trials.points, Optuna)
-        self.search, self.aim = trials.points, aim
+        self.search, self.criterion = trials.points, criterion
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.study = optuna.create_study(directions=["maximize", "minimize"])
         self.distributions = OptunaSearch.convert_search_space(dict(self.search.space))
@@ -73,10 +73,10 @@ class Asking(Listed):
         self.asked[i] = self.study.ask(self.distributions)
         return self.asked[i].params
 
-    def _tell(self, i: int, figures: Mapping[str, Any]) -> None:
-        aim, trial = self.aim, self.asked.pop(i)
-        trial.set_user_attr("excess", [*aim.violations(figures).values()])
-        self.study.tell(trial, [figures[aim.maximize], figures[aim.minimize]])
+    def _tell(self, i: int, metrics: Mapping[str, Any]) -> None:
+        criterion, trial = self.criterion, self.asked.pop(i)
+        trial.set_user_attr("excess", [*criterion.violations(metrics).values()])
+        self.study.tell(trial, [metrics[criterion.maximize], metrics[criterion.minimize]])
 
     def suggest(self, trial_id: str) -> Any:
         new = len(self.trials.known)

@@ -35,7 +35,7 @@ from diffinstruct.tracking.records import read_journal
 
 @dataclass(frozen=True)
 class StudyResult:
-    """rows: all trials, with their `arm`. table: arm -> measure -> figure over seeds. text: the file that says it."""
+    """rows: all trials, with their `arm`. table: arm -> measure -> estimate over seeds. text: the file that says it."""
 
     base: Experiment
     rows: pd.DataFrame
@@ -60,7 +60,7 @@ class StudyResult:
         self.say(f"- noise of training seeds, standard deviation: {told} ({freedom} degrees of freedom)")
         for arm in (arm for arm in self.table if arm != recipe):
             paired = {key: paired_by_seed(self.rows, "arm", arm, recipe, key, of) for key, of in noise.items()}
-            self.say(f"- {arm}, minus {recipe}: " + ", ".join(f"{measures[key]} {figure}" for key, figure in paired.items()))
+            self.say(f"- {arm}, minus {recipe}: " + ", ".join(f"{measures[key]} {gap}" for key, gap in paired.items()))
 
     def draw(self, x: str | None = None, y: str | None = None) -> None:
         """Draw the Pareto front of the arms, and heat maps over two keys of the configuration; publish them with the
@@ -156,7 +156,7 @@ class Study:
         unsaid = {key: value for key, value in base.to_params().items() if key in frame and value is not None}
         frame = frame.fillna(unsaid)  # what a row does not change is as in the recipe
         table = by_seed(frame, "arm", [*self.measures])
-        named = {arm: {self.measures[key]: figure for key, figure in of.items()} for arm, of in table.items()}
+        named = {arm: {self.measures[key]: estimate for key, estimate in of.items()} for arm, of in table.items()}
         answer = StudyResult(base, frame, table, _folder(base) / f"{self.name}.md")
         answer.text.parent.mkdir(parents=True, exist_ok=True)
         answer.text.unlink(missing_ok=True)

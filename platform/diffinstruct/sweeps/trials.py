@@ -38,7 +38,7 @@ SHARED = "is the same in all trials of a sweep, because they share their reward 
 LISTEN = 0.5  # seconds between two looks into a trial's journal
 
 EvaluateRun = Callable[[Experiment, Path], Mapping[str, float]]
-"""(experiment, folder of its finished run) -> figures for its row."""
+"""(experiment, folder of its finished run) -> metrics for its row."""
 
 
 # -------------------------------------------------------------------------------------------------------- trials
@@ -198,7 +198,7 @@ class Shared:
     pool: RewardBackend | None
     where: str
     parent: str | None
-    aim: SelectionCriterion | None
+    criterion: SelectionCriterion | None
 
 
 @dataclass
@@ -230,10 +230,10 @@ class Trial:
             add_evaluation(self.folder, experiment.tracking.uri, step, values, experiment.tracking.also)
             file.with_suffix(".tmp").write_text(json.dumps(evaluation, indent=2) + "\n")
             file.with_suffix(".tmp").replace(file)
-        figures = report | {k: v for k, v in self.trials.row(i).items() if isinstance(v, int | float)}
+        metrics = report | {k: v for k, v in self.trials.row(i).items() if isinstance(v, int | float)}
         if report or not self.population:  # weights that were taken over at the last step were not looked at again
-            self._look_for(figures)
-        self._report(figures)
+            self._look_for(metrics)
+        self._report(metrics)
 
     def _train(self, experiment: Experiment, name: str) -> Iterator[dict[str, float]]:
         """The reports of the run's journal, while it is written; those of a finished run from first to last."""
@@ -257,26 +257,24 @@ class Trial:
         if errors:
             raise errors[0]
 
-    def _look_for(self, figures: Mapping[str, float]) -> None:
-        """Raises UserError where the end has come without a figure that the sweep looks for."""
-        if self.shared.aim is None:
+    def _look_for(self, metrics: Mapping[str, float]) -> None:
+        """Raises UserError where the end has come without a metric that the sweep looks for."""
+        if (criterion := self.shared.criterion) is None:
             return
-        asked = [self.shared.aim.maximize, *[self.shared.aim.minimize] * isinstance(self.trials.points, Optuna)]
-        bounds = [
-            key for key in (*self.shared.aim.floors, *self.shared.aim.ceilings) if not key.startswith("overoptimization/")
-        ]
-        if missing := next((key for key in asked + bounds if key not in figures), None):
-            raise UserError(f"aim: no figure {missing!r} came of this trial{did_you_mean(missing, figures)}")
+        asked = [criterion.maximize, *[criterion.minimize] * isinstance(self.trials.points, Optuna)]
+        bounds = [key for key in (*criterion.floors, *criterion.ceilings) if not key.startswith("overoptimization/")]
+        if missing := next((key for key in asked + bounds if key not in metrics), None):
+            raise UserError(f"criterion: no metric {missing!r} came of this trial{did_you_mean(missing, metrics)}")
 
-    def _report(self, figures: dict[str, float]) -> None:
+    def _report(self, metrics: dict[str, float]) -> None:
         """Tell Tune. What a scheduler compares is not there before the first look."""
-        if self.shared.aim is None or self.shared.aim.maximize not in figures:
+        if (criterion := self.shared.criterion) is None or criterion.maximize not in metrics:
             return
         with tempfile.TemporaryDirectory() as folder:
             if self.population:  # whoever takes over this trial's weights finds them by this; Tune only passes it on
                 (Path(folder) / "run.json").write_text(json.dumps({"trial": self.number, "run": self.folder.name}))
             checkpoint = tune.Checkpoint.from_directory(folder) if self.population else None
-            tune.report({**figures, "score": self.shared.aim.score(figures)}, checkpoint=checkpoint)
+            tune.report({**metrics, "score": criterion.score(metrics)}, checkpoint=checkpoint)
 
     def _join(self, i: int, point: Point) -> None:
         """Find out who this trial is: itself, going on, or one that takes over another's weights under a new
@@ -298,7 +296,7 @@ class Trial:
 
 
 class Reports:
-    """A journal as Tune wants it: a report for each logged step, with the figures of the last look beside its
+    """A journal as Tune wants it: a report for each logged step, with the metrics of the last look beside its
     metrics."""
 
     def __init__(self, journal: Path) -> None:

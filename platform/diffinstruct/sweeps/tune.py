@@ -65,7 +65,7 @@ def sweep(
     evaluate: EvaluateRun | None = None,
     on_row: OnRow = lambda i, row: None,
     scheduler: TrialScheduler | None = None,
-    aim: SelectionCriterion | None = None,
+    criterion: SelectionCriterion | None = None,
 ) -> pd.DataFrame:
     """Run `base` once for each of `points`, as child runs of one MLflow run.
 
@@ -76,7 +76,7 @@ def sweep(
     weights may vary, and which rewards are held out, but neither their names nor reference.model nor what is asked of
     the cluster.
 
-    scheduler: one of Tune's, with time_attr="step" and no metric of its own: it compares the aim's score. Trials that
+    scheduler: one of Tune's, with time_attr="step" and no metric of its own: it compares the criterion's score. Trials that
         it ends early (ASHAScheduler) are finished runs of fewer steps. Trials that take over another's weights
         (PopulationBasedTraining) are several runs; the last one makes the row.
     Raises SweepError if any trial failed, after all have ended; Paused after SIGTERM, KeyboardInterrupt after Ctrl-C.
@@ -85,8 +85,8 @@ def sweep(
     base = base.tracked_at(tracking_uri(base.tracking.uri, folder.parent))
     trials = Trials(base, points, folder, evaluate)
     if scheduler or isinstance(points, Optuna):
-        aim = aim or SelectionCriterion()
-        _check_probes(trials, aim, scheduler)
+        criterion = criterion or SelectionCriterion()
+        _check_probes(trials, criterion, scheduler)
     _check_trials(trials)
     with attached() as where:
         check_fits(base.cluster, base.reward_actors)
@@ -105,7 +105,7 @@ def sweep(
                 reward_pool(base) if base.reward_actors else nullcontext() as pool,
                 signals.on_sigterm(lambda: signals.request(folder, signals.PAUSE)),
             ):
-                failures = _run_trials(trials, Shared(pool, where, parent.run_id, aim), scheduler, on_row)
+                failures = _run_trials(trials, Shared(pool, where, parent.run_id, criterion), scheduler, on_row)
             end = _outcome(trials, failures)
             table = _kept_table(trials, parent)
         finally:
@@ -193,7 +193,7 @@ def _run_trials(trials: Trials, shared: Shared, scheduler: TrialScheduler | None
     # Tune would tell how to go on from its own state, which is cleared away
     logging.getLogger("ray.tune.tune").setLevel(logging.ERROR)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other would put its table in the place of our lines
-    space, search = _search(trials, todo, shared.aim, population)
+    space, search = _search(trials, todo, shared.criterion, population)
     results = tune.Tuner(
         tune.with_resources(trial, DRIVER),
         param_space=space,
@@ -220,14 +220,14 @@ def _run_trials(trials: Trials, shared: Shared, scheduler: TrialScheduler | None
 
 
 def _search(
-    trials: Trials, todo: list[int], aim: SelectionCriterion | None, population: bool
+    trials: Trials, todo: list[int], criterion: SelectionCriterion | None, population: bool
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Tune's parameter space and how it is searched; a population wants Tune to hand out its points itself."""
     if population:
         keys = trials.point(todo[0])
         values: dict[str, Any] = {key: tune.sample_from(partial(_value, trials, key)) for key in keys}
         return {"trial": tune.grid_search(todo), **values}, {"num_samples": 1}
-    searcher = Asking(trials, aim) if aim and isinstance(trials.points, Optuna) else Listed(trials, todo)
+    searcher = Asking(trials, criterion) if criterion and isinstance(trials.points, Optuna) else Listed(trials, todo)
     return None, {"num_samples": trials.count, "search_alg": searcher}
 
 
@@ -300,17 +300,18 @@ class Progress(TrialProgressCallback):
         print(f"trial {len(self.ended)}/{self.trials.count} {how}  {dict(self.trials.point(i))}", flush=True)
 
 
-def _check_probes(trials: Trials, aim: SelectionCriterion, scheduler: TrialScheduler | None) -> None:
-    """Raises UserError where the aim's figures would never come, or a scheduler would count something else than
+def _check_probes(trials: Trials, criterion: SelectionCriterion, scheduler: TrialScheduler | None) -> None:
+    """Raises UserError where the criterion's metrics would never come, or a scheduler would count something else than
     steps."""
-    looks = [key for key in (aim.maximize, aim.minimize, *aim.floors, *aim.ceilings) if key.startswith("overoptimization/")]
-    if unknown := next((key for key in looks if key not in METRICS), None):
-        raise UserError(f"aim: the watch has no figure {unknown!r}{did_you_mean(unknown, METRICS)}")
+    keys = (criterion.maximize, criterion.minimize, *criterion.floors, *criterion.ceilings)
+    probed = [key for key in keys if key.startswith("overoptimization/")]
+    if unknown := next((key for key in probed if key not in METRICS), None):
+        raise UserError(f"criterion: the over-optimization monitor has no metric {unknown!r}{did_you_mean(unknown, METRICS)}")
     for i in trials.known or [None]:
         experiment = trials.base if i is None else trials.experiment(i)
-        if looks and not experiment.overoptimization.every:
-            raise UserError(f"overoptimization.every: is 0, but the sweep looks at {looks[0]}")
-        if aim.maximize == "overoptimization/held_out" and not experiment.rewards.held_out:
+        if probed and not experiment.overoptimization.every:
+            raise UserError(f"overoptimization.every: is 0, but the sweep looks at {probed[0]}")
+        if criterion.maximize == "overoptimization/held_out" and not experiment.rewards.held_out:
             raise UserError("rewards.held_out: is empty, but the sweep looks at overoptimization/held_out")
     if (counts := ray_private.time_attribute(scheduler, default="step")) != "step":
         raise UserError(f'scheduler: time_attr should be "step", got {counts!r}, which starts anew when a trial does')

@@ -38,11 +38,11 @@ class Delivery(Protocol):
         """Where the run is to be seen, to be printed: an address, or the command that shows it."""
 
     def connect(self) -> None:
-        """Makes sure that the tracker answers and has the run. Called before each `pump`; raises whatever it likes."""
+        """Makes sure that the tracker answers and has the run. Called before each `deliver`; raises whatever it likes."""
 
-    def pump(self, everything: bool) -> bool:
+    def deliver(self, final: bool) -> bool:
         """Delivers what is not confirmed yet, and returns whether nothing is left. Raises whatever it likes; what was
-        confirmed stays so. `everything`: the journal has ended, so what was put off is tried now."""
+        confirmed stays so. `final`: the journal has ended, so what was put off is tried now."""
 
 
 class Acknowledgement:
@@ -80,7 +80,7 @@ class DeliveryThread(threading.Thread):
     def __init__(self, delivery: Delivery, journal: Path) -> None:
         super().__init__(name="tracking", daemon=True)
         self.delivery, self.journal = delivery, journal
-        self.finishing, self.answered = threading.Event(), threading.Event()
+        self.finishing, self.attempted = threading.Event(), threading.Event()
         self.complete = False
 
     def run(self) -> None:
@@ -89,13 +89,13 @@ class DeliveryThread(threading.Thread):
             finishing = self.finishing.is_set()
             try:
                 self.delivery.connect()
-                self.answered.set()
-                self.complete = self.delivery.pump(everything=finishing) and finishing
+                self.attempted.set()
+                self.complete = self.delivery.deliver(final=finishing) and finishing
                 if away:
                     logger.info("%s answers again", self.delivery.name)
                 pause, away = INTERVAL, False
             except Exception as error:  # whatever it is, training must not hear of it
-                self.answered.set()
+                self.attempted.set()
                 if not away:
                     logger.warning(
                         "%s does not take this run's data: %s. Training goes on, %s keeps them until it does",

@@ -64,8 +64,8 @@ from diffinstruct.tracking.tensorboard import ACKNOWLEDGEMENT as TENSORBOARD
 
 logger = logging.getLogger(__name__)
 
-HURRY = 1.0  # seconds it waits where somebody has asked twice
-PATIENCE = 20.0  # seconds `finish` waits for a server; six times that for a file, which is there however slow
+HURRIED_WAIT_S = 1.0  # seconds it waits where somebody has asked twice
+DELIVERY_WAIT_S = 20.0  # seconds `finish` waits for a server; six times that for a file, which is there however slow
 COMMIT = "mlflow.source.git.commit"
 """The tag that MLflow's pages show as a run's version."""
 
@@ -118,7 +118,7 @@ class Journal:
         torn = journal.exists() and not journal.read_bytes().endswith(b"\n")
         self._file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._separator = b"\n" if torn else b""
-        self._append(StartRecord(time=_now(), start=description))
+        self._append(StartRecord(time=_now_ms(), start=description))
         self._finished = False
         self._threads = [DeliveryThread(delivery, journal) for delivery in self._deliveries]
         for thread in self._threads:
@@ -131,7 +131,7 @@ class Journal:
         starts = [record.start for record in before if isinstance(record, StartRecord) and record.is_complete]
         if not starts:
             return description
-        if _computed(starts[-1]) == _computed(description):
+        if _untracked_params(starts[-1]) == _untracked_params(description):
             for record in before:
                 match record:
                     case RollbackRecord():
@@ -148,7 +148,7 @@ class Journal:
         """Journals `values` (floats or 0-d tensors) of `step`."""
         seen = self._seen.get(step, ())
         if fresh := {key: float(value) for key, value in values.items() if key not in seen}:
-            self._append(MetricsRecord(time=_now(), step=int(step), metrics=fresh))
+            self._append(MetricsRecord(time=_now_ms(), step=int(step), metrics=fresh))
 
     def image(self, key: str, step: int, pixels: np.ndarray) -> None:
         """Stores an image (uint8, [H, W, 3]) in the run's folder and journals it. One key has a step slider in
@@ -162,18 +162,18 @@ class Journal:
             except OSError as error:
                 logger.warning("%s is not drawn (%s); training goes on", self.folder / path, error)
             else:
-                self._append(ImageRecord(time=_now(), step=int(step), key=key, image=path))
+                self._append(ImageRecord(time=_now_ms(), step=int(step), key=key, image=path))
 
     def event(self, step: int, kind: str, text: str) -> None:
         """Journals that something has happened, at most once of a kind and step."""
         if f"event:{kind}" not in self._seen.get(step, ()):
-            self._append(EventRecord(time=_now(), step=int(step), event=kind, text=text))
+            self._append(EventRecord(time=_now_ms(), step=int(step), event=kind, text=text))
 
     def back_to(self, step: int, at: int, text: str) -> None:
         """Journals that the run has gone back from `at` to an earlier step, and comes by the steps between once
         more."""
         self._forget(step)
-        self._append(RollbackRecord(time=_now(), step=int(at), event="back_to", text=text, back_to=int(step)))
+        self._append(RollbackRecord(time=_now_ms(), step=int(at), event="back_to", text=text, back_to=int(step)))
 
     def _forget(self, step: int) -> None:
         self._seen = {seen_step: keys for seen_step, keys in self._seen.items() if seen_step <= step}
@@ -181,28 +181,28 @@ class Journal:
     def artifact(self, path: Path | str) -> None:
         """Journals a file, or a folder in the run's own, to be stored under its own name. It is read when it is
         delivered."""
-        self._append(ArtifactRecord(time=_now(), artifact=_kept(self.folder, Path(path))))
+        self._append(ArtifactRecord(time=_now_ms(), artifact=_path_inside(self.folder, Path(path))))
 
     def finish(self, status: str = "FINISHED", reason: str | None = None, hurry: bool = False) -> bool:
-        """Ends the run as FINISHED, FAILED or KILLED and waits a while (PATIENCE) for the deliveries; whether all of it
-        arrived. In a `hurry`, since somebody has asked twice, for HURRY seconds.
+        """Ends the run as FINISHED, FAILED or KILLED and waits a while (DELIVERY_WAIT_S) for the deliveries; whether all of it
+        arrived. In a `hurry`, since somebody has asked twice, for HURRIED_WAIT_S seconds.
 
         What did not arrive is kept; one warning says how to deliver it.
         """
         if not self._finished:
             self._finished = True
             if not _ended_by_hand(self.folder, status):
-                self._append(FinishRecord(time=_now(), finish=status, reason=reason))
-            patience = HURRY if hurry else PATIENCE if self.uri.startswith("http") else 6 * PATIENCE
+                self._append(FinishRecord(time=_now_ms(), finish=status, reason=reason))
+            patience = HURRIED_WAIT_S if hurry else DELIVERY_WAIT_S if self.uri.startswith("http") else 6 * DELIVERY_WAIT_S
             until = time.monotonic() + patience
             for thread in self._threads:
                 thread.finishing.set()
             for thread in self._threads:
                 thread.join(max(0.0, until - time.monotonic()))
-            self._warn_of_rest()
+            self._warn_of_undelivered()
         return all(thread.complete for thread in self._threads)
 
-    def _warn_of_rest(self) -> None:
+    def _warn_of_undelivered(self) -> None:
         mlflow, *others = self._threads
         if not mlflow.complete:
             how = f"diffinstruct sync {shlex.quote(str(self.folder))}"
@@ -215,7 +215,7 @@ class Journal:
     @property
     def run_id(self) -> str | None:
         """The MLflow run; waits until MLflow has answered once. None while it has not given one."""
-        self._threads[0].answered.wait()
+        self._threads[0].attempted.wait()
         return self._mlflow.run_id
 
     @property
@@ -251,7 +251,7 @@ def deliver(
     """
     folder = Path(run_folder).absolute()
     if status and not _ended_by_hand(folder, status):
-        _add(folder, FinishRecord(time=_now(), finish=status, reason=reason))
+        _append_line(folder, FinishRecord(time=_now_ms(), finish=status, reason=reason))
     also = also or ["tensorboard"] * (folder / TENSORBOARD).exists()
     errors = []
     makers: list[Callable[[], Delivery]] = [partial(MlflowDelivery, folder, uri)]
@@ -260,7 +260,7 @@ def deliver(
         try:
             delivery = make()
             delivery.connect()
-            if not delivery.pump(everything=True):
+            if not delivery.deliver(final=True):
                 raise RuntimeError(f"not all images or files of {folder} could be stored in {delivery.name}")
         except Exception as error:  # one that is down does not hold up another
             errors.append(error)
@@ -280,7 +280,7 @@ def attach(run_folder: Path | str, *paths: Path) -> None:
     """Adds files to a run that has ended: journaled, then delivered; a warning where MLflow does not take them now."""
     folder = Path(run_folder).absolute()
     for path in paths:
-        _add(folder, ArtifactRecord(time=_now(), artifact=_kept(folder, path)))
+        _append_line(folder, ArtifactRecord(time=_now_ms(), artifact=_path_inside(folder, path)))
     _deliver_now(folder)
 
 
@@ -290,7 +290,7 @@ def add_evaluation(
     """Adds the results of an evaluation to a run that has ended, once: in trackers these are metrics `eval/...`."""
     folder = Path(run_folder).absolute()
     if not any(isinstance(record, EvaluationRecord) for _, _, record in records(folder / "journal.jsonl")):
-        _add(folder, EvaluationRecord(time=_now(), step=step, evaluated=dict(values)))
+        _append_line(folder, EvaluationRecord(time=_now_ms(), step=step, evaluated=dict(values)))
     _deliver_now(folder, uri, also)
 
 
@@ -317,7 +317,7 @@ def _git(*command: str) -> str:
         return ""
 
 
-def _computed(description: RunDescription) -> dict[str, str]:
+def _untracked_params(description: RunDescription) -> dict[str, str]:
     """The parameters of a run but those that say where it is tracked, which change nothing that it measures."""
     return {key: value for key, value in description.params.items() if not key.startswith("tracking.")}
 
@@ -330,7 +330,7 @@ def _ended_by_hand(folder: Path, status: str) -> bool:
     return status == "FAILED" and isinstance(last, FinishRecord) and last.finish == "KILLED"
 
 
-def _kept(folder: Path, path: Path) -> str:
+def _path_inside(folder: Path, path: Path) -> str:
     """How a run's journal names a file; one from elsewhere is copied first: a delivery reads nothing outside of the
     folder."""
     if not path.absolute().is_relative_to(folder):
@@ -339,7 +339,7 @@ def _kept(folder: Path, path: Path) -> str:
     return str(path.absolute().relative_to(folder))
 
 
-def _now() -> int:
+def _now_ms() -> int:
     return int(time.time() * 1000)
 
 
@@ -347,7 +347,7 @@ def _encoded(record: Record) -> bytes:
     return json.dumps(record.model_dump()).encode() + b"\n"
 
 
-def _add(folder: Path, record: Record) -> None:
+def _append_line(folder: Path, record: Record) -> None:
     """Adds a line to the journal of a run whose own process is gone; the line before it may be torn."""
     with (folder / "journal.jsonl").open("ab") as file:
         file.write(b"\n" + _encoded(record))

@@ -93,7 +93,7 @@ class MlflowDelivery:
         self.uri = self.uri or self._server(redact(description.uri))
         client, experiment_id = _open(self.uri, description.experiment)
         known = read_json(self.folder / "mlflow.json").get("run_id")
-        run = _active_run(client, known) or _found_or_created(client, experiment_id, description, starts[0].time)
+        run = _active_run(client, known) or _find_or_create_run(client, experiment_id, description, starts[0].time)
         confirmed = self.acknowledgement.read() if run.info.run_id == known else {}
         self.postponed = confirmed.get("postponed", [])
         self._confirm(confirmed.get("offset", 0))
@@ -118,14 +118,14 @@ class MlflowDelivery:
             raise UserError(f"{self.journal}: uri: {named!r} is not where the run would be tracked, {there!r}: --uri decides")
         return named
 
-    def pump(self, everything: bool) -> bool:
+    def deliver(self, final: bool) -> bool:
         """Delivers all complete lines that are not confirmed; whether no image or file had to be postponed.
 
-        Raises what MLflow raises; what was confirmed stays so. `everything`: try what was postponed now.
+        Raises what MLflow raises; what was confirmed stays so. `final`: try what was postponed now.
         """
         try:
             self._deliver_unconfirmed()
-            if self.postponed and (everything or time.monotonic() > self._postponed_again):
+            if self.postponed and (final or time.monotonic() > self._postponed_again):
                 self._deliver_postponed()
             return not self.postponed
         except Exception:
@@ -241,7 +241,7 @@ def _open(uri: str, experiment_name: str | None = None) -> tuple[Any, str | None
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    with _alone(uri) as artifacts:
+    with _prepared_database(uri) as artifacts:
         client = MlflowClient(uri)
         if experiment_name is None:
             return client, None
@@ -256,7 +256,7 @@ def _open(uri: str, experiment_name: str | None = None) -> tuple[Any, str | None
 
 
 @contextmanager
-def _alone(uri: str) -> Iterator[str | None]:
+def _prepared_database(uri: str) -> Iterator[str | None]:
     """Where artifacts of new experiments go, absolute, beside an sqlite file, which is locked. None: the server
     decides."""
     if (database := uri.removeprefix("sqlite:///")) == uri:
@@ -275,7 +275,7 @@ def _alone(uri: str) -> Iterator[str | None]:
         yield (Path(database).absolute().parent / "mlartifacts").as_uri()
 
 
-def _found_or_created(client: Any, experiment_id: str | None, run: RunDescription, began: int) -> Any:
+def _find_or_create_run(client: Any, experiment_id: str | None, run: RunDescription, began: int) -> Any:
     """The journal's run where the answer to its creation was lost, else a new one."""
     runs = client.search_runs([experiment_id], f"tags.journal = '{run.journal}'", max_results=1)
     if runs:
