@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.sections import ObjectiveConfig
 from diffinstruct.errors import UserError
-from diffinstruct.method.objectives import facts
+from diffinstruct.method.distances import DISTANCES
+from diffinstruct.method.objectives import OBJECTIVES, facts
 from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.method.rewards import RewardModel
 from diffinstruct.models.lora import SharedBase
@@ -217,12 +219,30 @@ def make_plan(experiment: Experiment, reference: Reference) -> Plan:
     network = reference.empty(reference.family.part)
     if _count(network)[0] > 10**8:  # operation by operation, as python goes
         print("check: going through a round without content, some minutes", file=sys.stderr, flush=True)
-    training = footprint.training_footprint(experiment, reference, None if experiment.reward_actors else models)
+    training = _training(experiment, reference, None if experiment.reward_actors else models, uncounted)
     worker, actor = _roles(experiment, reference, training), [decoder, *rewards]
     if not experiment.reward_actors:  # each training process has the rewards itself
         worker, actor = [*worker, *actor], []
     latent_bytes, block = 4 * prod(reference.latent_shape), largest_block(network)
     return Plan(experiment, latent_bytes, worker, actor, apart, uncounted, training, scoring, libraries, block)
+
+
+def _training(
+    experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel] | None, uncounted: dict[str, str]
+) -> Footprint:
+    """A training process's footprint, counted by running the objective; where one of the user's own does not run
+    without content, DI* takes its place and `uncounted` says so."""
+    try:
+        return footprint.training_footprint(experiment, reference, rewards)
+    except Exception as error:  # it may do with numbers what cannot be done without
+        own = experiment.objective
+        if own.name in OBJECTIVES and own.distance in DISTANCES:
+            raise
+        uncounted["objective"] = shorten(f"DI* is assumed in its place; {error}", 96, placeholder=" ...")
+    default = ObjectiveConfig()
+    built_in = {key: getattr(default, key) for key in ("name", "args", "distance", "distance_args")}
+    assumed = experiment.model_copy(update={"objective": own.model_copy(update=built_in)})
+    return footprint.training_footprint(assumed, reference, rewards)
 
 
 def _roles(experiment: Experiment, reference: Reference, training: Footprint) -> list[ModelMemory]:
