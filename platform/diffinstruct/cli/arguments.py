@@ -30,6 +30,16 @@ RewardNames = Annotated[
         help="may be repeated; default: the rewards of the first run",
     ),
 ]
+MetricNames = Annotated[
+    list[str],
+    typer.Option(
+        "--metric",
+        metavar="MODULE:ATTRIBUTE",
+        default_factory=list,
+        show_default=False,
+        help="a metric of your own, beside the others; may be repeated",
+    ),
+]
 ReferencePictures = Annotated[
     int, typer.Option("--reference-pictures", metavar="N", help="pictures that distances are measured to; 0: no distances")
 ]

@@ -11,6 +11,7 @@ import typer
 
 from diffinstruct.cli.arguments import (
     EvaluationSeed,
+    MetricNames,
     ReferencePictures,
     RewardNames,
     Run,
@@ -30,6 +31,7 @@ def evaluate(
         typer.Option("--prompts", metavar="FILE", help="a .csv with a column `prompt`, a .txt, or pocket:eval, pocket:open"),
     ],
     rewards: RewardNames,
+    metrics: MetricNames,
     reference_pictures: ReferencePictures = REFERENCE_PICTURES,
     seed: EvaluationSeed = SEED,
     out: Annotated[
@@ -40,7 +42,7 @@ def evaluate(
     check_reference_pictures(reference_pictures)
     from diffinstruct.evaluation.generators import evaluate_generators, report, save
 
-    evaluations = evaluate_generators(folders, prompts, rewards, reference_pictures, seed)
+    evaluations = evaluate_generators(folders, prompts, rewards, reference_pictures, seed, metrics)
     print(report(evaluations))
     if out:
         save(evaluations, out)
@@ -52,6 +54,7 @@ def compare(
         tuple[Path, Path], typer.Argument(metavar="RUN RUN", help="two finished runs; differences are second minus first")
     ],
     rewards: RewardNames,
+    metrics: MetricNames,
     prompts: Annotated[
         str | None,
         typer.Option("--prompts", metavar="FILE", help="as for `evaluate`; default in the pocket world: pocket:eval"),
@@ -69,7 +72,7 @@ def compare(
     folders = [existing_run(folder) for folder in runs]
     from diffinstruct.evaluation.comparison import compare_runs
 
-    comparison = compare_runs(folders, prompts, rewards, reference_pictures, seed)
+    comparison = compare_runs(folders, prompts, rewards, reference_pictures, seed, metrics)
     print(comparison.text())
     if out:
         comparison.save(out)

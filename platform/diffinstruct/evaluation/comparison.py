@@ -15,7 +15,7 @@ from PIL import Image
 from diffinstruct.config.reading import load_run
 from diffinstruct.evaluation import REFERENCE_PICTURES, SEED, generators
 from diffinstruct.evaluation.evaluate import Evaluation, compare
-from diffinstruct.metrics import REWARD
+from diffinstruct.metrics import REWARD, Metric
 from diffinstruct.models.export import load_export
 from diffinstruct.reports import page, plots
 
@@ -84,11 +84,12 @@ def compare_runs(
     rewards: Sequence[str] = (),
     reference_pictures: int = REFERENCE_PICTURES,
     seed: int = SEED,
+    metrics: Sequence[str | Metric] = (),
 ) -> Comparison:
     """Two finished runs, measured as `evaluate_generators` does; it raises the same errors."""
     paths = [Path(folder) for folder in folders]
     one, other = (load_run(path) for path in paths)
-    evaluations = generators.evaluate_generators(paths, prompts, rewards, reference_pictures, seed)
+    evaluations = generators.evaluate_generators(paths, prompts, rewards, reference_pictures, seed, metrics)
     texts = next(iter(evaluations.values())).table["prompt"].tolist()
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), SHOWN)).round().astype(int)).tolist()
     pictures = {name: _pictures(path / "export", texts, chosen, seed) for name, path in zip(evaluations, paths, strict=True)}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.inputs import import_named
 from diffinstruct.config.prompts import read_prompts
 from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError
@@ -21,7 +22,7 @@ from diffinstruct.evaluation.evaluate import Evaluation, compare, evaluate, imag
 from diffinstruct.evaluation.features import AttributeClassifier, FeatureExtractor, FeaturesOnly
 from diffinstruct.evaluation.world import world_prompts
 from diffinstruct.method.rewards import RewardModel
-from diffinstruct.metrics import METRICS
+from diffinstruct.metrics import METRICS, Metric, find_metric
 from diffinstruct.models.export import load_export
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.world import World, world_of
@@ -44,6 +45,7 @@ def evaluate_generators(
     rewards: Sequence[str] = (),
     reference_pictures: int = REFERENCE_PICTURES,
     seed: int = SEED,
+    metrics: Sequence[str | Metric] = (),
 ) -> dict[str, Evaluation]:
     """Every metric of the generators in `folders`, by the folder's name.
 
@@ -52,6 +54,7 @@ def evaluate_generators(
     rewards: names; none means those of the first run among the folders.
     reference_pictures: how many the reference makes, of the first prompts and other noise; 0 leaves distances out. The
         reference, and its guidance, are those of the first run.
+    metrics: of your own, beside the table's: a Metric with a function of pictures, or `module:attribute` of one.
     Raises UserError for what is neither run nor export, and where nothing says what to measure.
     """
     paths = [Path(folder) for folder in folders]
@@ -64,6 +67,7 @@ def evaluate_generators(
     if not names:
         raise UserError(f"{folders[0]}: is no run that names rewards; name some with --reward")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = _metrics(world, metrics)
     models = {name: load_reward(name, device) for name in names}
     extractor = _extractor(world, models, device)
     features = _reference_features(first, extractor, table, reference_pictures, seed, device)
@@ -81,7 +85,7 @@ def evaluate_generators(
                 noise_shape=reference.latent_shape,
                 seed=seed,
                 open_attributes=world.open_attributes if world else {},
-                metrics=world.metrics() if world else METRICS,
+                metrics=rows,
             )
         except ValueError as error:  # a prompt table's attributes, or a reward that is not finite
             raise UserError(f"{folder}: {error}") from None
@@ -117,6 +121,18 @@ def _prompts_of(world: World | None, run: Experiment | None, folder: Path) -> pd
         model = f"of {run.reference.model!r}" if run else "no run"
         raise UserError(f"--prompts: name some; {folder} is {model}, which has none built in")
     return world_prompts(world, world.evaluation_splits[:1])
+
+
+def _metrics(world: World | None, own: Sequence[str | Metric]) -> Mapping[str, Metric]:
+    rows = dict(world.metrics() if world else METRICS)
+    for name in own:
+        metric = import_named("--metric", name) if isinstance(name, str) else name
+        if not isinstance(metric, Metric) or metric.function is None:
+            raise UserError(f"--metric: {name!r} should be a diffinstruct.metrics.Metric with a function of pictures")
+        if find_metric(metric.name, rows):
+            raise UserError(f"--metric: {metric.name!r} is there already, {name!r} needs a name of its own")
+        rows[metric.name] = metric
+    return rows
 
 
 def _extractor(world: World | None, rewards: Mapping[str, RewardModel], device: torch.device) -> FeatureExtractor:

@@ -10,13 +10,12 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from diffinstruct.config.addresses import one_line
+from diffinstruct.config.inputs import import_named
 from diffinstruct.config.sections import TRACKERS
-from diffinstruct.errors import UserError, did_you_mean
 from diffinstruct.tracking.records import Record, read_json, records, replace_json, warn_of_unreadable
 
 logger = logging.getLogger(__name__)
@@ -112,15 +111,7 @@ class DeliveryThread(threading.Thread):
 def delivery_named(name: str, folder: Path) -> Delivery:
     """The delivery of a run's folder to a tracker, by a name as the key `tracking.also` has it. Raises UserError in one
     line for one that cannot be made."""
-    module, _, attribute = TRACKERS.get(name, name).partition(":")
-    try:
-        namespace = import_module(module)
-    except ImportError as error:
-        raise UserError(f"tracking.also: cannot import {name!r}: {error}") from None
-    if not hasattr(namespace, attribute):
-        near = did_you_mean(attribute, vars(namespace))
-        raise UserError(f"tracking.also: {name!r}: {module} has no {attribute!r}{near}")
-    delivery: Delivery = getattr(namespace, attribute)(folder)
+    delivery: Delivery = import_named("tracking.also", TRACKERS.get(name, name))(folder)
     return delivery
 
 
