@@ -8,22 +8,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
-import ray.train
 import yaml
 
 import diffinstruct
 from diffinstruct.cluster import ray_private
 from diffinstruct.config.sections import ClusterConfig
 from diffinstruct.errors import UserError, did_you_mean
-
-if TYPE_CHECKING:
-    pass
-
-
-import ray
 
 HEAD = "node:__internal_head__"
 """A resource that the head has, and no other node."""
@@ -35,7 +28,6 @@ def warn_of_passing_copy(path: Path) -> None:
         print(f"{path} lies in Ray's passing copy of the code and will be lost; an absolute path stays", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------------- cluster
 @contextmanager
 def attached() -> Iterator[str]:
     """Ray, and a word on where it is: the cluster of RAY_ADDRESS (a submitted job has it too), or one of our own, which
@@ -87,8 +79,7 @@ def described() -> str:
 
 def check_fits(asked: ClusterConfig, actors: int) -> None:
     """Raises UserError, one line, where Ray will never have what the workers and so many reward actors ask for."""
-    nodes = most_nodes()
-    if nodes is None:
+    if (nodes := most_nodes()) is None:
         return
     for kind in {**asked.per_worker, **asked.per_reward_actor}:
         per_worker, per_actor = asked.per_worker.get(kind, 0), asked.per_reward_actor.get(kind, 0)
@@ -101,10 +92,10 @@ def check_fits(asked: ClusterConfig, actors: int) -> None:
                 f"cluster: asks for {needed:g} {unit} ({asked.workers} workers x {per_worker:g} + {actors} reward actors x "
                 f"{per_actor:g}), Ray has {has:g}{hint}"
             )
-    for what, each in (("training worker", asked.per_worker), ("reward actor", asked.per_reward_actor if actors else {})):
+    for process, each in (("training worker", asked.per_worker), ("reward actor", asked.per_reward_actor if actors else {})):
         if not any(all(resources.get(kind, 0) >= amount for kind, amount in each.items()) for resources, _ in nodes):
             of_one = ", ".join(f"{amount:g} {kind}" for kind, amount in each.items() if amount)
-            raise UserError(f"cluster: no node has all that one {what} asks for ({of_one})")
+            raise UserError(f"cluster: no node has all that one {process} asks for ({of_one})")
 
 
 def most_nodes() -> list[tuple[Mapping[str, float], int]] | None:

@@ -19,10 +19,9 @@ from diffinstruct.method.rewards import LatentRewards, RewardRequest
 from diffinstruct.reward_service.validation import Report
 
 LOADING = "loading"
-"""What an actor says it does meanwhile: it is no work on anybody's request."""
+"""What an actor says while it loads its models, which is no work on anybody's request."""
 
 
-# ------------------------------------------------------------------------------------------------------ the actor
 class ActorReply(NamedTuple):
     """To the call with the id `request`. `rewards`: their names, in order; `content`: Scores, its tensors as arrays, or
     what else was asked for."""

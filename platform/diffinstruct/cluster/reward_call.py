@@ -18,17 +18,11 @@ from diffinstruct.method.rewards import RewardError
 
 logger = logging.getLogger(__name__)
 
-STARTING = 1800.0
-"""Seconds in which a process starts and loads its models, downloads included."""
-
-ATTEMPTS = 5
-"""So often a question is asked before its caller gives up."""
-GRACE = 10.0
-"""Seconds in which a process that is alive says what it does, however hard it works; less where the deadline is
-shorter."""
+STARTING = 1800.0  # seconds in which a process starts and loads its models, downloads included
+ATTEMPTS = 5  # so often a question is asked before its caller gives up
+GRACE = 10.0  # seconds in which a living process says what it does, however hard it works; at most the deadline
 
 
-# ------------------------------------------------------------------------------------------------------ one call
 class Fault(Exception):
     """What went wrong with one attempt."""
 
@@ -39,8 +33,7 @@ class Call:
     Args:
         place: says which actor it is.
         what: says what was asked for.
-        deadline: seconds that the actor may work on one question; waiting for its turn behind other callers is no
-        fault.
+        deadline: seconds that the actor may work on one question; waiting behind other callers is no fault.
         asks: how many questions' time it may take.
         send: request id -> the object reference of the ActorReply.
         fault: raises Fault for an ActorReply that cannot be trusted.
@@ -132,9 +125,8 @@ class Call:
         try:
             return ray.get(self.actor.doing.remote(), timeout=self.grace)
         except GetTimeoutError:
-            # One that waits for resources, for its environment or for its imports is silent, too; or the question went
-            # to
-            # a process that is no more.
+            # One that waits for resources, for its environment or for its imports is silent, too; or the question
+            # went to a process that is no more.
             if before == ray_private.actor_process(self.actor) != self.ended and before[0] == "ALIVE":
                 self._replace(f"silent for {self.grace:g} s")
         except ActorUnavailableError:

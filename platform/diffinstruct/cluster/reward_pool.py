@@ -45,7 +45,6 @@ VALIDATION_CALLS = 40
 """A validation may take as long as so many scoring calls, with each actor."""
 
 
-# ------------------------------------------------------------------------------------------------------- the pool
 @dataclass(frozen=True)
 class Group:
     """Replicas with the same rewards."""

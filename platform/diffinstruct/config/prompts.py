@@ -67,8 +67,7 @@ def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt"
     "datasets:<hub id, maybe @commit, or folder>:<split>".
 
     column: which one holds the prompts; it is called `prompt` in what is returned, the others stay as they are
-    ("datasets:"
-        gives no others).
+        ("datasets:" gives no others).
     The built-in table has the columns split, prompt, kind, subject, colour, background, mouth; an empty string is an
     attribute that the prompt leaves open. Rows without a prompt are left out, unless `empty` asks for them. Rows are
     numbered from 0. Raises UserError in one line that names the source.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,11 +14,10 @@ from pydantic import ValidationError
 
 from diffinstruct.config.addresses import quote_uri, redact
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.fields import Section
+from diffinstruct.config.fields import keys_of
 from diffinstruct.config.sections import ARGUMENTS, ObjectiveConfig, drop_arguments
 from diffinstruct.errors import ConfigErrors, did_you_mean, nearest_file
 
-# ------------------------------------------------------------------------------------------------------- reading
 Loc = tuple[str | int, ...]
 """The keys and indices that lead to a value: ("rewards", "trained", 0, "weight")."""
 
@@ -273,12 +272,7 @@ def _no_yaml(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
 
 def _dotted(loc: Iterable[str | int]) -> str:
     """In one line, whatever somebody has written as a key."""
-    return ".".join(map(_printable, loc))
-
-
-def _printable(part: object) -> str:
-    text = str(part)
-    return text if text.isprintable() else repr(text)
+    return ".".join(text if text.isprintable() else repr(text) for text in map(str, loc))
 
 
 def _short(value: object) -> str:
@@ -294,21 +288,13 @@ def _known(loc: Loc) -> Any:
     return kind
 
 
-def _keys(section: type[Section], prefix: str = "") -> Iterator[str]:
-    """The dotted names of all fields below a section."""
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
-
-
 def _describe(kind: str, mistake: Any) -> str:
     """What is wrong in words, what was got, and the nearest name that would be right."""
     loc, got, context = mistake["loc"], f", got {_short(mistake['input'])}", mistake.get("ctx", {})
     match kind:
         case "extra_forbidden":
             here = did_you_mean(loc[-1], _known(loc[:-1]).model_fields)
-            elsewhere = [key for key in _keys(Experiment) if key.rpartition(".")[2] == loc[-1]]
+            elsewhere = [key for key, _ in keys_of(Experiment, sections=True) if key.rpartition(".")[2] == loc[-1]]
             there = f", did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else ""
             return f"unknown key{here or there}"
         case "missing":
