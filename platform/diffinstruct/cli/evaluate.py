@@ -9,17 +9,7 @@ from typing import Annotated
 
 import typer
 
-from diffinstruct.cli.arguments import (
-    EvaluationSeed,
-    MetricNames,
-    ReferencePictures,
-    RewardNames,
-    Run,
-    check_output,
-    check_parent,
-    check_reference_pictures,
-    existing_run,
-)
+from diffinstruct.cli import arguments
 from diffinstruct.errors import UserError
 from diffinstruct.evaluation import REFERENCE_PICTURES, SEED
 
@@ -30,16 +20,16 @@ def evaluate(
         str,
         typer.Option("--prompts", metavar="FILE", help="a .csv with a column `prompt`, a .txt, or pocket:eval, pocket:open"),
     ],
-    rewards: RewardNames,
-    metrics: MetricNames,
-    reference_pictures: ReferencePictures = REFERENCE_PICTURES,
-    seed: EvaluationSeed = SEED,
+    rewards: arguments.RewardNames,
+    metrics: arguments.MetricNames,
+    reference_pictures: arguments.ReferencePictures = REFERENCE_PICTURES,
+    seed: arguments.EvaluationSeed = SEED,
     out: Annotated[
         Path | None, typer.Option("-o", metavar="FOLDER", help="for table.md and one .csv a generator, with a row a prompt")
     ] = None,
 ) -> None:
     """Measure generators side by side, on the same prompts and noise."""
-    check_reference_pictures(reference_pictures)
+    arguments.check_reference_pictures(reference_pictures)
     from diffinstruct.evaluation.generators import evaluate_generators, report, save
 
     evaluations = evaluate_generators(folders, prompts, rewards, reference_pictures, seed, metrics)
@@ -53,23 +43,23 @@ def compare(
     runs: Annotated[
         tuple[Path, Path], typer.Argument(metavar="RUN RUN", help="two finished runs; differences are second minus first")
     ],
-    rewards: RewardNames,
-    metrics: MetricNames,
+    rewards: arguments.RewardNames,
+    metrics: arguments.MetricNames,
     prompts: Annotated[
         str | None,
         typer.Option("--prompts", metavar="FILE", help="as for `evaluate`; default in the pocket world: pocket:eval"),
     ] = None,
-    reference_pictures: ReferencePictures = REFERENCE_PICTURES,
-    seed: EvaluationSeed = SEED,
+    reference_pictures: arguments.ReferencePictures = REFERENCE_PICTURES,
+    seed: arguments.EvaluationSeed = SEED,
     out: Annotated[
         Path | None, typer.Option("-o", metavar="OUT", help="a page (.html), or a folder for tables and pictures")
     ] = None,
 ) -> None:
     """Compare two runs: keys that differ, paired figures."""
-    check_reference_pictures(reference_pictures)
+    arguments.check_reference_pictures(reference_pictures)
     if out and out.suffix:
-        check_output(out, ".html")
-    folders = [existing_run(folder) for folder in runs]
+        arguments.check_output(out, ".html")
+    folders = [arguments.existing_run(folder) for folder in runs]
     from diffinstruct.evaluation.comparison import compare_runs
 
     comparison = compare_runs(folders, prompts, rewards, reference_pictures, seed, metrics)
@@ -84,7 +74,7 @@ def report(
     out: Annotated[Path, typer.Option("-o", metavar="out.html", help="the file to write")],
 ) -> None:
     """Write a run or a sweep as one HTML file."""
-    check_output(out, ".html")
+    arguments.check_output(out, ".html")
     from diffinstruct.reports.page import write
 
     write(path, out)
@@ -92,7 +82,7 @@ def report(
 
 
 def export(
-    run: Run,
+    run: arguments.Run,
     out: Annotated[Path, typer.Option("-o", metavar="FOLDER", help="the pipeline's folder to write")],
     step: Annotated[
         str,
@@ -107,10 +97,10 @@ def export(
     """
     from diffinstruct.config.reading import load_run
 
-    folder = existing_run(run)
+    folder = arguments.existing_run(run)
     if os.path.lexists(out):
         raise UserError(f"-o: {str(out)!r} is there already")
-    check_parent(out)
+    arguments.check_parent(out)
     experiment = load_run(folder)
     from diffinstruct.run_folder.checkpoint import CheckpointError, full_disk_as_error
     from diffinstruct.training.resume import export_checkpoint
@@ -136,7 +126,7 @@ def generate(
     """Make pictures with a trained generator, in one step."""
     model = run
     if not (model / "model_index.json").is_file():
-        model = existing_run(run) / "export"
+        model = arguments.existing_run(run) / "export"
         if not model.is_dir():
             raise UserError(f"{model.parent}: no exported model in it, the run has not finished")
     if n < 1:

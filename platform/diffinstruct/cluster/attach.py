@@ -18,8 +18,7 @@ from diffinstruct.cluster import ray_private
 from diffinstruct.config.sections import ClusterConfig
 from diffinstruct.errors import UserError, did_you_mean
 
-HEAD = "node:__internal_head__"
-"""A resource that the head has, and no other node."""
+HEAD = "node:__internal_head__"  # a resource that the head has, and no other node
 
 
 def warn_of_passing_copy(path: Path) -> None:
@@ -31,8 +30,7 @@ def warn_of_passing_copy(path: Path) -> None:
 @contextmanager
 def attached() -> Iterator[str]:
     """Ray, and a word on where it is: the cluster of RAY_ADDRESS (a submitted job has it too), or one of our own, which
-    ends with the block. Never a bare `ray.init()`: it joins whatever cluster this machine happens to have.
-    """
+    ends with the block. Never a bare `ray.init()`: it joins whatever cluster this machine happens to have."""
     if ray.is_initialized():
         yield described()
         return
@@ -99,8 +97,7 @@ def check_fits(asked: ClusterConfig, actors: int) -> None:
 
 
 def most_nodes() -> list[tuple[Mapping[str, float], int]] | None:
-    """(resources, how many) of the cluster's nodes, with those that its autoscaler may start; None where nobody knows
-    yet."""
+    """(resources, how many) of the cluster's nodes, with those its autoscaler may start; None: nobody knows yet."""
     there = [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
     file = Path("~/ray_bootstrap_config.yaml").expanduser()  # the head of a cluster that `ray up` has made has it
     if file.exists():
@@ -113,8 +110,7 @@ def most_nodes() -> list[tuple[Mapping[str, float], int]] | None:
 
 
 def stand_in(folder: str) -> None:
-    """Make relative paths mean what they meant to the driver; on a machine that has no such folder they mean
-    nothing."""
+    """Make relative paths mean what they meant to the driver, where this machine has its folder."""
     with suppress(FileNotFoundError):
         os.chdir(folder)
 

@@ -19,8 +19,7 @@ from diffinstruct.tracking.journal import deliver
 
 logger = logging.getLogger(__name__)
 
-FINAL = (UserError, RewardError, NonFinite, CheckpointError, Paused)
-"""Errors that a second try would meet again."""
+FINAL = (UserError, RewardError, NonFinite, CheckpointError, Paused)  # errors that a second try would meet again
 
 
 class NoSecondTry(UserCallback):

@@ -57,8 +57,7 @@ class Call:
         self.reference = send(self.request)
 
     def answer(self) -> Any:
-        """The answer's content. Raises what the actor raised, or RewardError, one line, when all attempts have
-        failed."""
+        """The answer's content. Raises what the actor raised, or RewardError where all attempts have failed."""
         attempt = 0
         while True:
             attempt += 1

@@ -30,25 +30,23 @@ from ray.train.torch import TorchTrainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from diffinstruct.cluster.attach import ray_options, stand_in
+from diffinstruct.cluster.attach import attached, check_fits, ray_options, stand_in, warn_of_passing_copy
+from diffinstruct.cluster.collectives import collective_device, distributed_ranks, leaving
+from diffinstruct.cluster.failures import NoSecondTry, close, final_error
 from diffinstruct.cluster.reward_pool import RewardPool, reward_pool
 from diffinstruct.config.addresses import tracking_uri
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.locks import Busy
+from diffinstruct.tracking.journal import Parent
 
 if TYPE_CHECKING:
     from diffinstruct.reward_service.client import RewardBackend
-    from diffinstruct.tracking.journal import Parent
     from diffinstruct.training.run_log import Result
-from diffinstruct.cluster.attach import attached, check_fits, warn_of_passing_copy
-from diffinstruct.cluster.collectives import collective_device, distributed_ranks, leaving
-from diffinstruct.cluster.failures import NoSecondTry, close, final_error
 
 OUTPUT = "output.txt"
 """What rank 0 prints goes into this file of the run's folder, and from there to the user's terminal."""
-PROMPTS_A_TASK = 256
-"""Encoding fewer takes less time than loading the text encoders."""
+PROMPTS_A_TASK = 256  # encoding fewer takes less time than loading the text encoders
 
 
 def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> Result:
@@ -107,8 +105,7 @@ def fit(experiment: Experiment, folder: Path, pool: RewardBackend | None, where:
 
 
 def embed(experiment: Experiment) -> None:
-    """Make the prompt embeddings that a run's folder of them lacks, in tasks of a worker's size, as many as it has
-    workers."""
+    """Make the prompt embeddings that a run's folder of them lacks, in as many tasks as it has workers."""
     if experiment.prompts.embeddings is None:
         return
     started_in = os.getcwd()
@@ -168,11 +165,9 @@ def train_loop(
         return train(experiment, folder, pool, worker, parent)
 
 
-# ------------------------------------------------------------------------------------------------------ terminal
 @contextmanager
 def shown(path: Path) -> Iterator[None]:
-    """Print what is appended to `path` during the block; on a terminal each line of progress replaces the one
-    before."""
+    """Print what is appended to `path` during the block; on a terminal a line of progress replaces the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     ended = threading.Event()

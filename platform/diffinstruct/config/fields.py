@@ -16,10 +16,8 @@ from diffinstruct.method.distances import DISTANCES
 from diffinstruct.method.objectives import OBJECTIVES
 from reward_models import NAMES
 
-POCKET = "pocket"
-"""The built-in world: the reference of this name, and the source of the prompts POCKET_PROMPTS."""
-POCKET_DISTILLED = "pocket-distilled"
-"""The one-step generator that comes with it, to start from."""
+POCKET = "pocket"  # the built-in world: the reference of this name, and the source of the prompts POCKET_PROMPTS
+POCKET_DISTILLED = "pocket-distilled"  # the one-step generator that comes with it, to start from
 POCKET_PROMPTS = tuple(f"{POCKET}:{split}" for split in ("train", "eval", "open", "grid"))
 """For training, held-out combinations, face-free ones, and those of the picture grid."""
 
@@ -118,11 +116,12 @@ def keys_of(section: type[Section], prefix: str = "", sections: bool = False) ->
     """The keys below a section: dotted name and field; those that are sections themselves only where `sections` asks
     for them. A list's items are no keys."""
     for name, field in section.model_fields.items():
-        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-        if sections or not is_section:
+        kind = field.annotation
+        inner = kind if isinstance(kind, type) and issubclass(kind, Section) else None
+        if sections or not inner:
             yield prefix + name, field
-        if is_section:
-            yield from keys_of(field.annotation, f"{prefix}{name}.", sections)
+        if inner:
+            yield from keys_of(inner, f"{prefix}{name}.", sections)
 
 
 @cache

@@ -18,8 +18,7 @@ from diffinstruct.config.fields import keys_of
 from diffinstruct.config.sections import ARGUMENTS, ObjectiveConfig, drop_arguments
 from diffinstruct.errors import ConfigErrors, did_you_mean, nearest_file
 
-Loc = tuple[str | int, ...]
-"""The keys and indices that lead to a value: ("rewards", "trained", 0, "weight")."""
+Loc = tuple[str | int, ...]  # the keys and indices that lead to a value: ("rewards", "trained", 0, "weight")
 
 RENAMED = {
     "reference.cfg_scale": "reference.guidance_scale",
@@ -45,10 +44,8 @@ RENAMED = {
 """Keys of version 0.1 and what they are called now; guidance_scale is cfg_scale + 1. A section comes after its keys."""
 ONLY_OF = {"objective.huber_c": ("distance", "pseudo_huber"), "objective.sid_alpha": ("name", "sid")}
 """Keys that version 0.1 wrote whatever the objective; they go over where another key has this value."""
-MOST_VALUES = 100_000
-"""In one configuration."""
-LARGEST = 4 << 20
-"""Bytes of one configuration."""
+MOST_VALUES = 100_000  # in one configuration
+LARGEST = 4 << 20  # bytes of one configuration
 
 
 def load_run(folder: Path) -> Experiment:
@@ -93,8 +90,7 @@ _Loader.add_implicit_resolver(
 
 _OLD_NUMBER = re.compile(r"[-+]?0[\d_]+$|.*:", re.DOTALL)
 """What YAML 1.1 reads in base 8 or 60: 010 as eight, 1:30 as ninety."""
-_LAST = sys.maxsize
-"""The line of an override: their mistakes come after those of the file."""
+_LAST = sys.maxsize  # the line of an override: their mistakes come after those of the file
 
 
 class _Source:

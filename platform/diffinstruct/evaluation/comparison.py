@@ -19,8 +19,7 @@ from diffinstruct.metrics import REWARD, Metric
 from diffinstruct.models.export import load_export
 from diffinstruct.reports import page, plots
 
-SHOWN = 8
-"""Prompts, evenly spaced in the table."""
+SHOWN = 8  # prompts, evenly spaced in the table
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,4 @@
-"""Runs as tables: kept rows of finished trials, a sweep's folder as one frame, estimates over training seeds, the
-Pareto front.
-
-An experiment that takes hours is interrupted; what it knows already must not be. Each finished trial adds its row, and
-a trial whose row is there is not run again, on this machine or another.
+"""Runs as tables: kept rows of finished trials, a sweep's folder as one frame, estimates over training seeds.
 
 A measure with an interval is four columns everywhere: `x`, `x.low`, `x.high` (95 %) and `x.n`.
 """
@@ -10,20 +6,13 @@ A measure with an interval is four columns everywhere: `x`, `x.low`, `x.high` (9
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-import os
-from collections.abc import Iterable, Sequence
-
 import pandas as pd
 
 from diffinstruct.config.experiment import Experiment
@@ -41,8 +30,6 @@ from diffinstruct.tracking.records import read_journal
 # ------------------------------------------------------------------------------------------ tables
 def table(rows: dict[str, Summary]) -> pd.DataFrame:
     """One row a generator, one column a measure, cells `value [low, high]`; empty where a row lacks the measure."""
-    import pandas as pd
-
     return pd.DataFrame({name: {m: str(f) for m, f in row.items()} for name, row in rows.items()}).T.fillna("")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from ray.tune.search import Searcher
@@ -11,14 +11,10 @@ from ray.tune.search.optuna import OptunaSearch
 
 from diffinstruct.run_folder import signals
 from diffinstruct.sweeps.criterion import SelectionCriterion
-
-if TYPE_CHECKING:
-    pass
 from diffinstruct.sweeps.points import Optuna, Point
 from diffinstruct.sweeps.trials import Trials
 
 
-# -------------------------------------------------------------------------------------------- what Tune is given
 class Listed(Searcher):
     """Hands out the points of a list."""
 
@@ -46,8 +42,7 @@ class Listed(Searcher):
 
 
 class Asking(Listed):
-    """Hands out the points that Optuna asks for. Those of an earlier life first: it is told at once what they came
-    to."""
+    """Hands out the points that Optuna asks for; of an earlier life's it is told at once what they came to."""
 
     def __init__(self, trials: Trials, criterion: SelectionCriterion) -> None:
         super().__init__(trials, [i for i in trials.known if not trials.finished(i)])

@@ -63,8 +63,7 @@ class StudyResult:
             self.say(f"- {arm}, minus {recipe}: " + ", ".join(f"{measures[key]} {gap}" for key, gap in paired.items()))
 
     def draw(self, x: str | None = None, y: str | None = None) -> None:
-        """Draw the Pareto front of the arms, and heat maps over two keys of the configuration; publish them with the
-        table."""
+        """Draw and publish the Pareto front of the arms, and heat maps over two keys of the configuration."""
         from diffinstruct.reports import plots
 
         frame = self.rows.rename(columns={KEY: "run"}).assign(status="finished")
@@ -174,9 +173,7 @@ def complete(
     most: int | None = None,
 ) -> pd.DataFrame | None:
     """Run the trials, every arm with every seed, that have no row yet, `most` of them at most; all rows, or None while
-    some are missing. A row has what it changes of `base`, and what the trial's own row has but for its folder; `arm` is
-    added
-    here."""
+    some are missing. A row has the trial's own but for its folder, and its `arm`."""
     points: dict[str, Point] = {}
     wanted = []
     for seed, (arm, changes) in itertools.product(seeds, arms.items()):

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from ray import tune
 
 from diffinstruct.cluster.attach import ray_options, stand_in
 from diffinstruct.cluster.failures import close
+from diffinstruct.cluster.reward_pool import RewardPool
 from diffinstruct.cluster.train import fit
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import nearest_key
@@ -27,12 +28,9 @@ from diffinstruct.reports.frames import short
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.signals import Paused
 from diffinstruct.sweeps.criterion import SelectionCriterion
+from diffinstruct.sweeps.points import DRAWN, Optuna, Point, changed, check_domains, values_of
 from diffinstruct.tracking.journal import Parent, add_evaluation
 from diffinstruct.tracking.records import MetricsRecord, json_lines, records
-
-if TYPE_CHECKING:
-    from diffinstruct.reward_service.client import RewardBackend
-from diffinstruct.sweeps.points import DRAWN, Optuna, Point, changed, check_domains, values_of
 
 SHARED = "is the same in all trials of a sweep, because they share their reward actors"
 LISTEN = 0.5  # seconds between two looks into a trial's journal
@@ -41,7 +39,6 @@ EvaluateRun = Callable[[Experiment, Path], Mapping[str, float]]
 """(experiment, folder of its finished run) -> metrics for its row."""
 
 
-# -------------------------------------------------------------------------------------------------------- trials
 class Trials:
     """The trials of a sweep by number: what each changes, and where its run is.
 
@@ -87,8 +84,7 @@ class Trials:
 
     def check_space(self, space: Mapping[str, Any], point: Point) -> None:
         """Raises UserError where what a search or a scheduler may make of `point` never is an experiment. Now and then
-        is no
-        mistake: some values only go with some others."""
+        is no mistake: some values only go with some others."""
         known = self.base.to_params()
         if unknown := next((key for key in space if key not in known), None):
             raise UserError(f"{unknown}: unknown key{nearest_key(unknown, known)}")
@@ -154,8 +150,7 @@ class Trials:
             file.write(json.dumps(line) + "\n")
 
     def number(self, tune_id: str, config: Mapping[str, Any]) -> int:
-        """Ours, of a trial of Tune's. Its configuration has it at its first start only: one that takes over another's
-        weights is given that one's configuration."""
+        """Ours, of a trial of Tune's; kept, since one that takes over another's weights gets that one's configuration."""
         known = self.folder / "ray" / f"{tune_id}.number"
         if not known.exists():
             known.parent.mkdir(parents=True, exist_ok=True)
@@ -172,8 +167,7 @@ class Trials:
         return changed(self.base, self.point(i))
 
     def finished(self, i: int) -> bool:
-        """Whether trial `i` has its row: metrics.json is the last file that a run writes, evaluation.json that a trial
-        does."""
+        """Whether trial `i` has its row: the last file that a run writes is metrics.json, a trial evaluation.json."""
         if i not in self.known or not (self.run(i) / "metrics.json").exists():
             return False
         return not self.evaluate or evaluation_file(self.run(i)).exists()
@@ -195,7 +189,7 @@ class Trials:
 class Shared:
     """What all trials of a sweep share: reward actors, the cluster's address, the parent run, the criterion."""
 
-    pool: RewardBackend | None
+    pool: RewardPool | None
     where: str
     parent: str | None
     criterion: SelectionCriterion | None
@@ -277,8 +271,7 @@ class Trial:
             tune.report({**metrics, "score": criterion.score(metrics)}, checkpoint=checkpoint)
 
     def _join(self, i: int, point: Point) -> None:
-        """Find out who this trial is: itself, going on, or one that takes over another's weights under a new
-        configuration."""
+        """Find out whether this trial goes on as itself, or takes over another's weights under a new configuration."""
         from diffinstruct.training.resume import take_over
 
         if (told := tune.get_checkpoint()) is None:
@@ -296,8 +289,7 @@ class Trial:
 
 
 class Reports:
-    """A journal as Tune wants it: a report for each logged step, with the metrics of the last look beside its
-    metrics."""
+    """A journal as Tune wants it: a report for each logged step, with the metrics of the last probe beside its own."""
 
     def __init__(self, journal: Path) -> None:
         self.journal, self.offset = journal, 0

@@ -36,6 +36,7 @@ from diffinstruct.cluster.train import embed
 from diffinstruct.config.addresses import tracking_uri
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.inputs import check_inputs
+from diffinstruct.config.sections import ClusterConfig
 from diffinstruct.errors import UserError, did_you_mean
 from diffinstruct.reward_service.monitor import METRICS
 from diffinstruct.run_folder import signals
@@ -50,8 +51,7 @@ DRIVER = {HEAD: 0.001}
 """What a trial's own process asks for: a slot that every cluster has, on its head. If it took a CPU, trials could hold
 all of them and wait for ever for their workers'."""
 
-OnRow = Callable[[int, dict[str, Any]], None]
-"""(number of the trial, its row), in the driver."""
+OnRow = Callable[[int, dict[str, Any]], None]  # (number of the trial, its row), in the driver
 
 
 class SweepError(RuntimeError):
@@ -98,7 +98,8 @@ def sweep(
         parent = Journal(
             *(base.tracking.uri, base.tracking.experiment, folder.name, folder, trials.varied, tags), also=base.tracking.also
         )
-        print(f"sweep {folder}  {trials.count} trials  tracking {parent.url}  {where}\n{placement(base)}", flush=True)
+        print(f"sweep {folder}  {trials.count} trials  tracking {parent.url}  {where}", flush=True)
+        print(placement(base.cluster, base.reward_actors), flush=True)
         end = Outcome("KILLED")
         try:
             with (
@@ -199,7 +200,7 @@ def _run_trials(trials: Trials, shared: Shared, scheduler: TrialScheduler | None
         param_space=space,
         tune_config=tune.TuneConfig(
             **search,
-            max_concurrent_trials=at_once(trials.base),
+            max_concurrent_trials=at_once(trials.base.cluster, trials.base.reward_actors),
             scheduler=StopByRequest(scheduler, stop) if scheduler else None,
             **({"metric": "score", "mode": "max"} if scheduler else {}),
         ),
@@ -301,8 +302,7 @@ class Progress(TrialProgressCallback):
 
 
 def _check_probes(trials: Trials, criterion: SelectionCriterion, scheduler: TrialScheduler | None) -> None:
-    """Raises UserError where the criterion's metrics would never come, or a scheduler would count something else than
-    steps."""
+    """Raises UserError where the criterion's metrics would never come, or a scheduler would not count steps."""
     keys = (criterion.maximize, criterion.minimize, *criterion.floors, *criterion.ceilings)
     probed = [key for key in keys if key.startswith("overoptimization/")]
     if unknown := next((key for key in probed if key not in METRICS), None):
@@ -330,10 +330,9 @@ def _check_probes(trials: Trials, criterion: SelectionCriterion, scheduler: Tria
         )
 
 
-# ----------------------------------------------------------------------------------------------------- resources
-def at_once(experiment: Experiment) -> int:
+def at_once(asked: ClusterConfig, actors: int) -> int:
     """How many trials the cluster has workers for, beside the reward actors; at least one."""
-    asked, actors, total = experiment.cluster, experiment.reward_actors, _total()
+    total = _total()
     fits = [  # amounts may be fractions
         (total.get(kind, 0) - actors * asked.per_reward_actor.get(kind, 0)) / (asked.workers * amount) + 1e-9
         for kind, amount in asked.per_worker.items()
@@ -341,16 +340,16 @@ def at_once(experiment: Experiment) -> int:
     return max(1, int(min(fits)))
 
 
-def placement(experiment: Experiment) -> str:
+def placement(asked: ClusterConfig, actors: int) -> str:
     """What the sweep asks of the cluster, in a line."""
-    asked, actors, total = experiment.cluster, experiment.reward_actors, _total()
+    total = _total()
 
     def said(resources: Mapping[str, float]) -> str:
         return ", ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
 
     kinds = {**asked.per_worker, **asked.per_reward_actor}
     return (
-        f"placement  {at_once(experiment)} trials at once, {asked.workers} workers each, "
+        f"placement  {at_once(asked, actors)} trials at once, {asked.workers} workers each, "
         f"{said(asked.per_worker)} a worker; "
         f"for all of them {actors} reward actors, {said(asked.per_reward_actor)} an actor; "
         f"Ray has {said({kind: total.get(kind, 0) for kind in kinds})}"

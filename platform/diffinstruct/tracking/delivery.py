@@ -25,8 +25,7 @@ LONGEST_PAUSE = 30.0  # seconds between two attempts while a tracker does not an
 
 
 class Delivery(Protocol):
-    """Brings the journal of a run's folder to one tracker. What the tracker has confirmed is kept in that folder, so
-    whoever goes on with the folder goes on with the delivery."""
+    """Brings the journal of a run's folder to one tracker. What is confirmed is kept there, so anybody can go on."""
 
     @property
     def name(self) -> str:
@@ -40,7 +39,7 @@ class Delivery(Protocol):
         """Makes sure that the tracker answers and has the run. Called before each `deliver`; raises whatever it likes."""
 
     def deliver(self, final: bool) -> bool:
-        """Delivers what is not confirmed yet, and returns whether nothing is left. Raises whatever it likes; what was
+        """Delivers what is not confirmed yet; returns whether nothing is left. Raises whatever it likes; what was
         confirmed stays so. `final`: the journal has ended, so what was put off is tried now."""
 
 
@@ -51,17 +50,15 @@ class Acknowledgement:
         self.journal, self.path, self.offset = folder / "journal.jsonl", folder / file_name, 0
 
     def read(self) -> dict[str, Any]:
-        """What was confirmed last; from there `unconfirmed` goes on. Nothing where the journal is shorter than that:
-        lines were confirmed, then lost with the machine's memory."""
+        """What was confirmed last; from there `unconfirmed` goes on."""
         content = read_json(self.path)
-        if content.get("offset", 0) > self.journal.stat().st_size:
+        if content.get("offset", 0) > self.journal.stat().st_size:  # lines were lost with the machine's memory
             content = {}
         self.offset = content.get("offset", 0)
         return content
 
     def unconfirmed(self) -> Iterator[tuple[int, int, Record | None]]:
-        """(first byte, byte after the end, record) of each complete line that is not confirmed; None for one that is no
-        record, which is to be confirmed, too."""
+        """(first byte, byte after the end, record) of each complete line that is not confirmed; None: no record."""
         for begin, end, record in records(self.journal, self.offset):
             if record is None:
                 warn_of_unreadable(self.journal, begin, end)
@@ -109,13 +106,11 @@ class DeliveryThread(threading.Thread):
 
 
 def delivery_named(name: str, folder: Path) -> Delivery:
-    """The delivery of a run's folder to a tracker, by a name as the key `tracking.also` has it. Raises UserError in one
-    line for one that cannot be made."""
+    """The delivery of a run's folder to a tracker, as `tracking.also` names it. Raises UserError, one line."""
     delivery: Delivery = import_named("tracking.also", TRACKERS.get(name, name))(folder)
     return delivery
 
 
 def leads_outside(folder: Path, path: Path) -> bool:
-    """Whether a file of a run, or one in it, is or leads by a link outside of the run's folder: journals come from
-    others, too."""
+    """Whether a run's file, or a link in it, leads outside of the run's folder: journals come from others, too."""
     return not all(file.resolve().is_relative_to(folder.resolve()) for file in (path, *path.rglob("*")))
