@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,21 @@ def stand_in(folder: str) -> None:
     """Make relative paths mean what they meant to the driver, where this machine has its folder."""
     with suppress(FileNotFoundError):
         os.chdir(folder)
+
+
+def worker_task(function: Callable[[], Any], asked: ClusterConfig, folder: str) -> ray.ObjectRef:
+    """Run `function` as in `folder`, in a Ray task of a training process's size; the reference to what it returns."""
+
+    def task() -> Any:
+        import torch
+
+        stand_in(folder)
+        torch.set_num_threads(asked.cpus_per_worker)
+        return function()
+
+    # By default a task inside a trial of Tune's would be put into the trial's own resources
+    options = {**ray_options(asked.per_worker), "scheduling_strategy": "DEFAULT", "max_retries": 3}
+    return ray.remote(task).options(**options).remote()
 
 
 def ray_options(asked: Mapping[str, float]) -> dict[str, Any]:

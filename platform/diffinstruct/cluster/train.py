@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ from ray.train.torch import TorchTrainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from diffinstruct.cluster.attach import attached, check_fits, ray_options, stand_in, warn_of_passing_copy
+from diffinstruct.cluster.attach import attached, check_fits, stand_in, warn_of_passing_copy, worker_task
 from diffinstruct.cluster.collectives import collective_device, distributed_ranks, leaving
 from diffinstruct.cluster.failures import NoSecondTry, close, final_error
 from diffinstruct.cluster.reward_pool import RewardPool, reward_pool
@@ -108,29 +109,17 @@ def embed(experiment: Experiment) -> None:
     """Make the prompt embeddings that a run's folder of them lacks, in as many tasks as it has workers."""
     if experiment.prompts.embeddings is None:
         return
-    started_in = os.getcwd()
-    of_worker = {**ray_options(experiment.cluster.per_worker), "scheduling_strategy": "DEFAULT", "max_retries": 3}
+    from diffinstruct.training.build import missing_embeddings, store_embeddings
 
-    def look() -> list[str | None]:
-        from diffinstruct.training.build import missing_embeddings
-
-        stand_in(started_in)
-        return missing_embeddings(experiment)
-
-    def make(prompts: list[str | None]) -> None:
-        from diffinstruct.training.build import store_embeddings
-
-        stand_in(started_in)
-        torch.set_num_threads(experiment.cluster.cpus_per_worker)
-        store_embeddings(experiment, prompts)
-
+    asked, started_in = experiment.cluster, os.getcwd()
     try:
-        missing = ray.get(ray.remote(look).options(**of_worker).remote())
+        missing = ray.get(worker_task(partial(missing_embeddings, experiment), asked, started_in))
         if not missing:
             return
-        parts = min(experiment.cluster.workers, -(-len(missing) // PROMPTS_A_TASK))
+        parts = min(asked.workers, -(-len(missing) // PROMPTS_A_TASK))
         print(f"prompt embeddings: {len(missing)} to make in {experiment.prompts.embeddings}, {parts} tasks", flush=True)
-        ray.get([ray.remote(make).options(**of_worker).remote(missing[i::parts]) for i in range(parts)])
+        stores = [partial(store_embeddings, experiment, missing[i::parts]) for i in range(parts)]
+        ray.get([worker_task(store, asked, started_in) for store in stores])
     except RayTaskError as error:
         raise final_error(error) or error from None
 

@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pandas as pd
 import ray
 from ray import tune
 
-from diffinstruct.cluster.attach import ray_options, stand_in
+from diffinstruct.cluster.attach import worker_task
 from diffinstruct.cluster.failures import close
 from diffinstruct.cluster.reward_pool import RewardPool
 from diffinstruct.cluster.train import fit
@@ -218,7 +219,8 @@ class Trial:
         for report in self._train(experiment, self.trials.name(point)):
             self._report(report)
         if self.trials.evaluate and not (file := evaluation_file(self.folder)).exists():
-            evaluation = evaluated(self.trials.evaluate, experiment, self.folder, self.started_in)
+            evaluate = partial(self.trials.evaluate, experiment, self.folder)
+            evaluation = dict(ray.get(worker_task(evaluate, experiment.cluster, self.started_in)))
             values = {key: value for key, value in evaluation.items() if key.rpartition(".")[2] not in ("low", "high", "n")}
             step = self.trials.row(i)["step"]
             add_evaluation(self.folder, experiment.tracking.uri, step, values, experiment.tracking.also)
@@ -293,7 +295,7 @@ class Reports:
 
     def __init__(self, journal: Path) -> None:
         self.journal, self.offset = journal, 0
-        self.watched: dict[str, float] = {}
+        self.probed: dict[str, float] = {}
 
     def new(self) -> Iterator[dict[str, float]]:
         """What has been written since."""
@@ -302,27 +304,13 @@ class Reports:
             if not isinstance(record, MetricsRecord):
                 continue
             metrics = record.metrics
-            looked = {key: value for key, value in metrics.items() if key.startswith("overoptimization/")}
-            self.watched |= looked
-            if len(metrics) > len(looked):
-                yield {"step": record.step, **metrics, **self.watched}
+            probed = {key: value for key, value in metrics.items() if key.startswith("overoptimization/")}
+            self.probed |= probed
+            if len(metrics) > len(probed):
+                yield {"step": record.step, **metrics, **self.probed}
 
 
 def evaluation_file(folder: Path) -> Path:
     """A run's evaluation; version 0.1 called it examination.json."""
     old = folder / "examination.json"
     return old if old.exists() else folder / "evaluation.json"
-
-
-def evaluated(evaluate: EvaluateRun, experiment: Experiment, folder: Path, started_in: str) -> dict[str, float]:
-    """A run's evaluation, made in a task of a worker's size beside the trial's own group."""
-
-    def task() -> dict[str, float]:
-        import torch
-
-        stand_in(started_in)
-        torch.set_num_threads(experiment.cluster.cpus_per_worker)
-        return dict(evaluate(experiment, folder))
-
-    of_worker = ray_options(experiment.cluster.per_worker)
-    return ray.get(ray.remote(task).options(**of_worker, scheduling_strategy="DEFAULT", max_retries=3).remote())
