@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from diffinstruct.cli import arguments
 from diffinstruct.errors import UserError
@@ -15,17 +15,16 @@ from diffinstruct.evaluation import REFERENCE_PICTURES, SEED
 
 
 def evaluate(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN_OR_FOLDER", help="a finished run, or an exported pipeline")],
+    folders: Annotated[list[Path], Argument(metavar="RUN_OR_FOLDER", help="a finished run, or an exported pipeline")],
     prompts: Annotated[
-        str,
-        typer.Option("--prompts", metavar="FILE", help="a .csv with a column `prompt`, a .txt, or pocket:eval, pocket:open"),
+        str, Option("--prompts", metavar="FILE", help="a .csv with a column `prompt`, a .txt, or pocket:eval, pocket:open")
     ],
     rewards: arguments.RewardNames,
     metrics: arguments.MetricNames,
     reference_pictures: arguments.ReferencePictures = REFERENCE_PICTURES,
     seed: arguments.EvaluationSeed = SEED,
     out: Annotated[
-        Path | None, typer.Option("-o", metavar="FOLDER", help="for table.md and one .csv a generator, with a row a prompt")
+        Path | None, Option("-o", metavar="FOLDER", help="for table.md and one .csv a generator, with a row a prompt")
     ] = None,
 ) -> None:
     """Measure generators side by side, on the same prompts and noise."""
@@ -41,19 +40,16 @@ def evaluate(
 
 def compare(
     runs: Annotated[
-        tuple[Path, Path], typer.Argument(metavar="RUN RUN", help="two finished runs; differences are second minus first")
+        tuple[Path, Path], Argument(metavar="RUN RUN", help="two finished runs; differences are second minus first")
     ],
     rewards: arguments.RewardNames,
     metrics: arguments.MetricNames,
     prompts: Annotated[
-        str | None,
-        typer.Option("--prompts", metavar="FILE", help="as for `evaluate`; default in the pocket world: pocket:eval"),
+        str | None, Option("--prompts", metavar="FILE", help="as for `evaluate`; default in the pocket world: pocket:eval")
     ] = None,
     reference_pictures: arguments.ReferencePictures = REFERENCE_PICTURES,
     seed: arguments.EvaluationSeed = SEED,
-    out: Annotated[
-        Path | None, typer.Option("-o", metavar="OUT", help="a page (.html), or a folder for tables and pictures")
-    ] = None,
+    out: Annotated[Path | None, Option("-o", metavar="OUT", help="a page (.html), or a folder for tables and pictures")] = None,
 ) -> None:
     """Compare two runs: keys that differ, paired figures."""
     arguments.check_reference_pictures(reference_pictures)
@@ -70,8 +66,8 @@ def compare(
 
 
 def report(
-    path: Annotated[Path, typer.Argument(metavar="RUN_OR_SWEEP", help="a run's folder, a sweep's, or a .csv of kept rows")],
-    out: Annotated[Path, typer.Option("-o", metavar="out.html", help="the file to write")],
+    path: Annotated[Path, Argument(metavar="RUN_OR_SWEEP", help="a run's folder, a sweep's, or a .csv of kept rows")],
+    out: Annotated[Path, Option("-o", metavar="out.html", help="the file to write")],
 ) -> None:
     """Write a run or a sweep as one HTML file."""
     arguments.check_output(out, ".html")
@@ -83,12 +79,9 @@ def report(
 
 def export(
     run: arguments.Run,
-    out: Annotated[Path, typer.Option("-o", metavar="FOLDER", help="the pipeline's folder to write")],
+    out: Annotated[Path, Option("-o", metavar="FOLDER", help="the pipeline's folder to write")],
     step: Annotated[
-        str,
-        typer.Option(
-            "--step", help="a number, last, or best: the largest gain in held-out rewards without a symptom of hacking"
-        ),
+        str, Option("--step", help="a number, last, or best: the largest gain in held-out rewards without a symptom of hacking")
     ] = "last",
 ) -> None:
     """Write a checkpoint's generator as a stock pipeline.
@@ -117,11 +110,11 @@ def export(
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(metavar="RUN_OR_FOLDER", help="a finished run, or an exported pipeline")],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
-    out: Annotated[Path, typer.Option("-o", metavar="out.png", help="the picture to write")],
-    seed: Annotated[int, typer.Option("--seed", help="seed of the first picture; the next has the next one")] = 0,
-    n: Annotated[int, typer.Option("--n", help="how many pictures, side by side")] = 1,
+    run: Annotated[Path, Argument(metavar="RUN_OR_FOLDER", help="a finished run, or an exported pipeline")],
+    prompt: Annotated[str, Argument(metavar="PROMPT")],
+    out: Annotated[Path, Option("-o", metavar="out.png", help="the picture to write")],
+    seed: Annotated[int, Option("--seed", help="seed of the first picture; the next has the next one")] = 0,
+    n: Annotated[int, Option("--n", help="how many pictures, side by side")] = 1,
 ) -> None:
     """Make pictures with a trained generator, in one step."""
     model = run

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from diffinstruct.cli.arguments import Overrides, Recipe, existing_run, read_experiment
 from diffinstruct.errors import UserError, did_you_mean
@@ -24,11 +24,11 @@ OTHER_PROCESS_WAIT_S = 5.0  # seconds in which a process that was killed on anot
 def train(
     file: Recipe,
     overrides: Overrides,
-    local: Annotated[bool, typer.Option("--local", help="train in this process, without Ray")] = False,
-    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="go on with the run in this folder")] = None,
+    local: Annotated[bool, Option("--local", help="train in this process, without Ray")] = False,
+    resume: Annotated[Path | None, Option("--resume", metavar="RUN", help="go on with the run in this folder")] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option("--allow", metavar="KEY", help="with --resume: go on though this key has changed; may be repeated"),
+        Option("--allow", metavar="KEY", help="with --resume: go on though this key has changed; may be repeated"),
     ] = None,
 ) -> None:
     """Train a generator on Ray."""
@@ -97,12 +97,9 @@ def _check_resume(experiment: Experiment, folder: Path, allowed: Sequence[str]) 
         options = [f"--allow {key}" for key in changes if key in may_change and key not in allowed]
         hint = f"; {' '.join(options)} goes on with what is new" if options else ""
         raise UserError("\n".join([*refused, f"--resume: goes on with {file}, unchanged{hint}"]))
-    if keys := {*changes, *({"prompts.train"} & {*allowed})}:  # the prompts of a file may have changed under its name
-        _change_checkpoint(experiment, folder, keys, list(messages.values()))
-
-
-def _change_checkpoint(experiment: Experiment, folder: Path, keys: set[str], messages: Sequence[str]) -> None:
-    """Make the run's newest checkpoint one of the new configuration, and say so."""
+    keys = {*changes, *({"prompts.train"} & {*allowed})}  # the prompts of a file may have changed under its name
+    if not keys:
+        return
     from diffinstruct.run_folder.checkpoint import CheckpointError
     from diffinstruct.training.resume import change
 
@@ -113,7 +110,7 @@ def _change_checkpoint(experiment: Experiment, folder: Path, keys: set[str], mes
         raise SystemExit(1) from None
     if step is not None:
         older = ", and its older checkpoints are gone" * (step > 0)
-        print("\n".join([*messages, f"from step {step} on it has what is new{older}"]), flush=True)
+        print("\n".join([*messages.values(), f"from step {step} on it has what is new{older}"]), flush=True)
 
 
 def check(file: Recipe, overrides: Overrides) -> None:
@@ -129,12 +126,10 @@ def check(file: Recipe, overrides: Overrides) -> None:
 
 
 def sync(
-    path: Annotated[Path, typer.Argument(metavar="RUN_OR_SWEEP", help="a run's folder, or a sweep's")],
+    path: Annotated[Path, Argument(metavar="RUN_OR_SWEEP", help="a run's folder, or a sweep's")],
     uri: Annotated[
         str | None,
-        typer.Option(
-            "--uri", help="address of the tracking server, where it is not the run's own, or only the journal names it"
-        ),
+        Option("--uri", help="address of the tracking server, where it is not the run's own, or only the journal names it"),
     ] = None,
 ) -> None:
     """Send MLflow and the mirror what is still missing there."""

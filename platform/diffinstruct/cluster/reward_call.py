@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 import uuid
@@ -58,15 +59,16 @@ class Call:
 
     def answer(self) -> Any:
         """The answer's content. Raises what the actor raised, or RewardError where all attempts have failed."""
-        attempt = 0
-        while True:
-            attempt += 1
+        for attempt in itertools.count(1):
             try:
                 if attempt > 1:
                     self._wait_until_it_is_back(0.1 * 2**attempt)
                     self.request = f"{self.id}/{attempt}"
                     self.reference = self.send(self.request)
-                answer = self._wait()
+                pause = self.deadline
+                while not ray.wait([self.reference], timeout=pause)[0]:
+                    pause = self._look()
+                answer: ActorReply = ray.get(self.reference)
                 if answer.request != self.request:
                     raise Fault(f"answered {answer.request}, asked {self.request}")
                 self.fault(answer)
@@ -82,12 +84,6 @@ class Call:
                         f"(the cluster has {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs)"
                     ) from error
                 logger.warning("%s: %s; asked again (%d of %d) to %s", self.place, failure, attempt + 1, ATTEMPTS, self.what)
-
-    def _wait(self) -> ActorReply:
-        pause = self.deadline
-        while not ray.wait([self.reference], timeout=pause)[0]:
-            pause = self._look()
-        return ray.get(self.reference)
 
     def _look(self) -> float:
         """End the actor if what it does is not to be waited for. Returns seconds until the next look."""

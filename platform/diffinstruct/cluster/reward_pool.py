@@ -36,7 +36,7 @@ from diffinstruct.cluster.attach import ray_options
 from diffinstruct.cluster.reward_actor import ActorReply, RewardActor
 from diffinstruct.cluster.reward_call import Call, Fault
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.sections import RewardEnvironmentConfig
+from diffinstruct.config.sections import RewardActorsConfig
 from diffinstruct.errors import UserError, did_you_mean, nearest_file
 from diffinstruct.method.rewards import Collect, RewardError, RewardRequest, Scores
 from diffinstruct.reward_service.validation import Report
@@ -192,7 +192,7 @@ def reward_pool(experiment: Experiment, actor: type[RewardActor] = RewardActor) 
     options = {**ray_options(asked.per_reward_actor), "max_restarts": -1, "max_task_retries": 0}
     prepared = [
         (names, file, {"runtime_env": runtime_env(file)} if file else {})
-        for names, file in grouped(experiment.rewards.names, asked.rewards.environments)
+        for names, file in grouped(experiment.rewards.names, asked.rewards)
     ]
     groups: list[Group] = []
     try:
@@ -211,12 +211,9 @@ def reward_pool(experiment: Experiment, actor: type[RewardActor] = RewardActor) 
                 ray.kill(replica)
 
 
-def grouped(
-    rewards: Sequence[str], environments: Sequence[RewardEnvironmentConfig]
-) -> list[tuple[tuple[str, ...], str | None]]:
+def grouped(rewards: Sequence[str], asked: RewardActorsConfig) -> list[tuple[tuple[str, ...], str | None]]:
     """Which rewards share actors, in the order of `rewards`, and the file of their own runtime environment, if any."""
-    placed = {name for environment in environments for name in environment.rewards}
-    groups = [(set(rewards) - placed, None)] + [(set(e.rewards), e.runtime_env) for e in environments]
+    groups = [(set(rewards) - {*asked.apart}, None)] + [(set(e.rewards), e.runtime_env) for e in asked.environments]
     return [(tuple(name for name in rewards if name in names), file) for names, file in groups if names]
 
 

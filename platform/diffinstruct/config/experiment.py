@@ -179,9 +179,9 @@ class Experiment(Section):
     def reward_actors(self) -> int:
         """How many the Ray runner starts: replicas of a group for each environment, and of one for all other
         rewards."""
-        apart = [name for environment in self.cluster.rewards.environments for name in environment.rewards]
-        groups = len(self.cluster.rewards.environments) + (len(self.rewards.names) > len(apart))
-        return 0 if self.cluster.rewards.placement == "process" else self.cluster.rewards.replicas * groups
+        asked = self.cluster.rewards
+        groups = len(asked.environments) + (len(self.rewards.names) > len(asked.apart))
+        return 0 if asked.placement == "process" else asked.replicas * groups
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def check_inputs(experiment: Experiment) -> None:
         _check_store(experiment.mirror)
     if "RAY_ADDRESS" in os.environ:  # a cluster that is elsewhere may have what is not here
         return
-    apart = {name for environment in experiment.cluster.rewards.environments for name in environment.rewards}  # so may these
+    apart = experiment.cluster.rewards.apart  # their environments may have it, too
     for name in experiment.rewards.names:
         if ":" in name and name not in apart and (missing := _missing_module(name.partition(":")[0])):
             raise UserError(f"rewards: {name!r}: there is no module {missing!r}, neither in this folder nor installed")

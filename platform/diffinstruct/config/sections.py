@@ -346,6 +346,11 @@ class RewardActorsConfig(Section):
         {}, "per reward actor, of resources that nodes declare: name -> amount, fractions allowed (ours)", identity=False
     )
 
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """The rewards with an environment of their own."""
+        return tuple(name for environment in self.environments for name in environment.rewards)
+
 
 class ClusterConfig(Section):
     """What the Ray runner asks for; `--local` ignores it."""

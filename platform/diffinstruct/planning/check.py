@@ -85,7 +85,7 @@ class Plan:
     latent_bytes: int  # of one sample
     worker: list[ModelMemory]  # of each training process, with the rewards that it computes itself
     actor: list[ModelMemory]  # of each reward actor
-    apart: list[str]  # rewards in an environment of their own
+    apart: tuple[str, ...]  # rewards in an environment of their own
     uncounted: dict[str, str]  # what could not be counted -> why
     training: Footprint
     scoring: Footprint
@@ -191,7 +191,7 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
 def make_plan(experiment: Experiment, reference: Reference) -> Plan:
     """Count what `experiment` takes. Raises UserError where a reward is none."""
     trained = [reward.name for reward in experiment.rewards.trained]
-    apart = [name for environment in experiment.cluster.rewards.environments for name in environment.rewards]
+    apart = experiment.cluster.rewards.apart
     rewards, models, uncounted = _rewards(experiment.rewards, apart)
     # Nothing else is loaded yet
     libraries = psutil.Process().memory_info().rss - sum(reward.weights for reward in rewards)

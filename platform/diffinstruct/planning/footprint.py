@@ -26,7 +26,7 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.sections import RewardsConfig
 from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.rewards import Collect, LatentRewards, RewardModel, RewardRequest, Scores, Send
-from diffinstruct.method.step import TrainState, alternating_round
+from diffinstruct.method.step import alternating_round
 from diffinstruct.models.lora import Role
 from diffinstruct.models.pipeline import Reference
 from diffinstruct.models.roles import Roles, make_roles
@@ -95,7 +95,11 @@ def training_footprint(
             "reference": PassCounter(roles.reference),
         }
         c = {key: value.expand(samples, *value.shape[1:]).clone() for key, value in null.items()}
-        _finish_a_round(train_state)
+        # Gradients and Adam states as a round before has left them
+        for optimizer in (train_state.generator_optimizer, train_state.score_optimizer):
+            for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+                weight.grad = torch.empty_like(weight)
+            optimizer.step()
         count.peak, count.flops = count.live, 0
         noise = NoiseStreams(0, 1, samples, reference.latent_shape, slice(0, samples), torch.device("cpu"))
         alternating_round(train_state, config, reference.schedule, noise, [""] * samples, c, send)
@@ -146,14 +150,6 @@ def _fill_roles(roles: Roles, gathered: torch.dtype | None) -> None:
         if isinstance(role.network, Role):
             _fill(role.network.base.network, filled, gathered)
         _fill(role.network, filled, gathered)
-
-
-def _finish_a_round(train_state: TrainState) -> None:
-    """Leave the gradients and Adam states that a round before has left."""
-    for optimizer in (train_state.generator_optimizer, train_state.score_optimizer):
-        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
-            weight.grad = torch.empty_like(weight)
-        optimizer.step()
 
 
 def _scoring(config: RewardsConfig, reference: Reference, decoder: nn.Module, rewards: Mapping[str, RewardModel]) -> Send:

@@ -158,10 +158,9 @@ def read_run(folder: Path | str) -> list[dict[str, Any]]:
     return records
 
 
-def planned(path: Path) -> int | None:
-    """How many trials the sweep in this folder is to have, as its parent run says; None where there is no such run."""
-    starts = [record["start"].get("tags", {}) for record in read_journal(path) if "start" in record]
-    return int(starts[-1]["trials"]) if starts and "trials" in starts[-1] else None
+def planned(path: Path) -> int:
+    """How many trials the sweep in this folder is to have, as its parent run says; 0 where there is no such run."""
+    return int([{}, *start_tags(read_journal(path))][-1].get("trials", 0))
 
 
 def learning_curves(path: Path | str) -> pd.DataFrame:
@@ -208,7 +207,8 @@ def measures(frame: pd.DataFrame) -> Measures:
     if "rewards.trained" in frame:
         trained = [reward["name"] for value in frame["rewards.trained"].dropna() for reward in json.loads(value)]
     else:  # kept rows, whose first columns are training's
-        rewards = [str(column) for column in frame if str(column).startswith("reward/") and not _is_bound(str(column), frame)]
+        bounds = {f"{measure}.{end}" for measure in intervals for end in ("low", "high", "n")}
+        rewards = [str(column) for column in frame if str(column).startswith("reward/") and column not in bounds]
         trained = [name for column in rewards if (name := _reward(column)) not in held_out]
 
     def first(*columns: str) -> str | None:
@@ -324,8 +324,12 @@ def estimate_text(row: Mapping[str, Any], measure: str) -> str:
 
 def ran_with(journal: Iterable[Mapping[str, Any]]) -> str:
     """The commits that a run was started and gone on with, joined by "+"; "unknown" if it never had one."""
-    starts = [record["start"].get("tags", {}) for record in journal if "start" in record]
-    return "+".join(dict.fromkeys(tags[COMMIT] for tags in starts if COMMIT in tags)) or "unknown"
+    return "+".join(dict.fromkeys(tags[COMMIT] for tags in start_tags(journal) if COMMIT in tags)) or "unknown"
+
+
+def start_tags(journal: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The tags that a run was started with, and gone on with, in order."""
+    return [record["start"].get("tags", {}) for record in journal if "start" in record]
 
 
 def _run(folder: Path) -> dict[str, Any]:
@@ -366,7 +370,3 @@ def _reward(column: str | None) -> str:
 
 def _columns(measure: str) -> list[str]:
     return [measure, f"{measure}.low", f"{measure}.high", f"{measure}.n"]
-
-
-def _is_bound(column: str, frame: pd.DataFrame) -> bool:
-    return column.endswith((".low", ".high", ".n")) and column.rpartition(".")[0] in frame

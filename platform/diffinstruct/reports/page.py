@@ -67,18 +67,17 @@ def save(out: Path, page: str) -> None:
 def of_run(folder: Path, run: pd.Series) -> str:
     """A run's page; `run` is its row in a frame."""
     experiment, records = load_run(folder), frames.read_run(folder)
-    starts = [record for record in records if "start" in record]
+    starts = frames.start_tags(records)
     frame, values = run.to_frame().T, frames.learning_curves(folder)
     events = [record for record in records if "event" in record]
-    alarms = [record["text"] for record in events if record["event"] in ("overoptimization", "hacking")]
+    alarms = [record["text"] for record in events if record["event"] == "overoptimization"]
     intervals = [measure for measure in frames.with_intervals(frame) if pd.notna(run[measure])]
-    metrics = {key: plain(run[key]) for key in values["key"].unique() if key not in intervals}
     return render(
         "run.html",
         title=folder.absolute().name,
         run=run,
         experiment=experiment,
-        tags=dict(starts[-1]["start"].get("tags", {})) if starts else {},
+        tags=starts[-1] if starts else {},
         times=[_time(records[0]), _time(records[-1])] if records else [],
         resumed=max(0, len(starts) - 1),
         changes=experiment.changes(Experiment()),
@@ -88,7 +87,7 @@ def of_run(folder: Path, run: pd.Series) -> str:
             (name, metric.title if (metric := find_metric(name)) else "", estimate_text(run, name), int(run[f"{name}.n"]))
             for name in intervals
         ],
-        metrics=metrics,
+        metrics={key: plain(run[key]) for key in values["key"].unique() if key not in intervals},
         alarms=alarms[:MOST_EVENTS],
         events=events[:MOST_EVENTS],
         events_left_out=len(events[MOST_EVENTS:]),
@@ -106,7 +105,7 @@ def of_sweep(path: Path, frame: pd.DataFrame) -> str:
     default = {key: _cut(plain(value)) for key, value in Experiment().to_params().items() if value is not None}
     best = by_point.sort_values(of.held_out, ascending=False) if of.held_out else by_point
     counts = frame["status"].value_counts().to_dict()
-    if (begun := len(frame)) < (trials := frames.planned(path) or 0):
+    if (begun := len(frame)) < (trials := frames.planned(path)):
         counts["not begun"] = trials - begun
     done = frame[frame["status"] == "finished"]  # a run that has just begun would bend the curves' mean over seeds
     is_folder, several = path.suffix != ".csv", bool(len(by_point)) and max(map(len, by_point["runs"])) > 1

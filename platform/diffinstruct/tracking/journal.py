@@ -180,16 +180,13 @@ class Journal:
                 thread.finishing.set()
             for thread in self._threads:
                 thread.join(max(0.0, until - time.monotonic()))
-            self._warn_of_undelivered()
+            mlflow, *others = self._threads
+            if not mlflow.complete:
+                how = f"diffinstruct sync {shlex.quote(str(self.folder))}"
+                logger.warning("not all of this run has reached MLflow; later: %s", how)
+            for name in (thread.delivery.name for thread in others if not thread.complete):
+                logger.warning("not all of this run has reached %s; the run's next start goes on with it", name)
         return all(thread.complete for thread in self._threads)
-
-    def _warn_of_undelivered(self) -> None:
-        mlflow, *others = self._threads
-        if not mlflow.complete:
-            how = f"diffinstruct sync {shlex.quote(str(self.folder))}"
-            logger.warning("not all of this run has reached MLflow; later: %s", how)
-        for name in (thread.delivery.name for thread in others if not thread.complete):
-            logger.warning("not all of this run has reached %s; the run's next start goes on with it", name)
 
     @property
     def run_id(self) -> str | None:

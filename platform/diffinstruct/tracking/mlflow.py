@@ -125,8 +125,13 @@ class MlflowDelivery:
         """
         try:
             self._deliver_unconfirmed()
-            if self.postponed and (final or time.monotonic() > self._postponed_again):
-                self._deliver_postponed()
+            if final or time.monotonic() > self._postponed_again:
+                for begin in list(self.postponed):
+                    _, _, record = next(records(self.journal, begin))
+                    self._deliver(begin, record)
+                    self._confirm(self.acknowledgement.offset)
+                    if begin in self.postponed:
+                        break  # one attempt may take long
             return not self.postponed
         except Exception:
             self._client = None  # look again whether the run is still there
@@ -163,14 +168,6 @@ class MlflowDelivery:
                 if record.reason:
                     self._client.set_tag(self.run_id, "reason", record.reason[:LONGEST_TAG])
                 self._client.set_terminated(self.run_id, record.finish, record.time)
-
-    def _deliver_postponed(self) -> None:
-        for begin in list(self.postponed):
-            _, _, record = next(records(self.journal, begin))
-            self._deliver(begin, record)
-            self._confirm(self.acknowledgement.offset)
-            if begin in self.postponed:
-                return  # one attempt may take long
 
     def _metrics(self, values: Mapping[str, float], record: StepRecord) -> list[Any]:
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
