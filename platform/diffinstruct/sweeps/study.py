@@ -11,7 +11,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,27 +125,18 @@ class Study:
         except KeyboardInterrupt:
             raise SystemExit(130) from None  # the sweep has said what is unfinished
 
-    def answer(self, most: int | None = None) -> StudyResult | None:
-        base = load(self.recipe)
-        return self._answer(base, TrialRows(self.rows), self.arms, self.seeds, self.evaluate, most)
-
     def smoke(self) -> StudyResult | None:
         base = changed(load(self.recipe), {"name": f"{self.name}-smoke", **SMOKE})
         first, *_, last = [*self.arms] * 2  # there may be one
         arms = {name: {k: v for k, v in self.arms[name].items() if k not in SMOKE} for name in (first, last)}
-        rows, evaluate = TrialRows(_folder(base) / self.rows.name), partial(self.evaluate, every=SMOKE_EVERY)
-        return self._answer(base, rows, arms, self.seeds[:1], evaluate)
+        evaluate = partial(self.evaluate, every=SMOKE_EVERY)
+        small = replace(self, arms=arms, seeds=self.seeds[:1], rows=_folder(base) / self.rows.name, evaluate=evaluate)
+        return small.answer(base=base)
 
-    def _answer(
-        self,
-        base: Experiment,
-        rows: TrialRows,
-        arms: Mapping[str, Point],
-        seeds: Sequence[int],
-        evaluate: EvaluateRun,
-        most: int | None = None,
-    ) -> StudyResult | None:
-        frame = complete(rows, base, arms, seeds, _folder(base), evaluate, most)
+    def answer(self, most: int | None = None, base: Experiment | None = None) -> StudyResult | None:
+        """Run at most `most` of the missing trials of `base`, by default the recipe; the table, once all rows are there."""
+        base, rows = base or load(self.recipe), TrialRows(self.rows)
+        frame = complete(rows, base, self.arms, self.seeds, _folder(base), self.evaluate, most)
         if frame is None:
             print("trials are missing: the same command goes on")
             return None

@@ -237,12 +237,17 @@ def _value(trials: Trials, key: str, spec: Any) -> Any:
     return trials.point(spec.config.trial)[key]
 
 
-class StopByRequest(TrialScheduler):
-    """A scheduler whose STOP is an order to the trial's run, which then ends as a finished one, not its death."""
+class StopByRequest:
+    """One of Tune's schedulers, but its STOP asks the trial's run to end as a finished one; it is not the run's death."""
 
     def __init__(self, scheduler: TrialScheduler, stop: Callable[[Any], None]) -> None:
         self.scheduler, self.stop = scheduler, stop
         self.stopped: set[Any] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scheduler":  # not there yet, while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.scheduler, name)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if trial in self.stopped:
@@ -253,27 +258,6 @@ class StopByRequest(TrialScheduler):
         self.stopped.add(trial)
         self.stop(trial)
         return TrialScheduler.CONTINUE
-
-    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        return bool(self.scheduler.set_search_properties(metric, mode, **spec))
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        self.scheduler.on_trial_add(tune_controller, trial)
-
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        self.scheduler.on_trial_error(tune_controller, trial)
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        self.scheduler.on_trial_complete(tune_controller, trial, result)
-
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        self.scheduler.on_trial_remove(tune_controller, trial)
-
-    def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        return self.scheduler.choose_trial_to_run(tune_controller)
-
-    def debug_string(self) -> str:
-        return str(self.scheduler.debug_string())
 
 
 class Progress(TrialProgressCallback):
