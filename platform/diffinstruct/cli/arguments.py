@@ -44,10 +44,11 @@ class CommandGroup(TyperGroup):
 
 def read_experiment(file: Path, overrides: Sequence[str]) -> Experiment:
     """The configuration, checked as far as can be without torch, so that mistakes show before anything starts."""
-    from diffinstruct.config.inputs import check_inputs
     from diffinstruct.config.reading import load
 
     experiment = load(file, overrides)
+    from diffinstruct.config.inputs import check_inputs
+
     check_inputs(experiment)
     return experiment
 

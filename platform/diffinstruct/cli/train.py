@@ -77,8 +77,7 @@ def _run(experiment: Experiment, folder: Path, local: bool) -> None:
 
 
 def _check_resume(experiment: Experiment, folder: Path, allowed: Sequence[str]) -> None:
-    """Refuse to go on with a run under another configuration, and name the keys; with those that are allowed its newest
-    checkpoint becomes one of the new configuration."""
+    """Refuse to go on under another configuration, or make the newest checkpoint one of it where that is allowed."""
     from diffinstruct.config.experiment import Experiment
     from diffinstruct.config.fields import keys_with
     from diffinstruct.config.reading import load_run, nearest_key

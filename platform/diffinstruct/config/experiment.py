@@ -177,8 +177,7 @@ class Experiment(Section):
 
     @property
     def reward_actors(self) -> int:
-        """How many the Ray runner starts: replicas of a group for each environment, and of one for all other
-        rewards."""
+        """How many the Ray runner starts: `replicas` for each environment, and for all other rewards."""
         asked = self.cluster.rewards
         groups = len(asked.environments) + (len(self.rewards.names) > len(asked.apart))
         return 0 if asked.placement == "process" else asked.replicas * groups
@@ -201,8 +200,7 @@ class Experiment(Section):
         return {name: (then.get(name), now.get(name)) for name in {**now, **then} if then.get(name) != now.get(name)}
 
     def without_secrets(self) -> Experiment:
-        """The same without a tracking server's address that holds a password or a query, which came from the
-        environment."""
+        """The same without a tracking server's address that holds a password or a query, as the environment's may."""
         uri = self.tracking.uri
         return self if uri is None or redact(uri) == uri else self.tracked_at(None)
 

@@ -15,8 +15,7 @@ from diffinstruct.errors import UserError, did_you_mean
 
 
 def check_inputs(experiment: Experiment) -> None:
-    """Raises UserError for prompts that cannot be read, a reward whose module is nowhere, a mirror whose package is
-    missing."""
+    """Raises UserError for prompts that cannot be read, and modules of rewards or stores that are not there."""
     for key in ("train", "grid"):
         try:
             read_prompt_set(getattr(experiment.prompts, key), experiment.prompts.column)

@@ -9,14 +9,12 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import overload
+
+import pandas as pd
 
 from diffinstruct.config.fields import POCKET, POCKET_PROMPTS
 from diffinstruct.errors import UserError, did_you_mean, nearest_file
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 POCKET_CSV = Path(__file__).parents[1] / "pocket" / "prompts.csv"
 
@@ -72,8 +70,6 @@ def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt"
     attribute that the prompt leaves open. Rows without a prompt are left out, unless `empty` asks for them. Rows are
     numbered from 0. Raises UserError in one line that names the source.
     """
-    import pandas as pd
-
     name, _, split = str(source).partition(":")
     if name == "datasets":
         table = _of_datasets(str(source), column)
@@ -115,15 +111,11 @@ def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt"
 
 
 def _of_txt(path: Path, column: str) -> pd.DataFrame:
-    import pandas as pd
-
     # Some editors begin a file with a byte order mark; `splitlines` would also cut at form feeds and at U+2028.
     return pd.DataFrame({column: path.read_text(encoding="utf-8-sig").split("\n")}, dtype=str)
 
 
 def _of_csv(path: Path, column: str) -> pd.DataFrame:
-    import pandas as pd
-
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the header would lose its end
         # "" and "None" are what they look like
@@ -135,8 +127,6 @@ def _of_csv(path: Path, column: str) -> pd.DataFrame:
 
 
 def _of_jsonl(path: Path, column: str) -> pd.DataFrame:
-    import pandas as pd
-
     rows = []
     for i, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
@@ -152,8 +142,6 @@ def _of_jsonl(path: Path, column: str) -> pd.DataFrame:
 
 
 def _of_parquet(path: Path, column: str) -> pd.DataFrame:
-    import pandas as pd
-
     try:
         return pd.read_parquet(path)
     except OSError:

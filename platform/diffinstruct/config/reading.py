@@ -1,5 +1,4 @@
-"""Configurations are read from YAML: `load` reads a file with overrides and reports every mistake at once, each with
-its file and line."""
+"""Configurations from YAML: `load` reads a file with overrides and reports every mistake at once, with file and line."""
 
 from __future__ import annotations
 

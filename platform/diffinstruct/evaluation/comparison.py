@@ -67,8 +67,7 @@ class Comparison:
         )
 
     def save(self, out: Path) -> None:
-        """A page, where `out` ends in .html; else a folder: `table.md`, `pictures.png`, a .csv a run with a row a
-        prompt."""
+        """A page, where `out` ends in .html; else a folder: `table.md`, `pictures.png`, a .csv a run."""
         if out.suffix == ".html":
             page.save(out, self.page())
             return

@@ -103,8 +103,7 @@ class Plan:
 
     @property
     def gathered(self) -> int:
-        """Of the largest block, weights of this one and the next, and its gradient, in the arithmetic's precision and
-        in fp32."""
+        """Of the largest block: its weights, the next one's, its gradient, in the arithmetic's precision and in fp32."""
         return self.block * (10 if self.experiment.precision == "bf16" else 16) * (self.shares > 1)
 
     @property

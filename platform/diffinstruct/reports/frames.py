@@ -50,8 +50,7 @@ KEY = "trial"
 
 
 class TrialRows:
-    """A CSV file of finished trials: column `trial` names them, `commit` the code, `at` the day; the rest is the
-    trial's."""
+    """A CSV file of finished trials: the column `trial` names them, `commit` the code, `at` the day."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -200,8 +199,7 @@ class Measures:
 
 
 def measures(frame: pd.DataFrame) -> Measures:
-    """What a frame's runs are judged by: the evaluated measure if any run has it, else the training's last. Of several
-    trained, or held-out, rewards the first counts."""
+    """What a frame's runs are judged by: evaluated measures if any run has them, else training's; the first rewards."""
     intervals = with_intervals(frame)
     held_out = [str(column).partition("/")[2] for column in frame if str(column).startswith("held_out/")]
     if "rewards.trained" in frame:
@@ -231,8 +229,7 @@ def swept(frame: pd.DataFrame) -> list[str]:
 
 
 def identity_keys(frame: pd.DataFrame) -> list[str]:
-    """The columns that are keys of a run's identity, in the configuration's order; last, arguments of objectives and
-    distances that the default configuration does not have."""
+    """The columns that are keys of a run's identity, in the configuration's order, then arguments it does not have."""
     known = Experiment().identity
     arguments = tuple(f"objective.{section}." for section in ARGUMENTS.values())
     return [key for key in known if key in frame] + [

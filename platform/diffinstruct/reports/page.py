@@ -49,8 +49,7 @@ class Pictures:
 
 
 def write(path: Path, out: Path) -> None:
-    """The report of what `load_sweep` reads at `path` into `out`. Raises UserError where it cannot be read or
-    written."""
+    """The report of what `load_sweep` reads at `path` into `out`. Raises UserError."""
     frame = frames.load_sweep(path)
     is_run = path.suffix != ".csv" and (path / "experiment.yaml").is_file()
     save(out, of_run(path, frame.iloc[0]) if is_run else of_sweep(path, frame))

@@ -116,8 +116,7 @@ def heat_maps(frame: pd.DataFrame, of: Measures, x: str, y: str, path: Path) -> 
 
 def curves(values: pd.DataFrame, frame: pd.DataFrame, titles: Mapping[str, str], path: Path) -> None:
     """The course of the metrics `titles` (key -> title), a panel each, from `frames.learning_curves`. A line is one
-    configuration of `frame`: the mean over training seeds, in a band from lowest to highest. A cross: a run's first
-    alarm."""
+    configuration: the mean over training seeds, in a band from lowest to highest. A cross: a run's first alarm."""
     keys = swept(frame)
     groups = [group for _, group in frame.groupby(keys or np.zeros(len(frame)), sort=False, dropna=False)]
     firsts = pd.DataFrame([group.iloc[0] for group in groups])
@@ -185,9 +184,8 @@ def cells(grid: Path) -> list[list[Image.Image]]:
 
 # --------------------------------------------------------------------------------------------------------- parts
 def _encoding(rows: pd.DataFrame, keys: Sequence[str], marks: int) -> tuple[list[Look], dict[str, Look]]:
-    """How each configuration is drawn, and the legend of that. Of one or two keys, the one with more values is the
-    colour, the other the mark, of which there are `marks`. Otherwise each row has a colour, or none has where they are
-    too many."""
+    """How each configuration is drawn, and the legend of that. Of one or two keys the one with more values is the
+    colour, the other one of `marks` marks. Otherwise each row has a colour, or none where they are too many."""
     factors = {key: pd.factorize(rows[key], sort=True, use_na_sentinel=False) for key in keys}
     by = sorted(keys, key=lambda key: -len(factors[key][1]))
     if not 1 <= len(by) <= 2 or (len(by) == 2 and len(factors[by[1]][1]) > marks):
