@@ -37,7 +37,7 @@ class Polite(RewardActor):
     def validate(self, *question):
         def counted(name, reward, images, prompts, trained):
             self.shaken += 1
-            return validation.Report(name, (f"handshake {self.shaken}, {len(images)} images, trained {trained}",))
+            return reward_validation.Report(name, (f"handshake {self.shaken}, {len(images)} images, trained {trained}",))
 
         client.validate_reward = counted
         return super().validate(*question)
