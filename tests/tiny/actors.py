@@ -5,7 +5,7 @@ import os
 import ray
 
 from diffinstruct.cluster.reward_actor import RewardActor
-from diffinstruct.reward_service import client, validation
+from diffinstruct.reward_service import client, reward_validation
 
 
 class Strange(RewardActor):
