@@ -195,3 +195,9 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
         assert not re.findall(r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(?:https?:)?//[^"]*', html), page
         assert "<!-- generated" not in html, page
     assert "objective.reward_scale" in (tmp_path / "site" / "reference" / "configuration.html").read_text()
+
+
+def test_no_file_names_the_host_of_a_package_index():
+    hosts = "|".join(("download.pytorch" + ".org", "pypi" + ".org", "files.python" + "hosted.org"))
+    found = subprocess.run(["git", "grep", "-lIE", hosts], cwd=ROOT, capture_output=True, text=True)
+    assert not found.stdout
