@@ -8,7 +8,7 @@
               the trials share one
     asha      a grid of regularization weights and reward scales to its end, and the same grid under ASHA: steps of all
     trials
-              until the held-out reward (score of the default aim) is as high as the grid's best, over the grid's steps
+              until the held-out reward (score of the default criterion) is as high as the grid's best, over the grid's steps
     tracking  eight trials at once, each logging every round, into one sqlite file: is every value of every journal in
     MLflow,
               once, and has nobody found the database locked?
@@ -77,14 +77,14 @@ def overhead(base: Experiment, folder: Path) -> bool:
 
 
 def asha(base: Experiment, folder: Path) -> bool:
-    points, aim = grid({WEIGHT: [0.25, 1, 4], SCALE: [0.5, 2, 8]}), SelectionCriterion()
+    points, criterion = grid({WEIGHT: [0.25, 1, 4], SCALE: [0.5, 2, 8]}), SelectionCriterion()
     started = time.perf_counter()
-    sweep(base, points, folder / "grid", aim=aim)
+    sweep(base, points, folder / "grid", criterion=criterion)
     between = time.perf_counter()
     scheduler = ASHAScheduler(time_attr="step", max_t=base.steps, grace_period=base.overoptimization.every, reduction_factor=3)
-    sweep(base, points, folder / "asha", scheduler=scheduler, aim=aim)
+    sweep(base, points, folder / "asha", scheduler=scheduler, criterion=criterion)
     print(f"asha: the grid took {between - started:.0f} s, under ASHA it took {time.perf_counter() - between:.0f} s")
-    full, halved = looks(folder / "grid", aim), looks(folder / "asha", aim)
+    full, halved = looks(folder / "grid", criterion), looks(folder / "asha", criterion)
     best = full["score"].max()
     whole, spent = (of.groupby("run")["step"].max().sum() for of in (full, halved))
     print(f"asha: the grid's best look {best:.3f} after {whole} steps, ASHA's {halved['score'].max():.3f} after {spent}")
@@ -143,13 +143,13 @@ def figures(run: Path) -> dict[str, float]:
     return {key: value for key, value in found.items() if not key.startswith(("time/", "throughput/"))}
 
 
-def looks(folder: Path, aim: SelectionCriterion) -> pd.DataFrame:
-    """Every look of every run: when it was, at which step, what the aim gives for it."""
+def looks(folder: Path, criterion: SelectionCriterion) -> pd.DataFrame:
+    """Every look of every run: when it was, at which step, what the criterion gives for it."""
     found = []
     for name in runs(folder):
         for record in read_journal(folder / name):
-            if aim.maximize in (metrics := record.get("metrics", {})):
-                found.append({"run": name, "time": record["time"], "step": record["step"], "score": aim.score(metrics)})
+            if criterion.maximize in (metrics := record.get("metrics", {})):
+                found.append({"run": name, "time": record["time"], "step": record["step"], "score": criterion.score(metrics)})
     return pd.DataFrame(found)
 
 

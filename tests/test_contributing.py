@@ -1,4 +1,5 @@
-"""The guides of CONTRIBUTING.md, followed as they are written: each ends in a run of two rounds."""
+"""The guides of CONTRIBUTING.md, and the page on trackers, followed as they are written: each ends in a run of two
+rounds."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 from diffinstruct.config.reading import RENAMED
+from diffinstruct.tracking.records import read_journal
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 GUIDES = dict(re.findall(r"<!-- guide: (\w+) -->\n(.*?)(?=<!-- guide:|\Z)", TEXT, re.DOTALL))
@@ -70,11 +72,27 @@ def follow(tree: Path, guide: str) -> None:
             write(tree, block)
 
 
+def run_of(tree: Path) -> Path:
+    """The only run that a guide has left, which has finished."""
+    (run,) = (path.parent for path in (tree / "runs").glob("*/metrics.json"))
+    assert (run / "export" / "model_index.json").exists()
+    return run
+
+
 @pytest.mark.parametrize("name", ["reward", "family", "objective"])
 def test_a_guide_ends_in_a_run(name: str, tree: Path) -> None:
     follow(tree, GUIDES[name])
-    (run,) = (path.parent for path in (tree / "runs").glob("*/metrics.json"))
-    assert (run / "export" / "model_index.json").exists()
+    run_of(tree)
+
+
+def test_the_tracker_of_the_page_gets_every_metric_once(tree: Path) -> None:
+    follow(tree, (ROOT / "docs" / "how-to" / "own-tracker.md").read_text())
+    journaled = [
+        f"{record['step']},{key},{value}"
+        for record in read_journal(run_of(tree))
+        for key, value in record.get("metrics", {}).items()
+    ]
+    assert (run_of(tree) / "metrics.csv").read_text().splitlines() == journaled and len(journaled) > 20
 
 
 def test_these_are_the_guides() -> None:

@@ -202,3 +202,9 @@ def test_each_recipe_says_who_has_run_it():
     for recipe in sorted((ROOT / "experiments" / "recipes").glob("*.yaml")):
         head = recipe.read_text().split("\nname:")[0]
         assert len(re.findall(r"^# Run: (?:never\b|\d{4}-\d\d-\d\d on .+ by .+)", head, re.MULTILINE)) == 1, recipe.name
+
+
+def test_no_file_names_the_host_of_a_package_index():
+    hosts = "|".join(("download.pytorch" + ".org", "pypi" + ".org", "files.python" + "hosted.org"))
+    found = subprocess.run(["git", "grep", "-lIE", hosts], cwd=ROOT, capture_output=True, text=True)
+    assert not found.stdout

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from diffinstruct.sweeps.tune import sweep as sweep
     from diffinstruct.training.run_log import Result as Result
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOMES = {
     "Experiment": "config.experiment:Experiment",

@@ -168,7 +168,7 @@ def chaos(folder: Path, schedules: int, seed: int = 0) -> tuple[str, bool]:
     from diffinstruct.tracking import delivery, journal, mlflow
 
     logging.getLogger("diffinstruct.tracking").setLevel(logging.ERROR)
-    delivery.INTERVAL, delivery.LONGEST_PAUSE, journal.PATIENCE, mlflow.POSTPONED_AGAIN = 0.05, 0.3, 2.0, 0.3
+    delivery.INTERVAL, delivery.LONGEST_PAUSE, journal.DELIVERY_WAIT_S, mlflow.POSTPONED_AGAIN = 0.05, 0.3, 2.0, 0.3
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "10"
     server, began = Server(folder), time.monotonic()
     server.start()

@@ -444,7 +444,7 @@ def judged(run):
     return run
 
 
-def test_evaluate_measures_runs_and_exports_side_by_side(judged, tmp_path, capsys):
+def test_evaluate_measures_runs_and_exports_side_by_side(judged, tmp_path, capsys, monkeypatch):
     (tmp_path / "few.csv").write_text("prompt,colour\n" + "red cat,red\nred dog,\n" * 10)
     asked = ["evaluate", str(judged), str(judged.parent / "alone"), "--prompts", str(tmp_path / "few.csv")]
     asked += ["-o", str(tmp_path / "o")]
@@ -461,8 +461,12 @@ def test_evaluate_measures_runs_and_exports_side_by_side(judged, tmp_path, capsy
     assert lines[0].startswith("prompt,colour,reward/tiny.rewards:Seeing,reward/tiny.rewards:Calm,diversity")
     assert len(lines) == 21
 
-    assert main([*asked[:2], *asked[3:5], "--reference-pictures", "0", "--reward", "tiny.rewards:Seeing"]) == 0
-    assert "|  | reward/tiny.rewards:Seeing | diversity |" in capsys.readouterr().out
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "compare.md").read_text()  # a metric of one's own, as it shows one
+    (tmp_path / "my_metric.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = ["--reward", "tiny.rewards:Seeing", "--metric", "my_metric:SATURATION"]
+    assert main([*asked[:2], *asked[3:5], "--reference-pictures", "0", *own]) == 0
+    assert "|  | reward/tiny.rewards:Seeing | saturation | diversity |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -474,6 +478,9 @@ def test_evaluate_measures_runs_and_exports_side_by_side(judged, tmp_path, capsy
         (["{run}", "{run}"], r"evaluate: the same folder is named twice"),
         (["{run}", "--reward", "pikscore"], r"rewards: cannot load 'pikscore': ValueError: .*, did you mean 'pickscore'\?.*"),
         (["{run}", "--reward", "tiny.rewards:Calm"], r"--reward: none of tiny.rewards:Calm has image features .*"),
+        (["{run}", "--metric", "nowhere:X"], r"--metric: cannot import 'nowhere:X': No module named 'nowhere'"),
+        (["{run}", "--metric", "tiny.rewards:Clam"], r"--metric: .* has no 'Clam', did you mean 'Calm'\?"),
+        (["{run}", "--metric", "tiny.rewards:Calm"], r"--metric: 'tiny.rewards:Calm' should be a \S*Metric with .*"),
         (["{run}", "--reference-pictures", "1"], r"--reference-pictures: should be 0 or at least 2, got 1"),
         (["{model}", "--reward", "tiny.rewards:Seeing"], r"\S*: its scheduler \(DDIMScheduler\) holds no one-step .*"),
     ],

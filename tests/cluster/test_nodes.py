@@ -84,7 +84,8 @@ def test_each_process_of_a_sweep_runs_on_the_node_that_declares_what_it_asks_for
 )
 def test_so_many_trials_at_once_as_have_their_resources(nodes, file, asked, trials):
     base = load(file).model_dump()
-    assert at_once(Experiment.model_validate({**base, "cluster": {**base["cluster"], **asked}})) == trials
+    experiment = Experiment.model_validate({**base, "cluster": {**base["cluster"], **asked}})
+    assert at_once(experiment.cluster, experiment.reward_actors) == trials
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from chaos.configurations import chaos
 
 from diffinstruct.config.addresses import redact
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.fields import POCKET_SPLITS, Section, keys_of, keys_with
+from diffinstruct.config.fields import POCKET_PROMPTS, Section, keys_of, keys_with
 from diffinstruct.config.prompts import read_prompt_set, read_prompts
 from diffinstruct.config.reading import RENAMED, load, load_run
 from diffinstruct.errors import ConfigErrors, UserError
@@ -455,12 +455,12 @@ def test_a_dataset_of_the_hub_may_name_the_commit(monkeypatch, tmp_path):
     assert asked == [(name, {"split": "train", "revision": commit}) for name, commit in commits]
 
 
-@pytest.mark.parametrize("split", POCKET_SPLITS)
-def test_the_pocket_world_has_every_split(split):
-    table = read_prompts(f"pocket:{split}")
+@pytest.mark.parametrize("source", POCKET_PROMPTS)
+def test_the_pocket_world_has_every_split(source):
+    table = read_prompts(source)
     assert list(table.columns) == ["split", "prompt", "kind", "subject", "colour", "background", "mouth"]
     assert (table["prompt"] != "").all()
-    assert (table["split"] == split).all()
+    assert (table["split"] == source.removeprefix("pocket:")).all()
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
 """What generators are compared with."""
 
-import pandas as pd
 import torch
 
-from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.sections import ReferenceConfig
 from diffinstruct.evaluation.features import FeaturesOnly
 from diffinstruct.evaluation.generators import _reference_features
 from diffinstruct.models.pipeline import Reference
@@ -17,7 +16,6 @@ def test_the_references_own_pictures_have_the_runs_guidance(monkeypatch):
         return torch.zeros_like(z)
 
     monkeypatch.setattr(Reference, "sample", sample)
-    run = Experiment.model_validate({"reference": {"guidance_scale": 4.5}})
     extractor = FeaturesOnly(lambda images: images.flatten(1)[:, :2])
-    features = _reference_features(run, extractor, pd.DataFrame({"prompt": ["a", "b"]}), 2, 0, torch.device("cpu"))
-    assert scales == [4.5] and features is not None and features.shape == (2, 2)
+    features = _reference_features(ReferenceConfig(guidance_scale=4.5), extractor, ["a", "b"], 0, torch.device("cpu"))
+    assert scales == [4.5] and features.shape == (2, 2)

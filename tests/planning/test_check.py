@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from math import prod
 
 import pytest
+from tiny import pipelines
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError
@@ -92,6 +93,20 @@ def test_a_sharded_networks_largest_block() -> None:
     block = next(module for module in blocks(network) if type(module).__name__ == "BasicTransformerBlock")
     assert largest_block(network) >= sum(p.numel() for p in block.parameters())
     assert largest_block(network) < 0.1 * sum(p.numel() for p in network.parameters())
+
+
+def test_an_objective_that_does_not_run_without_content_is_counted_as_di_star(tmp_path, monkeypatch) -> None:
+    (tmp_path / "by_numbers.py").write_text(
+        "def by_numbers(x0, t, eps, c, *, score_network, reference):\n"
+        "    assert len(x0.detach().numpy())\n"
+        "    return (x0**2).flatten(1).sum(1), {}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    experiment = pipelines.experiment(tmp_path)
+    own = experiment.objective.model_copy(update={"name": "by_numbers:by_numbers"})
+    text, problem = report(experiment.model_copy(update={"objective": own}))
+    assert "objective               not counted: DI* is assumed in its place; " in text and problem is None
+    assert next(line for line in report(experiment)[0].splitlines() if line.startswith("work")) in text.splitlines()
 
 
 def test_a_table_without_network_weights_or_start(monkeypatch) -> None:

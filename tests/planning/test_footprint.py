@@ -120,6 +120,31 @@ def test_passes_are_counted_as_the_arithmetic_says(tiny, name, guidance_scale, w
     assert sum(each.work for each in passes.values()) == forwards + 3 * updates + fresh
 
 
+OWN = """
+import torch
+
+def gap(x0, t, eps, c, *, score_network, reference, schedule):
+    xt = schedule.diffuse(x0, t, eps)
+    f, (r, _) = score_network(xt, t, c), reference(xt, t, c)
+    return ((f - r) ** 2).flatten(1).sum(1), {"x0_gap": (f - r).detach().pow(2).flatten(1).mean(1)}
+
+def constant(x0, t, eps, c, *, score_network, reference, schedule):
+    with torch.no_grad():
+        loss, record = gap(x0, t, eps, c, score_network=score_network, reference=reference, schedule=schedule)
+    return loss + (x0 ** 2).flatten(1).sum(1), record
+"""
+
+
+@pytest.mark.parametrize(("name", "through"), [("gap", 1), ("constant", 0)])
+def test_gradient_through_the_networks_is_counted_for_an_own_objective_too(tiny, tmp_path, monkeypatch, name, through):
+    module = f"own_{name}"  # each test imports its own
+    (tmp_path / f"{module}.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    passes = passes_of(tiny, f"{module}:{name}")
+    assert passes["score network"] == Passes(2, 1 + through, 1)
+    assert passes["reference"] == Passes(2, 2 * through, 0)
+
+
 def test_a_micro_batch_sends_the_generator_forward_again(tiny):
     experiment = tiny[0].model_copy(update={"micro_batch_size": 1})
     assert training_footprint(experiment, tiny[1]).passes["generator"] == Passes(2, 1, 1)

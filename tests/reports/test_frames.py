@@ -281,6 +281,18 @@ def test_kept_rows_are_a_frame_too(tmp_path):
     assert [described(row, swept(frame)) for _, row in frame.iterrows()] == ["the recipe", "c 0.3"]
 
 
+def test_arguments_of_an_own_objective_are_swept_keys(tmp_path):
+    """One that only another objective has is told by the objective's name."""
+    for factor in (0.25, 0.5):
+        own = {"objective.name": "mine:gap", "objective.args": {"factor": factor, "kind": "l2"}}
+        tiny_sweep.run(tmp_path / "own" / str(factor), own)
+    frame = load_sweep(tmp_path / "own")
+    assert swept(frame) == ["objective.args.factor"]
+    assert [described(row, swept(frame)) for _, row in frame.iterrows()] == ["factor 0.25", "factor 0.5"]
+    tiny_sweep.run(tmp_path / "own" / "sid", {"objective.name": "sid"})
+    assert swept(load_sweep(tmp_path / "own")) == ["objective.name", "objective.args.factor"]
+
+
 @pytest.mark.parametrize(
     ("path", "said"),
     [

@@ -219,9 +219,9 @@ def test_the_pareto_figure_names_its_front_and_shows_it(tmp_path, monkeypatch):
 def test_the_letters_of_a_long_front_lie_apart():
     crowd = np.linspace(0, 0.01, 40)
     path = np.array([*zip(crowd, crowd, strict=True), (50.0, 0.5), (100.0, 1.0)])
-    assert plots._spread(path, 8) == [0, 40, 41]
-    assert plots._spread(np.array([[0.0, 1.0], [0.5, 1.0], [1.0, 1.0]]), 8) == [0, 1, 2]  # flat
-    assert plots._spread(np.array([[2.0, 3.0]]), 8) == [0]
+    assert plots._apart(path, 8) == [0, 40, 41]
+    assert plots._apart(np.array([[0.0, 1.0], [0.5, 1.0], [1.0, 1.0]]), 8) == [0, 1, 2]  # flat
+    assert plots._apart(np.array([[2.0, 3.0]]), 8) == [0]
 
 
 def test_curves_are_means_over_seeds_in_their_band(tmp_path, monkeypatch):
@@ -263,7 +263,7 @@ def test_files_that_are_not_the_runs_own_spoil_no_report(tmp_path, caplog, capsy
     assert f"{run / 'journal.jsonl'}: the line at byte " in caplog.text
     (run / "metrics.json").write_text("[1, 2]")
     assert main(["report", str(folder), "-o", str(tmp_path / "out.html")]) == 2
-    assert capsys.readouterr().err == f"{run}/metrics.json: should be figures by name, got [1, 2]\n"
+    assert capsys.readouterr().err == f"{run}/metrics.json: should be metrics by name, got [1, 2]\n"
 
 
 def test_records_that_lack_what_is_asked_of_them_are_left_out(tmp_path, caplog):

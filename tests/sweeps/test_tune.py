@@ -139,14 +139,14 @@ def test_a_scheduler_ends_trials_that_are_behind_as_finished_runs(session, world
     def halving():
         return ASHAScheduler(time_attr="step", max_t=30, grace_period=5, reduction_factor=2)
 
-    table = sweep(base, points, tmp_path / "sweep", scheduler=halving(), aim=ANYWHERE)
+    table = sweep(base, points, tmp_path / "sweep", scheduler=halving(), criterion=ANYWHERE)
     assert table["step"].max() == 30 and table["step"].min() < 30
     early = table[table["step"] < 30].iloc[0]
     assert (Path(early["run"]) / "export" / "model_index.json").exists() and journal(Path(early["run"]))[1] == ["FINISHED"]
     assert json.loads((Path(early["run"]) / "metrics.json").read_text())["step"] == early["step"]
 
     (Path(early["run"]) / "metrics.json").unlink()  # as if it had been killed just before its end
-    again = sweep(base, points, tmp_path / "sweep", scheduler=halving(), aim=ANYWHERE)
+    again = sweep(base, points, tmp_path / "sweep", scheduler=halving(), criterion=ANYWHERE)
     pd.testing.assert_frame_equal(again, table)
     assert [starts(Path(run)) for run in table["run"]] == [1 + (run == early["run"]) for run in table["run"]]
 
@@ -154,12 +154,12 @@ def test_a_scheduler_ends_trials_that_are_behind_as_finished_runs(session, world
 def test_optuna_asks_for_the_same_points_in_a_second_life(world, tmp_path):
     """One trial at a time, simulated: what it asks for next depends on what was told, not on who is asking."""
     space = {"objective.reward_scale": tune.loguniform(0.1, 100), "objective.distance_args.c": tune.choice([0.03, 0.1])}
-    aim = SelectionCriterion(maximize="held", minimize="kid", floors={"diversity": 4.0}, ceilings={})
+    criterion = SelectionCriterion(maximize="held", minimize="kid", floors={"diversity": 4.0}, ceilings={})
 
     def life(folder, until, trials=14):
         searches = Trials(world[1](), Optuna(space, trials, seed=7), folder, None)
         searches.open(keeps=True)
-        asking = Asking(searches, aim)
+        asking = Asking(searches, criterion)
         while (found := asking.suggest(f"tune-{len(searches.known)}")) != "FINISHED":
             i, scale = found["trial"], found["objective.reward_scale"]
             figures = {"held": -abs(math.log(scale / 5)), "kid": scale, "diversity": 3.0 if scale > 30 else 5.0}
@@ -236,8 +236,8 @@ SCALE = "objective.reward_scale"
          {"scheduler": PopulationBasedTraining(hyperparam_mutations={SCALE: [-1, -2]}, **POPULATION)},
          f"{SCALE}: "),
         (lambda: [{"seed": 1}],
-         {"scheduler": ASHAScheduler(time_attr="step"), "aim": SelectionCriterion(maximize="overoptimization/heldout")},
-         "aim: the watch has no figure 'overoptimization/heldout', did you mean 'overoptimization/held_out'?"),
+         {"scheduler": ASHAScheduler(time_attr="step"), "criterion": SelectionCriterion(maximize="overoptimization/heldout")},
+         "criterion: the over-optimization monitor has no metric 'overoptimization/heldout', did you mean 'over"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_swept_is_said_before_anything_starts(points, more, message, world, tmp_path):
@@ -253,26 +253,27 @@ def test_values_that_go_together_are_no_mistake(world, tmp_path):
 
 
 @pytest.mark.long
-def test_a_trial_without_the_figure_that_is_looked_for_has_failed(session, world, tmp_path):
-    with pytest.raises(SweepError, match=r": aim: no figure 'reward/hpsv2.1' came of this trial$"):
+def test_a_trial_without_the_metric_that_is_looked_for_has_failed(session, world, tmp_path):
+    with pytest.raises(SweepError, match=r": criterion: no metric 'reward/hpsv2.1' came of this trial$"):
         sweep(
             world[1](overoptimization__every=1, **WITHOUT_ACTORS), [{"seed": 1}], tmp_path / "sweep",
-            scheduler=ASHAScheduler(time_attr="step"), aim=SelectionCriterion(maximize="reward/hpsv2.1"),
+            scheduler=ASHAScheduler(time_attr="step"), criterion=SelectionCriterion(maximize="reward/hpsv2.1"),
         )  # fmt: skip
 
 
 def test_a_trial_out_of_bounds_cannot_win():
-    aim = SelectionCriterion()
+    criterion = SelectionCriterion()
     good = {"overoptimization/held_out": 0.5, "overoptimization/variety": 0.8, "overoptimization/distance": 1.2}
-    assert aim.score(good) == 0.5 and aim.broken_bound(good) is None
+    assert criterion.score(good) == 0.5 and criterion.broken_bound(good) is None
     assert (
-        aim.score(good | {"overoptimization/held_out": 9.0, "overoptimization/variety": 0.3})
+        criterion.score(good | {"overoptimization/held_out": 9.0, "overoptimization/variety": 0.3})
         < -9
-        < aim.score(good | {"overoptimization/held_out": -8.0})
+        < criterion.score(good | {"overoptimization/held_out": -8.0})
     )
-    assert aim.broken_bound(good | {"overoptimization/variety": 0.3}) == "overoptimization/variety 0.3, at least 0.4"
-    assert aim.broken_bound(good | {"overoptimization/distance": 3.5}) == "overoptimization/distance 3.5, at most 3"
-    assert aim.score({"overoptimization/held_out": 0.0, "overoptimization/variety": 1.0}) == 0.0  # the start: no distance yet
+    assert criterion.broken_bound(good | {"overoptimization/variety": 0.3}) == "overoptimization/variety 0.3, at least 0.4"
+    assert criterion.broken_bound(good | {"overoptimization/distance": 3.5}) == "overoptimization/distance 3.5, at most 3"
+    start = {"overoptimization/held_out": 0.0, "overoptimization/variety": 1.0}  # no distance yet
+    assert criterion.score(start) == 0.0
 
 
 def test_points_by_chance_are_the_same_for_the_same_seed():
@@ -357,7 +358,7 @@ def test_a_population_takes_over_weights_and_keeps_its_lineage(session, world, t
         time_attr="step", perturbation_interval=10, quantile_fraction=0.5,
         hyperparam_mutations={"objective.reward_scale": tune.loguniform(1, 20)},
     )  # fmt: skip
-    table = sweep(base, points, tmp_path / "sweep", scheduler=scheduler, aim=ANYWHERE)
+    table = sweep(base, points, tmp_path / "sweep", scheduler=scheduler, criterion=ANYWHERE)
     assert table["step"].tolist() == [30, 30]
     _, *takeovers = [json.loads(line) for line in (tmp_path / "sweep" / "trials.jsonl").read_text().splitlines()]
     last = takeovers[-1]

@@ -19,7 +19,7 @@ class Collector:
     def connect(self) -> None:
         self.acknowledgement.read()
 
-    def pump(self, everything: bool) -> bool:
+    def deliver(self, final: bool) -> bool:
         for _, end, record in self.acknowledgement.unconfirmed():
             if isinstance(record, MetricsRecord):
                 with self.file.open("a") as file:

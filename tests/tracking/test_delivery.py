@@ -27,9 +27,9 @@ GRID = np.arange(8 * 16 * 3, dtype=np.uint8).reshape(8, 16, 3)
 def without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """An MLflow that takes everything and keeps nothing."""
     monkeypatch.setattr(MlflowDelivery, "connect", lambda self: None)
-    monkeypatch.setattr(MlflowDelivery, "pump", lambda self, everything: True)
+    monkeypatch.setattr(MlflowDelivery, "deliver", lambda self, final: True)
     monkeypatch.setattr(delivery, "INTERVAL", 0.05)
-    monkeypatch.setattr(journal, "PATIENCE", 500.0)  # a busy machine is no failure
+    monkeypatch.setattr(journal, "DELIVERY_WAIT_S", 500.0)  # a busy machine is no failure
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
 
 
@@ -77,7 +77,7 @@ def test_those_that_are_away_hold_up_no_other(
         raise ConnectionError("MLflow is away")
 
     monkeypatch.setattr(MlflowDelivery, "connect", away)
-    monkeypatch.setattr(journal, "PATIENCE", 3.0)
+    monkeypatch.setattr(journal, "DELIVERY_WAIT_S", 3.0)
     tracker = journal_of(tmp_path, "collector:Broken", "collector:Collector")
     tracker.metrics(1, {"loss": 1.0})
     assert not tracker.finish()
@@ -171,7 +171,7 @@ from diffinstruct.tracking.delivery import Acknowledgement
 from diffinstruct.tracking.tensorboard import TensorBoardDelivery
 delivery = TensorBoardDelivery(Path(sys.argv[1]))
 Acknowledgement.confirm = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-delivery.pump(False)
+delivery.deliver(False)
 """
     tracker = journal_of(tmp_path, "tensorboard")
     tracker.metrics(1, {"loss": 1.0})
@@ -212,11 +212,11 @@ def test_a_package_that_is_missing_is_told_before_anything_starts(tmp_path: Path
     (tmp_path / "run/tensorboard.ack").write_text("{}")  # a run from a machine that has the package
     delivered: list[Path] = []
 
-    def pump(self: MlflowDelivery, everything: bool) -> bool:
+    def deliver_nothing(self: MlflowDelivery, final: bool) -> bool:
         delivered.append(self.folder)
         return True
 
-    monkeypatch.setattr(MlflowDelivery, "pump", pump)
+    monkeypatch.setattr(MlflowDelivery, "deliver", deliver_nothing)
     with pytest.raises(UserError, match="not installed"):
         deliver(tmp_path / "run")
     assert delivered == [tmp_path / "run"]

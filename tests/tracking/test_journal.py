@@ -32,7 +32,7 @@ RACER = """
 import sys
 from diffinstruct.tracking import delivery, journal
 from diffinstruct.tracking.journal import Journal
-journal.PATIENCE = 100  # creating the tables takes 4 s of CPU
+journal.DELIVERY_WAIT_S = 100  # creating the tables takes 4 s of CPU
 tracker = Journal(sys.argv[1], "race", sys.argv[2], sys.argv[3], {}, {})
 tracker.metrics(1, {"loss": 1.0})
 sys.exit(0 if tracker.finish() else 1)
@@ -57,7 +57,7 @@ def raced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[in
 @pytest.fixture
 def uri(raced: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(delivery, "INTERVAL", 0.05)
-    monkeypatch.setattr(journal, "PATIENCE", 100.0)  # a busy machine is no failure
+    monkeypatch.setattr(journal, "DELIVERY_WAIT_S", 100.0)  # a busy machine is no failure
     shutil.copy(raced[0], tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path}/mlflow.db"
 
@@ -369,7 +369,7 @@ def test_a_file_store_that_refuses_does_not_hold_up_the_metrics(
     def refused(*_: object) -> None:
         raise PermissionError("no credentials")
 
-    monkeypatch.setattr(journal, "PATIENCE", 1.0)
+    monkeypatch.setattr(journal, "DELIVERY_WAIT_S", 1.0)
     (tmp_path / "table.csv").write_text("a,b")
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_artifact", refused)
@@ -427,7 +427,7 @@ def test_nested_runs(tmp_path: Path, uri: str) -> None:
 def test_without_a_server_training_goes_on_and_all_is_kept(
     tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "PATIENCE", 1.0)
+    monkeypatch.setattr(journal, "DELIVERY_WAIT_S", 1.0)
     nowhere = f"http://user:a secret@127.0.0.1:{free_port()}/?access_token=secret"
     tracker = journal_of(tmp_path, nowhere)
     for step in range(100):
@@ -464,7 +464,7 @@ def test_a_server_that_comes_late_dies_and_comes_back(
 ) -> None:
     monkeypatch.setattr(delivery, "INTERVAL", 0.2)
     monkeypatch.setattr(delivery, "LONGEST_PAUSE", 1.0)
-    monkeypatch.setattr(journal, "PATIENCE", 240.0)
+    monkeypatch.setattr(journal, "DELIVERY_WAIT_S", 240.0)
     caplog.set_level(logging.INFO, logger="diffinstruct.tracking")
     tracker = journal_of(tmp_path, server.uri)  # it is still starting
     steps = iter(range(100_000))
@@ -501,13 +501,13 @@ def test_a_server_that_comes_late_dies_and_comes_back(
 
 
 def test_a_step_waits_for_no_tracker(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    may_deliver, pump = threading.Event(), MlflowDelivery.pump
+    may_deliver, deliver_now = threading.Event(), MlflowDelivery.deliver
 
-    def waiting(self: MlflowDelivery, everything: bool) -> bool:
+    def waiting(self: MlflowDelivery, final: bool) -> bool:
         may_deliver.wait(60)
-        return pump(self, everything)
+        return deliver_now(self, final)
 
-    monkeypatch.setattr(MlflowDelivery, "pump", waiting)
+    monkeypatch.setattr(MlflowDelivery, "deliver", waiting)
     tracker = journal_of(tmp_path, uri)
     for step in range(500):
         tracker.metrics(step, {f"reward/{n}": n / 7 for n in range(20)})

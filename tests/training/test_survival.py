@@ -253,7 +253,7 @@ def test_the_best_checkpoint_is_kept_told_of_and_exported(experiment, tmp_path, 
 
 # -------------------------------------------------------------------------------------------------------- tracker
 def test_sync_delivers_what_a_dead_server_missed(experiment, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("diffinstruct.tracking.journal.PATIENCE", 0.1)
+    monkeypatch.setattr("diffinstruct.tracking.journal.DELIVERY_WAIT_S", 0.1)
     local.run(experiment(tracking__uri="http://127.0.0.1:9", steps=4), tmp_path / "run")
     assert journal(tmp_path / "run")[1] == ["FINISHED"]
     with pytest.raises(SystemExit) as failed:
@@ -435,7 +435,7 @@ def test_a_folder_that_is_taken_away_while_one_waits_for_it(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- at once
 def test_a_run_that_is_to_end_at_once_waits_for_nobody(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffinstruct.tracking.journal.PATIENCE", 10_000.0)
+    monkeypatch.setattr("diffinstruct.tracking.journal.DELIVERY_WAIT_S", 10_000.0)
     tracker = Journal("http://127.0.0.1:9", "x", "run", tmp_path, {}, {})
     ending = threading.Thread(target=lambda: tracker.finish("KILLED", "KeyboardInterrupt: ", hurry=True), daemon=True)
     ending.start()

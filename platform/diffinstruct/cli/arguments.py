@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 from typer.core import TyperGroup
 
 from diffinstruct.errors import UserError, did_you_mean
@@ -14,26 +14,22 @@ from diffinstruct.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from diffinstruct.config.experiment import Experiment
 
-Recipe = Annotated[Path, typer.Argument(metavar="FILE", help="an experiment in YAML, see experiments/recipes")]
-Overrides = Annotated[
-    list[str],
-    typer.Option("-s", metavar="key=value", default_factory=list, show_default=False, help="change one key, e.g. -s steps=10"),
-]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]
-RewardNames = Annotated[
-    list[str],
-    typer.Option(
-        "--reward",
-        metavar="NAME",
-        default_factory=list,
-        show_default=False,
-        help="may be repeated; default: the rewards of the first run",
-    ),
+
+def _repeatable(flag: str, metavar: str, help: str) -> Any:
+    return Option(flag, metavar=metavar, default_factory=list, show_default=False, help=help)
+
+
+Recipe = Annotated[Path, Argument(metavar="FILE", help="an experiment in YAML, see experiments/recipes")]
+Overrides = Annotated[list[str], _repeatable("-s", "key=value", "change one key, e.g. -s steps=10")]
+Run = Annotated[Path, Argument(metavar="RUN", help="a run's folder")]
+RewardNames = Annotated[list[str], _repeatable("--reward", "NAME", "may be repeated; default: the rewards of the first run")]
+MetricNames = Annotated[
+    list[str], _repeatable("--metric", "MODULE:ATTRIBUTE", "a metric of your own, beside the others; may be repeated")
 ]
 ReferencePictures = Annotated[
-    int, typer.Option("--reference-pictures", metavar="N", help="pictures that distances are measured to; 0: no distances")
+    int, Option("--reference-pictures", metavar="N", help="pictures that distances are measured to; 0: no distances")
 ]
-EvaluationSeed = Annotated[int, typer.Option("--seed", help="seed of the noise, by default far from training's")]
+EvaluationSeed = Annotated[int, Option("--seed", help="seed of the noise, by default far from training's")]
 
 
 class CommandGroup(TyperGroup):
@@ -48,10 +44,11 @@ class CommandGroup(TyperGroup):
 
 def read_experiment(file: Path, overrides: Sequence[str]) -> Experiment:
     """The configuration, checked as far as can be without torch, so that mistakes show before anything starts."""
-    from diffinstruct.config.inputs import check_inputs
     from diffinstruct.config.reading import load
 
     experiment = load(file, overrides)
+    from diffinstruct.config.inputs import check_inputs
+
     check_inputs(experiment)
     return experiment
 

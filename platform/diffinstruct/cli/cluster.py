@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from diffinstruct.cli.arguments import Overrides, Recipe
 
@@ -12,10 +12,10 @@ from diffinstruct.cli.arguments import Overrides, Recipe
 def rayjob(
     file: Recipe,
     overrides: Overrides,
-    image: Annotated[str, typer.Option("--image", help="a container image with this project and its Ray in it")],
-    claim: Annotated[str, typer.Option("--claim", help="the PersistentVolumeClaim that the runs lie in")] = "diffinstruct-runs",
+    image: Annotated[str, Option("--image", help="a container image with this project and its Ray in it")],
+    claim: Annotated[str, Option("--claim", help="the PersistentVolumeClaim that the runs lie in")] = "diffinstruct-runs",
     resume: Annotated[
-        str | None, typer.Option("--resume", metavar="RUN", help="go on with the run in this folder of the claim")
+        str | None, Option("--resume", metavar="RUN", help="go on with the run in this folder of the claim")
     ] = None,
 ) -> None:
     """Print a run as a manifest for KubeRay, for `kubectl apply -f -`."""

@@ -7,40 +7,31 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-from diffinstruct.cli.arguments import (
-    EvaluationSeed,
-    ReferencePictures,
-    RewardNames,
-    Run,
-    check_output,
-    check_parent,
-    check_reference_pictures,
-    existing_run,
-)
+from diffinstruct.cli import arguments
 from diffinstruct.errors import UserError
 from diffinstruct.evaluation import REFERENCE_PICTURES, SEED
 
 
 def evaluate(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN_OR_FOLDER", help="a finished run, or an exported pipeline")],
+    folders: Annotated[list[Path], Argument(metavar="RUN_OR_FOLDER", help="a finished run, or an exported pipeline")],
     prompts: Annotated[
-        str,
-        typer.Option("--prompts", metavar="FILE", help="a .csv with a column `prompt`, a .txt, or pocket:eval, pocket:open"),
+        str, Option("--prompts", metavar="FILE", help="a .csv with a column `prompt`, a .txt, or pocket:eval, pocket:open")
     ],
-    rewards: RewardNames,
-    reference_pictures: ReferencePictures = REFERENCE_PICTURES,
-    seed: EvaluationSeed = SEED,
+    rewards: arguments.RewardNames,
+    metrics: arguments.MetricNames,
+    reference_pictures: arguments.ReferencePictures = REFERENCE_PICTURES,
+    seed: arguments.EvaluationSeed = SEED,
     out: Annotated[
-        Path | None, typer.Option("-o", metavar="FOLDER", help="for table.md and one .csv a generator, with a row a prompt")
+        Path | None, Option("-o", metavar="FOLDER", help="for table.md and one .csv a generator, with a row a prompt")
     ] = None,
 ) -> None:
     """Measure generators side by side, on the same prompts and noise."""
-    check_reference_pictures(reference_pictures)
+    arguments.check_reference_pictures(reference_pictures)
     from diffinstruct.evaluation.generators import evaluate_generators, report, save
 
-    evaluations = evaluate_generators(folders, prompts, rewards, reference_pictures, seed)
+    evaluations = evaluate_generators(folders, prompts, rewards, reference_pictures, seed, metrics)
     print(report(evaluations))
     if out:
         save(evaluations, out)
@@ -49,27 +40,25 @@ def evaluate(
 
 def compare(
     runs: Annotated[
-        tuple[Path, Path], typer.Argument(metavar="RUN RUN", help="two finished runs; differences are second minus first")
+        tuple[Path, Path], Argument(metavar="RUN RUN", help="two finished runs; differences are second minus first")
     ],
-    rewards: RewardNames,
+    rewards: arguments.RewardNames,
+    metrics: arguments.MetricNames,
     prompts: Annotated[
-        str | None,
-        typer.Option("--prompts", metavar="FILE", help="as for `evaluate`; default in the pocket world: pocket:eval"),
+        str | None, Option("--prompts", metavar="FILE", help="as for `evaluate`; default in the pocket world: pocket:eval")
     ] = None,
-    reference_pictures: ReferencePictures = REFERENCE_PICTURES,
-    seed: EvaluationSeed = SEED,
-    out: Annotated[
-        Path | None, typer.Option("-o", metavar="OUT", help="a page (.html), or a folder for tables and pictures")
-    ] = None,
+    reference_pictures: arguments.ReferencePictures = REFERENCE_PICTURES,
+    seed: arguments.EvaluationSeed = SEED,
+    out: Annotated[Path | None, Option("-o", metavar="OUT", help="a page (.html), or a folder for tables and pictures")] = None,
 ) -> None:
     """Compare two runs: keys that differ, paired figures."""
-    check_reference_pictures(reference_pictures)
+    arguments.check_reference_pictures(reference_pictures)
     if out and out.suffix:
-        check_output(out, ".html")
-    folders = [existing_run(folder) for folder in runs]
+        arguments.check_output(out, ".html")
+    folders = [arguments.existing_run(folder) for folder in runs]
     from diffinstruct.evaluation.comparison import compare_runs
 
-    comparison = compare_runs(folders, prompts, rewards, reference_pictures, seed)
+    comparison = compare_runs(folders, prompts, rewards, reference_pictures, seed, metrics)
     print(comparison.text())
     if out:
         comparison.save(out)
@@ -77,11 +66,11 @@ def compare(
 
 
 def report(
-    path: Annotated[Path, typer.Argument(metavar="RUN_OR_SWEEP", help="a run's folder, a sweep's, or a .csv of kept rows")],
-    out: Annotated[Path, typer.Option("-o", metavar="out.html", help="the file to write")],
+    path: Annotated[Path, Argument(metavar="RUN_OR_SWEEP", help="a run's folder, a sweep's, or a .csv of kept rows")],
+    out: Annotated[Path, Option("-o", metavar="out.html", help="the file to write")],
 ) -> None:
     """Write a run or a sweep as one HTML file."""
-    check_output(out, ".html")
+    arguments.check_output(out, ".html")
     from diffinstruct.reports.page import write
 
     write(path, out)
@@ -89,13 +78,10 @@ def report(
 
 
 def export(
-    run: Run,
-    out: Annotated[Path, typer.Option("-o", metavar="FOLDER", help="the pipeline's folder to write")],
+    run: arguments.Run,
+    out: Annotated[Path, Option("-o", metavar="FOLDER", help="the pipeline's folder to write")],
     step: Annotated[
-        str,
-        typer.Option(
-            "--step", help="a number, last, or best: the largest gain in held-out rewards without a symptom of hacking"
-        ),
+        str, Option("--step", help="a number, last, or best: the largest gain in held-out rewards without a symptom of hacking")
     ] = "last",
 ) -> None:
     """Write a checkpoint's generator as a stock pipeline.
@@ -104,10 +90,10 @@ def export(
     """
     from diffinstruct.config.reading import load_run
 
-    folder = existing_run(run)
+    folder = arguments.existing_run(run)
     if os.path.lexists(out):
         raise UserError(f"-o: {str(out)!r} is there already")
-    check_parent(out)
+    arguments.check_parent(out)
     experiment = load_run(folder)
     from diffinstruct.run_folder.checkpoint import CheckpointError, full_disk_as_error
     from diffinstruct.training.resume import export_checkpoint
@@ -124,16 +110,16 @@ def export(
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(metavar="RUN_OR_FOLDER", help="a finished run, or an exported pipeline")],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
-    out: Annotated[Path, typer.Option("-o", metavar="out.png", help="the picture to write")],
-    seed: Annotated[int, typer.Option("--seed", help="seed of the first picture; the next has the next one")] = 0,
-    n: Annotated[int, typer.Option("--n", help="how many pictures, side by side")] = 1,
+    run: Annotated[Path, Argument(metavar="RUN_OR_FOLDER", help="a finished run, or an exported pipeline")],
+    prompt: Annotated[str, Argument(metavar="PROMPT")],
+    out: Annotated[Path, Option("-o", metavar="out.png", help="the picture to write")],
+    seed: Annotated[int, Option("--seed", help="seed of the first picture; the next has the next one")] = 0,
+    n: Annotated[int, Option("--n", help="how many pictures, side by side")] = 1,
 ) -> None:
     """Make pictures with a trained generator, in one step."""
     model = run
     if not (model / "model_index.json").is_file():
-        model = existing_run(run) / "export"
+        model = arguments.existing_run(run) / "export"
         if not model.is_dir():
             raise UserError(f"{model.parent}: no exported model in it, the run has not finished")
     if n < 1:

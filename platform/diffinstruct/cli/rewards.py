@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option, Typer
 
 from diffinstruct.cli.arguments import CommandGroup, check_output, check_rewards
 from diffinstruct.errors import UserError
 
-app = typer.Typer(cls=CommandGroup, help="List rewards, validate one, score pictures.", rich_markup_mode=None)
+app = Typer(cls=CommandGroup, help="List rewards, validate one, score pictures.", rich_markup_mode=None)
 
 
 @app.command("list")
@@ -29,17 +29,15 @@ def list_rewards() -> None:
 
 @app.command("validate")
 def validate(
-    reward: Annotated[str, typer.Argument(metavar="NAME", help="a built-in reward, or your own as module:callable")],
+    reward: Annotated[str, Argument(metavar="NAME", help="a built-in reward, or your own as module:callable")],
     images: Annotated[
         Path | None,
-        typer.Option("--images", metavar="FOLDER", help="a folder of pictures; default: made by the pocket world's generator"),
+        Option("--images", metavar="FOLDER", help="a folder of pictures; default: made by the pocket world's generator"),
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option("--prompts", metavar="FILE", help="as for `rewards score`; default: the pocket world's")
+        str | None, Option("--prompts", metavar="FILE", help="as for `rewards score`; default: the pocket world's")
     ] = None,
-    held_out: Annotated[
-        bool, typer.Option("--held-out", help="only to be held out, not trained on: it needs no gradient")
-    ] = False,
+    held_out: Annotated[bool, Option("--held-out", help="only to be held out, not trained on: it needs no gradient")] = False,
 ) -> None:
     """Validate a reward, check by check, as every run does before its first step."""
     check_rewards([reward], "rewards validate")
@@ -69,15 +67,15 @@ def renamed() -> None:
 
 @app.command("score")
 def score(
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="a folder of .png, .jpg or .webp")],
+    images: Annotated[Path, Argument(metavar="IMAGES", help="a folder of .png, .jpg or .webp")],
     prompts: Annotated[
         str,
-        typer.Argument(
+        Argument(
             metavar="PROMPTS", help="a .txt or .csv with one prompt a picture, in the order of names; or a .csv that names them"
         ),
     ],
-    rewards: Annotated[list[str] | None, typer.Option("--reward", metavar="NAME", help="may be repeated")] = None,
-    out: Annotated[Path | None, typer.Option("-o", metavar="scores.csv", help="a row a picture, a column a reward")] = None,
+    rewards: Annotated[list[str] | None, Option("--reward", metavar="NAME", help="may be repeated")] = None,
+    out: Annotated[Path | None, Option("-o", metavar="scores.csv", help="a row a picture, a column a reward")] = None,
 ) -> None:
     """Score a folder of pictures, each with its prompt; `rewards validate` tells whether a reward can be trusted."""
     names = list(dict.fromkeys(rewards or []))

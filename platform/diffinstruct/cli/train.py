@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from diffinstruct.cli.arguments import Overrides, Recipe, existing_run, read_experiment
 from diffinstruct.errors import UserError, did_you_mean
@@ -18,18 +18,17 @@ from diffinstruct.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from diffinstruct.config.experiment import Experiment
 
-PATIENCE = 5.0
-"""Seconds in which a process that was killed on another machine is gone from its run."""
+OTHER_PROCESS_WAIT_S = 5.0  # seconds in which a process that was killed on another machine is gone from its run
 
 
 def train(
     file: Recipe,
     overrides: Overrides,
-    local: Annotated[bool, typer.Option("--local", help="train in this process, without Ray")] = False,
-    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="go on with the run in this folder")] = None,
+    local: Annotated[bool, Option("--local", help="train in this process, without Ray")] = False,
+    resume: Annotated[Path | None, Option("--resume", metavar="RUN", help="go on with the run in this folder")] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option("--allow", metavar="KEY", help="with --resume: go on though this key has changed; may be repeated"),
+        Option("--allow", metavar="KEY", help="with --resume: go on though this key has changed; may be repeated"),
     ] = None,
 ) -> None:
     """Train a generator on Ray."""
@@ -44,8 +43,8 @@ def train(
         raise UserError(f"output_dir: cannot make {folder}: {error.strerror}") from None
     if allow and resume is None:
         raise UserError("--allow: goes with --resume RUN")
-    with only_writer(folder, PATIENCE, COMMAND):  # from here on: another command would clear this one's signals
-        with only_writer(folder, PATIENCE):  # what a command has started may outlive it
+    with only_writer(folder, OTHER_PROCESS_WAIT_S, COMMAND):  # from here on: another command would clear this one's signals
+        with only_writer(folder, OTHER_PROCESS_WAIT_S):  # what a command has started may outlive it
             if (folder / "experiment.yaml").is_file():
                 _check_resume(experiment, folder, allow or [])
         _run(experiment, folder, local)
@@ -78,8 +77,7 @@ def _run(experiment: Experiment, folder: Path, local: bool) -> None:
 
 
 def _check_resume(experiment: Experiment, folder: Path, allowed: Sequence[str]) -> None:
-    """Refuse to go on with a run under another configuration, and name the keys; with those that are allowed its newest
-    checkpoint becomes one of the new configuration."""
+    """Refuse to go on under another configuration, or make the newest checkpoint one of it where that is allowed."""
     from diffinstruct.config.experiment import Experiment
     from diffinstruct.config.fields import keys_with
     from diffinstruct.config.reading import load_run, nearest_key
@@ -98,12 +96,9 @@ def _check_resume(experiment: Experiment, folder: Path, allowed: Sequence[str]) 
         options = [f"--allow {key}" for key in changes if key in may_change and key not in allowed]
         hint = f"; {' '.join(options)} goes on with what is new" if options else ""
         raise UserError("\n".join([*refused, f"--resume: goes on with {file}, unchanged{hint}"]))
-    if keys := {*changes, *({"prompts.train"} & {*allowed})}:  # the prompts of a file may have changed under its name
-        _change_checkpoint(experiment, folder, keys, list(messages.values()))
-
-
-def _change_checkpoint(experiment: Experiment, folder: Path, keys: set[str], messages: Sequence[str]) -> None:
-    """Make the run's newest checkpoint one of the new configuration, and say so."""
+    keys = {*changes, *({"prompts.train"} & {*allowed})}  # the prompts of a file may have changed under its name
+    if not keys:
+        return
     from diffinstruct.run_folder.checkpoint import CheckpointError
     from diffinstruct.training.resume import change
 
@@ -114,7 +109,7 @@ def _change_checkpoint(experiment: Experiment, folder: Path, keys: set[str], mes
         raise SystemExit(1) from None
     if step is not None:
         older = ", and its older checkpoints are gone" * (step > 0)
-        print("\n".join([*messages, f"from step {step} on it has what is new{older}"]), flush=True)
+        print("\n".join([*messages.values(), f"from step {step} on it has what is new{older}"]), flush=True)
 
 
 def check(file: Recipe, overrides: Overrides) -> None:
@@ -130,12 +125,10 @@ def check(file: Recipe, overrides: Overrides) -> None:
 
 
 def sync(
-    path: Annotated[Path, typer.Argument(metavar="RUN_OR_SWEEP", help="a run's folder, or a sweep's")],
+    path: Annotated[Path, Argument(metavar="RUN_OR_SWEEP", help="a run's folder, or a sweep's")],
     uri: Annotated[
         str | None,
-        typer.Option(
-            "--uri", help="address of the tracking server, where it is not the run's own, or only the journal names it"
-        ),
+        Option("--uri", help="address of the tracking server, where it is not the run's own, or only the journal names it"),
     ] = None,
 ) -> None:
     """Send MLflow and the mirror what is still missing there."""

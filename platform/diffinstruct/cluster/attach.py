@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
-import ray.train
 import yaml
 
 import diffinstruct
@@ -19,14 +18,7 @@ from diffinstruct.cluster import ray_private
 from diffinstruct.config.sections import ClusterConfig
 from diffinstruct.errors import UserError, did_you_mean
 
-if TYPE_CHECKING:
-    pass
-
-
-import ray
-
-HEAD = "node:__internal_head__"
-"""A resource that the head has, and no other node."""
+HEAD = "node:__internal_head__"  # a resource that the head has, and no other node
 
 
 def warn_of_passing_copy(path: Path) -> None:
@@ -35,12 +27,10 @@ def warn_of_passing_copy(path: Path) -> None:
         print(f"{path} lies in Ray's passing copy of the code and will be lost; an absolute path stays", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------------- cluster
 @contextmanager
 def attached() -> Iterator[str]:
     """Ray, and a word on where it is: the cluster of RAY_ADDRESS (a submitted job has it too), or one of our own, which
-    ends with the block. Never a bare `ray.init()`: it joins whatever cluster this machine happens to have.
-    """
+    ends with the block. Never a bare `ray.init()`: it joins whatever cluster this machine happens to have."""
     if ray.is_initialized():
         yield described()
         return
@@ -87,8 +77,7 @@ def described() -> str:
 
 def check_fits(asked: ClusterConfig, actors: int) -> None:
     """Raises UserError, one line, where Ray will never have what the workers and so many reward actors ask for."""
-    nodes = most_nodes()
-    if nodes is None:
+    if (nodes := most_nodes()) is None:
         return
     for kind in {**asked.per_worker, **asked.per_reward_actor}:
         per_worker, per_actor = asked.per_worker.get(kind, 0), asked.per_reward_actor.get(kind, 0)
@@ -101,15 +90,14 @@ def check_fits(asked: ClusterConfig, actors: int) -> None:
                 f"cluster: asks for {needed:g} {unit} ({asked.workers} workers x {per_worker:g} + {actors} reward actors x "
                 f"{per_actor:g}), Ray has {has:g}{hint}"
             )
-    for what, each in (("training worker", asked.per_worker), ("reward actor", asked.per_reward_actor if actors else {})):
+    for process, each in (("training worker", asked.per_worker), ("reward actor", asked.per_reward_actor if actors else {})):
         if not any(all(resources.get(kind, 0) >= amount for kind, amount in each.items()) for resources, _ in nodes):
             of_one = ", ".join(f"{amount:g} {kind}" for kind, amount in each.items() if amount)
-            raise UserError(f"cluster: no node has all that one {what} asks for ({of_one})")
+            raise UserError(f"cluster: no node has all that one {process} asks for ({of_one})")
 
 
 def most_nodes() -> list[tuple[Mapping[str, float], int]] | None:
-    """(resources, how many) of the cluster's nodes, with those that its autoscaler may start; None where nobody knows
-    yet."""
+    """(resources, how many) of the cluster's nodes, with those its autoscaler may start; None: nobody knows yet."""
     there = [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
     file = Path("~/ray_bootstrap_config.yaml").expanduser()  # the head of a cluster that `ray up` has made has it
     if file.exists():
@@ -122,10 +110,24 @@ def most_nodes() -> list[tuple[Mapping[str, float], int]] | None:
 
 
 def stand_in(folder: str) -> None:
-    """Make relative paths mean what they meant to the driver; on a machine that has no such folder they mean
-    nothing."""
+    """Make relative paths mean what they meant to the driver, where this machine has its folder."""
     with suppress(FileNotFoundError):
         os.chdir(folder)
+
+
+def worker_task(function: Callable[[], Any], asked: ClusterConfig, folder: str) -> ray.ObjectRef:
+    """Run `function` as in `folder`, in a Ray task of a training process's size; the reference to what it returns."""
+
+    def task() -> Any:
+        import torch
+
+        stand_in(folder)
+        torch.set_num_threads(asked.cpus_per_worker)
+        return function()
+
+    # By default a task inside a trial of Tune's would be put into the trial's own resources
+    options = {**ray_options(asked.per_worker), "scheduling_strategy": "DEFAULT", "max_retries": 3}
+    return ray.remote(task).options(**options).remote()
 
 
 def ray_options(asked: Mapping[str, float]) -> dict[str, Any]:

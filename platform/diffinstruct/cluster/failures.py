@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ray.exceptions import RayTaskError
 from ray.train import ControllerError, UserCallback, WorkerGroupError
@@ -20,14 +19,9 @@ from diffinstruct.tracking.journal import deliver
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    pass
-
-FINAL = (UserError, RewardError, NonFiniteGradient, CheckpointError, Paused)
-"""Errors that a second try would meet again."""
+FINAL = (UserError, RewardError, NonFiniteGradient, CheckpointError, Paused)  # errors that a second try would meet again
 
 
-# ------------------------------------------------------------------------------------------------------ failures
 class NoSecondTry(UserCallback):
     """Stops the controller at an error that a restart would only repeat. (What it raises, Ray does not retry.)"""
 

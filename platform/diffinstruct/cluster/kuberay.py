@@ -21,20 +21,14 @@ import yaml
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError
 
-SECRET = "diffinstruct"
-"""The Secret whose keys become environment variables of every pod."""
-MOUNT = PurePosixPath("/etc/diffinstruct")
-"""Where the experiment lies in every pod."""
-RUNS = "/mnt/runs"
-"""Where the claim is mounted if the recipe's `output_dir` is a relative path, which means nothing in a pod."""
-STOP_WAIT_S = 300
-"""Seconds that a job which is told to stop has for its step and its checkpoint; Ray's own default is 3."""
+SECRET = "diffinstruct"  # the Secret whose keys become environment variables of every pod
+MOUNT = PurePosixPath("/etc/diffinstruct")  # where the experiment lies in every pod
+RUNS = "/mnt/runs"  # where the claim is mounted if `output_dir` is a relative path, which means nothing in a pod
+STOP_WAIT_S = 300  # seconds that a job which is told to stop has for its step and its checkpoint; Ray's default is 3
 IMAGE = r"[a-z0-9][a-z0-9._-]*(:\d+)?(/[a-z0-9][a-z0-9._-]*)*(:[\w.-]{1,128})?(@sha256:[0-9a-f]{64})?"
 """An image's name: host, port, path, tag, digest."""
-LONGEST_NAME = 47
-"""Letters that KubeRay allows a RayJob."""
-HEAD_CPUS = 2
-"""For the driver, Ray's own processes and the dashboard; the head offers none to training."""
+LONGEST_NAME = 47  # letters that KubeRay allows a RayJob
+HEAD_CPUS = 2  # for the driver, Ray's own processes and the dashboard; the head offers none to training
 
 
 def manifest(experiment: Experiment, image: str, claim: str, resume: str | None = None) -> str:
@@ -49,9 +43,9 @@ def manifest(experiment: Experiment, image: str, claim: str, resume: str | None 
     """
     uri = experiment.tracking.uri or ""
     experiment = placed(experiment)
-    _check_names(image, claim)
-    _check_paths(experiment.output_dir, uri, resume)
-    name, cluster, file = job_name(experiment), experiment.cluster, MOUNT / "experiment.yaml"
+    _check(image, claim, experiment.output_dir, uri, resume)
+    name, cluster = job_name(experiment.name, experiment.config_hash), experiment.cluster
+    file = MOUNT / "experiment.yaml"
     config_map = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -83,14 +77,12 @@ def manifest(experiment: Experiment, image: str, claim: str, resume: str | None 
     return yaml.dump_all([config_map, job], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def _check_names(image: str, claim: str) -> None:
+def _check(image: str, claim: str, output_dir: str, uri: str, resume: str | None) -> None:
+    """Raises UserError for names that Kubernetes would refuse, and for paths that lie in no claim."""
     if not re.fullmatch(IMAGE, image):
         raise UserError(f"--image: should be as registry.example/diffinstruct:1, got {image!r}")
     if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", claim) or len(claim) > 253:
         raise UserError(f"--claim: should be small letters, digits, '-' and '.', got {claim!r}")
-
-
-def _check_paths(output_dir: str, uri: str, resume: str | None) -> None:
     database = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
     for key, path in {"tracking.uri": database, "--resume": resume}.items():
         if path is not None and not PurePosixPath(path).is_relative_to(output_dir):
@@ -139,8 +131,7 @@ class Pods:
 
 
 def placed(experiment: Experiment) -> Experiment:
-    """With an absolute `output_dir`, and with resources that tell the two groups of pods apart where the recipe names
-    none."""
+    """With an absolute `output_dir`, and with resources that tell the two groups of pods apart."""
     asked = experiment.cluster
     rewards = asked.rewards.model_copy(update={"resources": asked.rewards.resources or {"reward": 1.0}})
     cluster = asked.model_copy(update={"worker_resources": asked.worker_resources or {"trainer": 1.0}, "rewards": rewards})
@@ -148,11 +139,11 @@ def placed(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"cluster": cluster, "output_dir": runs})
 
 
-def job_name(experiment: Experiment) -> str:
-    """The run's name as Kubernetes allows it, and its configuration's id: the same configuration is the same job."""
-    words = re.sub(r"[^a-z0-9]+", "-", experiment.name.lower()).strip("-")
+def job_name(name: str, config_hash: str) -> str:
+    """The run's name as Kubernetes allows it, and its configuration's hash: the same configuration is the same job."""
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     words = words if words[:1].isalpha() else f"run-{words}"
-    return f"{words[: LONGEST_NAME - len(experiment.config_hash) - 1].rstrip('-')}-{experiment.config_hash}"
+    return f"{words[: LONGEST_NAME - len(config_hash) - 1].rstrip('-')}-{config_hash}"
 
 
 class _Dumper(yaml.SafeDumper):

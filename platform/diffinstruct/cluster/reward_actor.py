@@ -18,14 +18,11 @@ from diffinstruct.method.precision import use_deterministic_kernels
 from diffinstruct.method.rewards import LatentRewards, RewardRequest
 from diffinstruct.reward_service.reward_validation import Report
 
-LOADING = "loading"
-"""What an actor says it does meanwhile: it is no work on anybody's request."""
+LOADING = "loading"  # what an actor says while it loads its models, which is no work on anybody's request
 
 
-# ------------------------------------------------------------------------------------------------------ the actor
 class ActorReply(NamedTuple):
-    """To the call with the id `request`. `rewards`: their names, in order; `content`: Scores, its tensors as arrays, or
-    what else was asked for."""
+    """To the call with the id `request`. rewards: their names, in order. content: what was asked for, arrays for tensors."""
 
     request: str
     rewards: tuple[str, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 import uuid
@@ -18,17 +19,11 @@ from diffinstruct.method.rewards import RewardError
 
 logger = logging.getLogger(__name__)
 
-STARTING = 1800.0
-"""Seconds in which a process starts and loads its models, downloads included."""
-
-ATTEMPTS = 5
-"""So often a question is asked before its caller gives up."""
-GRACE = 10.0
-"""Seconds in which a process that is alive says what it does, however hard it works; less where the deadline is
-shorter."""
+STARTING = 1800.0  # seconds in which a process starts and loads its models, downloads included
+ATTEMPTS = 5  # so often a question is asked before its caller gives up
+GRACE = 10.0  # seconds in which a living process says what it does, however hard it works; at most the deadline
 
 
-# ------------------------------------------------------------------------------------------------------ one call
 class Fault(Exception):
     """What went wrong with one attempt."""
 
@@ -39,8 +34,7 @@ class Call:
     Args:
         place: says which actor it is.
         what: says what was asked for.
-        deadline: seconds that the actor may work on one question; waiting for its turn behind other callers is no
-        fault.
+        deadline: seconds that the actor may work on one question; waiting behind other callers is no fault.
         asks: how many questions' time it may take.
         send: request id -> the object reference of the ActorReply.
         fault: raises Fault for an ActorReply that cannot be trusted.
@@ -64,17 +58,17 @@ class Call:
         self.reference = send(self.request)
 
     def answer(self) -> Any:
-        """The answer's content. Raises what the actor raised, or RewardError, one line, when all attempts have
-        failed."""
-        attempt = 0
-        while True:
-            attempt += 1
+        """The answer's content. Raises what the actor raised, or RewardError where all attempts have failed."""
+        for attempt in itertools.count(1):
             try:
                 if attempt > 1:
                     self._wait_until_it_is_back(0.1 * 2**attempt)
                     self.request = f"{self.id}/{attempt}"
                     self.reference = self.send(self.request)
-                answer = self._wait()
+                pause = self.deadline
+                while not ray.wait([self.reference], timeout=pause)[0]:
+                    pause = self._look()
+                answer: ActorReply = ray.get(self.reference)
                 if answer.request != self.request:
                     raise Fault(f"answered {answer.request}, asked {self.request}")
                 self.fault(answer)
@@ -90,12 +84,6 @@ class Call:
                         f"(the cluster has {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs)"
                     ) from error
                 logger.warning("%s: %s; asked again (%d of %d) to %s", self.place, failure, attempt + 1, ATTEMPTS, self.what)
-
-    def _wait(self) -> ActorReply:
-        pause = self.deadline
-        while not ray.wait([self.reference], timeout=pause)[0]:
-            pause = self._look()
-        return ray.get(self.reference)
 
     def _look(self) -> float:
         """End the actor if what it does is not to be waited for. Returns seconds until the next look."""
@@ -132,9 +120,8 @@ class Call:
         try:
             return ray.get(self.actor.doing.remote(), timeout=self.grace)
         except GetTimeoutError:
-            # One that waits for resources, for its environment or for its imports is silent, too; or the question went
-            # to
-            # a process that is no more.
+            # One that waits for resources, for its environment or for its imports is silent, too; or the question
+            # went to a process that is no more.
             if before == ray_private.actor_process(self.actor) != self.ended and before[0] == "ALIVE":
                 self._replace(f"silent for {self.grace:g} s")
         except ActorUnavailableError:

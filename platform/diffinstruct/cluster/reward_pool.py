@@ -36,16 +36,14 @@ from diffinstruct.cluster.attach import ray_options
 from diffinstruct.cluster.reward_actor import ActorReply, RewardActor
 from diffinstruct.cluster.reward_call import Call, Fault
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.sections import RewardEnvironmentConfig
+from diffinstruct.config.sections import RewardActorsConfig
 from diffinstruct.errors import UserError, did_you_mean, nearest_file
 from diffinstruct.method.rewards import Collect, RewardError, RewardRequest, Scores
 from diffinstruct.reward_service.reward_validation import Report
 
-VALIDATION_CALLS = 40
-"""A validation may take as long as so many scoring calls, with each actor."""
+VALIDATION_CALLS = 40  # a validation may take as long as so many scoring calls, with each actor
 
 
-# ------------------------------------------------------------------------------------------------------- the pool
 @dataclass(frozen=True)
 class Group:
     """Replicas with the same rewards."""
@@ -57,7 +55,7 @@ class Group:
 
 @dataclass(frozen=True)
 class RewardPool:
-    """All reward actors, and how to ask them; a `RewardService`. Picklable: workers and trials share one pool.
+    """All reward actors, and how to ask them; a `RewardBackend`. Picklable: workers and trials share one pool.
 
     names: of all rewards, in the order of the scores.
     deadline: seconds that an actor may work on one call.
@@ -134,7 +132,7 @@ class RewardPool:
     def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
         """Validate every reward in each group's first replica."""
         array = ray.put(latents.detach().cpu().numpy())
-        what, asked = f"shake hands over {len(prompts)} samples", frozenset(trained)
+        what, asked = f"validate with {len(prompts)} samples", frozenset(trained)
         calls = [
             self._call(
                 group, 0, what, lambda actor, id: actor.validate.remote(id, array, prompts, asked), asks=VALIDATION_CALLS
@@ -194,7 +192,7 @@ def reward_pool(experiment: Experiment, actor: type[RewardActor] = RewardActor) 
     options = {**ray_options(asked.per_reward_actor), "max_restarts": -1, "max_task_retries": 0}
     prepared = [
         (names, file, {"runtime_env": runtime_env(file)} if file else {})
-        for names, file in grouped(experiment.rewards.names, asked.rewards.environments)
+        for names, file in grouped(experiment.rewards.names, asked.rewards)
     ]
     groups: list[Group] = []
     try:
@@ -213,13 +211,9 @@ def reward_pool(experiment: Experiment, actor: type[RewardActor] = RewardActor) 
                 ray.kill(replica)
 
 
-def grouped(
-    rewards: Sequence[str], environments: Sequence[RewardEnvironmentConfig]
-) -> list[tuple[tuple[str, ...], str | None]]:
-    """Which rewards share actors, and the file of their runtime environment, if they have one of their own. Names keep
-    the order of `rewards`; `cluster.rewards.replicas` actors stand for each group."""
-    placed = {name for environment in environments for name in environment.rewards}
-    groups = [(set(rewards) - placed, None)] + [(set(e.rewards), e.runtime_env) for e in environments]
+def grouped(rewards: Sequence[str], asked: RewardActorsConfig) -> list[tuple[tuple[str, ...], str | None]]:
+    """Which rewards share actors, in the order of `rewards`, and the file of their own runtime environment, if any."""
+    groups = [(set(rewards) - {*asked.apart}, None)] + [(set(e.rewards), e.runtime_env) for e in asked.environments]
     return [(tuple(name for name in rewards if name in names), file) for names, file in groups if names]
 
 

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,25 +31,23 @@ from ray.train.torch import TorchTrainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from diffinstruct.cluster.attach import ray_options, stand_in
+from diffinstruct.cluster.attach import attached, check_fits, stand_in, warn_of_passing_copy, worker_task
+from diffinstruct.cluster.collectives import collective_device, distributed_ranks, preempted
+from diffinstruct.cluster.failures import NoSecondTry, close, final_error
 from diffinstruct.cluster.reward_pool import RewardPool, reward_pool
 from diffinstruct.config.addresses import tracking_uri
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.locks import Busy
 from diffinstruct.run_folder import signals
+from diffinstruct.tracking.journal import Parent
 
 if TYPE_CHECKING:
     from diffinstruct.reward_service.client import RewardBackend
-    from diffinstruct.tracking.journal import Parent
     from diffinstruct.training.run_log import Result
-from diffinstruct.cluster.attach import attached, check_fits, warn_of_passing_copy
-from diffinstruct.cluster.collectives import collective_device, distributed_ranks, preempted
-from diffinstruct.cluster.failures import NoSecondTry, close, final_error
 
 OUTPUT = "output.txt"
 """What rank 0 prints goes into this file of the run's folder, and from there to the user's terminal."""
-PROMPTS_A_TASK = 256
-"""Encoding fewer takes less time than loading the text encoders."""
+PROMPTS_A_TASK = 256  # encoding fewer takes less time than loading the text encoders
 
 
 def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> Result:
@@ -107,33 +106,20 @@ def fit(experiment: Experiment, folder: Path, pool: RewardBackend | None, where:
 
 
 def embed(experiment: Experiment) -> None:
-    """Make the prompt embeddings that a run's folder of them lacks, in tasks of a worker's size, as many as it has
-    workers."""
+    """Make the prompt embeddings that a run's folder of them lacks, in as many tasks as it has workers."""
     if experiment.prompts.embeddings is None:
         return
-    started_in = os.getcwd()
-    of_worker = {**ray_options(experiment.cluster.per_worker), "scheduling_strategy": "DEFAULT", "max_retries": 3}
+    from diffinstruct.training.build import missing_embeddings, store_embeddings
 
-    def look() -> list[str | None]:
-        from diffinstruct.training.build import missing_embeddings
-
-        stand_in(started_in)
-        return missing_embeddings(experiment)
-
-    def make(prompts: list[str | None]) -> None:
-        from diffinstruct.training.build import store_embeddings
-
-        stand_in(started_in)
-        torch.set_num_threads(experiment.cluster.cpus_per_worker)
-        store_embeddings(experiment, prompts)
-
+    asked, started_in = experiment.cluster, os.getcwd()
     try:
-        missing = ray.get(ray.remote(look).options(**of_worker).remote())
+        missing = ray.get(worker_task(partial(missing_embeddings, experiment), asked, started_in))
         if not missing:
             return
-        parts = min(experiment.cluster.workers, -(-len(missing) // PROMPTS_A_TASK))
+        parts = min(asked.workers, -(-len(missing) // PROMPTS_A_TASK))
         print(f"prompt embeddings: {len(missing)} to make in {experiment.prompts.embeddings}, {parts} tasks", flush=True)
-        ray.get([ray.remote(make).options(**of_worker).remote(missing[i::parts]) for i in range(parts)])
+        stores = [partial(store_embeddings, experiment, missing[i::parts]) for i in range(parts)]
+        ray.get([worker_task(store, asked, started_in) for store in stores])
     except RayTaskError as error:
         raise final_error(error) or error from None
 
@@ -168,11 +154,9 @@ def train_loop(
         return train(experiment, folder, pool, worker, parent)
 
 
-# ------------------------------------------------------------------------------------------------------ terminal
 @contextmanager
 def shown(path: Path) -> Iterator[None]:
-    """Print what is appended to `path` during the block; on a terminal each line of progress replaces the one
-    before."""
+    """Print what is appended to `path` during the block; on a terminal a line of progress replaces the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     ended = threading.Event()

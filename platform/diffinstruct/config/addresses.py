@@ -27,8 +27,7 @@ def redact(text: str) -> str:
 
 
 def quote_uri(uri: str) -> str:
-    """A URI with its blanks as %20: those of a password would be taken for its end. An sqlite file's path is no such
-    thing."""
+    """A URI with its blanks as %20, since those of a password would be taken for its end; not an sqlite file's path."""
     return uri if uri.startswith("sqlite:") else re.sub(r"\s", "%20", uri)
 
 

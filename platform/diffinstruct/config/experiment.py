@@ -16,7 +16,18 @@ import yaml
 from pydantic import Field, ValidationInfo, field_validator
 
 from diffinstruct.config.addresses import NO_STORES, quote_uri, redact
-from diffinstruct.config.fields import Count, Samples, Section, Text, broken_rule, key, keys_with, mistake_at
+from diffinstruct.config.fields import (
+    POCKET,
+    POCKET_DISTILLED,
+    Count,
+    Samples,
+    Section,
+    Text,
+    broken_rule,
+    key,
+    keys_with,
+    mistake_at,
+)
 from diffinstruct.config.sections import (
     ClusterConfig,
     GeneratorConfig,
@@ -37,38 +48,38 @@ class Experiment(Section):
     """One run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = key(
-        "pocket", description="of the run, part of its folder's name (ours)", identity=False
+        "pocket", "of the run, part of its folder's name (ours)", identity=False
     )
-    seed: int = key(0, ge=0, le=10**9, description="z, t, eps and prompts are functions of (seed, step, sample index) (ours)")
-    steps: Count = key(100, description="alternating rounds (ours)", resume=True)
-    global_batch_size: Samples = key(32, description="samples per round over all workers (ours)", resume=True)
+    seed: int = key(0, "z, t, eps and prompts are functions of (seed, step, sample index) (ours)", ge=0, le=10**9)
+    steps: Count = key(100, "alternating rounds (ours)", resume=True)
+    global_batch_size: Samples = key(32, "samples per round over all workers (ours)", resume=True)
     micro_batch_size: Samples | None = key(
         None,
-        description="samples of one training process that go through the networks at once; the gradients of a round's "
+        "samples of one training process that go through the networks at once; the gradients of a round's "
         "micro-batches add up, and the generator goes forward twice; none: all of them at once (ours)",
         resume=True,
     )
     precision: Literal["fp32", "bf16"] = key(
-        "fp32", description="of the networks' and the decoder's arithmetic; trained weights stay fp32 (ours)", resume=True
+        "fp32", "of the networks' and the decoder's arithmetic; trained weights stay fp32 (ours)", resume=True
     )
     activation_checkpointing: bool = key(
         False,
-        description="networks and decoder keep their blocks' inputs alone and compute the rest again in the backward "
+        "networks and decoder keep their blocks' inputs alone and compute the rest again in the backward "
         "pass: less memory, and of di_star's 12 forward passes' worth of work 5 more (ours)",
         resume=True,
     )
     compile: bool = key(
         False,
-        description="torch.compile of generator, score network and reference: minutes at the start, faster rounds (ours)",
+        "torch.compile of generator, score network and reference: minutes at the start, faster rounds (ours)",
         resume=True,
     )
     deterministic: bool = key(
         False,
-        description="of a GPU those kernels alone that give the same bits each time, as a CPU's do: slower; what has "
+        "of a GPU those kernels alone that give the same bits each time, as a CPU's do: slower; what has "
         "no such kernel ends the run by its name (ours)",
         resume=True,
     )
-    device: Literal["auto", "cpu", "cuda"] = key("auto", description="auto: a GPU where there is one (ours)", resume=True)
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: a GPU where there is one (ours)", resume=True)
     reference: ReferenceConfig = ReferenceConfig()
     generator: GeneratorConfig = GeneratorConfig()
     score_network: ScoreNetworkConfig = ScoreNetworkConfig()
@@ -79,12 +90,10 @@ class Experiment(Section):
     logging: LoggingConfig = LoggingConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
-    output_dir: Text = key(
-        "runs", description="folder of run folders, relative to where the command is typed (ours)", identity=False
-    )
+    output_dir: Text = key("runs", "folder of run folders, relative to where the command is typed (ours)", identity=False)
     mirror: Text | None = key(
         None,
-        description="URL in an object store, such as s3://bucket/runs, that gets a copy of each checkpoint and of the "
+        "URL in an object store, such as s3://bucket/runs, that gets a copy of each checkpoint and of the "
         "rest of a run's folder; where that is lost or behind, the run goes on from there (ours)",
         identity=False,
     )
@@ -118,22 +127,13 @@ class Experiment(Section):
 
     @field_validator("generator")
     @classmethod
-    def _same_world(cls, value: GeneratorConfig, info: ValidationInfo) -> GeneratorConfig:
-        reference = info.data.get("reference", ReferenceConfig())
-        if value.init_from == "pocket-distilled" and reference.model != "pocket":
-            raise mistake_at(
-                "init_from",
-                value.init_from,
-                broken_rule(f"belongs to the pocket world, but reference.model is {reference.model!r}"),
-            )
-        return value
-
-    @field_validator("generator")
-    @classmethod
-    def _start_of_an_adapter(cls, value: GeneratorConfig) -> GeneratorConfig:
+    def _starts_from_what_is_there(cls, value: GeneratorConfig, info: ValidationInfo) -> GeneratorConfig:
+        model = info.data.get("reference", ReferenceConfig()).model
+        if value.init_from == POCKET_DISTILLED and model != POCKET:
+            raise mistake_at("init_from", value.init_from, f"belongs to the pocket world, but reference.model is {model!r}")
         if value.init_rank and (not value.lora_rank or value.init_from == "reference"):
             why = "init_from is the reference" if value.lora_rank else "lora_rank is 0"
-            raise mistake_at("init_rank", value.init_rank, broken_rule(f"should be 0 where {why}"))
+            raise mistake_at("init_rank", value.init_rank, f"should be 0 where {why}")
         return value
 
     @field_validator("rewards")
@@ -141,63 +141,46 @@ class Experiment(Section):
     def _something_to_climb(cls, value: RewardsConfig, info: ValidationInfo) -> RewardsConfig:
         objective = info.data.get("objective", ObjectiveConfig(reward_scale=0.0))
         if not value.trained and (objective.reward_scale or not facts(objective.name).divergence):
-            raise mistake_at("trained", [], broken_rule("should name a reward (only objective.reward_scale 0 goes without)"))
+            raise mistake_at("trained", [], "should name a reward (only objective.reward_scale 0 goes without)")
         return value
 
     @field_validator("cluster")
     @classmethod
-    def _fits_the_batch(cls, value: ClusterConfig, info: ValidationInfo) -> ClusterConfig:
+    def _workers_fit_the_run(cls, value: ClusterConfig, info: ValidationInfo) -> ClusterConfig:
         batch = info.data.get("global_batch_size", 0)
         if batch % value.workers:
-            raise mistake_at("workers", value.workers, broken_rule(f"should divide global_batch_size ({batch})"))
+            raise mistake_at("workers", value.workers, f"should divide global_batch_size ({batch})")
         if value.use_gpu and info.data.get("device") == "cpu":
-            raise mistake_at("use_gpu", value.use_gpu, broken_rule("should be false where device is 'cpu'"))
-        return value
-
-    @field_validator("cluster")
-    @classmethod
-    def _whole_networks(cls, value: ClusterConfig, info: ValidationInfo) -> ClusterConfig:
-        adapted = [key for key in ("generator", "score_network") if key in info.data and info.data[key].lora_rank]
+            raise mistake_at("use_gpu", value.use_gpu, "should be false where device is 'cpu'")
+        adapted = [name for name in ("generator", "score_network") if name in info.data and info.data[name].lora_rank]
         if value.fully_shard and value.workers == 1:
-            raise mistake_at("fully_shard", True, broken_rule("should be false with one worker: there is nobody to share with"))
+            raise mistake_at("fully_shard", True, "should be false with one worker: there is nobody to share with")
         if value.fully_shard and adapted:
-            raise mistake_at(
-                "fully_shard", True, broken_rule(f"should be false with {adapted[0]}.lora_rank: adapters fit every GPU")
-            )
+            raise mistake_at("fully_shard", True, f"should be false with {adapted[0]}.lora_rank: adapters fit every GPU")
         return value
 
     @field_validator("cluster")
     @classmethod
     def _environments_of_rewards(cls, value: ClusterConfig, info: ValidationInfo) -> ClusterConfig:
         known = info.data["rewards"].names if "rewards" in info.data else ()
-        placed: set[str] = set()
-        for i, environment in enumerate(value.rewards.environments):
-            for name in environment.rewards:
-                if known and name not in known:
-                    hint = did_you_mean(name, known)
-                    raise mistake_at(
-                        ("rewards", "environments"), name, broken_rule(f"item {i} names no reward of this run", hint)
-                    )
-                if name in placed:
-                    raise mistake_at(
-                        ("rewards", "environments"), name, broken_rule("a reward has one environment, this one is named twice")
-                    )
-                placed.add(name)
+        environments, placed = ("rewards", "environments"), set[str]()
+        for i, name in ((i, name) for i, each in enumerate(value.rewards.environments) for name in each.rewards):
+            if known and name not in known:
+                raise mistake_at(environments, name, f"item {i} names no reward of this run", did_you_mean(name, known))
+            if name in placed:
+                raise mistake_at(environments, name, "a reward has one environment, this one is named twice")
+            placed.add(name)
         if placed and value.rewards.placement == "process":
-            raise mistake_at(
-                ("rewards", "placement"),
-                "process",
-                broken_rule("should be 'actor' where cluster.rewards.environments names rewards"),
-            )
+            what = "should be 'actor' where cluster.rewards.environments names rewards"
+            raise mistake_at(("rewards", "placement"), "process", what)
         return value
 
     @property
     def reward_actors(self) -> int:
-        """How many the Ray runner starts: replicas of a group for each environment, and of one for all other
-        rewards."""
-        apart = [name for environment in self.cluster.rewards.environments for name in environment.rewards]
-        groups = len(self.cluster.rewards.environments) + (len(self.rewards.names) > len(apart))
-        return 0 if self.cluster.rewards.placement == "process" else self.cluster.rewards.replicas * groups
+        """How many the Ray runner starts: `replicas` for each environment, and for all other rewards."""
+        asked = self.cluster.rewards
+        groups = len(asked.environments) + (len(self.rewards.names) > len(asked.apart))
+        return 0 if asked.placement == "process" else asked.replicas * groups
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -217,8 +200,7 @@ class Experiment(Section):
         return {name: (then.get(name), now.get(name)) for name in {**now, **then} if then.get(name) != now.get(name)}
 
     def without_secrets(self) -> Experiment:
-        """The same without a tracking server's address that holds a password or a query, which came from the
-        environment."""
+        """The same without a tracking server's address that holds a password or a query, as the environment's may."""
         uri = self.tracking.uri
         return self if uri is None or redact(uri) == uri else self.tracked_at(None)
 

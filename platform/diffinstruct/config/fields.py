@@ -16,8 +16,10 @@ from diffinstruct.method.distances import DISTANCES
 from diffinstruct.method.objectives import OBJECTIVES
 from reward_models import NAMES
 
-POCKET_SPLITS = ("train", "eval", "open", "grid")
-"""Of the built-in prompts: for training, held-out combinations, face-free ones, and those of the picture grid."""
+POCKET = "pocket"  # the built-in world: the reference of this name, and the source of the prompts POCKET_PROMPTS
+POCKET_DISTILLED = "pocket-distilled"  # the one-step generator that comes with it, to start from
+POCKET_PROMPTS = tuple(f"{POCKET}:{split}" for split in ("train", "eval", "open", "grid"))
+"""For training, held-out combinations, face-free ones, and those of the picture grid."""
 
 
 def broken_rule(what: str, hint: str = "") -> PydanticCustomError:
@@ -25,39 +27,32 @@ def broken_rule(what: str, hint: str = "") -> PydanticCustomError:
     return PydanticCustomError("rule", "{what}", {"what": what, "hint": hint})
 
 
-def mistake_at(key: str | int | tuple[str | int, ...], value: object, error: PydanticCustomError) -> ValidationError:
-    """The same, said of one key or item of what is under validation."""
-    return ValidationError.from_exception_data(
-        "section", [InitErrorDetails(type=error, loc=key if isinstance(key, tuple) else (key,), input=value)]
-    )
+def mistake_at(key: str | int | tuple[str | int, ...], value: object, what: str, hint: str = "") -> ValidationError:
+    """A broken rule of one key or item of what is under validation."""
+    loc = key if isinstance(key, tuple) else (key,)
+    details = InitErrorDetails(type=broken_rule(what, hint), loc=loc, input=value)
+    return ValidationError.from_exception_data("section", [details])
 
 
 def no_repeats(names: Iterable[str], taken: Iterable[str]) -> None:
+    """Raises where a reward is named twice, or one of those `taken` once more."""
     seen = set(taken)
     for i, name in enumerate(names):
         if name in seen:
-            raise mistake_at(i, name, broken_rule("is named twice: a reward is either trained on or held out, and once"))
+            raise mistake_at(i, name, "is named twice: a reward is either trained on or held out, and once")
         seen.add(name)
 
 
-def _known_reward(name: str) -> str:
-    if name not in NAMES and ":" not in name:
-        raise broken_rule("should be a reward's short name or 'module:callable'", did_you_mean(name, NAMES))
-    return name
+def name_in(table: Iterable[str], expected: str | None = None) -> AfterValidator:
+    """The rule of a short name from `table`, or the import path of one's own."""
 
+    def check(name: str) -> str:
+        if name not in table and ":" not in name:
+            known = expected or f"{' or '.join(map(repr, table))} or 'module:attribute'"
+            raise broken_rule(f"should be {known}", did_you_mean(name, table))
+        return name
 
-def _known_distance(name: str) -> str:
-    return _row_or_path(name, DISTANCES)
-
-
-def _known_objective(name: str) -> str:
-    return _row_or_path(name, OBJECTIVES)
-
-
-def _row_or_path(name: str, table: Iterable[str]) -> str:
-    if name not in table and ":" not in name:
-        raise broken_rule(f"should be {' or '.join(map(repr, table))} or 'module:attribute'", did_you_mean(name, table))
-    return name
+    return AfterValidator(check)
 
 
 def _argument(value: Any) -> Any:
@@ -74,8 +69,15 @@ def _no_nul(text: str) -> str:
     return text
 
 
+def _known_split(source: str) -> str:
+    if source.partition(":")[0] == POCKET and source not in POCKET_PROMPTS:
+        raise broken_rule("unknown split", did_you_mean(source, POCKET_PROMPTS))
+    return source
+
+
 # ---------------------------------------------------------------------------------------------------- the fields
 Text = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
+PromptSource = Annotated[Text, AfterValidator(_known_split)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Samples = Annotated[int, Field(ge=1, le=10**6)]
 Rank = Annotated[int, Field(ge=0, le=2**14)]
@@ -85,9 +87,9 @@ Positive = Annotated[float, Field(gt=0)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 WeightDecay = Annotated[float, Field(ge=0, le=1000)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-RewardName = Annotated[str, AfterValidator(_known_reward)]
-ObjectiveName = Annotated[str, AfterValidator(_known_objective)]
-DistanceName = Annotated[str, AfterValidator(_known_distance)]
+RewardName = Annotated[str, name_in(NAMES, "a reward's short name or 'module:callable'")]
+ObjectiveName = Annotated[str, name_in(OBJECTIVES)]
+DistanceName = Annotated[str, name_in(DISTANCES)]
 Argument = Annotated[
     Any, PlainValidator(_argument, json_schema_input_type=bool | int | float | str | list[bool | int | float | str])
 ]
@@ -98,7 +100,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
 
 
-def key(default: Any, *, description: str, resume: bool = False, identity: bool = True, **constraints: Any) -> Any:
+def key(default: Any, description: str, *, resume: bool = False, identity: bool = True, **constraints: Any) -> Any:
     """A key of a section, with all that is known about it.
 
     resume: whether a run that has begun may go on with another value, where its user allows it. All other keys say what
@@ -110,13 +112,16 @@ def key(default: Any, *, description: str, resume: bool = False, identity: bool 
     return Field(default, description=description, json_schema_extra=traits, **constraints)
 
 
-def keys_of(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """The keys below a section that are no sections themselves: dotted name and field. A list's items are no keys."""
+def keys_of(section: type[Section], prefix: str = "", sections: bool = False) -> Iterator[tuple[str, FieldInfo]]:
+    """The keys below a section: dotted name and field; those that are sections themselves only where `sections` asks
+    for them. A list's items are no keys."""
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from keys_of(field.annotation, f"{prefix}{name}.")
-        else:
+        kind = field.annotation
+        inner = kind if isinstance(kind, type) and issubclass(kind, Section) else None
+        if sections or not inner:
             yield prefix + name, field
+        if inner:
+            yield from keys_of(inner, f"{prefix}{name}.", sections)
 
 
 @cache

@@ -9,14 +9,12 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
-from diffinstruct.config.fields import POCKET_SPLITS
+import pandas as pd
+
+from diffinstruct.config.fields import POCKET, POCKET_PROMPTS
 from diffinstruct.errors import UserError, did_you_mean, nearest_file
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 POCKET_CSV = Path(__file__).parents[1] / "pocket" / "prompts.csv"
 
@@ -67,24 +65,20 @@ def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt"
     "datasets:<hub id, maybe @commit, or folder>:<split>".
 
     column: which one holds the prompts; it is called `prompt` in what is returned, the others stay as they are
-    ("datasets:"
-        gives no others).
+        ("datasets:" gives no others).
     The built-in table has the columns split, prompt, kind, subject, colour, background, mouth; an empty string is an
     attribute that the prompt leaves open. Rows without a prompt are left out, unless `empty` asks for them. Rows are
     numbered from 0. Raises UserError in one line that names the source.
     """
-    import pandas as pd
-
     name, _, split = str(source).partition(":")
     if name == "datasets":
         table = _of_datasets(str(source), column)
     else:
-        path = POCKET_CSV if name == "pocket" else Path(source)
-        column = "prompt" if name == "pocket" else column
-        if name == "pocket" and split not in POCKET_SPLITS:
-            raise UserError(f"{source}: unknown split{did_you_mean(source, [f'pocket:{known}' for known in POCKET_SPLITS])}")
+        path, column = (POCKET_CSV, "prompt") if name == POCKET else (Path(source), column)
+        if name == POCKET and str(source) not in POCKET_PROMPTS:
+            raise UserError(f"{source}: unknown split{did_you_mean(source, POCKET_PROMPTS)}")
         if path.suffix not in READERS:
-            known = f"'pocket:<split>', a file ({', '.join(READERS)}) or 'datasets:<hub id or folder>:<split>'"
+            known = f"'{POCKET}:<split>', a file ({', '.join(READERS)}) or 'datasets:<hub id or folder>:<split>'"
             raise UserError(f"{source}: prompts are {known}")
         try:
             table = READERS[path.suffix](path, column)
@@ -108,7 +102,7 @@ def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt"
     table = table.assign(prompt=texts.where(~missing, ""))
     if (nul := table["prompt"].str.contains("\0", regex=False)).any():
         raise UserError(f"{source}: row {table.index[nul][0] + 1}: {column!r} should be text, got a NUL byte")
-    if name == "pocket":
+    if name == POCKET:
         table = table[table["split"] == split]
     filled = table[table["prompt"].str.strip() != ""]
     if filled.empty:
@@ -117,15 +111,11 @@ def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt"
 
 
 def _of_txt(path: Path, column: str) -> pd.DataFrame:
-    import pandas as pd
-
     # Some editors begin a file with a byte order mark; `splitlines` would also cut at form feeds and at U+2028.
     return pd.DataFrame({column: path.read_text(encoding="utf-8-sig").split("\n")}, dtype=str)
 
 
 def _of_csv(path: Path, column: str) -> pd.DataFrame:
-    import pandas as pd
-
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the header would lose its end
         # "" and "None" are what they look like
@@ -137,8 +127,6 @@ def _of_csv(path: Path, column: str) -> pd.DataFrame:
 
 
 def _of_jsonl(path: Path, column: str) -> pd.DataFrame:
-    import pandas as pd
-
     rows = []
     for i, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
@@ -154,8 +142,6 @@ def _of_jsonl(path: Path, column: str) -> pd.DataFrame:
 
 
 def _of_parquet(path: Path, column: str) -> pd.DataFrame:
-    import pandas as pd
-
     try:
         return pd.read_parquet(path)
     except OSError:

@@ -1,11 +1,10 @@
-"""Configurations are read from YAML: `load` reads a file with overrides and reports every mistake at once, each with
-its file and line."""
+"""Configurations from YAML: `load` reads a file with overrides and reports every mistake at once, with file and line."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,13 +13,11 @@ from pydantic import ValidationError
 
 from diffinstruct.config.addresses import quote_uri, redact
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.fields import Section
+from diffinstruct.config.fields import keys_of
 from diffinstruct.config.sections import ARGUMENTS, ObjectiveConfig, drop_arguments
 from diffinstruct.errors import ConfigErrors, did_you_mean, nearest_file
 
-# ------------------------------------------------------------------------------------------------------- reading
-Loc = tuple[str | int, ...]
-"""The keys and indices that lead to a value: ("rewards", "trained", 0, "weight")."""
+Loc = tuple[str | int, ...]  # the keys and indices that lead to a value: ("rewards", "trained", 0, "weight")
 
 RENAMED = {
     "reference.cfg_scale": "reference.guidance_scale",
@@ -46,10 +43,8 @@ RENAMED = {
 """Keys of version 0.1 and what they are called now; guidance_scale is cfg_scale + 1. A section comes after its keys."""
 ONLY_OF = {"objective.huber_c": ("distance", "pseudo_huber"), "objective.sid_alpha": ("name", "sid")}
 """Keys that version 0.1 wrote whatever the objective; they go over where another key has this value."""
-MOST_VALUES = 100_000
-"""In one configuration."""
-LARGEST = 4 << 20
-"""Bytes of one configuration."""
+MOST_VALUES = 100_000  # in one configuration
+LARGEST = 4 << 20  # bytes of one configuration
 
 
 def load_run(folder: Path) -> Experiment:
@@ -94,8 +89,7 @@ _Loader.add_implicit_resolver(
 
 _OLD_NUMBER = re.compile(r"[-+]?0[\d_]+$|.*:", re.DOTALL)
 """What YAML 1.1 reads in base 8 or 60: 010 as eight, 1:30 as ninety."""
-_LAST = sys.maxsize
-"""The line of an override: their mistakes come after those of the file."""
+_LAST = sys.maxsize  # the line of an override: their mistakes come after those of the file
 
 
 class _Source:
@@ -121,7 +115,7 @@ class _Source:
     def read_file(self, path: Path) -> None:
         """Raises ConfigErrors where there is no file or no YAML in it: nothing more can be said then."""
         self.places[()] = (1, f"{path}:1")
-        values = _Text(self, lambda line: (line, f"{path}:{line}")).parse(_content(path), ())
+        values = self._parse(_content(path), (), lambda line: (line, f"{path}:{line}"))
         if isinstance(values, dict):
             self.values = values
         elif values is not None:
@@ -142,7 +136,7 @@ class _Source:
                 return
         loc = (*parents, last)
         try:
-            value = _Text(self, lambda line: (_LAST, "-s")).parse(text, loc)
+            value = self._parse(text, loc, lambda line: (_LAST, "-s"))
         except ConfigErrors as error:
             self.mistakes += [(_LAST, line) for line in error.errors]
             return
@@ -183,6 +177,61 @@ class _Source:
             if isinstance(there, dict) and isinstance(value, dict):
                 section[keys[-1]] = value | there
 
+    def _parse(self, text: str, loc: Loc, place: Callable[[int], tuple[int, str]]) -> Any:
+        """The values of what is written at `loc`, `place` says where a line is. Raises ConfigErrors where it is no YAML.
+
+        PyYAML composes nodes, which have positions. Of constructing values from them it does the scalars alone: it
+        would take the last of two equal keys, follow aliases without end, and stop at the first mistake.
+        """
+        try:
+            self._loader, self._place = _Loader(text), place
+            node = self._loader.get_single_node()
+            return None if node is None else self._value(node, loc)
+        except RecursionError:
+            raise ConfigErrors([f"{place(1)[1]}: nested too deeply, or into itself"]) from None
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = place(mark.line + 1 if mark else 1)[1]
+            key = f"{_dotted(loc)}: " if loc else ""
+            problem = " ".join(str(getattr(error, "problem", None) or error).split())
+            raise ConfigErrors([f"{where}: {key}not YAML: {problem}"]) from None
+
+    def _value(self, node: yaml.Node, loc: Loc) -> Any:
+        self.values_read += 1
+        if self.values_read > MOST_VALUES:  # ten aliases of ten aliases of ... are few lines
+            raise _no_yaml(f"more than {MOST_VALUES} values, with aliases", node)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, loc)
+        if isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                self.places[*loc, i] = self._place(item.start_mark.line + 1)
+            return [self._value(item, (*loc, i)) for i, item in enumerate(node.value)]
+        return self._scalar(node)
+
+    def _mapping(self, node: yaml.MappingNode, loc: Loc) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _no_yaml("a key should be a word", key_node)
+            key = str(key_node.value)
+            line, where = self._place(key_node.start_mark.line + 1)
+            if key in values:
+                self.mistakes.append((line, f"{where}: {_dotted((*loc, key))}: written twice"))
+                continue
+            self.places[*loc, key] = (line, where)
+            values[key] = self._value(value_node, (*loc, key))
+        return values
+
+    def _scalar(self, node: yaml.Node) -> Any:
+        if _OLD_NUMBER.match(node.value) and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+            return node.value
+        try:
+            value = self._loader.construct_object(node)
+            repr(value)  # more digits than Python prints are a ValueError here, if they are hexadecimal ones
+            return value
+        except (ValueError, LookupError, AttributeError):  # it looks like a date and is none, or says that it is one
+            raise _no_yaml(f"{_short(node.value)} is no {node.tag.rpartition(':')[2]}", node) from None
+
     def mistake(self, loc: Loc, what: str) -> None:
         line, place = self.place(loc)
         self.mistakes.append((line, f"{place}: {_dotted(loc)}: {what}"))
@@ -205,80 +254,13 @@ def _content(path: Path) -> str:
         raise ConfigErrors([f"{path}: {reason}{near}"]) from None
 
 
-class _Text:
-    """One text of YAML, read into its source with the place of each key; `place` makes one of a line.
-
-    PyYAML composes nodes, which have positions. Of constructing values from them it does the scalars alone: it would
-    take the last of two equal keys, follow aliases without end, and stop at the first mistake.
-    """
-
-    def __init__(self, source: _Source, place: Callable[[int], tuple[int, str]]) -> None:
-        self.source, self.place = source, place
-
-    def parse(self, text: str, loc: Loc) -> Any:
-        """The values of what is written at `loc`. Raises ConfigErrors where it is no YAML."""
-        try:
-            self.loader = _Loader(text)
-            node = self.loader.get_single_node()
-            return None if node is None else self._value(node, loc)
-        except RecursionError:
-            raise ConfigErrors([f"{self.place(1)[1]}: nested too deeply, or into itself"]) from None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = self.place(mark.line + 1 if mark else 1)[1]
-            key = f"{_dotted(loc)}: " if loc else ""
-            problem = " ".join(str(getattr(error, "problem", None) or error).split())
-            raise ConfigErrors([f"{where}: {key}not YAML: {problem}"]) from None
-
-    def _value(self, node: yaml.Node, loc: Loc) -> Any:
-        self.source.values_read += 1
-        if self.source.values_read > MOST_VALUES:  # ten aliases of ten aliases of ... are few lines
-            raise _no_yaml(f"more than {MOST_VALUES} values, with aliases", node)
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, loc)
-        if isinstance(node, yaml.SequenceNode):
-            for i, item in enumerate(node.value):
-                self.source.places[*loc, i] = self.place(item.start_mark.line + 1)
-            return [self._value(item, (*loc, i)) for i, item in enumerate(node.value)]
-        return self._scalar(node)
-
-    def _mapping(self, node: yaml.MappingNode, loc: Loc) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise _no_yaml("a key should be a word", key_node)
-            key = str(key_node.value)
-            line, where = self.place(key_node.start_mark.line + 1)
-            if key in values:
-                self.source.mistakes.append((line, f"{where}: {_dotted((*loc, key))}: written twice"))
-                continue
-            self.source.places[*loc, key] = (line, where)
-            values[key] = self._value(value_node, (*loc, key))
-        return values
-
-    def _scalar(self, node: yaml.Node) -> Any:
-        if _OLD_NUMBER.match(node.value) and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
-            return node.value
-        try:
-            value = self.loader.construct_object(node)
-            repr(value)  # more digits than Python prints are a ValueError here, if they are hexadecimal ones
-            return value
-        except (ValueError, LookupError, AttributeError):  # it looks like a date and is none, or says that it is one
-            raise _no_yaml(f"{_short(node.value)} is no {node.tag.rpartition(':')[2]}", node) from None
-
-
 def _no_yaml(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 def _dotted(loc: Iterable[str | int]) -> str:
     """In one line, whatever somebody has written as a key."""
-    return ".".join(map(_printable, loc))
-
-
-def _printable(part: object) -> str:
-    text = str(part)
-    return text if text.isprintable() else repr(text)
+    return ".".join(text if text.isprintable() else repr(text) for text in map(str, loc))
 
 
 def _short(value: object) -> str:
@@ -294,21 +276,13 @@ def _known(loc: Loc) -> Any:
     return kind
 
 
-def _keys(section: type[Section], prefix: str = "") -> Iterator[str]:
-    """The dotted names of all fields below a section."""
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
-
-
 def _describe(kind: str, mistake: Any) -> str:
     """What is wrong in words, what was got, and the nearest name that would be right."""
     loc, got, context = mistake["loc"], f", got {_short(mistake['input'])}", mistake.get("ctx", {})
     match kind:
         case "extra_forbidden":
             here = did_you_mean(loc[-1], _known(loc[:-1]).model_fields)
-            elsewhere = [key for key in _keys(Experiment) if key.rpartition(".")[2] == loc[-1]]
+            elsewhere = [key for key, _ in keys_of(Experiment, sections=True) if key.rpartition(".")[2] == loc[-1]]
             there = f", did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else ""
             return f"unknown key{here or there}"
         case "missing":

@@ -10,7 +10,8 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from diffinstruct.config.addresses import IN_ENVIRONMENT, TRACKING_SCHEMES, keeps_nothing, quote_uri, redact
 from diffinstruct.config.fields import (
-    POCKET_SPLITS,
+    POCKET,
+    POCKET_DISTILLED,
     Argument,
     Beta,
     Count,
@@ -19,6 +20,7 @@ from diffinstruct.config.fields import (
     NotNegative,
     ObjectiveName,
     Positive,
+    PromptSource,
     Rank,
     RewardName,
     Samples,
@@ -28,6 +30,7 @@ from diffinstruct.config.fields import (
     broken_rule,
     key,
     mistake_at,
+    name_in,
     no_repeats,
 )
 from diffinstruct.errors import did_you_mean
@@ -47,27 +50,27 @@ RAYS_OWN = {
 class ReferenceConfig(Section):
     """The frozen diffusion model that the generator is held close to."""
 
-    model: Text = key("pocket", description="diffusers folder, hub id or hub id@commit, or 'pocket', the built-in world (ours)")
+    model: Text = key(POCKET, f"diffusers folder, hub id or hub id@commit, or '{POCKET}', the built-in world (ours)")
     guidance_scale: float = key(
         3.0,
-        ge=1,
-        description="classifier-free guidance of the reference, as diffusers': 1 is none; the paper's scale is this "
+        "classifier-free guidance of the reference, as diffusers': 1 is none; the paper's scale is this "
         "less 1 (the paper; ours)",
+        ge=1,
     )
     guidance: Literal["in", "out"] = key(
-        "in", description="where guidance enters: inside the divergence, or beside it as one more reward (the paper; in)"
+        "in", "where guidance enters: inside the divergence, or beside it as one more reward (the paper; in)"
     )
 
 
 class OptimizerConfig(Section):
     """How one of the two trained networks is optimised (Adam)."""
 
-    learning_rate: LearningRate = key(..., description="of Adam, per step", resume=True)
-    betas: tuple[Beta, Beta] = key((0.0, 0.99), strict=False, description="of Adam (neighbours' choice; ours)", resume=True)
-    weight_decay: WeightDecay = key(0.0, description="of AdamW, per step and learning rate (ours)", resume=True)
-    max_grad_norm: Positive = key(10.0, description="the gradient's L2 norm is clipped to this (ours)", resume=True)
+    learning_rate: LearningRate = key(..., "of Adam, per step", resume=True)
+    betas: tuple[Beta, Beta] = key((0.0, 0.99), "of Adam (neighbours' choice; ours)", strict=False, resume=True)
+    weight_decay: WeightDecay = key(0.0, "of AdamW, per step and learning rate (ours)", resume=True)
+    max_grad_norm: Positive = key(10.0, "the gradient's L2 norm is clipped to this (ours)", resume=True)
     lora_rank: Rank = key(
-        0, description="0: all weights are trained; else an adapter of this rank over a frozen network that roles share (ours)"
+        0, "0: all weights are trained; else an adapter of this rank over a frozen network that roles share (ours)"
     )
 
 
@@ -75,26 +78,24 @@ class GeneratorConfig(OptimizerConfig):
     """The one-step network z -> x0."""
 
     init_from: Text = key(
-        "pocket-distilled",
-        description="initial weights: 'pocket-distilled', 'reference', a diffusers folder, hub id or hub id@commit, "
+        POCKET_DISTILLED,
+        f"initial weights: '{POCKET_DISTILLED}', 'reference', a diffusers folder, hub id or hub id@commit, "
         "or a .safetensors file (ours)",
     )
     init_rank: Rank = key(
         0,
-        description="with lora_rank, of a start that is not the reference: 0 keeps it as a second frozen network, "
+        "with lora_rank, of a start that is not the reference: 0 keeps it as a second frozen network, "
         "else its difference from the reference is kept at this rank, and what that loses is said (ours)",
     )
-    timestep: int = key(625, ge=0, description="the t it is fed, index into the reference's schedule (v1 of the paper: 625)")
+    timestep: int = key(625, "the t it is fed, index into the reference's schedule (v1 of the paper: 625)", ge=0)
     input_scale: Literal["unit", "sigma"] = key(
-        "unit", description="what it is fed: z ~ N(0, I) as it is (DMD2's way), or sigma_T z (SiD's)"
+        "unit", "what it is fed: z ~ N(0, I) as it is (DMD2's way), or sigma_T z (SiD's)"
     )
     learning_rate: LearningRate = key(
-        1e-4,
-        description="of Adam, per step (left open; ours, kept by open_choices: neither half nor twice is better)",
-        resume=True,
+        1e-4, "of Adam, per step (left open; ours, kept by open_choices: neither half nor twice is better)", resume=True
     )
     ema_decay: float = key(
-        0.99, ge=0, lt=1, description="per step, of the averaged weights that are shown and exported (ours)", resume=True
+        0.99, "per step, of the averaged weights that are shown and exported (ours)", ge=0, lt=1, resume=True
     )
 
 
@@ -102,20 +103,18 @@ class ScoreNetworkConfig(OptimizerConfig):
     """The network that follows the generator's own distribution (the paper's TA)."""
 
     learning_rate: LearningRate = key(
-        2e-4,
-        description="of Adam, per update (left open; ours, kept by open_choices: neither half nor twice is better)",
-        resume=True,
+        2e-4, "of Adam, per update (left open; ours, kept by open_choices: neither half nor twice is better)", resume=True
     )
     updates_per_step: Count = key(
         1,
-        description="denoising updates before each generator update (K_TA; left open; ours, kept by open_choices: 2 "
+        "denoising updates before each generator update (K_TA; left open; ours, kept by open_choices: 2 "
         "and 4 are not better and cost more)",
         resume=True,
     )
-    reuse_sample: bool = key(True, description="the generator's update goes on with the sample of the score phase (ours)")
+    reuse_sample: bool = key(True, "the generator's update goes on with the sample of the score phase (ours)")
     loss_weighting: Literal["x0", "eps", "v"] = key(
         "eps",
-        description="whose squared error it learns from: lambda(t) (left open; neighbours' choice, kept by "
+        "whose squared error it learns from: lambda(t) (left open; neighbours' choice, kept by "
         "open_choices: x0 and v are not better)",
     )
 
@@ -136,57 +135,52 @@ def _complete(name: str, args: dict[str, Any], complete: Callable[[str, dict[str
     try:
         return complete(name, args)
     except ArgumentError as error:
-        hint = did_you_mean(error.name, error.known)
-        raise mistake_at(error.name, args.get(error.name), broken_rule(error.reason, hint)) from None
+        raise mistake_at(error.name, args.get(error.name), error.reason, did_you_mean(error.name, error.known)) from None
 
 
 class ObjectiveConfig(Section):
     """What the generator minimises: -reward_scale * reward + regularization_weight * divergence."""
 
     name: ObjectiveName = key(
-        "di_star", description="; ".join(f"'{name}': {facts.title}" for name, facts in OBJECTIVES.items()) + f"; or {OWN.title}"
+        "di_star", "; ".join(f"'{name}': {facts.title}" for name, facts in OBJECTIVES.items()) + f"; or {OWN.title}"
     )
     args: dict[Text, Argument] = key(
-        {},
-        description="parameters that the objective has of its own, name -> value; of sid 'alpha', by default 1.0 "
-        "(SiD: 1 to 1.2)",
+        {}, "parameters that the objective has of its own, name -> value; of sid 'alpha', by default 1.0 (SiD: 1 to 1.2)"
     )
     distance: DistanceName = key(
         "pseudo_huber",
-        description="between two scores, of di_star and sim: 'pseudo_huber', 'squared', or your own pair (d, d') as "
+        "between two scores, of di_star and sim: 'pseudo_huber', 'squared', or your own pair (d, d') as "
         "'module:attribute' (the paper)",
     )
     distance_args: dict[Text, Argument] = key(
         {},
-        description="parameters of the distance, name -> value; of pseudo_huber 'c', per square root of a dimension, "
+        "parameters of the distance, name -> value; of pseudo_huber 'c', per square root of a dimension, "
         "in the units of `weighting` (left open; ours, kept by open_choices: neither 0.03 nor 0.3 is better)",
     )
     weighting: Literal["x0", "eps", "v", "score"] = key(
         "x0",
-        description="in which differences of predictions are measured: w(t) (left open; ours, kept by open_choices: "
+        "in which differences of predictions are measured: w(t) (left open; ours, kept by open_choices: "
         "eps and v are not better)",
     )
     regularization_weight: NotNegative = key(
-        1.0, description="of the divergence: sum over a sample's dimensions, mean over the batch (ours)", resume=True
+        1.0, "of the divergence: sum over a sample's dimensions, mean over the batch (ours)", resume=True
     )
     reward_scale: NotNegative = key(
         2.0,
-        description="of the weighted sum of rewards, mean over the batch; it is read against the reward's own range "
+        "of the weighted sum of rewards, mean over the batch; it is read against the reward's own range "
         "and the divergence's sum over dimensions: the paper's 100 is for a range of about 0.2, the pocket preference "
         "spans about 3 (ours)",
         resume=True,
     )
     t_law: Literal["uniform", "log_normal"] = key(
         "uniform",
-        description="of t, for both players: uniform on [t_min, t_max) (left open; neighbours' choice, kept by "
+        "of t, for both players: uniform on [t_min, t_max) (left open; neighbours' choice, kept by "
         "open_choices: the other costs diversity), or ln(sigma_t / alpha_t) normal and cut to it (Karras et al. 2022)",
     )
-    t_log_mean: float = key(
-        -0.5, ge=-20, le=20, description="mean of the log-normal law (Karras et al. 2022, for data of unit variance)"
-    )
-    t_log_std: float = key(1.2, ge=1e-3, le=1e3, description="standard deviation of the log-normal law (Karras et al. 2022)")
-    t_min: int = key(20, ge=0, description="lowest t drawn, index into the schedule (neighbours' choice; ours)")
-    t_max: int = key(980, description="t is drawn below this (neighbours' choice; ours)")
+    t_log_mean: float = key(-0.5, "mean of the log-normal law (Karras et al. 2022, for data of unit variance)", ge=-20, le=20)
+    t_log_std: float = key(1.2, "standard deviation of the log-normal law (Karras et al. 2022)", ge=1e-3, le=1e3)
+    t_min: int = key(20, "lowest t drawn, index into the schedule (neighbours' choice; ours)", ge=0)
+    t_max: int = key(980, "t is drawn below this (neighbours' choice; ours)")
 
     @field_validator("args")
     @classmethod
@@ -236,21 +230,18 @@ class RewardsConfig(Section):
 
     trained: tuple[TrainedRewardConfig, ...] = key(
         (TrainedRewardConfig(name="pocket_preference"),),
+        "rewards with gradient; may be empty at reward_scale 0 (ours)",
         strict=False,
-        description="rewards with gradient; may be empty at reward_scale 0 (ours)",
     )
     held_out: tuple[RewardName, ...] = key(
-        ("pocket_judge",), strict=False, description="rewards that are measured and never trained on (ours)"
+        ("pocket_judge",), "rewards that are measured and never trained on (ours)", strict=False
     )
     normalize: Literal["none", "std"] = key(
         "none",
-        description="std: each trained reward is divided by its standard deviation over 64 pictures of the starting "
-        "generator (ours)",
+        "std: each trained reward is divided by its standard deviation over 64 pictures of the starting generator (ours)",
     )
     micro_batch_size: Samples = key(
-        16,
-        description="samples that go through decoder and rewards at once; halved where memory does not hold them (ours)",
-        resume=True,
+        16, "samples that go through decoder and rewards at once; halved where memory does not hold them (ours)", resume=True
     )
 
     @field_validator("trained")
@@ -274,38 +265,28 @@ class RewardsConfig(Section):
 class PromptsConfig(Section):
     """Where the captions come from; the only data."""
 
-    train: Text = key(
-        "pocket:train",
-        description="'pocket:<split>', a .csv, .jsonl, .parquet or .txt file, or 'datasets:<hub id or folder>:<split>' (ours)",
+    train: PromptSource = key(
+        f"{POCKET}:train",
+        f"'{POCKET}:<split>', a .csv, .jsonl, .parquet or .txt file, or 'datasets:<hub id or folder>:<split>' (ours)",
         resume=True,
     )
-    grid: Text = key("pocket:grid", description="the prompts of the picture grid, in the same form (ours)", resume=True)
-    column: Text = key(
-        "prompt", description="of both, which holds the prompts; a .txt and the pocket world have one (ours)", resume=True
-    )
+    grid: PromptSource = key(f"{POCKET}:grid", "the prompts of the picture grid, in the same form (ours)", resume=True)
+    column: Text = key("prompt", "of both, which holds the prompts; a .txt and the pocket world have one (ours)", resume=True)
     embeddings: Text | None = key(
         None,
-        description="folder of prompt embeddings, which all machines see: what is missing there is made before the "
+        "folder of prompt embeddings, which all machines see: what is missing there is made before the "
         "training, which then holds no text encoder; none: prompts are encoded as they come (ours)",
         identity=False,
     )
-
-    @field_validator("train", "grid")
-    @classmethod
-    def _known_split(cls, value: str) -> str:
-        name, _, split = value.partition(":")
-        if name == "pocket" and split not in POCKET_SPLITS:
-            raise broken_rule("unknown split", hint=did_you_mean(value, [f"pocket:{known}" for known in POCKET_SPLITS]))
-        return value
 
 
 class OveroptimizationConfig(Section):
     """Whether the reward is being hacked: it rises, and what it stands for does not."""
 
-    every: int = key(10, ge=0, description="steps between two looks at 64 pictures of the averaged generator; 0: none (ours)")
+    every: int = key(10, "steps between two looks at 64 pictures of the averaged generator; 0: none (ours)", ge=0)
     on_alarm: Literal["warn", "stop", "lower_scale"] = key(
         "warn",
-        description="what an alarm does beside being written down: nothing, end the run there as if it were finished, "
+        "what an alarm does beside being written down: nothing, end the run there as if it were finished, "
         "or halve objective.reward_scale from there on (ours)",
         resume=True,
     )
@@ -314,10 +295,10 @@ class OveroptimizationConfig(Section):
 class LoggingConfig(Section):
     """How often something is written down, in steps."""
 
-    every: Count = key(5, description="steps between two rows of metrics (ours)", resume=True)
-    grid_every: Count = key(50, description="steps between two picture grids (ours)", resume=True)
-    grid_prompts: Count = key(8, description="rows of the grid: this many first prompts of prompts.grid (ours)", resume=True)
-    checkpoint_every: Count = key(50, description="steps between two checkpoints (ours)", resume=True)
+    every: Count = key(5, "steps between two rows of metrics (ours)", resume=True)
+    grid_every: Count = key(50, "steps between two picture grids (ours)", resume=True)
+    grid_prompts: Count = key(8, "rows of the grid: this many first prompts of prompts.grid (ours)", resume=True)
+    checkpoint_every: Count = key(50, "steps between two checkpoints (ours)", resume=True)
 
 
 class RewardEnvironmentConfig(Section):
@@ -327,73 +308,65 @@ class RewardEnvironmentConfig(Section):
     runtime_env: Text = Field(description="a Ray runtime environment, a YAML file as of `ray job submit --runtime-env`")
 
 
-def declared_by_nodes(value: dict[str, float]) -> dict[str, float]:
-    """Amounts of resources that nodes declare; raises for Ray's own, for odd names and for odd amounts."""
+def _declared_by_nodes(value: dict[str, float]) -> dict[str, float]:
     for name, amount in value.items():
         if name in RAYS_OWN:
-            raise mistake_at(name, amount, broken_rule(f"should be a resource that nodes declare ({RAYS_OWN[name]})"))
+            raise mistake_at(name, amount, f"should be a resource that nodes declare ({RAYS_OWN[name]})")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]*", name):
-            raise mistake_at(name, amount, broken_rule("should be named in letters, digits, '.', '_', ':' and '-'"))
+            raise mistake_at(name, amount, "should be named in letters, digits, '.', '_', ':' and '-'")
         if amount > 1 and amount % 1:
-            raise mistake_at(name, amount, broken_rule("should be a whole number where it is above 1"))
+            raise mistake_at(name, amount, "should be a whole number where it is above 1")
     return value
+
+
+Resources = Annotated[dict[Text, Positive], AfterValidator(_declared_by_nodes)]
+"""Amounts of resources that nodes declare, none of Ray's own: name -> amount."""
 
 
 class RewardActorsConfig(Section):
     """Where rewards are computed on Ray, and what one reward actor asks for."""
 
-    replicas: Count = key(1, description="reward actors, each with its own decoder and reward models (ours)", resume=True)
-    cpus: NotNegative = key(
-        1.0, description="CPUs per reward actor, fractions allowed; 0 leaves it uncounted (ours)", resume=True
-    )
-    gpus: NotNegative = key(0.0, description="GPUs per reward actor, fractions allowed (ours)", resume=True)
-    deadline_s: Positive = key(300.0, description="seconds after which a silent reward actor is replaced (ours)", resume=True)
+    replicas: Count = key(1, "reward actors, each with its own decoder and reward models (ours)", resume=True)
+    cpus: NotNegative = key(1.0, "CPUs per reward actor, fractions allowed; 0 leaves it uncounted (ours)", resume=True)
+    gpus: NotNegative = key(0.0, "GPUs per reward actor, fractions allowed (ours)", resume=True)
+    deadline_s: Positive = key(300.0, "seconds after which a silent reward actor is replaced (ours)", resume=True)
     placement: Literal["auto", "actor", "process"] = key(
         "auto",
-        description="where rewards are computed: in reward actors, in the training process, or where the first rounds "
+        "where rewards are computed: in reward actors, in the training process, or where the first rounds "
         "show that they hold them up less (ours)",
         resume=True,
     )
     environments: tuple[RewardEnvironmentConfig, ...] = key(
         (),
+        "rewards in actors with a runtime environment of their own: {rewards, runtime_env} (ours)",
         strict=False,
-        description="rewards in actors with a runtime environment of their own: {rewards, runtime_env} (ours)",
         resume=True,
     )
-    resources: dict[Text, Positive] = key(
-        {},
-        description="per reward actor, of resources that nodes declare: name -> amount, fractions allowed (ours)",
-        identity=False,
+    resources: Resources = key(
+        {}, "per reward actor, of resources that nodes declare: name -> amount, fractions allowed (ours)", identity=False
     )
 
-    @field_validator("resources")
-    @classmethod
-    def _declared_by_nodes(cls, value: dict[str, float]) -> dict[str, float]:
-        return declared_by_nodes(value)
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """The rewards with an environment of their own."""
+        return tuple(name for environment in self.environments for name in environment.rewards)
 
 
 class ClusterConfig(Section):
     """What the Ray runner asks for; `--local` ignores it."""
 
-    workers: Count = key(
-        1, description="training processes; each takes global_batch_size / workers samples (ours)", resume=True
-    )
-    use_gpu: bool = key(False, description="one GPU per training process (ours)", resume=True)
+    workers: Count = key(1, "training processes; each takes global_batch_size / workers samples (ours)", resume=True)
+    use_gpu: bool = key(False, "one GPU per training process (ours)", resume=True)
     fully_shard: bool = key(
         False,
-        description="FSDP2: weights, gradients, Adam states and average are spread over the training processes, for "
+        "FSDP2: weights, gradients, Adam states and average are spread over the training processes, for "
         "full fine-tuning of what one GPU does not hold (ours)",
     )
-    cpus_per_worker: Count = key(1, description="CPUs per training process (ours)", resume=True)
+    cpus_per_worker: Count = key(1, "CPUs per training process (ours)", resume=True)
     rewards: RewardActorsConfig = RewardActorsConfig()
-    worker_resources: dict[Text, Positive] = key(
-        {}, description="per training process, of resources that nodes declare: name -> amount (ours)", identity=False
+    worker_resources: Resources = key(
+        {}, "per training process, of resources that nodes declare: name -> amount (ours)", identity=False
     )
-
-    @field_validator("worker_resources")
-    @classmethod
-    def _declared_by_nodes(cls, value: dict[str, float]) -> dict[str, float]:
-        return declared_by_nodes(value)
 
     @property
     def per_worker(self) -> dict[str, float]:
@@ -410,27 +383,19 @@ TRACKERS = {"tensorboard": "diffinstruct.tracking.tensorboard:TensorBoardDeliver
 """Short names of trackers besides MLflow -> `module:attribute`."""
 
 
-def _known_tracker(name: str) -> str:
-    if name not in TRACKERS and ":" not in name:
-        raise broken_rule(f"should be {' or '.join(map(repr, TRACKERS))} or 'module:attribute'", did_you_mean(name, TRACKERS))
-    return name
-
-
 class TrackingConfig(Section):
     """Where the run is tracked: MLflow keeps it, and other trackers may have it, too."""
 
     uri: Text | None = key(
-        None,
-        description="of the tracking server; none is MLFLOW_TRACKING_URI, else sqlite in the folder of runs (ours)",
-        identity=False,
+        None, "of the tracking server; none is MLFLOW_TRACKING_URI, else sqlite in the folder of runs (ours)", identity=False
     )
-    experiment: Text = key("diffinstruct", description="MLflow's name for the group of runs (ours)", identity=False)
-    also: tuple[Annotated[str, AfterValidator(_known_tracker)], ...] = key(
+    experiment: Text = key("diffinstruct", "MLflow's name for the group of runs (ours)", identity=False)
+    also: tuple[Annotated[str, name_in(TRACKERS)], ...] = key(
         (),
+        "trackers besides MLflow: `tensorboard` (files in the run's folder), or `module:attribute` of your "
+        "own `Delivery` (ours)",
         strict=False,
         identity=False,
-        description="trackers besides MLflow: `tensorboard` (files in the run's folder), or `module:attribute` of your "
-        "own `Delivery` (ours)",
     )
 
     @field_validator("uri")

@@ -15,12 +15,11 @@ from PIL import Image
 from diffinstruct.config.reading import load_run
 from diffinstruct.evaluation import REFERENCE_PICTURES, SEED, generators
 from diffinstruct.evaluation.evaluate import Evaluation, compare
-from diffinstruct.metrics import REWARD
+from diffinstruct.metrics import REWARD, Metric
 from diffinstruct.models.export import load_export
 from diffinstruct.reports import page, plots
 
-SHOWN = 8
-"""Prompts, evenly spaced in the table."""
+SHOWN = 8  # prompts, evenly spaced in the table
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,7 @@ class Comparison:
         )
 
     def save(self, out: Path) -> None:
-        """A page, where `out` ends in .html; else a folder: `table.md`, `pictures.png`, a .csv a run with a row a
-        prompt."""
+        """A page, where `out` ends in .html; else a folder: `table.md`, `pictures.png`, a .csv a run."""
         if out.suffix == ".html":
             page.save(out, self.page())
             return
@@ -84,11 +82,12 @@ def compare_runs(
     rewards: Sequence[str] = (),
     reference_pictures: int = REFERENCE_PICTURES,
     seed: int = SEED,
+    metrics: Sequence[str | Metric] = (),
 ) -> Comparison:
     """Two finished runs, measured as `evaluate_generators` does; it raises the same errors."""
     paths = [Path(folder) for folder in folders]
     one, other = (load_run(path) for path in paths)
-    evaluations = generators.evaluate_generators(paths, prompts, rewards, reference_pictures, seed)
+    evaluations = generators.evaluate_generators(paths, prompts, rewards, reference_pictures, seed, metrics)
     texts = next(iter(evaluations.values())).table["prompt"].tolist()
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), SHOWN)).round().astype(int)).tolist()
     pictures = {name: _pictures(path / "export", texts, chosen, seed) for name, path in zip(evaluations, paths, strict=True)}

@@ -9,27 +9,22 @@ Shapes: n prompts, B of them in a batch, F features, m reference pictures; image
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from diffinstruct.evaluation.features import FeatureExtractor
 from diffinstruct.metrics import ACCURACY, METRICS, REWARD, Metric, find_metric, mean_pairwise_distance
+from diffinstruct.models.world import OpenAttribute
 from diffinstruct.statistics import Array, Summary, from_replicates, paired_difference, win_rate
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from diffinstruct.models.world import OpenAttribute
 
 Sampler = Callable[[list[str], Tensor], Tensor]
 """(prompts, noise [B, ...] on the CPU) -> images [B, 3, H, W] in [0, 1], on the device of classifier and rewards."""
 
 
-# ------------------------------------------------------------------------------------------ metrics of a generator
 @dataclass(frozen=True)
 class Evaluation:
     """One generator's values on a prompt table.
@@ -55,11 +50,8 @@ class Evaluation:
             values = self.table[column].dropna().to_numpy(np.float64)
             if len(values):
                 estimates[column] = metric.estimate(values, self.seed)
-        if self.reference is not None:
-            for name, metric in self.distances().items():
-                assert metric.function is not None
-                value, replicates = metric.function(self.features, self.reference, self.seed)
-                estimates[name] = from_replicates(value, replicates, len(self.features), self.seed)
+        for name, (value, replicates) in self.distance_replicates().items():
+            estimates[name] = from_replicates(value, replicates, len(self.features), self.seed)
         return estimates
 
     def columns(self) -> dict[str, Metric]:
@@ -70,6 +62,13 @@ class Evaluation:
     def distances(self) -> dict[str, Metric]:
         """The metrics of all pictures together."""
         return {name: metric for name, metric in self.metrics.items() if metric.interval == "features"}
+
+    def distance_replicates(self) -> dict[str, tuple[float, Array]]:
+        """Each distance and its values on resamples; none without a reference."""
+        if self.reference is None:
+            return {}
+        functions = {name: metric.function for name, metric in self.distances().items() if metric.function}
+        return {name: function(self.features, self.reference, self.seed) for name, function in functions.items()}
 
 
 def compare(a: Evaluation, b: Evaluation) -> Summary:
@@ -90,17 +89,13 @@ def compare(a: Evaluation, b: Evaluation) -> Summary:
             differences[column] = paired_difference(left, right, a.seed)
             if column.startswith(REWARD):
                 differences[column.replace(REWARD, "wins/")] = win_rate(left, right, a.seed)
-    if a.reference is None or b.reference is None:
-        return differences
-    for name, metric in a.distances().items():
-        assert metric.function is not None
-        value_a, replicates_a = metric.function(a.features, a.reference, a.seed)
-        value_b, replicates_b = metric.function(b.features, b.reference, b.seed)
-        differences[name] = from_replicates(value_a - value_b, replicates_a - replicates_b, len(a.features), a.seed)
+    others = replace(b, metrics=a.metrics).distance_replicates()
+    for name, (value, replicates) in a.distance_replicates().items():
+        other, other_replicates = others[name]
+        differences[name] = from_replicates(value - other, replicates - other_replicates, len(a.features), a.seed)
     return differences
 
 
-# ------------------------------------------------------------------------------------------ its pictures
 @torch.no_grad()
 def evaluate(
     sample: Sampler,

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.inputs import import_named
 from diffinstruct.config.prompts import read_prompts
 from diffinstruct.config.reading import load_run
+from diffinstruct.config.sections import ReferenceConfig
 from diffinstruct.errors import UserError
 from diffinstruct.evaluation import REFERENCE_PICTURES, SEED
 from diffinstruct.evaluation.evaluate import Evaluation, compare, evaluate, image_features
 from diffinstruct.evaluation.features import AttributeClassifier, FeatureExtractor, FeaturesOnly
 from diffinstruct.evaluation.world import world_prompts
 from diffinstruct.method.rewards import RewardModel
-from diffinstruct.metrics import METRICS
+from diffinstruct.metrics import METRICS, Metric, find_metric
 from diffinstruct.models.export import load_export
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.world import World, world_of
@@ -29,12 +29,7 @@ from diffinstruct.reports.frames import markdown
 from diffinstruct.reward_service.client import load_reward
 from diffinstruct.statistics import Array, Summary
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-STEPS = 50
-"""Of the reference's own pictures, which distances are measured to."""
+STEPS = 50  # of the reference's own pictures, which distances are measured to
 BATCH = 32
 
 
@@ -44,6 +39,7 @@ def evaluate_generators(
     rewards: Sequence[str] = (),
     reference_pictures: int = REFERENCE_PICTURES,
     seed: int = SEED,
+    metrics: Sequence[str | Metric] = (),
 ) -> dict[str, Evaluation]:
     """Every metric of the generators in `folders`, by the folder's name.
 
@@ -52,21 +48,28 @@ def evaluate_generators(
     rewards: names; none means those of the first run among the folders.
     reference_pictures: how many the reference makes, of the first prompts and other noise; 0 leaves distances out. The
         reference, and its guidance, are those of the first run.
+    metrics: of your own, beside the table's: a Metric with a function of pictures, or `module:attribute` of one.
     Raises UserError for what is neither run nor export, and where nothing says what to measure.
     """
     paths = [Path(folder) for folder in folders]
     runs = {path: load_run(path) for path in paths if (path / "experiment.yaml").is_file()}
-    exports = [_export_of(path, runs.get(path)) for path in paths]
+    exports = [_export_of(path, path in runs) for path in paths]
     first = next(iter(runs.values()), None)
     world = world_of(first.reference.model) if first else None
-    table = read_prompts(prompts) if prompts else _prompts_of(world, first, paths[0])
-    names = list(rewards) or ([r.name for r in first.rewards.trained] + list(first.rewards.held_out) if first else [])
+    if not prompts and not world:
+        model = f"of {first.reference.model!r}" if first else "no run"
+        raise UserError(f"--prompts: name some; {paths[0]} is {model}, which has none built in")
+    table = world_prompts(world, world.evaluation_splits[:1]) if world and not prompts else read_prompts(str(prompts))
+    names = list(rewards) or list(first.rewards.names if first else ())
     if not names:
         raise UserError(f"{folders[0]}: is no run that names rewards; name some with --reward")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = _metrics(world, metrics)
     models = {name: load_reward(name, device) for name in names}
     extractor = _extractor(world, models, device)
-    features = _reference_features(first, extractor, table, reference_pictures, seed, device)
+    features = None
+    if first and reference_pictures:
+        features = _reference_features(first.reference, extractor, table["prompt"].tolist()[:reference_pictures], seed, device)
     evaluations = {}
     for folder, name in zip(exports, _short(paths), strict=True):
         reference, generator = load_export(folder, device=device)
@@ -81,7 +84,7 @@ def evaluate_generators(
                 noise_shape=reference.latent_shape,
                 seed=seed,
                 open_attributes=world.open_attributes if world else {},
-                metrics=world.metrics() if world else METRICS,
+                metrics=rows,
             )
         except ValueError as error:  # a prompt table's attributes, or a reward that is not finite
             raise UserError(f"{folder}: {error}") from None
@@ -104,19 +107,24 @@ def save(evaluations: Mapping[str, Evaluation], folder: Path) -> None:
         evaluation.table.to_csv(folder / f"{name}.csv", index=False)
 
 
-def _export_of(folder: Path, run: Experiment | None) -> Path:
-    export = folder / "export" if run else folder
+def _export_of(folder: Path, is_run: bool) -> Path:
+    export = folder / "export" if is_run else folder
     if not (export / "model_index.json").is_file():
-        what = "has not finished: no exported model in it" if run else "is neither a run nor an exported pipeline"
+        what = "has not finished: no exported model in it" if is_run else "is neither a run nor an exported pipeline"
         raise UserError(f"{folder}: {what}")
     return export
 
 
-def _prompts_of(world: World | None, run: Experiment | None, folder: Path) -> pd.DataFrame:
-    if world is None:
-        model = f"of {run.reference.model!r}" if run else "no run"
-        raise UserError(f"--prompts: name some; {folder} is {model}, which has none built in")
-    return world_prompts(world, world.evaluation_splits[:1])
+def _metrics(world: World | None, own: Sequence[str | Metric]) -> Mapping[str, Metric]:
+    rows = dict(world.metrics() if world else METRICS)
+    for name in own:
+        metric = import_named("--metric", name) if isinstance(name, str) else name
+        if not isinstance(metric, Metric) or metric.function is None:
+            raise UserError(f"--metric: {name!r} should be a diffinstruct.metrics.Metric with a function of pictures")
+        if find_metric(metric.name, rows):
+            raise UserError(f"--metric: {metric.name!r} is there already, {name!r} needs a name of its own")
+        rows[metric.name] = metric
+    return rows
 
 
 def _extractor(world: World | None, rewards: Mapping[str, RewardModel], device: torch.device) -> FeatureExtractor:
@@ -130,16 +138,14 @@ def _extractor(world: World | None, rewards: Mapping[str, RewardModel], device: 
 
 @torch.no_grad()
 def _reference_features(
-    run: Experiment | None, extractor: FeatureExtractor, table: pd.DataFrame, pictures: int, seed: int, device: torch.device
-) -> Array | None:
-    if run is None or pictures == 0:
-        return None
-    reference, texts = load_reference(run.reference.model, device=device), table["prompt"].tolist()[:pictures]
+    config: ReferenceConfig, extractor: FeatureExtractor, texts: list[str], seed: int, device: torch.device
+) -> Array:
+    reference = load_reference(config.model, device=device)
     generator = torch.Generator().manual_seed(seed + 1)  # noise that no generator is given
     noise = torch.randn(len(texts), *reference.latent_shape, generator=generator).to(device)
     print(f"the reference makes {len(texts)} pictures in {STEPS} steps", flush=True)
     made = [
-        reference.decode(reference.sample(texts[i : i + BATCH], noise[i : i + BATCH], STEPS, run.reference.guidance_scale))
+        reference.decode(reference.sample(texts[i : i + BATCH], noise[i : i + BATCH], STEPS, config.guidance_scale))
         for i in range(0, len(texts), BATCH)
     ]
     return image_features(extractor, torch.cat(made))

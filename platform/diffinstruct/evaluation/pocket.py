@@ -28,7 +28,6 @@ reference_evaluation = partial(stored_evaluation, WORLD)
 
 
 def evaluate_run(experiment: Experiment, folder: Path, every: int = 1) -> dict[str, float]:
-    """Every metric of a finished run's generator, as columns of its row in a sweep's table; `every` as in
-    `evaluate_in`."""
+    """Every metric of a finished run's generator, as columns of a sweep's table; `every` as in `evaluate_in`."""
     reference, generator = load_export(folder / "export")
     return flat(evaluate_generator(reference.sampler(generator), every=every).summary())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file, save_file
 
 from diffinstruct.config.prompts import read_prompts
 from diffinstruct.errors import UserError
@@ -16,14 +17,9 @@ from diffinstruct.models.world import World
 from diffinstruct.reward_service.client import load_reward
 from diffinstruct.statistics import Array
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 def world_prompts(world: World, splits: Sequence[str] = ()) -> pd.DataFrame:
     """The world's prompts of these splits, one after another; of all evaluation splits, if none is named."""
-    import pandas as pd
-
     table, splits = read_prompts(world.prompts), splits or world.evaluation_splits
     if not splits:
         return table
@@ -55,9 +51,6 @@ def evaluate_in(world: World, sample: Sampler, reference_features: Array | None 
 
 def stored_evaluation(world: World) -> Evaluation:
     """The reference's evaluation as the world's folder keeps it. Raises UserError for a world that keeps none."""
-    import pandas as pd
-    from safetensors.numpy import load_file
-
     if world.evaluation is None:
         raise UserError(f"{world.folder}: keeps no evaluation of its reference")
     stored = load_file(world.evaluation / "features.safetensors")
@@ -68,8 +61,6 @@ def stored_evaluation(world: World) -> Evaluation:
 
 def store_evaluation(world: World, evaluation: Evaluation) -> None:
     """Write what `stored_evaluation` reads."""
-    from safetensors.numpy import save_file
-
     assert world.evaluation is not None
     world.evaluation.mkdir(parents=True, exist_ok=True)
     evaluation.table.to_csv(world.evaluation / "table.csv", index=False, na_rep="nan")

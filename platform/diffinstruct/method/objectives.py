@@ -174,25 +174,23 @@ class ObjectiveFacts:
     title: str
     function: Callable[..., Loss] | None = None
     divergence: bool = True  # False: the reward alone, so no score network is trained
-    network_gradient: bool = True  # gradient flows through the networks to x_t; else their outputs are constants
     with_reward: str | None = None  # reward_scale has to be 0; the same objective with a reward has this name
 
 
 OBJECTIVES: dict[str, ObjectiveFacts] = {
     "di_star": ObjectiveFacts("DI* (the paper)", diff_instruct_star),
     "sim": ObjectiveFacts("SIM (DI* at reward_scale 0)", diff_instruct_star, with_reward="di_star"),
-    "diff_instruct": ObjectiveFacts(
-        "Diff-Instruct (KL, reward_scale 0)", diff_instruct, network_gradient=False, with_reward="diff_instruct_pp"
-    ),
-    "diff_instruct_pp": ObjectiveFacts("Diff-Instruct++ (KL and reward)", diff_instruct, network_gradient=False),
+    "diff_instruct": ObjectiveFacts("Diff-Instruct (KL, reward_scale 0)", diff_instruct, with_reward="diff_instruct_pp"),
+    "diff_instruct_pp": ObjectiveFacts("Diff-Instruct++ (KL and reward)", diff_instruct),
     "sid": ObjectiveFacts("SiD", sid),
-    "dmd": ObjectiveFacts("DMD without GAN", dmd, network_gradient=False),
+    "dmd": ObjectiveFacts("DMD without GAN", dmd),
     "reward_only": ObjectiveFacts("the reward term alone (ReFL and DRaFT-1 on a one-step model)", divergence=False),
 }
 """The built-in objectives by their name in a recipe."""
 
 OWN = ObjectiveFacts("your own as 'module:attribute'")
-"""Of an objective that is no row above the costlier case is assumed: gradient flows through the networks."""
+"""Of an objective that is no row above. What it costs, `diffinstruct check` counts by running it."""
+
 GIVEN = ("x0", "t", "eps", "c", "score_network", "reference", "schedule", "weighting", "distance")
 """Parameters of an objective that the platform fills in; all others are its own."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.sections import ObjectiveConfig, RewardsConfig
 from diffinstruct.errors import UserError
-from diffinstruct.method.objectives import facts
+from diffinstruct.method.distances import DISTANCES
+from diffinstruct.method.objectives import OBJECTIVES, facts
 from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.method.rewards import RewardModel
 from diffinstruct.models.lora import SharedBase
@@ -37,10 +39,8 @@ from diffinstruct.training.build import make_step_config
 from reward_models import NAMES
 
 SHAPES = Path(__file__).parents[1] / "models" / "hub_configs"
-KEPT = 4
-"""Checkpoints on disk: the two newest, the best, and one that is being written."""
-ROLES = 3
-"""Generator, score network, reference: the networks that are sharded."""
+KEPT = 4  # checkpoints on disk: the two newest, the best, and one that is being written
+ROLES = 3  # generator, score network, reference: the networks that are sharded
 
 
 @dataclass(frozen=True)
@@ -79,24 +79,18 @@ def shapes(model: str) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes. worker, actor: the models of each training process, and of each reward actor; rewards that the
-    training processes compute themselves are among `worker`."""
+    """What a run takes."""
 
     experiment: Experiment
-    latent_bytes: int
-    """Of one sample."""
-    worker: list[ModelMemory]
-    actor: list[ModelMemory]
-    apart: list[str]
-    """Rewards in an environment of their own."""
-    uncounted: dict[str, str]
-    """What could not be counted -> why."""
+    latent_bytes: int  # of one sample
+    worker: list[ModelMemory]  # of each training process, with the rewards that it computes itself
+    actor: list[ModelMemory]  # of each reward actor
+    apart: tuple[str, ...]  # rewards in an environment of their own
+    uncounted: dict[str, str]  # what could not be counted -> why
     training: Footprint
     scoring: Footprint
-    libraries: int
-    """Bytes that a process takes before it loads anything."""
-    block: int
-    """Weights of the largest block that a sharded network gathers."""
+    libraries: int  # bytes that a process takes before it loads anything
+    block: int  # weights of the largest block that a sharded network gathers
 
     @property
     def shares(self) -> int:
@@ -109,8 +103,7 @@ class Plan:
 
     @property
     def gathered(self) -> int:
-        """Of the largest block, weights of this one and the next, and its gradient, in the arithmetic's precision and
-        in fp32."""
+        """Of the largest block: its weights, the next one's, its gradient, in the arithmetic's precision and in fp32."""
         return self.block * (10 if self.experiment.precision == "bf16" else 16) * (self.shares > 1)
 
     @property
@@ -140,11 +133,6 @@ class Plan:
         return float(self.experiment.cluster.workers * self.training.flops) + scoring
 
     @property
-    def work(self) -> int:
-        """Forwards' worth of one network for each sample."""
-        return sum(passes.work for passes in self.training.passes.values())
-
-    @property
     def cpus(self) -> float:
         cluster = self.experiment.cluster
         return cluster.workers * cluster.cpus_per_worker + self.experiment.reward_actors * cluster.rewards.cpus
@@ -163,8 +151,7 @@ class Machine:
     gpus: int
     ram: int
     gpu_memory: int
-    disk: int
-    """Free bytes for runs."""
+    disk: int  # free bytes for runs
 
     @classmethod
     def here(cls, output_dir: str) -> Machine:
@@ -203,26 +190,44 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
 def make_plan(experiment: Experiment, reference: Reference) -> Plan:
     """Count what `experiment` takes. Raises UserError where a reward is none."""
     trained = [reward.name for reward in experiment.rewards.trained]
-    apart = [name for environment in experiment.cluster.rewards.environments for name in environment.rewards]
-    rewards, models, uncounted = _rewards(experiment, apart)
+    apart = experiment.cluster.rewards.apart
+    rewards, models, uncounted = _rewards(experiment.rewards, apart)
     # Nothing else is loaded yet
     libraries = psutil.Process().memory_info().rss - sum(reward.weights for reward in rewards)
     try:
-        scoring = footprint.rewards_footprint(experiment, reference, models)
+        scoring = footprint.rewards_footprint(experiment.rewards, reference, models)
     except Exception as error:  # they may be anybody's, and do with numbers what cannot be done without
         uncounted["rewards' activations"] = shorten(str(error), 96, placeholder=" ...")
         models = dict.fromkeys(trained, _brightness)
-        scoring = footprint.rewards_footprint(experiment, reference, models)
+        scoring = footprint.rewards_footprint(experiment.rewards, reference, models)
     decoder = ModelMemory("decoder", *_count(reference.empty("vae")), passes=scoring.passes.get("decoder", Passes()))
     network = reference.empty(reference.family.part)
     if _count(network)[0] > 10**8:  # operation by operation, as python goes
         print("check: going through a round without content, some minutes", file=sys.stderr, flush=True)
-    training = footprint.training_footprint(experiment, reference, None if experiment.reward_actors else models)
+    training = _training(experiment, reference, None if experiment.reward_actors else models, uncounted)
     worker, actor = _roles(experiment, reference, training), [decoder, *rewards]
     if not experiment.reward_actors:  # each training process has the rewards itself
         worker, actor = [*worker, *actor], []
     latent_bytes, block = 4 * prod(reference.latent_shape), largest_block(network)
     return Plan(experiment, latent_bytes, worker, actor, apart, uncounted, training, scoring, libraries, block)
+
+
+def _training(
+    experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel] | None, uncounted: dict[str, str]
+) -> Footprint:
+    """A training process's footprint, counted by running the objective; where one of the user's own does not run
+    without content, DI* takes its place and `uncounted` says so."""
+    try:
+        return footprint.training_footprint(experiment, reference, rewards)
+    except Exception as error:  # it may do with numbers what cannot be done without
+        own = experiment.objective
+        if own.name in OBJECTIVES and own.distance in DISTANCES:
+            raise
+        uncounted["objective"] = shorten(f"DI* is assumed in its place; {error}", 96, placeholder=" ...")
+    default = ObjectiveConfig()
+    built_in = {key: getattr(default, key) for key in ("name", "args", "distance", "distance_args")}
+    assumed = experiment.model_copy(update={"objective": own.model_copy(update=built_in)})
+    return footprint.training_footprint(assumed, reference, rewards)
 
 
 def _roles(experiment: Experiment, reference: Reference, training: Footprint) -> list[ModelMemory]:
@@ -255,16 +260,17 @@ def _roles(experiment: Experiment, reference: Reference, training: Footprint) ->
     return models
 
 
-def _rewards(experiment: Experiment, apart: Sequence[str]) -> tuple[list[ModelMemory], dict[str, RewardModel], dict[str, str]]:
+def _rewards(config: RewardsConfig, apart: Sequence[str]) -> tuple[list[ModelMemory], dict[str, RewardModel], dict[str, str]]:
     """The rewards but for those `apart`, which may not even import here; how each is called; what is not counted."""
-    trained = [reward.name for reward in experiment.rewards.trained]
+    trained = [reward.name for reward in config.trained]
     rewards, models, uncounted = list[ModelMemory](), dict[str, RewardModel](), dict[str, str]()
-    for name in (name for name in experiment.rewards.names if name not in apart):
+    for name in (name for name in config.names if name not in apart):
         try:
             models[name] = load_reward(name)
             rewards.append(ModelMemory(name, *_count(models[name]), passes=Passes(1, int(name in trained))))
         except UserError as error:
-            if not _out_of_reach(name, error):
+            # It is a reward whose weights are not to be had here: there is no network, say
+            if not (isinstance(error.__cause__, OSError) and name.partition(":")[0] in {*NAMES, *sys.modules}):
                 raise
             uncounted[name] = shorten(str(error.__cause__), 96, placeholder=" ...")
             models |= {name: _brightness} if name in trained else {}
@@ -291,9 +297,9 @@ def _lines(plan: Plan, machine: Machine) -> list[str]:
     experiment, cluster = plan.experiment, plan.experiment.cluster
     samples, actors = experiment.global_batch_size, experiment.reward_actors
     resources = ((cluster.workers, cluster.worker_resources), (actors, cluster.rewards.resources))
-    scoring = plan.scoring.passing
+    work, scoring = sum(passes.work for passes in plan.training.passes.values()), plan.scoring.passing
     return [
-        f"work       {plan.work} forwards' worth of one network per sample and step, {samples} samples a step; "
+        f"work       {work} forwards' worth of one network per sample and step, {samples} samples a step; "
         f"in all {_flop(plan.flops)}, {_flop(plan.flops / samples)} a sample",
         f"payload    {_mib(samples * plan.latent_bytes * (actors > 0))} of latents to the reward actors a step, as much back",
         f"placement  {cluster.workers} x {cluster.cpus_per_worker} + {actors} x {cluster.rewards.cpus:g} = "
@@ -334,11 +340,6 @@ def _problem(plan: Plan, machine: Machine) -> str | None:
     if machine.gpus and on_gpu > machine.gpu_memory:
         return f"memory: one process takes {_mib(on_gpu)}, a GPU here has {_mib(machine.gpu_memory)}"
     return None
-
-
-def _out_of_reach(name: str, error: UserError) -> bool:
-    """Whether a reward is one, and only its weights are not to be had here: there is no network, say."""
-    return isinstance(error.__cause__, OSError) and name.partition(":")[0] in {*NAMES, *sys.modules}
 
 
 def largest_block(network: nn.Module) -> int:

@@ -23,17 +23,16 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.sections import RewardsConfig
 from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.rewards import Collect, LatentRewards, RewardModel, RewardRequest, Scores, Send
-from diffinstruct.method.step import TrainState, alternating_round
+from diffinstruct.method.step import alternating_round
 from diffinstruct.models.lora import Role
 from diffinstruct.models.pipeline import Reference
 from diffinstruct.models.roles import Roles, make_roles
 from diffinstruct.training.build import make_step_config, make_train_state
 
 aten = torch.ops.aten
-
-
 FORMULAS = {  # torch knows the GPUs' kernels alone
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
@@ -43,8 +42,7 @@ FORMULAS = {  # torch knows the GPUs' kernels alone
 
 @dataclass(frozen=True)
 class Passes:
-    """The passes of one sample through a network in a round: forward, backward, and the backward ones that reach the
-    weights (the others end at the network's input)."""
+    """The passes of one sample through a network in a round; backward ones end at its input, or reach the weights, too."""
 
     forwards: int = 0
     backwards: int = 0
@@ -86,16 +84,22 @@ def training_footprint(
     decoder = reference.empty("vae")
     with _counting() as count:
         null = reference.blank_conditions()
-        _fill_roles(experiment, roles)
+        # Sharded networks are gathered in the arithmetic's precision, so autocast makes no copies of them
+        sharded_bf16 = experiment.cluster.fully_shard and experiment.precision == "bf16"
+        _fill_roles(roles, torch.bfloat16 if sharded_bf16 else None)
         train_state = make_train_state(experiment, roles, null, lambda module: module)
-        send = _scoring(experiment, reference, decoder, rewards) if rewards is not None else _no_rewards
+        send = _scoring(experiment.rewards, reference, decoder, rewards) if rewards is not None else _no_rewards
         counters = {
             "generator": PassCounter(roles.generator.denoiser),
             "score network": PassCounter(roles.score_network),
             "reference": PassCounter(roles.reference),
         }
         c = {key: value.expand(samples, *value.shape[1:]).clone() for key, value in null.items()}
-        _finish_a_round(train_state)
+        # Gradients and Adam states as a round before has left them
+        for optimizer in (train_state.generator_optimizer, train_state.score_optimizer):
+            for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+                weight.grad = torch.empty_like(weight)
+            optimizer.step()
         count.peak, count.flops = count.live, 0
         noise = NoiseStreams(0, 1, reference.latent_shape, slice(0, samples), torch.device("cpu"))
         alternating_round(train_state, config, reference.schedule, noise, [""] * samples, c, send)
@@ -103,12 +107,12 @@ def training_footprint(
         return Footprint(count.live, count.peak, count.flops * per_worker // samples, passes)
 
 
-def rewards_footprint(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel]) -> Footprint:
+def rewards_footprint(config: RewardsConfig, reference: Reference, rewards: Mapping[str, RewardModel]) -> Footprint:
     """The footprint of a reward actor without its rewards' own weights; `flops` are those of a micro-batch."""
     decoder = reference.empty("vae")
     with _counting() as count:
-        send = _scoring(experiment, reference, decoder, rewards)
-        held, samples = count.live, experiment.rewards.micro_batch_size
+        send = _scoring(config, reference, decoder, rewards)
+        held, samples = count.live, config.micro_batch_size
         counter = PassCounter(decoder.decoder)
         send(torch.empty(samples, *reference.latent_shape), [""] * samples)
         return Footprint(held, count.peak, count.flops, {"decoder": counter.passes(samples)})
@@ -139,10 +143,8 @@ class PassCounter:
         self.to_weights += self._last
 
 
-def _fill_roles(experiment: Experiment, roles: Roles) -> None:
+def _fill_roles(roles: Roles, gathered: torch.dtype | None) -> None:
     """Tensors without content for every role's weights; roles over one base share its."""
-    # Sharded networks are gathered in the arithmetic's precision, so autocast makes no copies of them
-    gathered = torch.bfloat16 if experiment.cluster.fully_shard and experiment.precision == "bf16" else None
     filled = dict[nn.Parameter, nn.Parameter]()
     for role in (roles.generator.denoiser, roles.score_network, roles.ema.denoiser, roles.reference):
         if isinstance(role.network, Role):
@@ -150,23 +152,15 @@ def _fill_roles(experiment: Experiment, roles: Roles) -> None:
         _fill(role.network, filled, gathered)
 
 
-def _finish_a_round(train_state: TrainState) -> None:
-    """Leave the gradients and Adam states that a round before has left."""
-    for optimizer in (train_state.generator_optimizer, train_state.score_optimizer):
-        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
-            weight.grad = torch.empty_like(weight)
-        optimizer.step()
-
-
-def _scoring(experiment: Experiment, reference: Reference, decoder: nn.Module, rewards: Mapping[str, RewardModel]) -> Send:
+def _scoring(config: RewardsConfig, reference: Reference, decoder: nn.Module, rewards: Mapping[str, RewardModel]) -> Send:
     reference.vae = _fill(decoder.requires_grad_(False), {})
     if reference.activation_checkpointing:
         reference.vae.enable_gradient_checkpointing()
     latent_rewards = LatentRewards(reference.decode, rewards)
-    weights = {reward.name: reward.weight for reward in experiment.rewards.trained if reward.name in rewards}
+    weights = {reward.name: reward.weight for reward in config.trained if reward.name in rewards}
 
     def send(latents: Tensor, prompts: Sequence[str]) -> Collect:
-        answer = latent_rewards(latents, prompts, RewardRequest(weights, experiment.rewards.micro_batch_size))
+        answer = latent_rewards(latents, prompts, RewardRequest(weights, config.micro_batch_size))
         return lambda: answer
 
     return send

@@ -1,8 +1,4 @@
-"""Runs as tables: kept rows of finished trials, a sweep's folder as one frame, figures over training seeds, the Pareto
-front.
-
-An experiment that takes hours is interrupted; what it knows already must not be. Each finished trial adds its row, and
-a trial whose row is there is not run again, on this machine or another.
+"""Runs as tables: kept rows of finished trials, a sweep's folder as one frame, estimates over training seeds.
 
 A measure with an interval is four columns everywhere: `x`, `x.low`, `x.high` (95 %) and `x.n`.
 """
@@ -10,25 +6,19 @@ A measure with an interval is four columns everywhere: `x`, `x.low`, `x.high` (9
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-import os
-from collections.abc import Iterable, Sequence
-
 import pandas as pd
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import RENAMED as RENAMED_KEYS
 from diffinstruct.config.reading import load_run
+from diffinstruct.config.sections import ARGUMENTS
 from diffinstruct.errors import UserError, nearest_file
 from diffinstruct.locks import exclusive
 from diffinstruct.metrics import DISTANCES, HELD_OUT, METRICS
@@ -40,8 +30,6 @@ from diffinstruct.tracking.records import read_journal
 # ------------------------------------------------------------------------------------------ tables
 def table(rows: dict[str, Summary]) -> pd.DataFrame:
     """One row a generator, one column a measure, cells `value [low, high]`; empty where a row lacks the measure."""
-    import pandas as pd
-
     return pd.DataFrame({name: {m: str(f) for m, f in row.items()} for name, row in rows.items()}).T.fillna("")
 
 
@@ -62,8 +50,7 @@ KEY = "trial"
 
 
 class TrialRows:
-    """A CSV file of finished trials: column `trial` names them, `commit` the code, `at` the day; the rest is the
-    trial's."""
+    """A CSV file of finished trials: the column `trial` names them, `commit` the code, `at` the day."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -101,8 +88,8 @@ class TrialRows:
 def flat(summary: Summary) -> dict[str, float]:
     """A summary as columns: `x`, `x.low`, `x.high` (its interval over prompts), and `x.n`."""
     columns: dict[str, float] = {}
-    for name, figure in summary.items():
-        columns |= {name: figure.value, f"{name}.low": figure.low, f"{name}.high": figure.high, f"{name}.n": figure.n}
+    for name, estimate in summary.items():
+        columns |= {name: estimate.value, f"{name}.low": estimate.low, f"{name}.high": estimate.high, f"{name}.n": estimate.n}
     return columns
 
 
@@ -170,10 +157,9 @@ def read_run(folder: Path | str) -> list[dict[str, Any]]:
     return records
 
 
-def planned(path: Path) -> int | None:
-    """How many trials the sweep in this folder is to have, as its parent run says; None where there is no such run."""
-    starts = [record["start"].get("tags", {}) for record in read_journal(path) if "start" in record]
-    return int(starts[-1]["trials"]) if starts and "trials" in starts[-1] else None
+def planned(path: Path) -> int:
+    """How many trials the sweep in this folder is to have, as its parent run says; 0 where there is no such run."""
+    return int([{}, *start_tags(read_journal(path))][-1].get("trials", 0))
 
 
 def learning_curves(path: Path | str) -> pd.DataFrame:
@@ -213,14 +199,14 @@ class Measures:
 
 
 def measures(frame: pd.DataFrame) -> Measures:
-    """What a frame's runs are judged by: the evaluated measure if any run has it, else the training's last. Of several
-    trained, or held-out, rewards the first counts."""
+    """What a frame's runs are judged by: evaluated measures if any run has them, else training's; the first rewards."""
     intervals = with_intervals(frame)
     held_out = [str(column).partition("/")[2] for column in frame if str(column).startswith("held_out/")]
     if "rewards.trained" in frame:
         trained = [reward["name"] for value in frame["rewards.trained"].dropna() for reward in json.loads(value)]
     else:  # kept rows, whose first columns are training's
-        rewards = [str(column) for column in frame if str(column).startswith("reward/") and not _is_bound(str(column), frame)]
+        bounds = {f"{measure}.{end}" for measure in intervals for end in ("low", "high", "n")}
+        rewards = [str(column) for column in frame if str(column).startswith("reward/") and column not in bounds]
         trained = [name for column in rewards if (name := _reward(column)) not in held_out]
 
     def first(*columns: str) -> str | None:
@@ -236,10 +222,25 @@ def measures(frame: pd.DataFrame) -> Measures:
 
 
 def swept(frame: pd.DataFrame) -> list[str]:
-    """The keys of a run's identity that differ between runs, in the configuration's order, but for the seed and the
+    """The keys of a run's identity that differ between runs, in the order of `identity_keys`, but for the seed and the
     cluster. A row without a key, as older rows are, differs from those that have one."""
-    keys = [key for key in Experiment().identity if key != "seed" and not key.startswith("cluster.")]
-    return [key for key in keys if key in frame and frame[key].nunique(dropna=False) > 1]
+    keys = [key for key in identity_keys(frame) if key != "seed" and not key.startswith("cluster.")]
+    return [key for key in keys if _differs(frame, key)]
+
+
+def identity_keys(frame: pd.DataFrame) -> list[str]:
+    """The columns that are keys of a run's identity, in the configuration's order, then arguments it does not have."""
+    known = Experiment().identity
+    arguments = tuple(f"objective.{section}." for section in ARGUMENTS.values())
+    return [key for key in known if key in frame] + [
+        column for column in frame if column.startswith(arguments) and column not in known
+    ]
+
+
+def _differs(frame: pd.DataFrame, key: str) -> bool:
+    if key.startswith("objective.args.") and "objective.name" in frame:  # whether it has the argument, the name says
+        return bool(frame.groupby("objective.name", dropna=False)[key].nunique(dropna=False).max() > 1)
+    return bool(frame[key].nunique(dropna=False) > 1)
 
 
 def points(frame: pd.DataFrame) -> pd.DataFrame:
@@ -310,7 +311,7 @@ def plain(value: Any) -> str:
     return "" if pd.isna(value) else f"{value:.4g}"
 
 
-def figure(row: Mapping[str, Any], measure: str) -> str:
+def estimate_text(row: Mapping[str, Any], measure: str) -> str:
     """`value [low, high]` of a row, `value` where it has no interval, nothing where it has no value."""
     if pd.isna(row.get(measure)):
         return ""
@@ -320,8 +321,12 @@ def figure(row: Mapping[str, Any], measure: str) -> str:
 
 def ran_with(journal: Iterable[Mapping[str, Any]]) -> str:
     """The commits that a run was started and gone on with, joined by "+"; "unknown" if it never had one."""
-    starts = [record["start"].get("tags", {}) for record in journal if "start" in record]
-    return "+".join(dict.fromkeys(tags[COMMIT] for tags in starts if COMMIT in tags)) or "unknown"
+    return "+".join(dict.fromkeys(tags[COMMIT] for tags in start_tags(journal) if COMMIT in tags)) or "unknown"
+
+
+def start_tags(journal: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The tags that a run was started with, and gone on with, in order."""
+    return [record["start"].get("tags", {}) for record in journal if "start" in record]
 
 
 def _run(folder: Path) -> dict[str, Any]:
@@ -351,7 +356,7 @@ def _run(folder: Path) -> dict[str, Any]:
             except ValueError as error:
                 raise UserError(f"{file}: not JSON: {error}") from None
             if not isinstance(found, dict):
-                raise UserError(f"{file}: should be figures by name, got {found!r}")
+                raise UserError(f"{file}: should be metrics by name, got {found!r}")
             row |= {renamed(key): value for key, value in found.items()}
     return row
 
@@ -362,7 +367,3 @@ def _reward(column: str | None) -> str:
 
 def _columns(measure: str) -> list[str]:
     return [measure, f"{measure}.low", f"{measure}.high", f"{measure}.n"]
-
-
-def _is_bound(column: str, frame: pd.DataFrame) -> bool:
-    return column.endswith((".low", ".high", ".n")) and column.rpartition(".")[0] in frame

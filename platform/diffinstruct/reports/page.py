@@ -23,34 +23,18 @@ from PIL import Image
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.prompts import read_prompt_set
 from diffinstruct.config.reading import load_run
+from diffinstruct.config.sections import LoggingConfig, PromptsConfig
 from diffinstruct.errors import UserError
 from diffinstruct.metrics import METRICS, find_metric
-from diffinstruct.reports import plots
-from diffinstruct.reports.frames import (
-    Measures,
-    described,
-    figure,
-    learning_curves,
-    load_sweep,
-    measures,
-    plain,
-    planned,
-    points,
-    read_run,
-    short,
-    swept,
-    with_intervals,
-)
+from diffinstruct.reports import frames, plots
+from diffinstruct.reports.frames import Measures, described, estimate_text, plain, swept
 
 MOST_BYTES = 10_000_000
-EDGE = 224
-"""Pixels, of a picture in the page."""
+EDGE = 224  # pixels, of a picture in the page
 MOST_PROMPTS, MOST_TIMES, MOST_BEST = 8, 4, 5
 """Rows of a table of pictures; grids of a run between start and end; trials beside the start."""
-MOST_COLUMNS = 3
-"""Of swept keys that are columns of their own; more are put in words."""
-MOST_ROWS, MOST_EVENTS, MOST_CHARACTERS = 400, 200, 1000
-"""Of a table of trials; of a run; of a cell or an event."""
+MOST_COLUMNS = 3  # with more swept keys than this a table has one column "configuration"
+MOST_ROWS, MOST_EVENTS, MOST_CHARACTERS = 400, 200, 1000  # of a table of trials; of a run; of a cell
 CURVES = ("x0_gap", "overoptimization/unexplained", "overoptimization/variety")
 """Metrics of training that a page draws, beside the rewards."""
 
@@ -65,9 +49,8 @@ class Pictures:
 
 
 def write(path: Path, out: Path) -> None:
-    """The report of what `load_sweep` reads at `path` into `out`. Raises UserError where it cannot be read or
-    written."""
-    frame = load_sweep(path)
+    """The report of what `load_sweep` reads at `path` into `out`. Raises UserError."""
+    frame = frames.load_sweep(path)
     is_run = path.suffix != ".csv" and (path / "experiment.yaml").is_file()
     save(out, of_run(path, frame.iloc[0]) if is_run else of_sweep(path, frame))
 
@@ -82,29 +65,28 @@ def save(out: Path, page: str) -> None:
 
 def of_run(folder: Path, run: pd.Series) -> str:
     """A run's page; `run` is its row in a frame."""
-    experiment, records = load_run(folder), read_run(folder)
-    starts = [record for record in records if "start" in record]
-    frame, values = run.to_frame().T, learning_curves(folder)
+    experiment, records = load_run(folder), frames.read_run(folder)
+    starts = frames.start_tags(records)
+    frame, values = run.to_frame().T, frames.learning_curves(folder)
     events = [record for record in records if "event" in record]
-    alarms = [record["text"] for record in events if record["event"] in ("overoptimization", "hacking")]
-    intervals = [measure for measure in with_intervals(frame) if pd.notna(run[measure])]
-    metrics = {key: plain(run[key]) for key in values["key"].unique() if key not in intervals}
+    alarms = [record["text"] for record in events if record["event"] == "overoptimization"]
+    intervals = [measure for measure in frames.with_intervals(frame) if pd.notna(run[measure])]
     return render(
         "run.html",
         title=folder.absolute().name,
         run=run,
         experiment=experiment,
-        tags=dict(starts[-1]["start"].get("tags", {})) if starts else {},
+        tags=starts[-1] if starts else {},
         times=[_time(records[0]), _time(records[-1])] if records else [],
         resumed=max(0, len(starts) - 1),
         changes=experiment.changes(Experiment()),
         curves=_curves(values, frame),
-        pictures=pictures_over_time(folder, experiment),
+        pictures=pictures_over_time(folder, _grid_prompts(experiment.prompts, experiment.logging)),
         evaluation=[
-            (name, metric.title if (metric := find_metric(name)) else "", figure(run, name), int(run[f"{name}.n"]))
+            (name, metric.title if (metric := find_metric(name)) else "", estimate_text(run, name), int(run[f"{name}.n"]))
             for name in intervals
         ],
-        metrics=metrics,
+        metrics={key: plain(run[key]) for key in values["key"].unique() if key not in intervals},
         alarms=alarms[:MOST_EVENTS],
         events=events[:MOST_EVENTS],
         events_left_out=len(events[MOST_EVENTS:]),
@@ -113,22 +95,25 @@ def of_run(folder: Path, run: pd.Series) -> str:
 
 def of_sweep(path: Path, frame: pd.DataFrame) -> str:
     """A sweep's page; `frame` as `load_sweep` reads it at `path`."""
-    keys, of, by_point = swept(frame), measures(frame), points(frame)
+    keys, of, by_point = swept(frame), frames.measures(frame), frames.points(frame)
     titles = of.titles()
     order = frame.sort_values(of.held_out, ascending=False, na_position="last") if of.held_out else frame
-    configuration = {key: _cut(plain(frame[key].iloc[0])) for key in _configuration(frame) if key not in keys and key != "seed"}
+    configuration = {
+        key: _cut(plain(frame[key].iloc[0])) for key in frames.identity_keys(frame) if key not in keys and key != "seed"
+    }
     default = {key: _cut(plain(value)) for key, value in Experiment().to_params().items() if value is not None}
     best = by_point.sort_values(of.held_out, ascending=False) if of.held_out else by_point
     counts = frame["status"].value_counts().to_dict()
-    if (begun := len(frame)) < (trials := planned(path) or 0):
+    if (begun := len(frame)) < (trials := frames.planned(path)):
         counts["not begun"] = trials - begun
+    done = frame[frame["status"] == "finished"]  # a run that has just begun would bend the curves' mean over seeds
     is_folder, several = path.suffix != ".csv", bool(len(by_point)) and max(map(len, by_point["runs"])) > 1
     return render(
         "sweep.html",
         title=path.absolute().name,
         counts=counts,
         alarms=int(frame["alarm"].notna().sum()) if "alarm" in frame else 0,
-        swept={key: [plain(value) or "as the recipe" for value in sorted(frame[key].unique(), key=_order)] for key in keys},
+        swept={key: [plain(value) or "as the recipe" for value in frame[key].drop_duplicates().sort_values()] for key in keys},
         seeds=[plain(seed) for seed in sorted(frame["seed"].unique())] if "seed" in frame else [],
         same={key: (default[key], value) for key, value in configuration.items() if value != default.get(key, value)},
         commits=sorted(frame["commit"].dropna().unique()) if "commit" in frame else [],
@@ -136,9 +121,13 @@ def of_sweep(path: Path, frame: pd.DataFrame) -> str:
         heads=_heads(keys),
         pareto=_pareto(by_point, of, keys),
         compared=0 if of.held_out is None or of.distance is None else len(by_point.dropna(subset=[of.held_out, of.distance])),
-        by_point=_point_table(best, keys, titles) if several else [],
+        by_point=[
+            {"keys": _cells(row, keys), "n": len(row["runs"]), "estimates": [estimate_text(row, measure) for measure in titles]}
+            for _, row in best.head(MOST_ROWS).iterrows()
+            if several
+        ],
         heat=_heat_maps(frame, of, keys),
-        curves=_curves(learning_curves(path), _comparable(frame)) if is_folder else None,
+        curves=_curves(frames.learning_curves(path), frame if done.empty else done) if is_folder else None,
         pictures=pictures_of_the_best(best, keys) if is_folder else None,
         table=[_trial(row, keys, titles) for _, row in order.head(MOST_ROWS).iterrows()],
         left_out=len(order[MOST_ROWS:]),
@@ -146,7 +135,7 @@ def of_sweep(path: Path, frame: pd.DataFrame) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
-def pictures_over_time(folder: Path, experiment: Experiment) -> Pictures | None:
+def pictures_over_time(folder: Path, prompts: Sequence[str]) -> Pictures | None:
     """The start, then the same noise at a few steps to the last, then the last on more noise; None without pictures."""
     drawn = {step: rows for step, file in plots.grids(folder).items() if (rows := plots.cells(file))}
     if not drawn:
@@ -159,7 +148,7 @@ def pictures_over_time(folder: Path, experiment: Experiment) -> Pictures | None:
         columns |= {f"step {times[-1]}, other noise": [row[2] for row in drawn[times[-1]]]}
         columns |= {"and other": [row[3] for row in drawn[times[-1]]]}
     left_out = f"{len(times)} of {len(after)} times are shown. " * (len(times) < len(after))
-    return side_by_side(_grid_prompts(experiment), columns, left_out)
+    return side_by_side(prompts, columns, left_out)
 
 
 def pictures_of_the_best(best: pd.DataFrame, keys: Sequence[str]) -> Pictures | None:
@@ -169,7 +158,8 @@ def pictures_of_the_best(best: pd.DataFrame, keys: Sequence[str]) -> Pictures | 
     for _, point in best.iterrows():
         for run in point["runs"]:
             drawn = [*plots.grids(run).values()]
-            texts = _grid_prompts(load_run(Path(run)))
+            experiment = load_run(Path(run))
+            texts = _grid_prompts(experiment.prompts, experiment.logging)
             if not drawn or prompts not in (None, texts) or not (rows := plots.cells(drawn[-1])):
                 continue
             prompts = texts
@@ -201,13 +191,12 @@ def inlined(picture: Image.Image) -> str:
     return _uri("image/webp", buffer.getvalue())
 
 
-def _grid_prompts(experiment: Experiment) -> list[str]:
+def _grid_prompts(prompts: PromptsConfig, logging: LoggingConfig) -> list[str]:
     """[] where their file is gone: the pictures are still worth a look."""
     try:
-        prompts = read_prompt_set(experiment.prompts.grid, experiment.prompts.column)
+        return list(read_prompt_set(prompts.grid, prompts.column)[: logging.grid_prompts])
     except UserError:
         return []
-    return list(prompts[: experiment.logging.grid_prompts])
 
 
 # ------------------------------------------------------------------------------------------------------- figures
@@ -219,12 +208,6 @@ def _curves(values: pd.DataFrame, frame: pd.DataFrame) -> str | None:
     }
     known = {key: title for key, title in titles.items() if values["key"].eq(key).any()}
     return _drawn(lambda file: plots.curves(values, frame, known, file))[0] if known else None
-
-
-def _comparable(frame: pd.DataFrame) -> pd.DataFrame:
-    """The finished runs, or all while none is: one that has just begun would bend the mean over seeds."""
-    done = frame[frame["status"] == "finished"]
-    return frame if done.empty else done
 
 
 def _pareto(by_point: pd.DataFrame, of: Measures, keys: Sequence[str]) -> tuple[str, dict[str, str]] | None:
@@ -259,16 +242,9 @@ def _trial(row: pd.Series, keys: Sequence[str], titles: Mapping[str, str]) -> di
         "keys": _cells(row, keys),
         "seed": plain(row.get("seed")),
         "step": plain(row.get("step")),
-        "figures": [figure(row, measure) for measure in titles],
+        "estimates": [estimate_text(row, measure) for measure in titles],
         "remark": _cut(": ".join(filter(None, remarks))),
     }
-
-
-def _point_table(best: pd.DataFrame, keys: Sequence[str], titles: Mapping[str, str]) -> list[dict[str, Any]]:
-    return [
-        {"keys": _cells(row, keys), "n": len(row["runs"]), "figures": [figure(row, measure) for measure in titles]}
-        for _, row in best.head(MOST_ROWS).iterrows()
-    ]
 
 
 def _cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
@@ -277,15 +253,7 @@ def _cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
 
 
 def _heads(keys: Sequence[str]) -> list[str]:
-    return ["configuration"] if len(keys) > MOST_COLUMNS else [*short(keys).values()]
-
-
-def _configuration(frame: pd.DataFrame) -> list[str]:
-    return [key for key in Experiment().identity if key in frame]
-
-
-def _order(value: Any) -> tuple[bool, Any]:
-    return (False, value) if pd.notna(value) else (True, "")
+    return ["configuration"] if len(keys) > MOST_COLUMNS else [*frames.short(keys).values()]
 
 
 def _cut(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Figures of runs and sweeps, each a function that writes a PNG. What they draw are the frames of `results`.
+"""Figures of runs and sweeps, each a function that writes a PNG. What they draw are the tables of `frames`.
 
 Pictures come from the grids that runs leave in `images/`: rows are prompts; the columns are the starting generator,
 then the current one on the same noise and on more.
@@ -24,17 +24,12 @@ from PIL import Image
 from diffinstruct.metrics import METRICS
 from diffinstruct.reports.frames import Measures, described, pareto_front, plain, reward_gap, short, swept
 
-COLUMNS = 4
-"""Of a run's picture grid: the start, and three noises of the current generator."""
-WIDTH = 11.0
-"""Inches."""
-LETTERS = "ABCDEFGH"
-"""For the points of a front that are named and shown."""
-MOST_LINES = 10
-"""That a reader can tell apart by colour where more than two keys vary."""
+COLUMNS = 4  # of a run's picture grid: the start, and three noises of the current generator
+WIDTH = 11.0  # inches
+LETTERS = "ABCDEFGH"  # for the points of a front that are named and shown
+MOST_LINES = 10  # that a reader can tell apart by colour where more than two keys vary
 MARKERS, DASHES = "osD^vP*X", ("-", "--", ":", "-.")
-Look = tuple[Any, int | None]
-"""A colour, and the number of a mark or dash; None: any."""
+Look = tuple[Any, int | None]  # a colour, and the number of a mark or dash; None: any
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -65,7 +60,7 @@ def canvas(path: Path, height: float) -> Iterator[Figure]:
 
 # -------------------------------------------------------------------------------------------------------- sweeps
 def pareto(points: pd.DataFrame, of: Measures, keys: Sequence[str], path: Path) -> dict[str, str]:
-    """Held-out reward against distance, a mark a configuration (`results.points`), its intervals as bars, the front as
+    """Held-out reward against distance, a mark a configuration (`frames.points`), its intervals as bars, the front as
     a line. Above it pictures of those on the front whose run has some, beside the start. Colours and marks are the
     swept `keys`, where there are one or two. Returns which configuration each letter names. Raises ValueError where one
     of the two measures is missing."""
@@ -73,7 +68,7 @@ def pareto(points: pd.DataFrame, of: Measures, keys: Sequence[str], path: Path) 
     if up is None or down is None:
         raise ValueError("a Pareto front takes a held-out reward and a distance")
     front = pareto_front(points, up, down)
-    chosen = _spread(front[[down, up]].to_numpy(np.float64), len(LETTERS))
+    chosen = _apart(front[[down, up]].to_numpy(np.float64), len(LETTERS))
     named = front.iloc[chosen].assign(letter=list(LETTERS[: len(chosen)]))
     pictures = {str(point["letter"]): made for _, point in named.iterrows() if (made := _thumbnails(point["runs"]))}
     with canvas(path, 5.0 + 1.4 * bool(pictures)) as picture:
@@ -98,17 +93,15 @@ def pareto(points: pd.DataFrame, of: Measures, keys: Sequence[str], path: Path) 
 
 
 def heat_maps(frame: pd.DataFrame, of: Measures, x: str, y: str, path: Path) -> None:
-    """Trained and held-out reward, distance, diversity, and the gap between the two rewards (`results.reward_gap`) over
-    two swept keys. A cell is the mean over the finished runs there, training seeds and whatever else varies, and says
-    its
-    value."""
+    """Trained and held-out reward, distance, diversity, and the gap between the two rewards (`frames.reward_gap`) over
+    two swept keys. A cell is the mean over the finished runs there, training seeds and whatever else varies."""
     (gap, unit), said = reward_gap(frame), short([x, y])
     panels = {title: frame[measure] for measure, title in of.titles().items()}
-    if gap.notna().any():
-        panels[f"trained minus held-out gain,\n{unit}"] = gap
-    done = frame["status"] == "finished"
     costs = [title for name, title in of.titles().items() if name in METRICS and METRICS[name].direction == "down"]
-    costs.append(f"trained minus held-out gain,\n{unit}")
+    if gap.notna().any():
+        costs.append(f"trained minus held-out gain,\n{unit}")
+        panels[costs[-1]] = gap
+    done = frame["status"] == "finished"
     rows = math.ceil(len(panels) / 3)
     height = 0.9 + 0.42 * frame.loc[done, y].nunique(dropna=False)
     with canvas(path, rows * max(2.2, height)) as picture:
@@ -122,9 +115,8 @@ def heat_maps(frame: pd.DataFrame, of: Measures, x: str, y: str, path: Path) -> 
 
 
 def curves(values: pd.DataFrame, frame: pd.DataFrame, titles: Mapping[str, str], path: Path) -> None:
-    """The course of the metrics `titles` (key -> title), a panel each, from `results.learning_curves`. A line is one
-    configuration of `frame`: the mean over training seeds, in a band from lowest to highest. A cross: a run's first
-    alarm."""
+    """The course of the metrics `titles` (key -> title), a panel each, from `frames.learning_curves`. A line is one
+    configuration: the mean over training seeds, in a band from lowest to highest. A cross: a run's first alarm."""
     keys = swept(frame)
     groups = [group for _, group in frame.groupby(keys or np.zeros(len(frame)), sort=False, dropna=False)]
     firsts = pd.DataFrame([group.iloc[0] for group in groups])
@@ -192,9 +184,8 @@ def cells(grid: Path) -> list[list[Image.Image]]:
 
 # --------------------------------------------------------------------------------------------------------- parts
 def _encoding(rows: pd.DataFrame, keys: Sequence[str], marks: int) -> tuple[list[Look], dict[str, Look]]:
-    """How each configuration is drawn, and the legend of that. Of one or two keys, the one with more values is the
-    colour, the other the mark, of which there are `marks`. Otherwise each row has a colour, or none has where they are
-    too many."""
+    """How each configuration is drawn, and the legend of that. Of one or two keys the one with more values is the
+    colour, the other one of `marks` marks. Otherwise each row has a colour, or none where they are too many."""
     factors = {key: pd.factorize(rows[key], sort=True, use_na_sentinel=False) for key in keys}
     by = sorted(keys, key=lambda key: -len(factors[key][1]))
     if not 1 <= len(by) <= 2 or (len(by) == 2 and len(factors[by[1]][1]) > marks):
@@ -220,10 +211,9 @@ def _bar(point: pd.Series, measure: str) -> np.ndarray | None:
     return ends.clip(0) if np.isfinite(ends).all() else None
 
 
-def _spread(path: np.ndarray, most: int) -> list[int]:
-    """The numbers of at most `most` points of a path [n, 2], its two ends among them, that lie apart along it as the
-    drawing
-    shows it: where many points lie together one stands for them."""
+def _apart(path: np.ndarray, most: int) -> list[int]:
+    """The numbers of at most `most` points of a path [n, 2], its two ends among them, that lie apart along it as drawn:
+    where many points lie together one stands for them."""
     steps = np.diff(path, axis=0) / np.where(np.ptp(path, axis=0) > 0, np.ptp(path, axis=0), 1)
     along = np.concatenate([[0], np.hypot(*steps.T).cumsum()])
     apart, chosen = 0.999 * along[-1] / (most - 1), [0]

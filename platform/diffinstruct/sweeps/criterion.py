@@ -17,10 +17,10 @@ OUTSIDE = -100.0
 
 @dataclass(frozen=True)
 class SelectionCriterion:
-    """Names of figures: of a run's last metrics, of its last look (`overoptimization/...`), of its evaluation.
+    """Names of metrics: of a run's last metrics, of its last probe (`overoptimization/...`), of its evaluation.
 
     maximize: the held-out reward. minimize: the distance, for a search with two objectives. floors, ceilings: bounds; a
-    trial that breaks one is worth nothing, however high its reward. A figure that is not there (yet) bounds nothing.
+    trial that breaks one is worth nothing, however high its reward. A metric that is not there (yet) bounds nothing.
     """
 
     maximize: str = "overoptimization/held_out"
@@ -28,20 +28,20 @@ class SelectionCriterion:
     floors: Mapping[str, float] = field(default_factory=lambda: {"overoptimization/variety": VARIETY})
     ceilings: Mapping[str, float] = field(default_factory=lambda: {"overoptimization/distance": DISTANCE})
 
-    def violations(self, figures: Mapping[str, float]) -> dict[str, float]:
+    def violations(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """By how much each bound is broken; not above 0 where it is kept."""
-        below = {key: least - figures[key] for key, least in self.floors.items() if key in figures}
-        above = {key: figures[key] - most for key, most in self.ceilings.items() if key in figures}
+        below = {key: least - metrics[key] for key, least in self.floors.items() if key in metrics}
+        above = {key: metrics[key] - most for key, most in self.ceilings.items() if key in metrics}
         return below | above
 
-    def broken_bound(self, figures: Mapping[str, float]) -> str | None:
+    def broken_bound(self, metrics: Mapping[str, float]) -> str | None:
         """The first bound that is broken, in words."""
-        broken = next((key for key, excess in self.violations(figures).items() if excess > 0), None)
+        broken = next((key for key, excess in self.violations(metrics).items() if excess > 0), None)
         if broken is None:
             return None
         bound = f"least {self.floors[broken]:g}" if broken in self.floors else f"most {self.ceilings[broken]:g}"
-        return f"{broken} {figures[broken]:.3g}, at {bound}"
+        return f"{broken} {metrics[broken]:.3g}, at {bound}"
 
-    def score(self, figures: Mapping[str, float]) -> float:
-        """What a scheduler compares: `up`, or OUTSIDE. Raises KeyError where `up` is not there."""
-        return OUTSIDE if self.broken_bound(figures) else figures[self.maximize]
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """What a scheduler compares: the metric to maximize, or OUTSIDE. Raises KeyError where it is not there."""
+        return OUTSIDE if self.broken_bound(metrics) else metrics[self.maximize]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -16,13 +16,9 @@ from diffinstruct.config.reading import nearest_key
 from diffinstruct.config.sections import ARGUMENTS, drop_arguments
 from diffinstruct.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
 DRAWN = 30  # points by which a space is checked
 
-Point = Mapping[str, Any]
-"""What one trial changes: dotted key -> value."""
+Point = Mapping[str, Any]  # what one trial changes: dotted key -> value
 
 Space = Mapping[str, Domain]
 """Dotted key -> where its values come from: `tune.loguniform(0.1, 10)`, `tune.choice([...])`."""
@@ -37,8 +33,7 @@ def grid(space: Mapping[str, Sequence[Any]]) -> list[Point]:
 
 
 def random_points(space: Space, n: int, seed: int = 0) -> list[Point]:
-    """`n` different points by chance, the same ones for the same seed. Raises UserError for a space that has not so
-    many."""
+    """`n` different points by chance, the same ones for the same seed. Raises UserError where there are not so many."""
     check_domains(space)
     random, points = np.random.RandomState(seed), list[Point]()
     for _ in range(100 * n):
@@ -59,9 +54,9 @@ def check_domains(space: Space) -> None:
 
 @dataclass(frozen=True)
 class Optuna:
-    """`trials` points that Optuna's TPE sampler asks for, each knowing the results before it: the aim's `up` as large
-    and its `down` as small as can be, within the aim's bounds. With one trial at a time the same seed gives the same
-    points, interrupted or not; with several they depend on which ends first."""
+    """`trials` points that Optuna's TPE sampler asks for, each knowing the results before it, for the two objectives of
+    the criterion within its bounds. With one trial at a time the same seed gives the same points, interrupted or not;
+    with several they depend on which ends first."""
 
     space: Space
     trials: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from ray.tune.search import Searcher
@@ -11,14 +11,10 @@ from ray.tune.search.optuna import OptunaSearch
 
 from diffinstruct.run_folder import signals
 from diffinstruct.sweeps.criterion import SelectionCriterion
-
-if TYPE_CHECKING:
-    pass
 from diffinstruct.sweeps.points import Optuna, Point
 from diffinstruct.sweeps.trials import Trials
 
 
-# -------------------------------------------------------------------------------------------- what Tune is given
 class Listed(Searcher):
     """Hands out the points of a list."""
 
@@ -46,13 +42,12 @@ class Listed(Searcher):
 
 
 class Asking(Listed):
-    """Hands out the points that Optuna asks for. Those of an earlier life first: it is told at once what they came
-    to."""
+    """Hands out the points that Optuna asks for; of an earlier life's it is told at once what they came to."""
 
-    def __init__(self, trials: Trials, aim: SelectionCriterion) -> None:
+    def __init__(self, trials: Trials, criterion: SelectionCriterion) -> None:
         super().__init__(trials, [i for i in trials.known if not trials.finished(i)])
         assert isinstance(trials.points, Optuna)
-        self.search, self.aim = trials.points, aim
+        self.search, self.criterion = trials.points, criterion
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.study = optuna.create_study(directions=["maximize", "minimize"])
         self.distributions = OptunaSearch.convert_search_space(dict(self.search.space))
@@ -73,10 +68,10 @@ class Asking(Listed):
         self.asked[i] = self.study.ask(self.distributions)
         return self.asked[i].params
 
-    def _tell(self, i: int, figures: Mapping[str, Any]) -> None:
-        aim, trial = self.aim, self.asked.pop(i)
-        trial.set_user_attr("excess", [*aim.violations(figures).values()])
-        self.study.tell(trial, [figures[aim.maximize], figures[aim.minimize]])
+    def _tell(self, i: int, metrics: Mapping[str, Any]) -> None:
+        criterion, trial = self.criterion, self.asked.pop(i)
+        trial.set_user_attr("excess", [*criterion.violations(metrics).values()])
+        self.study.tell(trial, [metrics[criterion.maximize], metrics[criterion.minimize]])
 
     def suggest(self, trial_id: str) -> Any:
         new = len(self.trials.known)

@@ -11,7 +11,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from diffinstruct.tracking.records import read_journal
 
 @dataclass(frozen=True)
 class StudyResult:
-    """rows: all trials, with their `arm`. table: arm -> measure -> figure over seeds. text: the file that says it."""
+    """rows: all trials, with their `arm`. table: arm -> measure -> estimate over seeds. text: the file that says it."""
 
     base: Experiment
     rows: pd.DataFrame
@@ -60,11 +60,10 @@ class StudyResult:
         self.say(f"- noise of training seeds, standard deviation: {told} ({freedom} degrees of freedom)")
         for arm in (arm for arm in self.table if arm != recipe):
             paired = {key: paired_by_seed(self.rows, "arm", arm, recipe, key, of) for key, of in noise.items()}
-            self.say(f"- {arm}, minus {recipe}: " + ", ".join(f"{measures[key]} {figure}" for key, figure in paired.items()))
+            self.say(f"- {arm}, minus {recipe}: " + ", ".join(f"{measures[key]} {gap}" for key, gap in paired.items()))
 
     def draw(self, x: str | None = None, y: str | None = None) -> None:
-        """Draw the Pareto front of the arms, and heat maps over two keys of the configuration; publish them with the
-        table."""
+        """Draw and publish the Pareto front of the arms, and heat maps over two keys of the configuration."""
         from diffinstruct.reports import plots
 
         frame = self.rows.rename(columns={KEY: "run"}).assign(status="finished")
@@ -126,27 +125,18 @@ class Study:
         except KeyboardInterrupt:
             raise SystemExit(130) from None  # the sweep has said what is unfinished
 
-    def answer(self, most: int | None = None) -> StudyResult | None:
-        base = load(self.recipe)
-        return self._answer(base, TrialRows(self.rows), self.arms, self.seeds, self.evaluate, most)
-
     def smoke(self) -> StudyResult | None:
         base = changed(load(self.recipe), {"name": f"{self.name}-smoke", **SMOKE})
         first, *_, last = [*self.arms] * 2  # there may be one
         arms = {name: {k: v for k, v in self.arms[name].items() if k not in SMOKE} for name in (first, last)}
-        rows, evaluate = TrialRows(_folder(base) / self.rows.name), partial(self.evaluate, every=SMOKE_EVERY)
-        return self._answer(base, rows, arms, self.seeds[:1], evaluate)
+        evaluate = partial(self.evaluate, every=SMOKE_EVERY)
+        small = replace(self, arms=arms, seeds=self.seeds[:1], rows=_folder(base) / self.rows.name, evaluate=evaluate)
+        return small.answer(base=base)
 
-    def _answer(
-        self,
-        base: Experiment,
-        rows: TrialRows,
-        arms: Mapping[str, Point],
-        seeds: Sequence[int],
-        evaluate: EvaluateRun,
-        most: int | None = None,
-    ) -> StudyResult | None:
-        frame = complete(rows, base, arms, seeds, _folder(base), evaluate, most)
+    def answer(self, most: int | None = None, base: Experiment | None = None) -> StudyResult | None:
+        """Run at most `most` of the missing trials of `base`, by default the recipe; the table, once all rows are there."""
+        base, rows = base or load(self.recipe), TrialRows(self.rows)
+        frame = complete(rows, base, self.arms, self.seeds, _folder(base), self.evaluate, most)
         if frame is None:
             print("trials are missing: the same command goes on")
             return None
@@ -156,7 +146,7 @@ class Study:
         unsaid = {key: value for key, value in base.to_params().items() if key in frame and value is not None}
         frame = frame.fillna(unsaid)  # what a row does not change is as in the recipe
         table = by_seed(frame, "arm", [*self.measures])
-        named = {arm: {self.measures[key]: figure for key, figure in of.items()} for arm, of in table.items()}
+        named = {arm: {self.measures[key]: estimate for key, estimate in of.items()} for arm, of in table.items()}
         answer = StudyResult(base, frame, table, _folder(base) / f"{self.name}.md")
         answer.text.parent.mkdir(parents=True, exist_ok=True)
         answer.text.unlink(missing_ok=True)
@@ -174,9 +164,7 @@ def complete(
     most: int | None = None,
 ) -> pd.DataFrame | None:
     """Run the trials, every arm with every seed, that have no row yet, `most` of them at most; all rows, or None while
-    some are missing. A row has what it changes of `base`, and what the trial's own row has but for its folder; `arm` is
-    added
-    here."""
+    some are missing. A row has the trial's own but for its folder, and its `arm`."""
     points: dict[str, Point] = {}
     wanted = []
     for seed, (arm, changes) in itertools.product(seeds, arms.items()):

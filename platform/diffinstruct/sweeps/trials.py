@@ -9,16 +9,18 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import ray
 from ray import tune
 
-from diffinstruct.cluster.attach import ray_options, stand_in
+from diffinstruct.cluster.attach import worker_task
 from diffinstruct.cluster.failures import close
+from diffinstruct.cluster.reward_pool import RewardPool
 from diffinstruct.cluster.train import fit
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import nearest_key
@@ -27,21 +29,17 @@ from diffinstruct.reports.frames import short
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.signals import Paused
 from diffinstruct.sweeps.criterion import SelectionCriterion
+from diffinstruct.sweeps.points import DRAWN, Optuna, Point, changed, check_domains, values_of
 from diffinstruct.tracking.journal import Parent, add_evaluation
 from diffinstruct.tracking.records import MetricsRecord, json_lines, records
-
-if TYPE_CHECKING:
-    from diffinstruct.reward_service.client import RewardBackend
-from diffinstruct.sweeps.points import DRAWN, Optuna, Point, changed, check_domains, values_of
 
 SHARED = "is the same in all trials of a sweep, because they share their reward actors"
 LISTEN = 0.5  # seconds between two looks into a trial's journal
 
 EvaluateRun = Callable[[Experiment, Path], Mapping[str, float]]
-"""(experiment, folder of its finished run) -> figures for its row."""
+"""(experiment, folder of its finished run) -> metrics for its row."""
 
 
-# -------------------------------------------------------------------------------------------------------- trials
 class Trials:
     """The trials of a sweep by number: what each changes, and where its run is.
 
@@ -87,8 +85,7 @@ class Trials:
 
     def check_space(self, space: Mapping[str, Any], point: Point) -> None:
         """Raises UserError where what a search or a scheduler may make of `point` never is an experiment. Now and then
-        is no
-        mistake: some values only go with some others."""
+        is no mistake: some values only go with some others."""
         known = self.base.to_params()
         if unknown := next((key for key in space if key not in known), None):
             raise UserError(f"{unknown}: unknown key{nearest_key(unknown, known)}")
@@ -154,8 +151,7 @@ class Trials:
             file.write(json.dumps(line) + "\n")
 
     def number(self, tune_id: str, config: Mapping[str, Any]) -> int:
-        """Ours, of a trial of Tune's. Its configuration has it at its first start only: one that takes over another's
-        weights is given that one's configuration."""
+        """Ours, of a trial of Tune's; kept, since one that takes over another's weights gets that one's configuration."""
         known = self.folder / "ray" / f"{tune_id}.number"
         if not known.exists():
             known.parent.mkdir(parents=True, exist_ok=True)
@@ -172,8 +168,7 @@ class Trials:
         return changed(self.base, self.point(i))
 
     def finished(self, i: int) -> bool:
-        """Whether trial `i` has its row: metrics.json is the last file that a run writes, evaluation.json that a trial
-        does."""
+        """Whether trial `i` has its row: the last file that a run writes is metrics.json, a trial evaluation.json."""
         if i not in self.known or not (self.run(i) / "metrics.json").exists():
             return False
         return not self.evaluate or evaluation_file(self.run(i)).exists()
@@ -195,10 +190,10 @@ class Trials:
 class Shared:
     """What all trials of a sweep share: reward actors, the cluster's address, the parent run, the criterion."""
 
-    pool: RewardBackend | None
+    pool: RewardPool | None
     where: str
     parent: str | None
-    aim: SelectionCriterion | None
+    criterion: SelectionCriterion | None
 
 
 @dataclass
@@ -224,16 +219,17 @@ class Trial:
         for report in self._train(experiment, self.trials.name(point)):
             self._report(report)
         if self.trials.evaluate and not (file := evaluation_file(self.folder)).exists():
-            evaluation = evaluated(self.trials.evaluate, experiment, self.folder, self.started_in)
+            evaluate = partial(self.trials.evaluate, experiment, self.folder)
+            evaluation = dict(ray.get(worker_task(evaluate, experiment.cluster, self.started_in)))
             values = {key: value for key, value in evaluation.items() if key.rpartition(".")[2] not in ("low", "high", "n")}
             step = self.trials.row(i)["step"]
             add_evaluation(self.folder, experiment.tracking.uri, step, values, experiment.tracking.also)
             file.with_suffix(".tmp").write_text(json.dumps(evaluation, indent=2) + "\n")
             file.with_suffix(".tmp").replace(file)
-        figures = report | {k: v for k, v in self.trials.row(i).items() if isinstance(v, int | float)}
+        metrics = report | {k: v for k, v in self.trials.row(i).items() if isinstance(v, int | float)}
         if report or not self.population:  # weights that were taken over at the last step were not looked at again
-            self._look_for(figures)
-        self._report(figures)
+            self._look_for(metrics)
+        self._report(metrics)
 
     def _train(self, experiment: Experiment, name: str) -> Iterator[dict[str, float]]:
         """The reports of the run's journal, while it is written; those of a finished run from first to last."""
@@ -257,30 +253,27 @@ class Trial:
         if errors:
             raise errors[0]
 
-    def _look_for(self, figures: Mapping[str, float]) -> None:
-        """Raises UserError where the end has come without a figure that the sweep looks for."""
-        if self.shared.aim is None:
+    def _look_for(self, metrics: Mapping[str, float]) -> None:
+        """Raises UserError where the end has come without a metric that the sweep looks for."""
+        if (criterion := self.shared.criterion) is None:
             return
-        asked = [self.shared.aim.maximize, *[self.shared.aim.minimize] * isinstance(self.trials.points, Optuna)]
-        bounds = [
-            key for key in (*self.shared.aim.floors, *self.shared.aim.ceilings) if not key.startswith("overoptimization/")
-        ]
-        if missing := next((key for key in asked + bounds if key not in figures), None):
-            raise UserError(f"aim: no figure {missing!r} came of this trial{did_you_mean(missing, figures)}")
+        asked = [criterion.maximize, *[criterion.minimize] * isinstance(self.trials.points, Optuna)]
+        bounds = [key for key in (*criterion.floors, *criterion.ceilings) if not key.startswith("overoptimization/")]
+        if missing := next((key for key in asked + bounds if key not in metrics), None):
+            raise UserError(f"criterion: no metric {missing!r} came of this trial{did_you_mean(missing, metrics)}")
 
-    def _report(self, figures: dict[str, float]) -> None:
+    def _report(self, metrics: dict[str, float]) -> None:
         """Tell Tune. What a scheduler compares is not there before the first look."""
-        if self.shared.aim is None or self.shared.aim.maximize not in figures:
+        if (criterion := self.shared.criterion) is None or criterion.maximize not in metrics:
             return
         with tempfile.TemporaryDirectory() as folder:
             if self.population:  # whoever takes over this trial's weights finds them by this; Tune only passes it on
                 (Path(folder) / "run.json").write_text(json.dumps({"trial": self.number, "run": self.folder.name}))
             checkpoint = tune.Checkpoint.from_directory(folder) if self.population else None
-            tune.report({**figures, "score": self.shared.aim.score(figures)}, checkpoint=checkpoint)
+            tune.report({**metrics, "score": criterion.score(metrics)}, checkpoint=checkpoint)
 
     def _join(self, i: int, point: Point) -> None:
-        """Find out who this trial is: itself, going on, or one that takes over another's weights under a new
-        configuration."""
+        """Find out whether this trial goes on as itself, or takes over another's weights under a new configuration."""
         from diffinstruct.training.resume import take_over
 
         if (told := tune.get_checkpoint()) is None:
@@ -298,12 +291,11 @@ class Trial:
 
 
 class Reports:
-    """A journal as Tune wants it: a report for each logged step, with the figures of the last look beside its
-    metrics."""
+    """A journal as Tune wants it: a report for each logged step, with the metrics of the last probe beside its own."""
 
     def __init__(self, journal: Path) -> None:
         self.journal, self.offset = journal, 0
-        self.watched: dict[str, float] = {}
+        self.probed: dict[str, float] = {}
 
     def new(self) -> Iterator[dict[str, float]]:
         """What has been written since."""
@@ -312,27 +304,13 @@ class Reports:
             if not isinstance(record, MetricsRecord):
                 continue
             metrics = record.metrics
-            looked = {key: value for key, value in metrics.items() if key.startswith("overoptimization/")}
-            self.watched |= looked
-            if len(metrics) > len(looked):
-                yield {"step": record.step, **metrics, **self.watched}
+            probed = {key: value for key, value in metrics.items() if key.startswith("overoptimization/")}
+            self.probed |= probed
+            if len(metrics) > len(probed):
+                yield {"step": record.step, **metrics, **self.probed}
 
 
 def evaluation_file(folder: Path) -> Path:
     """A run's evaluation; version 0.1 called it examination.json."""
     old = folder / "examination.json"
     return old if old.exists() else folder / "evaluation.json"
-
-
-def evaluated(evaluate: EvaluateRun, experiment: Experiment, folder: Path, started_in: str) -> dict[str, float]:
-    """A run's evaluation, made in a task of a worker's size beside the trial's own group."""
-
-    def task() -> dict[str, float]:
-        import torch
-
-        stand_in(started_in)
-        torch.set_num_threads(experiment.cluster.cpus_per_worker)
-        return dict(evaluate(experiment, folder))
-
-    of_worker = ray_options(experiment.cluster.per_worker)
-    return ray.get(ray.remote(task).options(**of_worker, scheduling_strategy="DEFAULT", max_retries=3).remote())

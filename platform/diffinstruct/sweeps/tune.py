@@ -36,6 +36,7 @@ from diffinstruct.cluster.train import embed
 from diffinstruct.config.addresses import tracking_uri
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.inputs import check_inputs
+from diffinstruct.config.sections import ClusterConfig
 from diffinstruct.errors import UserError, did_you_mean
 from diffinstruct.reward_service.monitor import METRICS
 from diffinstruct.run_folder import signals
@@ -50,8 +51,7 @@ DRIVER = {HEAD: 0.001}
 """What a trial's own process asks for: a slot that every cluster has, on its head. If it took a CPU, trials could hold
 all of them and wait for ever for their workers'."""
 
-OnRow = Callable[[int, dict[str, Any]], None]
-"""(number of the trial, its row), in the driver."""
+OnRow = Callable[[int, dict[str, Any]], None]  # (number of the trial, its row), in the driver
 
 
 class SweepError(RuntimeError):
@@ -65,7 +65,7 @@ def sweep(
     evaluate: EvaluateRun | None = None,
     on_row: OnRow = lambda i, row: None,
     scheduler: TrialScheduler | None = None,
-    aim: SelectionCriterion | None = None,
+    criterion: SelectionCriterion | None = None,
 ) -> pd.DataFrame:
     """Run `base` once for each of `points`, as child runs of one MLflow run.
 
@@ -76,7 +76,7 @@ def sweep(
     weights may vary, and which rewards are held out, but neither their names nor reference.model nor what is asked of
     the cluster.
 
-    scheduler: one of Tune's, with time_attr="step" and no metric of its own: it compares the aim's score. Trials that
+    scheduler: one of Tune's, with time_attr="step" and no metric of its own: it compares the criterion's score. Trials that
         it ends early (ASHAScheduler) are finished runs of fewer steps. Trials that take over another's weights
         (PopulationBasedTraining) are several runs; the last one makes the row.
     Raises SweepError if any trial failed, after all have ended; Paused after SIGTERM, KeyboardInterrupt after Ctrl-C.
@@ -85,8 +85,8 @@ def sweep(
     base = base.tracked_at(tracking_uri(base.tracking.uri, folder.parent))
     trials = Trials(base, points, folder, evaluate)
     if scheduler or isinstance(points, Optuna):
-        aim = aim or SelectionCriterion()
-        _check_probes(trials, aim, scheduler)
+        criterion = criterion or SelectionCriterion()
+        _check_probes(trials, criterion, scheduler)
     _check_trials(trials)
     with attached() as where:
         check_fits(base.cluster, base.reward_actors)
@@ -98,14 +98,15 @@ def sweep(
         parent = Journal(
             *(base.tracking.uri, base.tracking.experiment, folder.name, folder, trials.varied, tags), also=base.tracking.also
         )
-        print(f"sweep {folder}  {trials.count} trials  tracking {parent.url}  {where}\n{placement(base)}", flush=True)
+        print(f"sweep {folder}  {trials.count} trials  tracking {parent.url}  {where}", flush=True)
+        print(placement(base.cluster, base.reward_actors), flush=True)
         end = Outcome("KILLED")
         try:
             with (
                 reward_pool(base) if base.reward_actors else nullcontext() as pool,
                 signals.on_sigterm(lambda: signals.request(folder, signals.PAUSE)),
             ):
-                failures = _run_trials(trials, Shared(pool, where, parent.run_id, aim), scheduler, on_row)
+                failures = _run_trials(trials, Shared(pool, where, parent.run_id, criterion), scheduler, on_row)
             end = _outcome(trials, failures)
             table = _kept_table(trials, parent)
         finally:
@@ -193,13 +194,13 @@ def _run_trials(trials: Trials, shared: Shared, scheduler: TrialScheduler | None
     # Tune would tell how to go on from its own state, which is cleared away
     logging.getLogger("ray.tune.tune").setLevel(logging.ERROR)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other would put its table in the place of our lines
-    space, search = _search(trials, todo, shared.aim, population)
+    space, search = _search(trials, todo, shared.criterion, population)
     results = tune.Tuner(
         tune.with_resources(trial, DRIVER),
         param_space=space,
         tune_config=tune.TuneConfig(
             **search,
-            max_concurrent_trials=at_once(trials.base),
+            max_concurrent_trials=at_once(trials.base.cluster, trials.base.reward_actors),
             scheduler=StopByRequest(scheduler, stop) if scheduler else None,
             **({"metric": "score", "mode": "max"} if scheduler else {}),
         ),
@@ -220,14 +221,14 @@ def _run_trials(trials: Trials, shared: Shared, scheduler: TrialScheduler | None
 
 
 def _search(
-    trials: Trials, todo: list[int], aim: SelectionCriterion | None, population: bool
+    trials: Trials, todo: list[int], criterion: SelectionCriterion | None, population: bool
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Tune's parameter space and how it is searched; a population wants Tune to hand out its points itself."""
     if population:
         keys = trials.point(todo[0])
         values: dict[str, Any] = {key: tune.sample_from(partial(_value, trials, key)) for key in keys}
         return {"trial": tune.grid_search(todo), **values}, {"num_samples": 1}
-    searcher = Asking(trials, aim) if aim and isinstance(trials.points, Optuna) else Listed(trials, todo)
+    searcher = Asking(trials, criterion) if criterion and isinstance(trials.points, Optuna) else Listed(trials, todo)
     return None, {"num_samples": trials.count, "search_alg": searcher}
 
 
@@ -236,12 +237,17 @@ def _value(trials: Trials, key: str, spec: Any) -> Any:
     return trials.point(spec.config.trial)[key]
 
 
-class StopByRequest(TrialScheduler):
-    """A scheduler whose STOP is an order to the trial's run, which then ends as a finished one, not its death."""
+class StopByRequest:
+    """One of Tune's schedulers, but its STOP asks the trial's run to end as a finished one; it is not the run's death."""
 
     def __init__(self, scheduler: TrialScheduler, stop: Callable[[Any], None]) -> None:
         self.scheduler, self.stop = scheduler, stop
         self.stopped: set[Any] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scheduler":  # not there yet, while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.scheduler, name)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if trial in self.stopped:
@@ -252,27 +258,6 @@ class StopByRequest(TrialScheduler):
         self.stopped.add(trial)
         self.stop(trial)
         return TrialScheduler.CONTINUE
-
-    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        return bool(self.scheduler.set_search_properties(metric, mode, **spec))
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        self.scheduler.on_trial_add(tune_controller, trial)
-
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        self.scheduler.on_trial_error(tune_controller, trial)
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        self.scheduler.on_trial_complete(tune_controller, trial, result)
-
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        self.scheduler.on_trial_remove(tune_controller, trial)
-
-    def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        return self.scheduler.choose_trial_to_run(tune_controller)
-
-    def debug_string(self) -> str:
-        return str(self.scheduler.debug_string())
 
 
 class Progress(TrialProgressCallback):
@@ -300,17 +285,17 @@ class Progress(TrialProgressCallback):
         print(f"trial {len(self.ended)}/{self.trials.count} {how}  {dict(self.trials.point(i))}", flush=True)
 
 
-def _check_probes(trials: Trials, aim: SelectionCriterion, scheduler: TrialScheduler | None) -> None:
-    """Raises UserError where the aim's figures would never come, or a scheduler would count something else than
-    steps."""
-    looks = [key for key in (aim.maximize, aim.minimize, *aim.floors, *aim.ceilings) if key.startswith("overoptimization/")]
-    if unknown := next((key for key in looks if key not in METRICS), None):
-        raise UserError(f"aim: the watch has no figure {unknown!r}{did_you_mean(unknown, METRICS)}")
+def _check_probes(trials: Trials, criterion: SelectionCriterion, scheduler: TrialScheduler | None) -> None:
+    """Raises UserError where the criterion's metrics would never come, or a scheduler would not count steps."""
+    keys = (criterion.maximize, criterion.minimize, *criterion.floors, *criterion.ceilings)
+    probed = [key for key in keys if key.startswith("overoptimization/")]
+    if unknown := next((key for key in probed if key not in METRICS), None):
+        raise UserError(f"criterion: the over-optimization monitor has no metric {unknown!r}{did_you_mean(unknown, METRICS)}")
     for i in trials.known or [None]:
         experiment = trials.base if i is None else trials.experiment(i)
-        if looks and not experiment.overoptimization.every:
-            raise UserError(f"overoptimization.every: is 0, but the sweep looks at {looks[0]}")
-        if aim.maximize == "overoptimization/held_out" and not experiment.rewards.held_out:
+        if probed and not experiment.overoptimization.every:
+            raise UserError(f"overoptimization.every: is 0, but the sweep looks at {probed[0]}")
+        if criterion.maximize == "overoptimization/held_out" and not experiment.rewards.held_out:
             raise UserError("rewards.held_out: is empty, but the sweep looks at overoptimization/held_out")
     if (counts := ray_private.time_attribute(scheduler, default="step")) != "step":
         raise UserError(f'scheduler: time_attr should be "step", got {counts!r}, which starts anew when a trial does')
@@ -329,10 +314,9 @@ def _check_probes(trials: Trials, aim: SelectionCriterion, scheduler: TrialSched
         )
 
 
-# ----------------------------------------------------------------------------------------------------- resources
-def at_once(experiment: Experiment) -> int:
+def at_once(asked: ClusterConfig, actors: int) -> int:
     """How many trials the cluster has workers for, beside the reward actors; at least one."""
-    asked, actors, total = experiment.cluster, experiment.reward_actors, _total()
+    total = _total()
     fits = [  # amounts may be fractions
         (total.get(kind, 0) - actors * asked.per_reward_actor.get(kind, 0)) / (asked.workers * amount) + 1e-9
         for kind, amount in asked.per_worker.items()
@@ -340,16 +324,16 @@ def at_once(experiment: Experiment) -> int:
     return max(1, int(min(fits)))
 
 
-def placement(experiment: Experiment) -> str:
+def placement(asked: ClusterConfig, actors: int) -> str:
     """What the sweep asks of the cluster, in a line."""
-    asked, actors, total = experiment.cluster, experiment.reward_actors, _total()
+    total = _total()
 
     def said(resources: Mapping[str, float]) -> str:
         return ", ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
 
     kinds = {**asked.per_worker, **asked.per_reward_actor}
     return (
-        f"placement  {at_once(experiment)} trials at once, {asked.workers} workers each, "
+        f"placement  {at_once(asked, actors)} trials at once, {asked.workers} workers each, "
         f"{said(asked.per_worker)} a worker; "
         f"for all of them {actors} reward actors, {said(asked.per_reward_actor)} an actor; "
         f"Ray has {said({kind: total.get(kind, 0) for kind in kinds})}"

@@ -10,13 +10,12 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from diffinstruct.config.addresses import one_line
+from diffinstruct.config.inputs import import_named
 from diffinstruct.config.sections import TRACKERS
-from diffinstruct.errors import UserError, did_you_mean
 from diffinstruct.tracking.records import Record, read_json, records, replace_json, warn_of_unreadable
 
 logger = logging.getLogger(__name__)
@@ -26,8 +25,7 @@ LONGEST_PAUSE = 30.0  # seconds between two attempts while a tracker does not an
 
 
 class Delivery(Protocol):
-    """Brings the journal of a run's folder to one tracker. What the tracker has confirmed is kept in that folder, so
-    whoever goes on with the folder goes on with the delivery."""
+    """Brings the journal of a run's folder to one tracker. What is confirmed is kept there, so anybody can go on."""
 
     @property
     def name(self) -> str:
@@ -38,11 +36,11 @@ class Delivery(Protocol):
         """Where the run is to be seen, to be printed: an address, or the command that shows it."""
 
     def connect(self) -> None:
-        """Makes sure that the tracker answers and has the run. Called before each `pump`; raises whatever it likes."""
+        """Makes sure that the tracker answers and has the run. Called before each `deliver`; raises whatever it likes."""
 
-    def pump(self, everything: bool) -> bool:
-        """Delivers what is not confirmed yet, and returns whether nothing is left. Raises whatever it likes; what was
-        confirmed stays so. `everything`: the journal has ended, so what was put off is tried now."""
+    def deliver(self, final: bool) -> bool:
+        """Delivers what is not confirmed yet; returns whether nothing is left. Raises whatever it likes; what was
+        confirmed stays so. `final`: the journal has ended, so what was put off is tried now."""
 
 
 class Acknowledgement:
@@ -52,17 +50,15 @@ class Acknowledgement:
         self.journal, self.path, self.offset = folder / "journal.jsonl", folder / file_name, 0
 
     def read(self) -> dict[str, Any]:
-        """What was confirmed last; from there `unconfirmed` goes on. Nothing where the journal is shorter than that:
-        lines were confirmed, then lost with the machine's memory."""
+        """What was confirmed last; from there `unconfirmed` goes on."""
         content = read_json(self.path)
-        if content.get("offset", 0) > self.journal.stat().st_size:
+        if content.get("offset", 0) > self.journal.stat().st_size:  # lines were lost with the machine's memory
             content = {}
         self.offset = content.get("offset", 0)
         return content
 
     def unconfirmed(self) -> Iterator[tuple[int, int, Record | None]]:
-        """(first byte, byte after the end, record) of each complete line that is not confirmed; None for one that is no
-        record, which is to be confirmed, too."""
+        """(first byte, byte after the end, record) of each complete line that is not confirmed; None: no record."""
         for begin, end, record in records(self.journal, self.offset):
             if record is None:
                 warn_of_unreadable(self.journal, begin, end)
@@ -80,7 +76,7 @@ class DeliveryThread(threading.Thread):
     def __init__(self, delivery: Delivery, journal: Path) -> None:
         super().__init__(name="tracking", daemon=True)
         self.delivery, self.journal = delivery, journal
-        self.finishing, self.answered = threading.Event(), threading.Event()
+        self.finishing, self.attempted = threading.Event(), threading.Event()
         self.complete = False
 
     def run(self) -> None:
@@ -89,13 +85,13 @@ class DeliveryThread(threading.Thread):
             finishing = self.finishing.is_set()
             try:
                 self.delivery.connect()
-                self.answered.set()
-                self.complete = self.delivery.pump(everything=finishing) and finishing
+                self.attempted.set()
+                self.complete = self.delivery.deliver(final=finishing) and finishing
                 if away:
                     logger.info("%s answers again", self.delivery.name)
                 pause, away = INTERVAL, False
             except Exception as error:  # whatever it is, training must not hear of it
-                self.answered.set()
+                self.attempted.set()
                 if not away:
                     logger.warning(
                         "%s does not take this run's data: %s. Training goes on, %s keeps them until it does",
@@ -110,21 +106,11 @@ class DeliveryThread(threading.Thread):
 
 
 def delivery_named(name: str, folder: Path) -> Delivery:
-    """The delivery of a run's folder to a tracker, by a name as the key `tracking.also` has it. Raises UserError in one
-    line for one that cannot be made."""
-    module, _, attribute = TRACKERS.get(name, name).partition(":")
-    try:
-        namespace = import_module(module)
-    except ImportError as error:
-        raise UserError(f"tracking.also: cannot import {name!r}: {error}") from None
-    if not hasattr(namespace, attribute):
-        near = did_you_mean(attribute, vars(namespace))
-        raise UserError(f"tracking.also: {name!r}: {module} has no {attribute!r}{near}")
-    delivery: Delivery = getattr(namespace, attribute)(folder)
+    """The delivery of a run's folder to a tracker, as `tracking.also` names it. Raises UserError, one line."""
+    delivery: Delivery = import_named("tracking.also", TRACKERS.get(name, name))(folder)
     return delivery
 
 
 def leads_outside(folder: Path, path: Path) -> bool:
-    """Whether a file of a run, or one in it, is or leads by a link outside of the run's folder: journals come from
-    others, too."""
+    """Whether a run's file, or a link in it, leads outside of the run's folder: journals come from others, too."""
     return not all(file.resolve().is_relative_to(folder.resolve()) for file in (path, *path.rglob("*")))

@@ -1,17 +1,6 @@
-"""The journal of a run, and its delivery to trackers. Training writes a line to a file and goes on; threads do the
-rest.
+"""The journal of a run, and its delivery to trackers. Training writes a line to a file, threads do the rest.
 
-    <run>/journal.jsonl   one JSON object a line, appended, never rewritten; each has "time" (ms) and one of
-                          "start": {...}   who the run is; another one at each resume
-                          "metrics": {key: value}, "step": n        (Python's JSON: NaN and Infinity are kept as such)
-                          "image": "images/....png", "key": ..., "step": n
-                          "event": kind, "step": n, "text": ...     (MLflow has the last of a kind in the tag
-                          event.<kind>)
-                                "back_to": n      steps after this one are measured once more, and count as then
-                                measured
-                          "artifact": path                          (relative to the run's folder, in which it lies)
-                          "finish": status, "reason": ...
-                          "evaluated": {key: value}, "step": n      (of the finished run; "examined" in older journals)
+    <run>/journal.jsonl   one JSON object a line, appended, never rewritten: `records` has their types
     <run>/journal.ack     how far MLflow has confirmed it: {"offset": bytes, "postponed": [offsets of images and files]}
     <run>/mlflow.json     the MLflow run: uri, experiment_id, run_id
     <run>/tensorboard.ack and other trackers' files: how far they have confirmed it
@@ -36,8 +25,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,15 +52,13 @@ from diffinstruct.tracking.tensorboard import ACKNOWLEDGEMENT as TENSORBOARD
 
 logger = logging.getLogger(__name__)
 
-HURRY = 1.0  # seconds it waits where somebody has asked twice
-PATIENCE = 20.0  # seconds `finish` waits for a server; six times that for a file, which is there however slow
-COMMIT = "mlflow.source.git.commit"
-"""The tag that MLflow's pages show as a run's version."""
+HURRIED_WAIT_S = 1.0  # seconds it waits where somebody has asked twice
+DELIVERY_WAIT_S = 20.0  # seconds `finish` waits for a server; six times that for a file, which is there however slow
+COMMIT = "mlflow.source.git.commit"  # the tag that MLflow's pages show as a run's version
 
 
 class Parent(NamedTuple):
-    """The MLflow run under which a run stands that is one of many, and its name there. `run_id` is None where MLflow
-    gave no answer."""
+    """The MLflow run that one of many runs stands under (None where MLflow gave no answer), and its name there."""
 
     run_id: str | None
     child: str
@@ -112,110 +98,100 @@ class Journal:
             tags={key: str(value) for key, value in tags.items()} | commit_of_code(),
             parent=parent_run_id,
         )
-        self._seen: dict[int, set[str]] = {}  # keys the journal has, by step
+        self._seen: set[tuple[int, str]] = set()  # steps and keys that the journal has
         description = self._resumed(description)
         journal = self.folder / "journal.jsonl"
         torn = journal.exists() and not journal.read_bytes().endswith(b"\n")
         self._file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._separator = b"\n" if torn else b""
-        self._append(StartRecord(time=_now(), start=description))
+        self._append(StartRecord(time=_now_ms(), start=description))
         self._finished = False
         self._threads = [DeliveryThread(delivery, journal) for delivery in self._deliveries]
         for thread in self._threads:
             thread.start()
 
     def _resumed(self, description: RunDescription) -> RunDescription:
-        """The description under which the folder's run goes on. Where its parameters are the same, `_seen` holds what
-        the journal has."""
+        """The description under which the folder's run goes on; with equal parameters `_seen` is what the journal has."""
         before = [record for _, _, record in records(self.folder / "journal.jsonl")]
         starts = [record.start for record in before if isinstance(record, StartRecord) and record.is_complete]
         if not starts:
             return description
-        if _computed(starts[-1]) == _computed(description):
+        if _untracked_params(starts[-1]) == _untracked_params(description):
             for record in before:
                 match record:
                     case RollbackRecord():
                         self._forget(record.back_to)
                     case MetricsRecord():
-                        self._seen.setdefault(record.step, set()).update(record.metrics)
+                        self._seen |= {(record.step, key) for key in record.metrics}
                     case ImageRecord():
-                        self._seen.setdefault(record.step, set()).add(f"image:{record.key}")
+                        self._seen.add((record.step, f"image:{record.key}"))
                     case EventRecord():
-                        self._seen.setdefault(record.step, set()).add(f"event:{record.event}")
+                        self._seen.add((record.step, f"event:{record.event}"))
         return description.model_copy(update={"journal": starts[-1].journal})
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Journals `values` (floats or 0-d tensors) of `step`."""
-        seen = self._seen.get(step, ())
-        if fresh := {key: float(value) for key, value in values.items() if key not in seen}:
-            self._append(MetricsRecord(time=_now(), step=int(step), metrics=fresh))
+        if fresh := {key: float(value) for key, value in values.items() if (step, key) not in self._seen}:
+            self._append(MetricsRecord(time=_now_ms(), step=int(step), metrics=fresh))
 
     def image(self, key: str, step: int, pixels: np.ndarray) -> None:
-        """Stores an image (uint8, [H, W, 3]) in the run's folder and journals it. One key has a step slider in
-        MLflow."""
+        """Stores an image (uint8, [H, W, 3]) in the run's folder and journals it; a key has a step slider in MLflow."""
         from PIL import Image
 
-        if f"image:{key}" not in self._seen.get(step, ()):
+        if (step, f"image:{key}") not in self._seen:
             path = f"images/{mlflow_key(key).replace('/', '~')}-{step:08d}.png"
             try:
                 Image.fromarray(pixels).save(self.folder / path, compress_level=1)  # the quickest
             except OSError as error:
                 logger.warning("%s is not drawn (%s); training goes on", self.folder / path, error)
             else:
-                self._append(ImageRecord(time=_now(), step=int(step), key=key, image=path))
+                self._append(ImageRecord(time=_now_ms(), step=int(step), key=key, image=path))
 
     def event(self, step: int, kind: str, text: str) -> None:
         """Journals that something has happened, at most once of a kind and step."""
-        if f"event:{kind}" not in self._seen.get(step, ()):
-            self._append(EventRecord(time=_now(), step=int(step), event=kind, text=text))
+        if (step, f"event:{kind}") not in self._seen:
+            self._append(EventRecord(time=_now_ms(), step=int(step), event=kind, text=text))
 
     def back_to(self, step: int, at: int, text: str) -> None:
-        """Journals that the run has gone back from `at` to an earlier step, and comes by the steps between once
-        more."""
+        """Journals that the run has gone back from `at` to an earlier step, and takes the steps between once more."""
         self._forget(step)
-        self._append(RollbackRecord(time=_now(), step=int(at), event="back_to", text=text, back_to=int(step)))
+        self._append(RollbackRecord(time=_now_ms(), step=int(at), event="back_to", text=text, back_to=int(step)))
 
     def _forget(self, step: int) -> None:
-        self._seen = {seen_step: keys for seen_step, keys in self._seen.items() if seen_step <= step}
+        self._seen = {seen for seen in self._seen if seen[0] <= step}
 
     def artifact(self, path: Path | str) -> None:
-        """Journals a file, or a folder in the run's own, to be stored under its own name. It is read when it is
-        delivered."""
-        self._append(ArtifactRecord(time=_now(), artifact=_kept(self.folder, Path(path))))
+        """Journals a file, or a folder in the run's own, to be stored under its name; it is read when delivered."""
+        self._append(ArtifactRecord(time=_now_ms(), artifact=_path_inside(self.folder, Path(path))))
 
     def finish(self, status: str = "FINISHED", reason: str | None = None, hurry: bool = False) -> bool:
-        """Ends the run as FINISHED, FAILED or KILLED and waits a while (PATIENCE) for the deliveries; whether all of it
-        arrived. In a `hurry`, since somebody has asked twice, for HURRY seconds.
+        """Ends the run as FINISHED, FAILED or KILLED and waits a while (DELIVERY_WAIT_S) for the deliveries; whether all of it
+        arrived. In a `hurry`, since somebody has asked twice, for HURRIED_WAIT_S seconds.
 
         What did not arrive is kept; one warning says how to deliver it.
         """
         if not self._finished:
             self._finished = True
             if not _ended_by_hand(self.folder, status):
-                self._append(FinishRecord(time=_now(), finish=status, reason=reason))
-            patience = HURRY if hurry else PATIENCE if self.uri.startswith("http") else 6 * PATIENCE
+                self._append(FinishRecord(time=_now_ms(), finish=status, reason=reason))
+            patience = HURRIED_WAIT_S if hurry else DELIVERY_WAIT_S if self.uri.startswith("http") else 6 * DELIVERY_WAIT_S
             until = time.monotonic() + patience
             for thread in self._threads:
                 thread.finishing.set()
             for thread in self._threads:
                 thread.join(max(0.0, until - time.monotonic()))
-            self._warn_of_rest()
-        return all(thread.complete for thread in self._threads)
-
-    def _warn_of_rest(self) -> None:
-        mlflow, *others = self._threads
-        if not mlflow.complete:
-            how = f"diffinstruct sync {shlex.quote(str(self.folder))}"
-            logger.warning("not all of this run has reached MLflow; later: %s", how)
-        for thread in others:
-            if not thread.complete:
-                name = thread.delivery.name
+            mlflow, *others = self._threads
+            if not mlflow.complete:
+                how = f"diffinstruct sync {shlex.quote(str(self.folder))}"
+                logger.warning("not all of this run has reached MLflow; later: %s", how)
+            for name in (thread.delivery.name for thread in others if not thread.complete):
                 logger.warning("not all of this run has reached %s; the run's next start goes on with it", name)
+        return all(thread.complete for thread in self._threads)
 
     @property
     def run_id(self) -> str | None:
         """The MLflow run; waits until MLflow has answered once. None while it has not given one."""
-        self._threads[0].answered.wait()
+        self._threads[0].attempted.wait()
         return self._mlflow.run_id
 
     @property
@@ -251,16 +227,14 @@ def deliver(
     """
     folder = Path(run_folder).absolute()
     if status and not _ended_by_hand(folder, status):
-        _add(folder, FinishRecord(time=_now(), finish=status, reason=reason))
+        _append_line(folder, FinishRecord(time=_now_ms(), finish=status, reason=reason))
     also = also or ["tensorboard"] * (folder / TENSORBOARD).exists()
     errors = []
-    makers: list[Callable[[], Delivery]] = [partial(MlflowDelivery, folder, uri)]
-    makers += [partial(delivery_named, name, folder) for name in also]
-    for make in makers:
+    for name in (None, *also):
         try:
-            delivery = make()
+            delivery: Delivery = delivery_named(name, folder) if name else MlflowDelivery(folder, uri)
             delivery.connect()
-            if not delivery.pump(everything=True):
+            if not delivery.deliver(final=True):
                 raise RuntimeError(f"not all images or files of {folder} could be stored in {delivery.name}")
         except Exception as error:  # one that is down does not hold up another
             errors.append(error)
@@ -280,7 +254,7 @@ def attach(run_folder: Path | str, *paths: Path) -> None:
     """Adds files to a run that has ended: journaled, then delivered; a warning where MLflow does not take them now."""
     folder = Path(run_folder).absolute()
     for path in paths:
-        _add(folder, ArtifactRecord(time=_now(), artifact=_kept(folder, path)))
+        _append_line(folder, ArtifactRecord(time=_now_ms(), artifact=_path_inside(folder, path)))
     _deliver_now(folder)
 
 
@@ -290,7 +264,7 @@ def add_evaluation(
     """Adds the results of an evaluation to a run that has ended, once: in trackers these are metrics `eval/...`."""
     folder = Path(run_folder).absolute()
     if not any(isinstance(record, EvaluationRecord) for _, _, record in records(folder / "journal.jsonl")):
-        _add(folder, EvaluationRecord(time=_now(), step=step, evaluated=dict(values)))
+        _append_line(folder, EvaluationRecord(time=_now_ms(), step=step, evaluated=dict(values)))
     _deliver_now(folder, uri, also)
 
 
@@ -302,44 +276,40 @@ def _deliver_now(folder: Path, uri: str | None = None, also: Sequence[str] = ())
 
 
 def commit_of_code() -> dict[str, str]:
-    """The tag COMMIT, "-dirty" where files other than docs (a study's rows) differ; nothing where git knows of no
-    commit."""
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/docs")
-    return {COMMIT: commit + "-dirty" * bool(changes)} if (commit := _git("rev-parse", "--short", "HEAD")) else {}
+    """The tag COMMIT, "-dirty" where files other than docs (a study's rows) differ; {} without git or a commit."""
 
+    def git(*command: str) -> str:
+        arguments = ["git", "-C", str(Path(__file__).parent), *command]
+        return subprocess.run(arguments, capture_output=True, text=True).stdout.strip()
 
-def _git(*command: str) -> str:
-    """What git answers of the code's repository; nothing where there is none, or no git."""
-    folder = str(Path(__file__).parent)
     try:
-        return subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True).stdout.strip()
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/docs")
+        return {COMMIT: commit + "-dirty" * bool(changes)} if (commit := git("rev-parse", "--short", "HEAD")) else {}
     except OSError:
-        return ""
+        return {}
 
 
-def _computed(description: RunDescription) -> dict[str, str]:
+def _untracked_params(description: RunDescription) -> dict[str, str]:
     """The parameters of a run but those that say where it is tracked, which change nothing that it measures."""
     return {key: value for key, value in description.params.items() if not key.startswith("tracking.")}
 
 
 def _ended_by_hand(folder: Path, status: str) -> bool:
-    """Whether `status` is a failure of a run that somebody has ended since it was last started: what breaks in it after
-    that is no failure."""
+    """Whether `status` is the failure of a run that somebody has ended: what breaks in it after that is none."""
     marks = [record for _, _, record in records(folder / "journal.jsonl") if isinstance(record, StartRecord | FinishRecord)]
-    last = marks[-1] if marks else None
-    return status == "FAILED" and isinstance(last, FinishRecord) and last.finish == "KILLED"
+    killed = bool(marks) and isinstance(marks[-1], FinishRecord) and marks[-1].finish == "KILLED"
+    return status == "FAILED" and killed
 
 
-def _kept(folder: Path, path: Path) -> str:
-    """How a run's journal names a file; one from elsewhere is copied first: a delivery reads nothing outside of the
-    folder."""
+def _path_inside(folder: Path, path: Path) -> str:
+    """A file as a run's journal names it. One from elsewhere is copied: deliveries read nothing outside the folder."""
     if not path.absolute().is_relative_to(folder):
         (folder / "files").mkdir(exist_ok=True)
         path = Path(shutil.copy(path, folder / "files"))
     return str(path.absolute().relative_to(folder))
 
 
-def _now() -> int:
+def _now_ms() -> int:
     return int(time.time() * 1000)
 
 
@@ -347,15 +317,14 @@ def _encoded(record: Record) -> bytes:
     return json.dumps(record.model_dump()).encode() + b"\n"
 
 
-def _add(folder: Path, record: Record) -> None:
+def _append_line(folder: Path, record: Record) -> None:
     """Adds a line to the journal of a run whose own process is gone; the line before it may be torn."""
     with (folder / "journal.jsonl").open("ab") as file:
         file.write(b"\n" + _encoded(record))
 
 
 def publish(uri: str, experiment_name: str, folder: Path, *paths: Path) -> None:
-    """Publishes a finished run, kept in `folder` and named like it, that holds files only. The same call again replaces
-    them."""
+    """Publishes a finished run of files alone, kept in `folder` and named like it; the same call replaces them."""
     journal = Journal(uri, experiment_name, folder.name, folder, {}, {})
     for path in paths:
         journal.artifact(path)

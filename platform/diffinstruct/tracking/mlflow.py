@@ -93,7 +93,7 @@ class MlflowDelivery:
         self.uri = self.uri or self._server(redact(description.uri))
         client, experiment_id = _open(self.uri, description.experiment)
         known = read_json(self.folder / "mlflow.json").get("run_id")
-        run = _active_run(client, known) or _found_or_created(client, experiment_id, description, starts[0].time)
+        run = _active_run(client, known) or _find_or_create_run(client, experiment_id, description, starts[0].time)
         confirmed = self.acknowledgement.read() if run.info.run_id == known else {}
         self.postponed = confirmed.get("postponed", [])
         self._confirm(confirmed.get("offset", 0))
@@ -118,15 +118,20 @@ class MlflowDelivery:
             raise UserError(f"{self.journal}: uri: {named!r} is not where the run would be tracked, {there!r}: --uri decides")
         return named
 
-    def pump(self, everything: bool) -> bool:
+    def deliver(self, final: bool) -> bool:
         """Delivers all complete lines that are not confirmed; whether no image or file had to be postponed.
 
-        Raises what MLflow raises; what was confirmed stays so. `everything`: try what was postponed now.
+        Raises what MLflow raises; what was confirmed stays so. `final`: try what was postponed now.
         """
         try:
             self._deliver_unconfirmed()
-            if self.postponed and (everything or time.monotonic() > self._postponed_again):
-                self._deliver_postponed()
+            if final or time.monotonic() > self._postponed_again:
+                for begin in list(self.postponed):
+                    _, _, record = next(records(self.journal, begin))
+                    self._deliver(begin, record)
+                    self._confirm(self.acknowledgement.offset)
+                    if begin in self.postponed:
+                        break  # one attempt may take long
             return not self.postponed
         except Exception:
             self._client = None  # look again whether the run is still there
@@ -163,14 +168,6 @@ class MlflowDelivery:
                 if record.reason:
                     self._client.set_tag(self.run_id, "reason", record.reason[:LONGEST_TAG])
                 self._client.set_terminated(self.run_id, record.finish, record.time)
-
-    def _deliver_postponed(self) -> None:
-        for begin in list(self.postponed):
-            _, _, record = next(records(self.journal, begin))
-            self._deliver(begin, record)
-            self._confirm(self.acknowledgement.offset)
-            if begin in self.postponed:
-                return  # one attempt may take long
 
     def _metrics(self, values: Mapping[str, float], record: StepRecord) -> list[Any]:
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
@@ -227,24 +224,41 @@ class MlflowDelivery:
             self._client.log_image(self.run_id, image, key=key, step=record.step, timestamp=record.time)
 
     def _send(self, entities: list[Any]) -> None:
-        _send(self._client, self.run_id, entities, self._refused)
+        """`log_batch` in pieces MLflow takes; what it refuses for good is found by halves, named once, and left out."""
+        from mlflow.exceptions import MlflowException
+
+        if not entities:
+            return
+        half = len(entities) // 2
+        kinds = {kind: [entity for entity in entities if type(entity).__name__ == kind] for kind in LIMITS}
+        if len(entities) <= LIMITS["Metric"] and all(len(kinds[kind]) <= limit for kind, limit in LIMITS.items()):
+            try:
+                self._client.log_batch(self.run_id, kinds["Metric"], kinds["Param"], kinds["RunTag"])
+                return
+            except MlflowException as error:
+                if error.error_code != "INVALID_PARAMETER_VALUE" or _active_run(self._client, self.run_id) is None:
+                    raise
+                if not half:
+                    if entities[0].key not in self._refused:
+                        self._refused.add(entities[0].key)
+                        logger.warning("MLflow refuses %s: %s", entities[0].key, one_line(error))
+                    return
+        self._send(entities[:half])
+        self._send(entities[half:])
 
     def _confirm(self, offset: int) -> None:
         self.acknowledgement.confirm(offset, postponed=self.postponed)
 
 
-def _open(uri: str, experiment_name: str | None = None) -> tuple[Any, str | None]:
-    """(client, experiment id). One process at a time on an sqlite file: two that create its tables at once both
-    fail."""
+def _open(uri: str, experiment_name: str) -> tuple[Any, str]:
+    """(client, experiment id). One process at a time on an sqlite file: two that make its tables at once both fail."""
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    with _alone(uri) as artifacts:
+    with _prepared_database(uri) as artifacts:
         client = MlflowClient(uri)
-        if experiment_name is None:
-            return client, None
         if (experiment := client.get_experiment_by_name(experiment_name)) is None:
             try:
                 return client, client.create_experiment(experiment_name, artifact_location=artifacts)
@@ -256,9 +270,8 @@ def _open(uri: str, experiment_name: str | None = None) -> tuple[Any, str | None
 
 
 @contextmanager
-def _alone(uri: str) -> Iterator[str | None]:
-    """Where artifacts of new experiments go, absolute, beside an sqlite file, which is locked. None: the server
-    decides."""
+def _prepared_database(uri: str) -> Iterator[str | None]:
+    """Where artifacts of new experiments go, beside an sqlite file, which is locked. None: the server decides."""
     if (database := uri.removeprefix("sqlite:///")) == uri:
         yield None
         return
@@ -275,7 +288,7 @@ def _alone(uri: str) -> Iterator[str | None]:
         yield (Path(database).absolute().parent / "mlartifacts").as_uri()
 
 
-def _found_or_created(client: Any, experiment_id: str | None, run: RunDescription, began: int) -> Any:
+def _find_or_create_run(client: Any, experiment_id: str, run: RunDescription, began: int) -> Any:
     """The journal's run where the answer to its creation was lost, else a new one."""
     runs = client.search_runs([experiment_id], f"tags.journal = '{run.journal}'", max_results=1)
     if runs:
@@ -311,31 +324,6 @@ def _entities(
         *(Param(mlflow_key(key), str(value)[:LONGEST_PARAM]) for key, value in (params or {}).items()),
         *(RunTag(mlflow_key(key), str(value)[:LONGEST_TAG]) for key, value in (tags or {}).items()),
     ]
-
-
-def _send(client: Any, run_id: str | None, entities: list[Any], refused: set[str]) -> None:
-    """`log_batch` in pieces MLflow takes. What it refuses for good is narrowed down by halves, named once, and left
-    out."""
-    from mlflow.exceptions import MlflowException
-
-    if not entities:
-        return
-    half = len(entities) // 2
-    kinds = {kind: [entity for entity in entities if type(entity).__name__ == kind] for kind in LIMITS}
-    if len(entities) <= LIMITS["Metric"] and all(len(kinds[kind]) <= limit for kind, limit in LIMITS.items()):
-        try:
-            client.log_batch(run_id, kinds["Metric"], kinds["Param"], kinds["RunTag"])
-            return
-        except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE" or _active_run(client, run_id) is None:
-                raise
-            if not half:
-                if entities[0].key not in refused:
-                    refused.add(entities[0].key)
-                    logger.warning("MLflow refuses %s: %s", entities[0].key, one_line(error))
-                return
-    _send(client, run_id, entities[:half], refused)
-    _send(client, run_id, entities[half:], refused)
 
 
 def mlflow_key(key: str) -> str:

@@ -19,8 +19,7 @@ from pydantic_core import from_json
 
 logger = logging.getLogger(__name__)
 
-LAST_DAY = 253_402_300_800_000
-"""The first millisecond that no date has."""
+LAST_DAY = 253_402_300_800_000  # the first millisecond that no date has
 
 
 def _well_formed(value: Any) -> Any:
@@ -130,8 +129,7 @@ KINDS: dict[str, type[Record]] = {
 
 
 def read_journal(run_folder: Path | str) -> list[dict[str, Any]]:
-    """The records of a run's journal, in order, as they stand on disk. A line that is no record is left out, with a
-    warning."""
+    """The records of a run's journal, in order, as they stand on disk; a warning for a line that is none."""
     journal = Path(run_folder) / "journal.jsonl"
     lines = []
     for begin, end, line in json_lines(journal):
@@ -143,15 +141,12 @@ def read_journal(run_folder: Path | str) -> list[dict[str, Any]]:
 
 
 def records(journal: Path, offset: int = 0) -> Iterator[tuple[int, int, Record | None]]:
-    """(first byte, byte after the end, record) of each complete line from `offset` on; None for a line that is no
-    record."""
-    for begin, end, line in json_lines(journal, offset):
-        yield begin, end, _record(line)
+    """(first byte, byte after the end, record) of each complete line from `offset` on; None: no record."""
+    return ((begin, end, _record(line)) for begin, end, line in json_lines(journal, offset))
 
 
 def json_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(first byte, byte after the end, JSON object) of each complete line of a file from `offset` on; {} for a line
-    that holds none."""
+    """(first byte, byte after the end, JSON object) of each complete line of a file from `offset` on; {}: no object."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -160,8 +155,7 @@ def json_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, int, dict[str
             if not line.endswith(b"\n"):
                 return  # being written, or torn by a crash
             begin, offset = offset, offset + len(line)
-            content = _parsed(line)
-            yield begin, offset, content if isinstance(content, dict) else {}
+            yield begin, offset, _parsed(line)
 
 
 def warn_of_unreadable(journal: Path, begin: int, end: int) -> None:
@@ -178,22 +172,23 @@ def _record(line: dict[str, Any]) -> Record | None:
         return None
 
 
-def _parsed(line: bytes) -> Any:
+def _parsed(text: bytes) -> dict[str, Any]:
+    """The JSON object in a text; {} where there is none."""
+    content: Any = None
     try:
-        return from_json(line)  # three times as fast as the standard library, which takes lone surrogates, too
+        content = from_json(text)  # three times as fast as the standard library, which takes lone surrogates, too
     except ValueError:
         with suppress(ValueError, RecursionError):
-            return json.loads(line)
-    return None
+            content = json.loads(text)
+    return content if isinstance(content, dict) else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in a file; {} if the file is not there or not whole: what these files hold can be found again."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return _parsed(path.read_bytes())
+    except OSError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def replace_json(path: Path, content: dict[str, Any]) -> None:

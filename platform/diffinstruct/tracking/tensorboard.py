@@ -49,7 +49,7 @@ class TensorBoardDelivery:
     def connect(self) -> None:
         """There is nothing to connect to: a file is there, or the disk says why not."""
 
-    def pump(self, everything: bool) -> bool:
+    def deliver(self, final: bool) -> bool:
         self.folder.mkdir(exist_ok=True)
         with exclusive(self.folder / "lock"):
             try:
@@ -57,7 +57,7 @@ class TensorBoardDelivery:
             except BaseException:
                 self._close()  # what it has written and nobody has confirmed is cut off by the next one
                 raise
-            if everything:
+            if final:
                 self._close()
         return True
 
