@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -25,26 +26,44 @@ class NonFiniteGradient(RuntimeError):
 
 
 class FiniteCheck:
-    """What this worker has found in a round that is not finite."""
+    """What this worker has found in a round that is not finite. It waits for the device only where it is asked."""
 
     def __init__(self, prompts: Sequence[str]) -> None:
         self.prompts = prompts
-        self.first: str | None = None
+        self._checked: list[tuple[str, Tensor, slice]] = []
+        self._recorded: list[tuple[int, str]] = []
+        """What others found, and after how many checks."""
 
-    def check(self, what: str, values: Tensor, part: slice = slice(None)) -> bool:
-        """Whether the values [B, ...] of these samples are finite."""
+    def check(self, what: str, values: Tensor, rows: slice = slice(None)) -> None:
+        """Look whether the values [B, ...] of these samples are finite."""
         finite = values.detach().reshape(len(values), -1).isfinite().all(1)
-        if finite.all().item():
-            return True
-        prompts = self.prompts[part]
-        spoiled = [prompt for prompt, is_finite in zip(prompts, finite.tolist(), strict=True) if not is_finite]
-        self.record(f"{what}, of {len(spoiled)} of {len(prompts)} samples, the first of them {spoiled[0]!r}")
-        return False
+        self._checked.append((what, finite, rows))
 
     def record(self, what: str) -> None:
-        self.first = self.first or what
+        """Count what somebody else has found."""
+        self._recorded.append((len(self._checked), what))
 
     @property
-    def gradient_factor(self) -> float:
+    def all_finite(self) -> bool:
+        """Whether nothing was found so far. Waits for the device."""
+        return not self._recorded and bool(self._all_checked().item())
+
+    @property
+    def gradient_factor(self) -> Tensor | float:
         """1, or NaN once something was found: a loss or gradient times this shows all workers what one has found."""
-        return math.nan if self.first else 1.0
+        return math.nan if self._recorded else torch.where(self._all_checked(), 1.0, math.nan)
+
+    @property
+    def first(self) -> str | None:
+        """The first thing that was found, with its prompt. Waits for the device."""
+        found = [(i, self._in_words(what, finite.tolist(), rows)) for i, (what, finite, rows) in enumerate(self._checked)]
+        causes = [(i, words) for i, words in found if words] + self._recorded
+        return min(causes, key=lambda cause: cause[0])[1] if causes else None
+
+    def _all_checked(self) -> Tensor:
+        return torch.stack([finite.all() for _, finite, _ in self._checked]).all()
+
+    def _in_words(self, what: str, finite: list[bool], rows: slice) -> str | None:
+        prompts = self.prompts[rows]
+        spoiled = [prompt for prompt, is_finite in zip(prompts, finite, strict=True) if not is_finite]
+        return f"{what}, of {len(spoiled)} of {len(prompts)} samples, the first of them {spoiled[0]!r}" if spoiled else None

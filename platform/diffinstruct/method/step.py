@@ -38,6 +38,8 @@ from diffinstruct.method.precision import autocast
 from diffinstruct.method.rewards import Collect, NonFiniteScore, Scores, Send
 
 Metrics = dict[str, float]
+DeviceMetrics = dict[str, Tensor | float]
+"""Means that may still be on the device: to read one is to wait for it, so a round reads them once, at its end."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def alternating_round(
 
     Raises NonFiniteGradient before an update that would spoil the weights; RewardError.
     """
-    metrics: Metrics = {}
+    metrics: DeviceMetrics = {}
     finite = FiniteCheck(prompts)
     for key, value in c.items():
         finite.check(f"prompt embeddings ({key})", value)
@@ -128,7 +130,8 @@ def alternating_round(
     sample = x0.detach()
     sending = time.perf_counter()
     # A reward may well give such pictures a finite score
-    collect = send(sample, prompts) if finite.check("the generator's sample", sample) else None
+    finite.check("the generator's sample", sample)
+    collect = send(sample, prompts) if finite.all_finite else None
     exposed = time.perf_counter() - sending  # rewards in this process have their answer now
 
     regularizer_grad = torch.zeros_like(sample)
@@ -140,14 +143,12 @@ def alternating_round(
     reward_grad, means = this.reward_gradient(sample, collect)
     metrics |= means
     metrics["time/reward_exposed"] += exposed
+    metrics["gradient_norm/sample_regularizer"] = _mean_norm(regularizer_grad)
+    metrics["gradient_norm/sample_reward"] = _mean_norm(reward_grad)
 
     gradient = (regularizer_grad - reward_grad) / len(sample) * finite.gradient_factor
-    norm = this.update_generator(z, x0, gradient)
-    return metrics | {
-        "gradient_norm/sample_regularizer": _mean_norm(regularizer_grad),
-        "gradient_norm/sample_reward": _mean_norm(reward_grad),
-        "gradient_norm/generator": norm,
-    }
+    metrics["gradient_norm/generator"] = this.update_generator(z, x0, gradient)
+    return _read(metrics)
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Round:
             x0: Tensor = self.train_state.generator(z[rows], _rows(self.c, rows))
         return x0
 
-    def update_score_network(self, sample: Tensor, k: int) -> Metrics:
+    def update_score_network(self, sample: Tensor, k: int) -> DeviceMetrics:
         """Denoising update number k of the score network on generated samples, with t and eps of its own."""
         config, noise, network = self.config, self.noise, self.train_state.score_network
         first = SCORE_STREAMS * k
@@ -175,7 +176,7 @@ class Round:
         z = None if config.reuse_sample else noise.normal(Stream.SCORE_Z + first)
         *early, last = config.micro_batches(len(sample))
 
-        def backward(rows: slice) -> float:
+        def backward(rows: slice) -> Tensor:
             c = _rows(self.c, rows)
             with autocast(config.precision, noise.device):
                 x0 = sample[rows]
@@ -186,10 +187,10 @@ class Round:
                 self.finite.check("the score network's loss", losses, rows)
                 loss = losses.mean() * (len(losses) / len(sample)) * self.finite.gradient_factor
             loss.backward()
-            return loss.item()
+            return loss.detach().double()
 
         self.train_state.score_optimizer.zero_grad()
-        loss = 0.0
+        loss = sample.new_zeros((), dtype=torch.float64)
         for rows in early:
             with _accumulating(network):
                 loss += backward(rows)
@@ -198,7 +199,7 @@ class Round:
         self.train_state.score_optimizer.step()
         return {"loss/score_network": loss, "gradient_norm/score_network": norm}
 
-    def regularizer_gradient(self, sample: Tensor, objective: Objective) -> tuple[Tensor, Metrics]:
+    def regularizer_gradient(self, sample: Tensor, objective: Objective) -> tuple[Tensor, DeviceMetrics]:
         """regularization_weight times the objective's gradient at the sample, and the means of its record."""
         config, noise = self.config, self.noise
         score_network, reference = unwrapped(self.train_state.score_network), self.train_state.reference
@@ -215,9 +216,9 @@ class Round:
         for key, values in per_sample.items():
             self.finite.check(key, values)
         self.finite.check("the regularizer's gradient", gradient)
-        return gradient, {key: values.mean().item() for key, values in per_sample.items()}
+        return gradient, {key: values.mean() for key, values in per_sample.items()}
 
-    def reward_gradient(self, sample: Tensor, collect: Collect | None) -> tuple[Tensor, Metrics]:
+    def reward_gradient(self, sample: Tensor, collect: Collect | None) -> tuple[Tensor, DeviceMetrics]:
         """reward_scale times the rewards' gradient at the sample, and the rewards' means. Without `collect`, or where a
         reward is not finite, the gradient is 0."""
         waiting = time.perf_counter()
@@ -226,12 +227,12 @@ class Round:
             scores = collect() if collect else None
         except NonFiniteScore as error:
             self.finite.record(str(error))
-        metrics: Metrics = {"time/reward_exposed": time.perf_counter() - waiting}
+        metrics: DeviceMetrics = {"time/reward_exposed": time.perf_counter() - waiting}
         gradient = torch.zeros_like(sample)
         if scores:
             metrics["time/reward"] = scores.seconds
             gradient = self.config.reward_scale * scores.gradient.to(sample)
-            metrics |= {f"reward/{name}": score.mean().item() for name, score in scores.scores.items()}
+            metrics |= {f"reward/{name}": score.mean() for name, score in scores.scores.items()}
         self.finite.check("reward_scale times the rewards' gradient", gradient)
         return gradient, metrics
 
@@ -268,9 +269,18 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(weights, [p.to(e.dtype) for e, p in zip(weights, model.parameters(), strict=True)], 1 - decay)
 
 
-def _mean_norm(gradient: Tensor) -> float:
+def _read(metrics: DeviceMetrics) -> Metrics:
+    """The numbers; those that are on another device come in one copy."""
+    tensors = {key: value.double() for key, value in metrics.items() if isinstance(value, Tensor)}
+    away = [key for key, value in tensors.items() if value.device.type != "cpu"]
+    if away:
+        tensors |= zip(away, torch.stack([tensors[key] for key in away]).cpu(), strict=True)
+    return {key: tensors[key].item() if key in tensors else float(value) for key, value in metrics.items()}
+
+
+def _mean_norm(gradient: Tensor) -> Tensor:
     """The mean over the batch of the per-sample norms; so the workers' mean is the global batch's."""
-    return gradient.flatten(1).norm(dim=1).mean().item()
+    return gradient.flatten(1).norm(dim=1).mean()
 
 
 def _rows(c: Conditions, rows: slice) -> Conditions:
