@@ -60,7 +60,7 @@ def lost(store: CheckpointStore, step: int, content: dict[str, Any], blocking: b
     while not (store.folder / f"step-{step:08d}").exists():
         beside.append(work())
         began = time.perf_counter()
-        store.finish_pending()
+        store.finish_save()
         stood += time.perf_counter() - began
     return stood, sum(beside) - len(beside) * float(np.mean([work() for _ in range(UNDISTURBED)]))
 

@@ -77,9 +77,9 @@ def train(experiment: Experiment, folder: Path | str | None = None, local: bool 
     Raises UserError for a mistake that the user can mend, RewardError, NonFiniteGradient or CheckpointError where the run
     broke off, and Paused after SIGTERM; in all cases the same call goes on from the last checkpoint.
     """
-    from diffinstruct.run_folder.location import run_folder
+    from diffinstruct.run_folder.location import folder_of_run
 
-    place = run_folder(experiment) if folder is None else Path(folder).absolute()
+    place = folder_of_run(experiment) if folder is None else Path(folder).absolute()
     if local:
         from diffinstruct.training.local import run
     else:

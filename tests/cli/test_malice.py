@@ -30,8 +30,8 @@ from diffinstruct.config.reading import load
 from diffinstruct.errors import UserError
 from diffinstruct.models.export import load_export
 from diffinstruct.models.pipeline import load_reference
+from diffinstruct.ranks import Ranks
 from diffinstruct.run_folder.checkpoint import MANIFEST, CheckpointStore
-from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.tracking import mlflow as delivery
 from diffinstruct.training.loop_state import STATE, Identity
 from diffinstruct.training.resume import newest

@@ -20,11 +20,11 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.method.rewards import LatentRewards, RewardError, RewardRequest, Scores
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.sampling import LatentSampler, probe_inputs
+from diffinstruct.ranks import Ranks
 from diffinstruct.reward_service import client, monitor
 from diffinstruct.reward_service.client import MEASURED_ROUNDS, LocalRewards, RewardClient, make_rewards
 from diffinstruct.reward_service.monitor import Alarm, OveroptimizationMonitor, variety
 from diffinstruct.run_folder.checkpoint import CheckpointStore
-from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.training import local
 
 CPU = torch.device("cpu")

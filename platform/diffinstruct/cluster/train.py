@@ -39,6 +39,7 @@ from diffinstruct.config.addresses import tracking_uri
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.locks import Busy
 from diffinstruct.run_folder import signals
+from diffinstruct.run_folder.signals import Signal
 from diffinstruct.tracking.journal import Parent
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def fit(experiment: Experiment, folder: Path, pool: RewardBackend | None, where:
     in_main_thread, interrupt = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
     signals.clear(folder)
     try:
-        with signals.on_sigterm(lambda: signals.request(folder, signals.PAUSE)):
+        with signals.on_sigterm(lambda: signals.request(folder, Signal.PAUSE)):
             return trainer.fit().return_value
     except BaseException as error:
         # Ray answers Ctrl-C by ending the workers and the program, with status 0.

@@ -15,8 +15,8 @@ from diffinstruct.config.sections import RewardActorsConfig, RewardsConfig
 from diffinstruct.errors import UserError
 from diffinstruct.method.rewards import Collect, LatentRewards, RewardError, RewardModel, RewardRequest, Scores
 from diffinstruct.models.sources import quiet
+from diffinstruct.ranks import Ranks
 from diffinstruct.reward_service.reward_validation import Report, refuse, validate_reward
-from diffinstruct.run_folder.ranks import Ranks
 
 
 def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from diffinstruct.method.step import Metrics
 from diffinstruct.models.sampling import EVALUATION_SEED, LatentSampler, probe_inputs
+from diffinstruct.ranks import SINGLE_PROCESS, Ranks
 from diffinstruct.reward_service.client import RewardClient
 from diffinstruct.reward_service.reward_validation import PICTURES
-from diffinstruct.run_folder.ranks import SINGLE, Ranks
 
 NOISES = 4  # A probe has so many pictures of each prompt
 
@@ -203,7 +203,7 @@ class OveroptimizationMonitor:
         sample: LatentSampler,
         prompts: Sequence[str],
         rewards: RewardClient,
-        ranks: Ranks = SINGLE,
+        ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         self.held_out, self.sample, self.rewards, self.ranks = held_out, sample, rewards, ranks
         self.history = ProbeHistory()

@@ -10,6 +10,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from diffinstruct.run_folder import signals
+from diffinstruct.run_folder.signals import Signal
 from diffinstruct.sweeps.criterion import SelectionCriterion
 from diffinstruct.sweeps.points import Optuna, Point
 from diffinstruct.sweeps.trials import Trials
@@ -23,7 +24,7 @@ class Listed(Searcher):
         self.trials, self.todo = trials, list(todo)
 
     def suggest(self, trial_id: str) -> Any:
-        if not self.todo or signals.requested(self.trials.folder) == signals.PAUSE:
+        if not self.todo or signals.requested(self.trials.folder) == Signal.PAUSE:
             return Searcher.FINISHED
         i = self.todo.pop(0)
         return {**self.trials.point(i), "trial": i}
@@ -75,7 +76,7 @@ class Asking(Listed):
 
     def suggest(self, trial_id: str) -> Any:
         new = len(self.trials.known)
-        if not self.todo and new < self.search.trials and signals.requested(self.trials.folder) != signals.PAUSE:
+        if not self.todo and new < self.search.trials and signals.requested(self.trials.folder) != Signal.PAUSE:
             point = self._ask(new)
             self.trials.add(new, point, self.trials.checked(point).config_hash)
             self.todo.append(new)

@@ -27,7 +27,7 @@ from diffinstruct.config.reading import nearest_key
 from diffinstruct.errors import UserError, did_you_mean
 from diffinstruct.reports.frames import short
 from diffinstruct.run_folder import signals
-from diffinstruct.run_folder.signals import Paused
+from diffinstruct.run_folder.signals import Paused, Signal
 from diffinstruct.sweeps.criterion import SelectionCriterion
 from diffinstruct.sweeps.points import DRAWN, Optuna, Point, changed, check_domains, values_of
 from diffinstruct.tracking.journal import Parent, add_evaluation
@@ -213,7 +213,7 @@ class Trial:
         if self.population:
             self._join(i, point)
         self.folder, experiment = self.trials.run(i), self.trials.experiment(i)
-        if signals.requested(self.trials.folder) == signals.PAUSE:
+        if signals.requested(self.trials.folder) == Signal.PAUSE:
             raise Paused("the sweep pauses before this trial has begun")
         report: dict[str, float] = {}
         for report in self._train(experiment, self.trials.name(point)):
@@ -246,8 +246,8 @@ class Trial:
             training.start()
         while training.is_alive():
             yield from reports.new()
-            if signals.requested(self.trials.folder) == signals.PAUSE:
-                signals.request(self.folder, signals.PAUSE)
+            if signals.requested(self.trials.folder) == Signal.PAUSE:
+                signals.request(self.folder, Signal.PAUSE)
             training.join(LISTEN)
         yield from reports.new()
         if errors:

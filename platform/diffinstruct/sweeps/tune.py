@@ -40,7 +40,7 @@ from diffinstruct.config.sections import ClusterConfig
 from diffinstruct.errors import UserError, did_you_mean
 from diffinstruct.reward_service.monitor import METRICS
 from diffinstruct.run_folder import signals
-from diffinstruct.run_folder.signals import Paused
+from diffinstruct.run_folder.signals import Paused, Signal
 from diffinstruct.sweeps.criterion import SelectionCriterion
 from diffinstruct.sweeps.points import Optuna, Point
 from diffinstruct.sweeps.searchers import Asking, Listed
@@ -104,7 +104,7 @@ def sweep(
         try:
             with (
                 reward_pool(base) if base.reward_actors else nullcontext() as pool,
-                signals.on_sigterm(lambda: signals.request(folder, signals.PAUSE)),
+                signals.on_sigterm(lambda: signals.request(folder, Signal.PAUSE)),
             ):
                 failures = _run_trials(trials, Shared(pool, where, parent.run_id, criterion), scheduler, on_row)
             end = _outcome(trials, failures)
@@ -150,7 +150,7 @@ def _outcome(trials: Trials, failures: Mapping[int, BaseException]) -> Outcome:
     unfinished = [i for i in range(trials.count) if i not in failures and not trials.finished(i)]
     if not unfinished:
         return Outcome("FAILED" if failures else "FINISHED", reason)
-    paused = signals.requested(trials.folder) == signals.PAUSE
+    paused = signals.requested(trials.folder) == Signal.PAUSE
     pause = Paused(f"{len(unfinished)} of {trials.count} trials are unfinished in {trials.folder}")
     for i in unfinished:
         if i in trials.known:
@@ -189,7 +189,7 @@ def _run_trials(trials: Trials, shared: Shared, scheduler: TrialScheduler | None
         Trial(trials, config, shared, population, started_in).run()
 
     def stop(trial: Any) -> None:
-        signals.request(trials.run(trials.number(trial.trial_id, trial.config)), signals.STOP)
+        signals.request(trials.run(trials.number(trial.trial_id, trial.config)), Signal.STOP)
 
     # Tune would tell how to go on from its own state, which is cleared away
     logging.getLogger("ray.tune.tune").setLevel(logging.ERROR)
@@ -277,7 +277,7 @@ class Progress(TrialProgressCallback):
             self.on_row(i, self.trials.row(i))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        paused = signals.requested(self.trials.folder) == signals.PAUSE
+        paused = signals.requested(self.trials.folder) == Signal.PAUSE
         self._say(self.trials.number(trial.trial_id, trial.config), "paused" if paused else "failed")
 
     def _say(self, i: int, how: str) -> None:

@@ -17,7 +17,7 @@ from diffinstruct.run_folder.mirror import mirrored
 from diffinstruct.tracking.journal import Parent
 from diffinstruct.training.run_log import Result
 from diffinstruct.training.trainer import Trainer
-from diffinstruct.training.worker import SINGLE_PROCESS, Worker
+from diffinstruct.training.worker import Worker
 
 FOLDER_LOCK_TIMEOUT_S = 60.0
 """Seconds that a run waits for a process that holds its folder: a worker that was lost may take a while to be gone."""
@@ -27,7 +27,7 @@ def train(
     experiment: Experiment,
     folder: Path,
     actors: RewardBackend | None = None,
-    worker: Worker = SINGLE_PROCESS,
+    worker: Worker | None = None,
     parent: Parent | None = None,
 ) -> Result | None:
     """Run or resume `experiment` in `folder`; returns the result on rank 0, None elsewhere. Without `actors` the
@@ -40,6 +40,7 @@ def train(
     Raises NonFiniteGradient, RewardError or, where the disk is full, CheckpointError with the run resumable: weights on disk
     are from the last checkpoint; UserError where another process is at work on the folder.
     """
+    worker = worker or Worker()
     folder.mkdir(parents=True, exist_ok=True)
     with full_disk_as_error(folder):
         if not worker.ranks.first:

@@ -23,12 +23,13 @@ from diffinstruct.models.denoiser import OneStepGenerator
 from diffinstruct.models.roles import make_roles, unsharded
 from diffinstruct.models.sampling import EVALUATION_SEED, LatentSampler, probe_inputs
 from diffinstruct.models.sharding import gathered, sharded
+from diffinstruct.ranks import SINGLE_PROCESS
 from diffinstruct.reward_service.client import LocalRewards, RewardBackend, RewardClient, make_rewards
 from diffinstruct.reward_service.monitor import NO_HELD_OUT, OveroptimizationMonitor, ProbeResult
 from diffinstruct.reward_service.reward_validation import PICTURES
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore
-from diffinstruct.run_folder.ranks import SINGLE
+from diffinstruct.run_folder.signals import Signal
 from diffinstruct.tracking.journal import Parent
 from diffinstruct.training.build import make_step_config, make_train_state, open_reference, resolve_device
 from diffinstruct.training.guards import MAX_SKIPS_IN_A_ROW, ON_ALARM, AlarmAction
@@ -58,7 +59,7 @@ class Trainer:
         self.state = self._build_state(actors)
         grid = read_prompt_set(experiment.prompts.grid, experiment.prompts.column)[: experiment.logging.grid_prompts]
         self.grid = SampleGrid(grid, self.sample, self.state.train_state.ema)
-        self.store = CheckpointStore(folder / "checkpoints", ranks=self.ranks if self.mesh else SINGLE)
+        self.store = CheckpointStore(folder / "checkpoints", ranks=self.ranks if self.mesh else SINGLE_PROCESS)
         self.run_log: RunLog | SilentRunLog = SilentRunLog()
         self.preempted = self.pausing = False
 
@@ -208,9 +209,9 @@ class Trainer:
         if not self.preempted and self.worker.preempted():
             self.preempted = True
             self.run_log.event(step, "preemption", "a machine of this run is about to go: every step is saved from here on")
-        signal = self.ranks.min(signals.requested(self.folder) if self.ranks.first else signals.NONE)
-        self.pausing = signal == signals.PAUSE
-        if signal == signals.STOP:
+        signal = self.ranks.min(signals.requested(self.folder) if self.ranks.first else Signal.NONE)
+        self.pausing = signal == Signal.PAUSE
+        if signal == Signal.STOP:
             self.state.stopped = True
             self.run_log.event(step, "stopped", "the run ends here: it was told to stop")
 
@@ -248,7 +249,7 @@ class Trainer:
         if at_once or self._checkpoint_due:
             guard.rolled_back = guard.rolled_back and guard.consecutive > 0
             self._save()
-        self.store.finish_pending(wait=at_once)
+        self.store.finish_save(wait=at_once)
         if self.pausing and not self.done:
             raise signals.Paused(f"paused at step {self.state.step}, all of it saved in {self.store.folder}")
 
@@ -256,7 +257,7 @@ class Trainer:
         self.state.agree(self.ranks)
         if self.ranks.first or self.mesh:  # of sharded networks each rank writes its shards
             state = self.identity.stamp(self.state.state_dict())
-            self.store.start(self.state.step, state, self.state.monitor.history.best_step)
+            self.store.start_save(self.state.step, state, self.state.monitor.history.best_step)
 
     @contextmanager
     def closing_on_error(self) -> Iterator[None]:
@@ -266,7 +267,7 @@ class Trainer:
         except BaseException as error:
             if not self.mesh and not isinstance(error, KeyboardInterrupt):  # which is to end at once
                 try:
-                    self.store.finish_pending(wait=True)
+                    self.store.finish_save(wait=True)
                 except CheckpointError as lost:  # the run ends for another reason, which is raised
                     print(lost, flush=True)
             self.run_log.fail(error)
