@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffinstruct.evaluation.comparison import compare_runs as compare
     from diffinstruct.evaluation.generators import evaluate_generators as evaluate
     from diffinstruct.models.export import generate as generate
-    from diffinstruct.reward_service.score_folder import validate as validate_reward
+    from diffinstruct.reward_service.score_folder import validate_on_folder as validate_reward
     from diffinstruct.sweeps.criterion import SelectionCriterion as SelectionCriterion
     from diffinstruct.sweeps.points import Optuna as Optuna
     from diffinstruct.sweeps.points import grid as grid
@@ -45,7 +45,7 @@ _HOMES = {
     "load": "config.reading:load",
     "random_points": "sweeps.points:random_points",
     "sweep": "sweeps.tune:sweep",
-    "validate_reward": "reward_service.score_folder:validate",
+    "validate_reward": "reward_service.score_folder:validate_on_folder",
 }
 """Public name -> the module below this package, and the name there."""
 

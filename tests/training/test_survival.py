@@ -122,7 +122,7 @@ def test_after_five_in_a_row_the_run_goes_back_and_another_way(experiment, tmp_p
 def test_what_cannot_be_got_around_ends_the_run_resumable(experiment, tmp_path, monkeypatch):
     spoil(monkeypatch, lambda step: step >= 4)
     why = "reward red: 8 of 8 scores are not finite; 5 steps in a row, once more after going back"
-    for _ in range(2):  # the same call meets the same end
+    for _ in range(2):  # the same call ends the same way
         with pytest.raises(NonFiniteGradient, match=why):
             local.run(experiment(steps=20), tmp_path / "run")
     assert journal(tmp_path / "run")[1] == ["FAILED", "FAILED"]
@@ -148,7 +148,7 @@ def test_a_look_without_finite_scores_is_no_look(experiment, tmp_path, monkeypat
     monkeypatch.setattr(tiny_rewards.Calm, "forward", blind_in_round_4)
     local.run(experiment(overoptimization__every=2), tmp_path / "run")
     told = [(4, "no probe: reward tiny.rewards:Calm: 16 of 16 scores are not finite")]
-    assert events(tmp_path / "run", "blind") == told and events(tmp_path / "run", "skipped") == []
+    assert events(tmp_path / "run", "overoptimization.probe_skipped") == told and events(tmp_path / "run", "skipped") == []
     rows, ends = journal(tmp_path / "run")
     assert ends == ["FINISHED"] and [step for step in rows if "overoptimization/held_out" in rows[step]] == [0, 2, 6, 8, 9]
 

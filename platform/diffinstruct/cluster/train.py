@@ -26,14 +26,14 @@ import ray.train
 import torch
 import torch.distributed
 from ray.exceptions import RayTaskError
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from diffinstruct.cluster.attach import attached, check_fits, stand_in, warn_of_passing_copy, worker_task
 from diffinstruct.cluster.collectives import collective_device, distributed_ranks, preempted
-from diffinstruct.cluster.failures import NoSecondTry, close, final_error
+from diffinstruct.cluster.failures import RESTARTS, NoSecondTry, close, final_error
 from diffinstruct.cluster.reward_pool import RewardPool, reward_pool
 from diffinstruct.config.addresses import tracking_uri
 from diffinstruct.config.experiment import Experiment
@@ -80,7 +80,7 @@ def fit(experiment: Experiment, folder: Path, pool: RewardBackend | None, where:
         run_config=RunConfig(
             name=name,
             storage_path=str(folder / "ray"),
-            failure_config=FailureConfig(max_failures=3),
+            failure_config=RESTARTS,
             callbacks=[NoSecondTry()],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),

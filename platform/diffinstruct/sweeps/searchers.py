@@ -16,7 +16,7 @@ from diffinstruct.sweeps.points import Optuna, Point
 from diffinstruct.sweeps.trials import Trials
 
 
-class Listed(Searcher):
+class ListSearcher(Searcher):
     """Hands out the points of a list."""
 
     def __init__(self, trials: Trials, todo: Sequence[int]) -> None:
@@ -42,8 +42,8 @@ class Listed(Searcher):
         return {}
 
 
-class Asking(Listed):
-    """Hands out the points that Optuna asks for; of an earlier life's it is told at once what they came to."""
+class OptunaSearcher(ListSearcher):
+    """Hands out the points that Optuna asks for. Optuna is first told the results from before a restart."""
 
     def __init__(self, trials: Trials, criterion: SelectionCriterion) -> None:
         super().__init__(trials, [i for i in trials.known if not trials.finished(i)])
