@@ -21,18 +21,18 @@ from diffinstruct.training import local
 ROOT = Path(__file__).parents[2]
 
 
-def tell(monkeypatch, folder, step, order):
-    """Give `order` in the middle of round `step`, as somebody elsewhere would."""
+def tell(monkeypatch, folder, step, kind):
+    """Give `kind` in the middle of round `step`, as somebody elsewhere would."""
     from diffinstruct.training import loop
 
     rounds = loop.alternating_round
 
-    def round_with_an_order(train_state, settings, schedule, draws, *rest):
+    def round_with_a_signal(train_state, settings, schedule, draws, *rest):
         if draws.step + 1 == step:
-            signals.request(folder, order)
+            signals.request(folder, kind)
         return rounds(train_state, settings, schedule, draws, *rest)
 
-    monkeypatch.setattr(loop, "alternating_round", round_with_an_order)
+    monkeypatch.setattr(loop, "alternating_round", round_with_a_signal)
 
 
 def numbers(folder):
