@@ -5,7 +5,7 @@
 The state is that of a run: two networks, an average, two Adams, in fp32 tensors of a U-Net's sizes. Both ways take
 turns, and rounds of arithmetic (matrix products in this process) follow until the checkpoint is there. Judged is the
 wall time for which
-the training is held: by `save`, or by `start` and each `settle`; median of the ratio over pairs, 95 % bootstrap
+the training is held: by `save`, or by `start_save` and each `finish_save`; median of the ratio over pairs, 95 % bootstrap
 interval. What
 the rounds meanwhile take longer than undisturbed ones is told beside it: thread and rounds share the machine's cores.
 Exit status 1 where the bound is exceeded.
@@ -55,12 +55,12 @@ def work() -> float:
 def lost(store: CheckpointStore, step: int, content: dict[str, Any], blocking: bool) -> tuple[float, float]:
     """Seconds for which the training was held for one checkpoint, and those by which its rounds were slower."""
     began = time.perf_counter()
-    (store.save if blocking else store.start)(step, content)
+    (store.save if blocking else store.start_save)(step, content)
     stood, beside = time.perf_counter() - began, list[float]()
     while not (store.folder / f"step-{step:08d}").exists():
         beside.append(work())
         began = time.perf_counter()
-        store.finish_pending()
+        store.finish_save()
         stood += time.perf_counter() - began
     return stood, sum(beside) - len(beside) * float(np.mean([work() for _ in range(UNDISTURBED)]))
 

@@ -18,6 +18,7 @@ ROOMS = (
         "statistics",
         "metrics",
         "method",
+        "ranks",
         "config",
         "tracking",
         "run_folder",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffinstruct.evaluation.comparison import compare_runs as compare
     from diffinstruct.evaluation.generators import evaluate_generators as evaluate
     from diffinstruct.models.export import generate as generate
-    from diffinstruct.reward_service.score_folder import validate as validate_reward
+    from diffinstruct.reward_service.score_folder import validate_on_folder as validate_reward
     from diffinstruct.sweeps.criterion import SelectionCriterion as SelectionCriterion
     from diffinstruct.sweeps.points import Optuna as Optuna
     from diffinstruct.sweeps.points import grid as grid
@@ -45,7 +45,7 @@ _HOMES = {
     "load": "config.reading:load",
     "random_points": "sweeps.points:random_points",
     "sweep": "sweeps.tune:sweep",
-    "validate_reward": "reward_service.score_folder:validate",
+    "validate_reward": "reward_service.score_folder:validate_on_folder",
 }
 """Public name -> the module below this package, and the name there."""
 
@@ -77,9 +77,9 @@ def train(experiment: Experiment, folder: Path | str | None = None, local: bool 
     Raises UserError for a mistake that the user can mend, RewardError, NonFiniteGradient or CheckpointError where the run
     broke off, and Paused after SIGTERM; in all cases the same call goes on from the last checkpoint.
     """
-    from diffinstruct.run_folder.location import run_folder
+    from diffinstruct.run_folder.location import folder_of_run
 
-    place = run_folder(experiment) if folder is None else Path(folder).absolute()
+    place = folder_of_run(experiment) if folder is None else Path(folder).absolute()
     if local:
         from diffinstruct.training.local import run
     else:

@@ -1,4 +1,4 @@
-"""Does the checkpoint store lose anything? Saves are killed at every system call that touches a file, meet a full disk
+"""Does the checkpoint store lose anything? Saves are killed at every system call that touches a file, run into a full disk
 at every
 size, and what was saved is damaged in every way: what is read then has to be a checkpoint that was written, to the bit.
 

@@ -24,7 +24,7 @@ from diffinstruct.errors import UserError
 from diffinstruct.locks import COMMAND, LOCK, only_writer
 from diffinstruct.method.rewards import RewardError
 from diffinstruct.planning.footprint import Footprint
-from diffinstruct.run_folder.location import run_folder
+from diffinstruct.run_folder.location import folder_of_run
 
 TINY = """\
 name: tiny
@@ -101,7 +101,7 @@ def test_train_calls_the_runner_with_value_and_folder(file, tmp_path, runners):
 
 
 def test_a_run_that_somebody_is_at_work_on_is_left_alone(file, tmp_path, runners, capsys):
-    folder = run_folder(load(file))
+    folder = folder_of_run(load(file))
     folder.mkdir(parents=True)
     for name in (LOCK, COMMAND):
         with only_writer(folder, name=name):
@@ -204,7 +204,7 @@ def test_a_folder_that_cannot_be_made_is_said(file, tmp_path, runners, capsys):
     said = complaint(capsys, "train", file, "-s", f"output_dir={tmp_path}/taken")
     assert re.fullmatch(rf"output_dir: cannot make {tmp_path}/taken/tiny-\S+: Not a directory", said)
     said = complaint(capsys, "train", file, "-s", "output_dir=~nobody-of-this-name/runs")
-    assert said == "output_dir: nobody here has the home of '~nobody-of-this-name/runs'"
+    assert said == "output_dir: the home directory in '~nobody-of-this-name/runs' does not exist on this machine"
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(file, tmp_path):

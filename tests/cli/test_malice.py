@@ -30,8 +30,8 @@ from diffinstruct.config.reading import load
 from diffinstruct.errors import UserError
 from diffinstruct.models.export import load_export
 from diffinstruct.models.pipeline import load_reference
+from diffinstruct.ranks import Ranks
 from diffinstruct.run_folder.checkpoint import MANIFEST, CheckpointStore
-from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.tracking import mlflow as delivery
 from diffinstruct.training.loop_state import STATE, Identity
 from diffinstruct.training.resume import newest
@@ -414,7 +414,7 @@ def test_a_delivery_reads_nothing_outside_of_the_run(tmp_path, monkeypatch, capl
 
 
 @pytest.mark.parametrize(
-    ("named", "environment", "recipe", "met"),
+    ("named", "environment", "recipe", "expected"),
     [
         ("https://evil.example", None, None, None),
         ("https://evil.example", "https://me:word@mine.example", "https://ours.example", None),
@@ -430,7 +430,9 @@ def test_a_delivery_reads_nothing_outside_of_the_run(tmp_path, monkeypatch, capl
         ("sqlite:////runs/mlflow.db", "https://me:word@mine.example", None, "sqlite:////runs/mlflow.db"),
     ],
 )
-def test_no_server_is_met_that_the_journal_alone_names(named, environment, recipe, met, tmp_path, monkeypatch, capsys) -> None:
+def test_no_server_is_asked_that_the_journal_alone_names(
+    named, environment, recipe, expected, tmp_path, monkeypatch, capsys
+) -> None:
     asked: list[str] = []
 
     here = threading.get_ident()
@@ -450,8 +452,8 @@ def test_no_server_is_met_that_the_journal_alone_names(named, environment, recip
     with pytest.raises(SystemExit) as ended:
         main(["sync", str(run)])
     (line,) = capsys.readouterr().err.splitlines()
-    assert (ended.value.code, asked) == ((1, [met]) if met else (2, [])) and "word" not in line
-    if not met:
+    assert (ended.value.code, asked) == ((1, [expected]) if expected else (2, [])) and "word" not in line
+    if not expected:
         there = recipe or (environment or "mlflow.db").rpartition("/")[2]
         assert line.startswith(f"{run}/journal.jsonl: uri: {named!r} is not where the run would be tracked, ")
         assert line.endswith(f"{there}': --uri decides")

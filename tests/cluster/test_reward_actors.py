@@ -265,7 +265,7 @@ def test_a_run_does_not_notice_what_befalls_its_actor(session, tmp_path):
     assert [place.split(" of ")[0] for place in compare(tmp_path / "calm", tmp_path / "wild")] == ["metrics"]
 
 
-# -------------------------------------------------------------------------------------------- groups, handshakes
+# -------------------------------------------------------------------------------------------- groups, validations
 ODD = """
 import os
 from tiny.rewards import Red
@@ -320,13 +320,13 @@ def test_rewards_with_an_environment_of_their_own_have_their_own_process(apart, 
     assert alone.micro_batch == 5
 
 
-def test_handshakes_are_made_once_and_reported_in_the_order_of_the_names(apart):
+def test_validations_are_made_once_and_reported_in_the_order_of_the_names(apart):
     pool, experiment = apart
     trained = [reward.name for reward in experiment.rewards.trained]
     reports = pool.validate(latents(4), ["a thing"] * 4, trained)
     assert [report.name for report in reports] == list(experiment.rewards.names)
     assert [report.faults[0] for report in reports] == [
-        f"handshake {i}, 4 images, trained {of}" for i, of in ((1, True), (1, True), (2, False), (2, False))
+        f"validation {i}, 4 images, trained {of}" for i, of in ((1, True), (1, True), (2, False), (2, False))
     ]
     assert pool.validate(latents(2), ["a thing"] * 2, trained) == reports
 

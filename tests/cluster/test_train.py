@@ -56,15 +56,15 @@ def test_one_worker_gives_the_numbers_of_local(pool, world, tmp_path):
     ids=["micro-batches", "sharded", "adapters"],
 )
 def test_two_workers_with_half_the_batch_each_have_the_gradient_of_one(pool, world, tmp_path, adapters, more):
-    """beta_1 is 0: the first moment that Adam keeps is the gradient itself. The players stand still, because Adam makes
+    """beta_1 is 0: the first moment that Adam keeps is the gradient itself. The networks stand still, because Adam makes
     a whole step of a gradient that is 0 but for rounding, and the order of sums is another with two workers."""
     still = {"generator__learning_rate": 1e-12, "score_network__learning_rate": 1e-12, **adapters}
     local.run(world[1](**still), tmp_path / "local")
     fit(world[1](**still, **more, cluster__workers=2), tmp_path / "ray", pool, "")
     agree(tmp_path / "ray", tmp_path / "local", rel=1e-4)  # a worker counted twice or not at all would show at 0.5
     (_, one), (_, two) = (CheckpointStore(tmp_path / run / "checkpoints").latest() for run in ("local", "ray"))
-    for player in ("generator_optimizer", "score_optimizer"):
-        whole, halves = (moments(state["train_state"][player]) for state in (one, two))
+    for optimizer in ("generator_optimizer", "score_optimizer"):
+        whole, halves = (moments(state["train_state"][optimizer]) for state in (one, two))
         assert len(whole) > 20
         norms = [moment.norm() for moment in whole]
         for ours, theirs, norm in zip(whole, halves, norms, strict=True):
@@ -107,7 +107,7 @@ def test_a_killed_worker_goes_on_from_the_checkpoint(session, world, tmp_path, c
 
 def test_an_error_that_would_come_again_is_not_tried_again(pool, world, tmp_path):
     experiment = world[1](prompts__train=str(world[0] / "broken.txt"))
-    # At the handshake, or in the rounds where the pool's actors have had theirs with another test's prompts
+    # In the validation, or in the rounds where the pool's actors have had theirs with another test's prompts
     with pytest.raises((NonFiniteGradient, RewardError), match=r"reward tiny.rewards:Broken: \d of \d scores are not finite"):
         fit(experiment, tmp_path, pool, "")
     assert starts(tmp_path) == 1

@@ -16,8 +16,8 @@ from diffinstruct.config.reading import load
 from diffinstruct.method.precision import autocast
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.sharding import sharded
+from diffinstruct.ranks import Ranks
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore
-from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.run_folder.state_tree import TensorShard
 
 WORLD = 2

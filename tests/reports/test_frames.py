@@ -227,6 +227,8 @@ def test_a_run_of_the_version_before_has_todays_columns(tmp_path):
     kept.to_csv(tmp_path / "kept.csv", index=False)
     row = load_sweep(tmp_path / "kept.csv").iloc[0]
     assert (row["x0_gap"], row["reference.guidance_scale"], row["objective.weighting"]) == (0.2, 3.0, "v")
+    told = [renamed(name) for name in ("watch", "overoptimization.blind", "blind")]
+    assert told == ["overoptimization.no_held_out"] * 2 + ["overoptimization.probe_skipped"]
     keys = set(learning_curves(folder)["key"])
     assert keys == {"x0_gap", "overoptimization/unexplained", "reward/pocket_preference"}
     assert renamed("divergence_of_mine") == "divergence_of_mine" and renamed("reward/watch/x") == "reward/watch/x"

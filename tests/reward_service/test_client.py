@@ -20,11 +20,11 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.method.rewards import LatentRewards, RewardError, RewardRequest, Scores
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.sampling import LatentSampler, probe_inputs
+from diffinstruct.ranks import Ranks
 from diffinstruct.reward_service import client, monitor
 from diffinstruct.reward_service.client import MEASURED_ROUNDS, LocalRewards, RewardClient, make_rewards
 from diffinstruct.reward_service.monitor import Alarm, OveroptimizationMonitor, variety
 from diffinstruct.run_folder.checkpoint import CheckpointStore
-from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.training import local
 
 CPU = torch.device("cpu")
@@ -212,12 +212,12 @@ def test_the_first_rounds_show_where_rewards_hold_a_run_up_less(world, monkeypat
     where = {"process": "the training process", "actor": "the reward actors"}[place]
     assert line.startswith(f"rewards are computed in {where}: actors hold a round up by {actors:.3f} s")
     assert line.endswith("cannot: ImportError: no module named 'theirs'" if here is None else f"would by {here:.3f} s")
-    assert reward_client.placement == place and (reward_client.backend is reward_client.actors) == (place == "actor")
+    assert reward_client.placement == place and (reward_client.backend is reward_client.pool) == (place == "actor")
     assert reward_client.choose_placement(Ranks()) is None
 
     resumed = client_of(world(), fake(clock, actors), lambda: fake(clock, 0.0))
     resumed.load_state_dict(reward_client.state_dict())
-    assert (resumed.backend is resumed.actors) == (place == "actor")
+    assert (resumed.backend is resumed.pool) == (place == "actor")
 
 
 def test_one_worker_that_is_better_off_with_actors_decides_for_all(world, monkeypatch):
@@ -228,14 +228,14 @@ def test_one_worker_that_is_better_off_with_actors_decides_for_all(world, monkey
         reward_client.send(torch.zeros(8, 4), ["a"] * 8)()
     # The other rank has seen as many rounds, and is for actors
     assert reward_client.choose_placement(Ranks(min=lambda value: value if value > 1 else 0))
-    assert reward_client.placement == "actor" and reward_client.backend is reward_client.actors
+    assert reward_client.placement == "actor" and reward_client.backend is reward_client.pool
 
 
 def test_rewards_with_an_environment_of_their_own_stay_there(world):
     environment = {"rewards": ["tiny.rewards:Red"], "runtime_env": "theirs.yaml"}
     experiment = world(cluster__rewards__environments=[environment])
     reward_client = client_of(experiment, fake([0.0], 9.0), lambda: fake([0.0], 0.0))
-    assert reward_client.placement == "actor" and reward_client.backend is reward_client.actors
+    assert reward_client.placement == "actor" and reward_client.backend is reward_client.pool
 
 
 def test_a_run_without_held_out_rewards_is_told_what_the_monitor_cannot_see(world, tmp_path, capsys):

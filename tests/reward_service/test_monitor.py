@@ -42,7 +42,7 @@ def test_rewards_that_rise_together_raise_no_alarm():
 
 
 def test_a_rise_that_nothing_confirms_is_unexplained():
-    limit = monitor.UNEXPLAINED
+    limit = monitor.MAX_UNEXPLAINED_STD
     assert alarms(probe(0), probe(10, 1.5 + limit - 0.01, 1.5)) == []
     seen = ProbeHistory()
     seen.observe(probe(0))
@@ -52,7 +52,7 @@ def test_a_rise_that_nothing_confirms_is_unexplained():
 
 
 def test_of_several_held_out_rewards_the_mean_counts():
-    limit = monitor.UNEXPLAINED
+    limit = monitor.MAX_UNEXPLAINED_STD
     start = Probe(0, START, {"a": START, "b": 3 * START}, 1.0, math.nan)
     for confirmed, expected in ((0.4, [(10, "unexplained")]), (0.6, [])):
         now = Probe(10, START + limit + 0.25, {"a": START, "b": 3 * (START + confirmed)}, 1.0, 0.25)
@@ -86,10 +86,10 @@ def test_a_held_out_reward_that_never_gained_may_not_fall_either():
 
 
 def test_variety_and_distance_are_compared_with_the_first_probes():
-    assert alarms(probe(0), probe(10, variety=monitor.VARIETY + 0.01), probe(20, variety=monitor.VARIETY - 0.01)) == [
-        (20, "variety")
-    ]
-    far = monitor.DISTANCE * 0.25
+    assert alarms(
+        probe(0), probe(10, variety=monitor.MIN_VARIETY_SHARE + 0.01), probe(20, variety=monitor.MIN_VARIETY_SHARE - 0.01)
+    ) == [(20, "variety")]
+    far = monitor.MAX_DISTANCE_RATIO * 0.25
     assert alarms(probe(0), probe(10), probe(20, distance=far - 0.01), probe(30, distance=far + 0.01)) == [(30, "distance")]
 
 

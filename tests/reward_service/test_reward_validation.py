@@ -16,7 +16,7 @@ from diffinstruct.config.prompts import read_prompts
 from diffinstruct.method.rewards import RewardError
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.reward_service.client import load_reward
-from diffinstruct.reward_service.reward_validation import Report, refuse, validate_reward
+from diffinstruct.reward_service.reward_validation import Report, raise_on_faults, validate_reward
 
 N = 64
 PICTURES = F.interpolate(torch.rand(N, 3, 5, 5, generator=torch.Generator().manual_seed(0)), (20, 16), mode="bilinear")
@@ -316,42 +316,62 @@ OF_ANY = [  # lie, the check that refuses it, its line
     (a_script, "answers", r"SystemExit: 0"),
     (nowhere, "answers", r"its scores are on the meta device, they have no values"),
     (infinite, "answers", r"4 of 4 scores are not finite"),
-    (nan_for_some, "range", r"1 of 16 scores are not finite"),
-    (swallows_errors, "range", r"the same score 0 for 64 different pictures: it tells nothing apart"),
+    (nan_for_some, "score_range", r"1 of 16 scores are not finite"),
+    (swallows_errors, "score_range", r"the same score 0 for 64 different pictures: it tells nothing apart"),
     (noise, "repetition", r"its scores are random: asked twice, they differ by 0.0\d+ \(is it in eval mode\?\)"),
     (python_noise, "repetition", r"its scores are random: .*"),
     (RandomHead(), "repetition", r"its scores are random: .*"),
     (noise_of_its_own, "repetition", r"asked twice, it gave scores that differ .*: it remembers, or draws random numbers .*"),
     (Drifts(), "repetition", r"asked twice, it gave scores that differ by 0.0001: it remembers, or draws .*"),
     (Compares(), "repetition", r"asked about other pictures in between, it gave scores that differ by .*: it remembers"),
-    (normalises_in_place, "input", r"it writes into the pictures that it is given"),
-    (eats_its_prompts, "input", r"it changes the list of prompts that it is given"),
-    (TwoFaced(), "input", r"its head on its tower's features gives scores that differ by .* from its own"),
+    (normalises_in_place, "inputs_unchanged", r"it writes into the pictures that it is given"),
+    (eats_its_prompts, "inputs_unchanged", r"it changes the list of prompts that it is given"),
+    (TwoFaced(), "inputs_unchanged", r"its head on its tower's features gives scores that differ by .* from its own"),
     (minus_the_batch, "neighbours", r"a picture's score depends on its neighbours' pictures in the batch, by 0.\d+"),
     (first_prompt_for_all, "neighbours", r"a picture's score depends on its neighbours' prompts in the batch, by 0.\d+"),
     (backwards, "neighbours", r"its answers are not in the order of the pictures"),
     (a_share_of_the_batch, "neighbours", r"a picture alone gets another score than in a batch, by 0.\d+"),
     (squeezes, "neighbours", r"1 images got scores of shape \[\], expected \[1\]"),
     (groups_by_prompt, "order", r"in another order, the same pictures and prompts get scores that differ by 0.\d+"),
-    (KeepsByPrompt(), "sight", r"it does not look at the pictures: others under the same prompts get the same scores"),
-    (blind, "sight", r"it does not look at the pictures: .*"),
+    (
+        KeepsByPrompt(),
+        "depends_on_picture",
+        r"it does not look at the pictures: others under the same prompts get the same scores",
+    ),
+    (blind, "depends_on_picture", r"it does not look at the pictures: .*"),
     (endless_on_white, "saturation", r"1 of 4 scores are not finite \(on black, white or fully saturated pictures\)"),
 ]
 OF_TRAINED = [
-    (detached, "gradient", r"its scores carry no gradient to the pictures, so it can only be held out"),
-    (DetachedButTrainable(), "gradient", r"its scores carry no gradient to the pictures, so it can only be held out"),
-    (other_with_gradient, "gradient", r"asked for a gradient, it gives scores that differ by 5 from those without"),
-    (zero_gradient, "gradient", r"its gradient is zero for all pictures"),
-    (nan_gradient, "gradient", r"its gradient is not finite for 4 of 4 pictures"),
-    (leaks, "gradient", r"the gradient of one picture's score reaches the other pictures of the batch"),
-    (normalises_its_gradient, "gradient", r"its gradient is not linear in the scores' weights, it is off by \d+%"),
-    (no_way_back, "gradient", r"its gradient: NotImplementedError: no kernel"),
+    (detached, "gradient_per_picture", r"its scores carry no gradient to the pictures, so it can only be held out"),
+    (
+        DetachedButTrainable(),
+        "gradient_per_picture",
+        r"its scores carry no gradient to the pictures, so it can only be held out",
+    ),
+    (other_with_gradient, "gradient_per_picture", r"asked for a gradient, it gives scores that differ by 5 from those without"),
+    (zero_gradient, "gradient_per_picture", r"its gradient is zero for all pictures"),
+    (nan_gradient, "gradient_per_picture", r"its gradient is not finite for 4 of 4 pictures"),
+    (leaks, "gradient_per_picture", r"the gradient of one picture's score reaches the other pictures of the batch"),
+    (normalises_its_gradient, "gradient_per_picture", r"its gradient is not linear in the scores' weights, it is off by \d+%"),
+    (no_way_back, "gradient_per_picture", r"its gradient: NotImplementedError: no kernel"),
     (nan_gradient_on_black, "saturation", r"its gradient is not finite for 2 of 4 pictures \(on black, white or .*\)"),
-    (wrong_sign, "slope", r"its gradient is not that of its scores: .* otherwise, by -1 times what it says"),
-    (twice_the_gradient, "slope", r"its gradient is not that of its scores: .* otherwise, by 0.5 times what it says"),
-    (upside_down_gradient, "slope", r"its gradient is not that of its scores: .*"),
-    (half_a_gradient, "slope", r"its gradient is not that of its scores: .*"),
-    (only_every_other, "slope", r"no gradient reaches 2 of 4 pictures, though their scores change with them"),
+    (
+        wrong_sign,
+        "gradient_matches_differences",
+        r"its gradient is not that of its scores: .* changes by -1 times what the gradient predicts",
+    ),
+    (
+        twice_the_gradient,
+        "gradient_matches_differences",
+        r"its gradient is not that of its scores: .* changes by 0.5 times what the gradient predicts",
+    ),
+    (upside_down_gradient, "gradient_matches_differences", r"its gradient is not that of its scores: .*"),
+    (half_a_gradient, "gradient_matches_differences", r"its gradient is not that of its scores: .*"),
+    (
+        only_every_other,
+        "gradient_matches_differences",
+        r"no gradient reaches 2 of 4 pictures, though their scores change with them",
+    ),
 ]
 
 
@@ -359,7 +379,7 @@ def named(reward):
     return getattr(reward, "__name__", type(reward).__name__)
 
 
-def met(reward, trained=True, images=PICTURES, prompts=PROMPTS) -> Report:
+def validated(reward, trained=True, images=PICTURES, prompts=PROMPTS) -> Report:
     return validate_reward(named(reward), reward, images, prompts, trained)
 
 
@@ -369,9 +389,9 @@ def refused(report: Report) -> list[str]:
 
 
 def is_refused(reward, trained, check, line):
-    report = met(reward, trained)
+    report = validated(reward, trained)
     with pytest.raises(RewardError) as error:
-        refuse([report])
+        raise_on_faults([report])
     assert refused(report)[0] == check
     assert re.fullmatch(f"reward {named(reward)}: {line}", str(error.value).splitlines()[0])
 
@@ -384,12 +404,12 @@ def test_a_lie_is_refused_by_name_even_held_out(reward, check, line):
 @pytest.mark.parametrize(("reward", "check", "line"), OF_TRAINED, ids=lambda value: named(value) if callable(value) else "")
 def test_a_lying_gradient_is_refused_and_may_be_held_out(reward, check, line):
     is_refused(reward, True, check, line)
-    assert met(reward, trained=False).faults == ()
+    assert validated(reward, trained=False).faults == ()
 
 
 @pytest.mark.parametrize("reward", [noise, normalises_in_place, first_prompt_for_all, groups_by_prompt], ids=named)
 def test_what_is_refused_held_out_is_refused_when_trained(reward):
-    assert met(reward).faults
+    assert validated(reward).faults
 
 
 def test_every_fault_of_every_reward_is_a_line():
@@ -397,11 +417,11 @@ def test_every_fault_of_every_reward_is_a_line():
         return lying_gradient(images.sub_(0), prompts, -honest(images.mul_(1.5), prompts))
 
     with pytest.raises(RewardError) as error:
-        refuse([met(raises), met(honest), met(wrong_in_two)])
+        raise_on_faults([validated(raises), validated(honest), validated(wrong_in_two)])
     lines = str(error.value).splitlines()
     assert [line.partition(":")[0] for line in lines] == ["reward raises", "reward wrong_in_two", "reward wrong_in_two"]
     assert "writes into the pictures" in lines[1] and "not that of its scores" in lines[2]
-    refuse([met(honest)])
+    raise_on_faults([validated(honest)])
 
 
 # --------------------------------------------------------------------------------------------------- the honest
@@ -464,9 +484,9 @@ def clamps(images, prompts):
 )  # fmt: skip
 @pytest.mark.parametrize("trained", [True, False])
 def test_an_honest_reward_passes(reward, trained):
-    report = met(reward, trained)
+    report = validated(reward, trained)
     assert report.faults == () and refused(report) == []
-    assert ("slope" in report.checks) == trained
+    assert ("gradient_matches_differences" in report.checks) == trained
 
 
 def by_numpy(images, prompts):
@@ -481,7 +501,7 @@ def counts(images, prompts):
 
 @pytest.mark.parametrize("reward", [by_numpy, counts, detached], ids=named)
 def test_a_black_box_may_judge(reward):
-    assert met(reward, trained=False).faults == ()
+    assert validated(reward, trained=False).faults == ()
 
 
 @pytest.mark.parametrize("name", ["pocket_preference", "pocket_judge"])
@@ -489,7 +509,7 @@ def test_the_pocket_rewards_pass_on_pictures_of_the_start(name):
     reference, prompts = load_reference("pocket"), read_prompts("pocket:eval")["prompt"].tolist()[:16]
     noise = torch.randn(16, *reference.latent_shape, generator=torch.Generator().manual_seed(0))
     images = reference.sampler(reference.generator(625, "pocket-distilled"))(prompts, noise)
-    report = met(load_reward(name), images=images, prompts=prompts)
+    report = validated(load_reward(name), images=images, prompts=prompts)
     assert report.faults == report.remarks == ()
     assert report.figures["gradient_error"] < 0.1
 
@@ -497,14 +517,14 @@ def test_the_pocket_rewards_pass_on_pictures_of_the_start(name):
 def test_the_built_in_rewards_pass_with_tiny_weights(tmp_path):
     prompts = ["a red pot", "a blue cactus", "a smiling cactus", "a pot"] * 4
     for name, settings in tiny_clip.build(tmp_path).items():
-        report = met(reward_models.load(name, **settings), images=tiny_clip.pictures(16, 48, 80), prompts=prompts)
+        report = validated(reward_models.load(name, **settings), images=tiny_clip.pictures(16, 48, 80), prompts=prompts)
         assert report.faults == (), name
         assert (report.remarks == ("other prompts made no difference to its scores",)) == name.startswith("aesthetic"), name
 
 
 # ------------------------------------------------------------------------------------------- figures and remarks
 def test_the_report_says_in_a_line_what_was_seen():
-    report = met(honest)
+    report = validated(honest)
     scores = honest(PICTURES, PROMPTS).double()
     for figure, value in {"low": scores.min(), "high": scores.max(), "mean": scores.mean(), "std": scores.std()}.items():
         assert report.figures[figure] == pytest.approx(value.item())
@@ -515,30 +535,30 @@ def test_the_report_says_in_a_line_what_was_seen():
         r".* pictures/s; the gradient misses at most 0.\d% of a change, in 12 directions; its peak grew by \d+ MiB",
         str(report),
     )
-    assert str(met(column)) == "reward column: 4 images got scores of shape [4, 1], expected [4]"
+    assert str(validated(column)) == "reward column: 4 images got scores of shape [4, 1], expected [4]"
 
 
 def test_an_opinion_of_few_pictures_is_one():
     images = PICTURES.clone()
     images[40:50] = 0.99
-    assert met(opinion_of_few, trained=False, images=images).faults == ()
+    assert validated(opinion_of_few, trained=False, images=images).faults == ()
 
 
 def test_what_is_unusual_is_remarked():
-    assert met(tiny_rewards.Red()).remarks == ("other prompts made no difference to its scores",)
-    assert "64 pictures got exactly the same score" in met(counts, trained=False).remarks[0]
-    assert met(honest, images=PICTURES[:1].expand(N, -1, -1, -1), prompts=["a"] * N).remarks == (
+    assert validated(tiny_rewards.Red()).remarks == ("other prompts made no difference to its scores",)
+    assert "64 pictures got exactly the same score" in validated(counts, trained=False).remarks[0]
+    assert validated(honest, images=PICTURES[:1].expand(N, -1, -1, -1), prompts=["a"] * N).remarks == (
         "all pictures are the same, so its range is not known",
     )
-    deaf = met(lambda images, prompts: 1e6 + honest(images, prompts).half().float())
+    deaf = validated(lambda images, prompts: 1e6 + honest(images, prompts).half().float())
     assert deaf.faults == () and "drowns in the scores' rounding" in deaf.remarks[-1]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
 def test_few_pictures_will_do(n):
-    assert met(honest, images=PICTURES[:n], prompts=PROMPTS[:n]).faults == ()
-    assert refused(met(wrong_sign, images=PICTURES[:n], prompts=PROMPTS[:n])) == ["slope"]
-    assert refused(met(minus_the_batch, images=PICTURES[:n], prompts=PROMPTS[:n]))[0] == "neighbours"
+    assert validated(honest, images=PICTURES[:n], prompts=PROMPTS[:n]).faults == ()
+    assert refused(validated(wrong_sign, images=PICTURES[:n], prompts=PROMPTS[:n])) == ["gradient_matches_differences"]
+    assert refused(validated(minus_the_batch, images=PICTURES[:n], prompts=PROMPTS[:n]))[0] == "neighbours"
 
 
 @pytest.mark.parametrize("fits", [16, 5, 2, 1])
@@ -548,7 +568,7 @@ def test_where_memory_ends_smaller_batches_do(fits):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return honest(images, prompts)
 
-    report = met(big)
+    report = validated(big)
     assert report.faults == (() if fits > 1 else ("reward big: out of memory with two pictures",))
     if fits > 1:
         assert report.figures["mean"] == pytest.approx(honest(PICTURES, PROMPTS).mean().item())
@@ -559,6 +579,6 @@ def test_random_numbers_and_pictures_stay_as_they_were():
     random.seed(3)
     images, prompts, before = PICTURES.clone(), list(PROMPTS), (torch.get_rng_state(), random.getstate())
     for reward in (noise, python_noise, normalises_in_place, eats_its_prompts, honest):
-        met(reward, images=images, prompts=prompts)
+        validated(reward, images=images, prompts=prompts)
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
     assert torch.equal(images, PICTURES) and prompts == PROMPTS

@@ -303,7 +303,7 @@ def test_test_prints_each_check_with_what_was_seen(capsys):
     run("rewards", "validate", "pocket_preference")
     said = dict(re.match(r"(\S+) +(.*)", line).groups() for line in capsys.readouterr().out.splitlines())
     assert said["declared"] == NAMES["pocket_preference"].range
-    assert "on 64 pictures" in said["range"] and "the gradient misses at most" in said["slope"]
+    assert "on 64 pictures" in said["score_range"] and "the gradient misses at most" in said["gradient_matches_differences"]
     assert said["reward"] == "pocket_preference can be trained on"
 
 
@@ -325,14 +325,14 @@ def test_test_refuses_by_name_on_pictures_of_ones_own(folder, prompts, capsys):
     out = capsys.readouterr().out
     assert "on 4 pictures" in out  # three, and a dimmed one
     assert out.endswith("reward test_score_folder:WrongSign can be held out\n")
-    assert "slope" not in out and "declared" not in out
+    assert "gradient_matches_differences" not in out and "declared" not in out
 
 
 def test_test_takes_pictures_alone_and_prompts_alone(folder, prompts, capsys):
     run("rewards", "validate", "test_score_folder:Honest", "--images", folder)
     run("rewards", "validate", RED, "--prompts", prompts)
     out = capsys.readouterr().out
-    assert "remark      other prompts made no difference to its scores" in out
+    assert f"{'remark':<30}other prompts made no difference to its scores" in out
     assert "on 64 pictures" in out  # the pocket world's, of these five prompts
 
 

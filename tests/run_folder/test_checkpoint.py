@@ -134,15 +134,15 @@ def test_the_best_is_kept_beside_them(tmp_path: Path) -> None:
 def test_a_part_is_read_without_the_files_that_it_does_not_take(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     folder = store.save(1, {"networks": {"ema": {"w": torch.ones(2)}, "other": torch.zeros(3)}, "said": {"best": 7}})
-    assert same(store.part(1, "networks", "ema"), {"w": torch.ones(2)}) and store.part(1, "said", "best") == 7
+    assert same(store.read_part(1, "networks", "ema"), {"w": torch.ones(2)}) and store.read_part(1, "said", "best") == 7
     with pytest.raises(CheckpointError, match=r"step-00000001 cannot be used: state\.json: it has no 'networks/average'"):
-        store.part(1, "networks", "average")
+        store.read_part(1, "networks", "average")
     flip(folder / "tensors.safetensors")
-    assert store.part(1, "said", "best") == 7
+    assert store.read_part(1, "said", "best") == 7
     with pytest.raises(CheckpointError, match=r"tensors\.safetensors: its content is not what was written"):
-        store.part(1, "networks", "ema")
+        store.read_part(1, "networks", "ema")
     with pytest.raises(CheckpointError, match="step-00000002 cannot be used"):
-        store.part(2, "said")
+        store.read_part(2, "said")
 
 
 def flip(path: Path) -> None:
@@ -245,9 +245,9 @@ def test_full_disk_is_one_clear_error_when_the_save_is_settled(of, name, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(of, name, no_space)
-        store.start(100, state(1))
+        store.start_save(100, state(1))
         with pytest.raises(CheckpointError, match=r"step-00000100.*No space left on device.*takes 0.0 MiB here, \d+"):
-            store.finish_pending(wait=True)
+            store.finish_save(wait=True)
     assert same(store.latest(), (50, state()))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000050"]
     store.save(150, state(1))  # nothing of it is in the way
@@ -285,17 +285,17 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, monkeypatch: p
     first, second, write = threading.Event(), threading.Event(), checkpoint.save_file
     gates = iter((first, second))
     monkeypatch.setattr(checkpoint, "save_file", lambda *of: next(gates).wait(60) and write(*of))
-    store.start(1, {"weights": weights, "step": 1})
+    store.start_save(1, {"weights": weights, "step": 1})
     weights += 1
-    store.finish_pending()
+    store.finish_save()
     assert not list(tmp_path.glob("step-00000001"))  # still at it
     first.set()
-    store.start(2, {"weights": weights})  # waits for the one before
+    store.start_save(2, {"weights": weights})  # waits for the one before
     weights += 1
     assert same(CheckpointStore(tmp_path).latest(), (1, {"weights": torch.zeros(1000), "step": 1}))
     second.set()
     assert same(store.latest(), (2, {"weights": torch.ones(1000)}))  # waits for its own
-    store.finish_pending(wait=True)  # there is nothing more
+    store.finish_save(wait=True)  # there is nothing more
 
 
 def test_one_that_is_being_read_is_not_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,9 @@ from diffinstruct.locks import only_writer
 from diffinstruct.method.step import alternating_round
 from diffinstruct.run_folder import mirror, signals
 from diffinstruct.run_folder.checkpoint import CheckpointStore
-from diffinstruct.run_folder.location import run_folder
+from diffinstruct.run_folder.location import folder_of_run
 from diffinstruct.run_folder.mirror import Mirror
-from diffinstruct.run_folder.signals import Paused
+from diffinstruct.run_folder.signals import Paused, Signal
 from diffinstruct.training import local
 
 URL = "memory://bucket/runs"
@@ -189,7 +189,7 @@ def test_an_upload_that_breaks_off_anywhere_leaves_a_whole_one(tmp_path, monkeyp
         came.append(Mirror(URL, fresh).pull())
         assert same(read(fresh), (came[-1], state(came[-1])))
         Mirror(URL, folder).push()  # goes on where it was
-        assert sorted(Mirror(URL, folder)._there()) == [2, 3]
+        assert sorted(Mirror(URL, folder)._stored_steps()) == [2, 3]
         if whole:
             break
     assert len(came) == 8 and came == sorted(came) and {2, 3} == set(came)  # type: ignore[type-var]
@@ -304,7 +304,7 @@ def test_a_run_goes_on_where_its_machine_is_gone(experiment, tmp_path, monkeypat
 
     def paused(train_state, settings, schedule, draws, *rest):
         if draws.step == 2:
-            signals.request(run, signals.PAUSE)
+            signals.request(run, Signal.PAUSE)
         return alternating_round(train_state, settings, schedule, draws, *rest)
 
     with monkeypatch.context() as patch:
@@ -329,7 +329,7 @@ def test_a_run_goes_on_where_its_machine_is_gone(experiment, tmp_path, monkeypat
 
 def test_a_store_that_is_away_stops_nothing_and_sync_delivers(experiment, tmp_path, monkeypatch, caplog, capsys):
     asked = experiment(output_dir=str(tmp_path))
-    run = run_folder(asked)
+    run = folder_of_run(asked)
 
     def lost(train_state, settings, schedule, draws, *rest):
         away(patch)

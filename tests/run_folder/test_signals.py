@@ -14,24 +14,25 @@ from tiny.runs import journal
 
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.checkpoint import CheckpointStore
+from diffinstruct.run_folder.signals import Signal
 from diffinstruct.run_folder.state_tree import encode
 from diffinstruct.training import local
 
 ROOT = Path(__file__).parents[2]
 
 
-def tell(monkeypatch, folder, step, order):
-    """Give `order` in the middle of round `step`, as somebody elsewhere would."""
+def tell(monkeypatch, folder, step, kind):
+    """Give `kind` in the middle of round `step`, as somebody elsewhere would."""
     from diffinstruct.training import loop
 
     rounds = loop.alternating_round
 
-    def round_with_an_order(train_state, settings, schedule, draws, *rest):
+    def round_with_a_signal(train_state, settings, schedule, draws, *rest):
         if draws.step + 1 == step:
-            signals.request(folder, order)
+            signals.request(folder, kind)
         return rounds(train_state, settings, schedule, draws, *rest)
 
-    monkeypatch.setattr(loop, "alternating_round", round_with_an_order)
+    monkeypatch.setattr(loop, "alternating_round", round_with_a_signal)
 
 
 def numbers(folder):
@@ -48,7 +49,7 @@ def test_a_paused_run_goes_on_to_the_same_bits_and_metrics(world, tmp_path, monk
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     local.run(experiment, whole)
     with monkeypatch.context() as patch:
-        tell(patch, parts, 6, signals.PAUSE)
+        tell(patch, parts, 6, Signal.PAUSE)
         with pytest.raises(signals.Paused, match=r"^paused at step 6, all of it saved in .*checkpoints$"):
             local.run(experiment, parts)
     assert CheckpointStore(parts / "checkpoints").latest()[0] == 6 and journal(parts)[1] == ["KILLED"]
@@ -62,7 +63,7 @@ def test_a_paused_run_goes_on_to_the_same_bits_and_metrics(world, tmp_path, monk
 
 
 def test_a_stopped_run_is_a_finished_one(world, tmp_path, monkeypatch):
-    tell(monkeypatch, tmp_path, 3, signals.STOP)
+    tell(monkeypatch, tmp_path, 3, Signal.STOP)
     result = local.run(world[1](steps=10), tmp_path)
     assert json.loads((tmp_path / "metrics.json").read_text())["step"] == 3
     assert (result.export / "model_index.json").exists() and journal(tmp_path)[1] == ["FINISHED"]

@@ -29,7 +29,7 @@ from diffinstruct.run_folder.signals import Paused
 from diffinstruct.sweeps import study as studies
 from diffinstruct.sweeps.criterion import SelectionCriterion
 from diffinstruct.sweeps.points import Optuna, changed, grid, random_points
-from diffinstruct.sweeps.searchers import Asking
+from diffinstruct.sweeps.searchers import OptunaSearcher
 from diffinstruct.sweeps.trials import Trials
 from diffinstruct.sweeps.tune import SweepError, sweep
 from diffinstruct.training import local
@@ -117,7 +117,7 @@ def test_a_sweep_that_was_ended_is_finished_by_the_same_call(session, world, tmp
         with pytest.raises(error):
             sweep(base, points, tmp_path / "sweep")
         interrupter.join(1)
-        assert "interrupted: 1 of 1 trials are unfinished" in capfd.readouterr().out
+        assert f"{('paused', 'interrupted')[life]}: 1 of 1 trials are unfinished" in capfd.readouterr().out
         assert {run.info.status for run in tracked()} == {"KILLED"} and len(tracked()) == 2
         if life == 0:
             assert newest() == max(journal(folder)[0])
@@ -159,12 +159,12 @@ def test_optuna_asks_for_the_same_points_in_a_second_life(world, tmp_path):
     def life(folder, until, trials=14):
         searches = Trials(world[1](), Optuna(space, trials, seed=7), folder, None)
         searches.open(keeps=True)
-        asking = Asking(searches, criterion)
+        asking = OptunaSearcher(searches, criterion)
         while (found := asking.suggest(f"tune-{len(searches.known)}")) != "FINISHED":
             i, scale = found["trial"], found["objective.reward_scale"]
             figures = {"held": -abs(math.log(scale / 5)), "kid": scale, "diversity": 3.0 if scale > 30 else 5.0}
-            searches.run(i).mkdir()
-            (searches.run(i) / "metrics.json").write_text(json.dumps(figures))
+            searches.run_folder(i).mkdir()
+            (searches.run_folder(i) / "metrics.json").write_text(json.dumps(figures))
             if i == until:  # it has ended and nobody was told: the driver died
                 break
             asking.on_trial_complete(next(name for name, number in asking.numbers.items() if number == i), figures)
@@ -214,9 +214,9 @@ SCALE = "objective.reward_scale"
         (lambda: grid({"prompts.train": "my.csv"}), {}, "prompts.train: a grid takes a list of values, got 'my.csv'"),
         (lambda: grid({"prompts.train": ["nowhere.csv"]}), {}, "prompts.train: nowhere.csv: no such file"),
         (lambda: grid({"seed": []}), {}, "sweep: should have one trial or more, got 0"),
-        (lambda: grid({"output_dir": ["a", "b"]}), {}, "output_dir: is the sweep's, its trials have the same"),
-        (lambda: grid({"mirror": ["s3://a", None]}), {}, "mirror: is the sweep's, its trials have the same"),
-        (lambda: grid({"tracking": [{}]}), {}, "tracking: is the sweep's, its trials have the same"),
+        (lambda: grid({"output_dir": ["a", "b"]}), {}, "output_dir: cannot be varied, all trials of a sweep share it"),
+        (lambda: grid({"mirror": ["s3://a", None]}), {}, "mirror: cannot be varied, all trials of a sweep share it"),
+        (lambda: grid({"tracking": [{}]}), {}, "tracking: cannot be varied, all trials of a sweep share it"),
         (lambda: grid({"generator.start": ["a"]}), {}, "generator.start: unknown key, it is now 'generator.init_from'"),
         (lambda: grid({"cluster.workers": [1]}), {}, "cluster.workers: is the same in all trials of a sweep"),
         (lambda: ["seed"], {}, "sweep: point 0 should be a mapping of dotted keys, got 'seed'"),
@@ -290,7 +290,9 @@ def test_trials_that_have_a_row_are_not_run_again_wherever_it_came_from(session,
     rows = TrialRows(tmp_path / "rows.csv")
 
     def complete(folder, most=None, arms=arms):
-        return studies.complete(rows, world[1](**WITHOUT_ACTORS), arms, (3,), tmp_path / folder, tiny_rewards.steps_done, most)
+        return studies.run_missing_trials(
+            rows, world[1](**WITHOUT_ACTORS), arms, (3,), tmp_path / folder, tiny_rewards.steps_done, most
+        )
 
     assert complete("sweep", most=1) is None
     assert rows.read()["trial"].tolist() == ["generator.timestep=500 seed=3"]

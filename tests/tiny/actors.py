@@ -30,14 +30,14 @@ class Strange(RewardActor):
 
 
 class Polite(RewardActor):
-    """Counts its handshakes: each report tells how many there have been."""
+    """Counts its validations: each report tells how many there have been."""
 
-    shaken = 0
+    validations = 0
 
     def validate(self, *question):
         def counted(name, reward, images, prompts, trained):
-            self.shaken += 1
-            return reward_validation.Report(name, (f"handshake {self.shaken}, {len(images)} images, trained {trained}",))
+            self.validations += 1
+            return reward_validation.Report(name, (f"validation {self.validations}, {len(images)} images, trained {trained}",))
 
         client.validate_reward = counted
         return super().validate(*question)

@@ -29,7 +29,7 @@ class RedInThousandths(Red):
 
 
 class Drunk(Red):
-    """Random, so no handshake with it ends well."""
+    """Random, so no validation of it passes."""
 
     def forward(self, images, prompts):
         return super().forward(images, prompts) + torch.randn(len(prompts))

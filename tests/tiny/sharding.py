@@ -20,8 +20,8 @@ from diffinstruct.method.step import TrainState, alternating_round
 from diffinstruct.models.pipeline import Reference, load_reference
 from diffinstruct.models.roles import make_roles, unsharded
 from diffinstruct.models.sharding import gathered, sharded, to_dtensors, to_shards
+from diffinstruct.ranks import Ranks
 from diffinstruct.run_folder.checkpoint import CheckpointStore
-from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.training.build import make_step_config, make_train_state
 
 PROMPTS = ["a red hat", "something else", "a boat", "nothing"]

@@ -8,7 +8,7 @@ import inspect
 import torch
 
 from diffinstruct.method.nonfinite import NonFiniteGradient
-from diffinstruct.run_folder.ranks import Ranks
+from diffinstruct.ranks import Ranks
 from diffinstruct.training import loop, trainer
 from diffinstruct.training.guards import NonFiniteGuard
 from diffinstruct.training.run_log import RunLog, SilentRunLog

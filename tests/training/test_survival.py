@@ -28,11 +28,11 @@ from diffinstruct.locks import LOCK, Busy, locked, only_writer
 from diffinstruct.method.nonfinite import NonFiniteGradient
 from diffinstruct.method.rewards import NonFiniteScore
 from diffinstruct.method.step import alternating_round
+from diffinstruct.ranks import Ranks
 from diffinstruct.reward_service.monitor import ProbeHistory
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, full_disk_as_error
-from diffinstruct.run_folder.location import run_folder
-from diffinstruct.run_folder.ranks import Ranks
-from diffinstruct.run_folder.signals import Paused
+from diffinstruct.run_folder.location import folder_of_run
+from diffinstruct.run_folder.signals import Paused, Signal
 from diffinstruct.tracking.journal import Journal
 from diffinstruct.training import local
 from diffinstruct.training.metric_window import MetricWindow
@@ -122,7 +122,7 @@ def test_after_five_in_a_row_the_run_goes_back_and_another_way(experiment, tmp_p
 def test_what_cannot_be_got_around_ends_the_run_resumable(experiment, tmp_path, monkeypatch):
     spoil(monkeypatch, lambda step: step >= 4)
     why = "reward red: 8 of 8 scores are not finite; 5 steps in a row, once more after going back"
-    for _ in range(2):  # the same call meets the same end
+    for _ in range(2):  # the same call ends the same way
         with pytest.raises(NonFiniteGradient, match=why):
             local.run(experiment(steps=20), tmp_path / "run")
     assert journal(tmp_path / "run")[1] == ["FAILED", "FAILED"]
@@ -148,7 +148,7 @@ def test_a_look_without_finite_scores_is_no_look(experiment, tmp_path, monkeypat
     monkeypatch.setattr(tiny_rewards.Calm, "forward", blind_in_round_4)
     local.run(experiment(overoptimization__every=2), tmp_path / "run")
     told = [(4, "no probe: reward tiny.rewards:Calm: 16 of 16 scores are not finite")]
-    assert events(tmp_path / "run", "blind") == told and events(tmp_path / "run", "skipped") == []
+    assert events(tmp_path / "run", "overoptimization.probe_skipped") == told and events(tmp_path / "run", "skipped") == []
     rows, ends = journal(tmp_path / "run")
     assert ends == ["FINISHED"] and [step for step in rows if "overoptimization/held_out" in rows[step]] == [0, 2, 6, 8, 9]
 
@@ -192,19 +192,19 @@ def test_a_run_has_one_writer(experiment, tmp_path, monkeypatch):
 
 def test_a_run_goes_on_under_changed_keys_that_are_allowed(experiment, tmp_path, capsys):
     base = experiment(steps=4, output_dir=str(tmp_path))
-    local.run(base, run_folder(base))
-    file = str(run_folder(base) / "experiment.yaml")
-    asked = ["train", file, "--resume", str(run_folder(base)), "--local"]
+    local.run(base, folder_of_run(base))
+    file = str(folder_of_run(base) / "experiment.yaml")
+    asked = ["train", file, "--resume", str(folder_of_run(base)), "--local"]
     assert main([*asked, "-s", "steps=3", "--allow", "steps"]) == 2
     assert capsys.readouterr().err.strip().endswith("steps: should be at least the 4 that are done, got 3")
     asked += ["-s", "steps=6", "-s", "generator.learning_rate=1e-5"]
     assert main([*asked, "--allow", "steps", "--allow", "generator.learning_rate"]) == 0
     shown = capsys.readouterr().out
     assert "from step 4 on it has what is new, and its older checkpoints are gone" in shown
-    assert f"run {run_folder(base)}  from step 4  tracking" in shown
-    step, state = CheckpointStore(run_folder(base) / "checkpoints").latest()
+    assert f"run {folder_of_run(base)}  from step 4  tracking" in shown
+    step, state = CheckpointStore(folder_of_run(base) / "checkpoints").latest()
     assert step == 6 and state["train_state"]["generator_optimizer"]["param_groups"][0]["lr"] == 1e-5
-    rows, ends = journal(run_folder(base))
+    rows, ends = journal(folder_of_run(base))
     assert sorted(rows) == [*range(1, 7)] and ends == ["FINISHED", "FINISHED"]
     assert main(asked) == 0  # which is now its own configuration
 
@@ -278,7 +278,7 @@ def test_a_pause_waits_for_the_checkpoint(experiment, tmp_path, monkeypatch):
 
     def paused(train_state, settings, schedule, draws, *rest):
         if draws.step == 4:
-            signals.request(tmp_path / "run", signals.PAUSE)
+            signals.request(tmp_path / "run", Signal.PAUSE)
         return alternating_round(train_state, settings, schedule, draws, *rest)
 
     monkeypatch.setattr("diffinstruct.training.loop.alternating_round", paused)
@@ -292,30 +292,30 @@ def test_prompts_that_have_changed_under_their_name_are_refused(experiment, tmp_
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red thing\na blue thing\n")
     base = experiment(steps=4, output_dir=str(tmp_path), prompts__train=str(prompts))
-    local.run(base, run_folder(base))
+    local.run(base, folder_of_run(base))
     prompts.write_text("a red thing\na pale thing\n")
-    asked = ["train", str(run_folder(base) / "experiment.yaml"), "--resume", str(run_folder(base)), "--local"]
+    asked = ["train", str(folder_of_run(base) / "experiment.yaml"), "--resume", str(folder_of_run(base)), "--local"]
     assert main(asked) == 2
     assert f"prompts.train: the prompts of {prompts} have changed since step 4 of " in capsys.readouterr().err
     assert main([*asked, "--allow", "prompts.train"]) == 0
     assert main(asked) == 0  # they are its own now
     capsys.readouterr()
-    before = {path: path.stat().st_mtime_ns for path in run_folder(base).glob("checkpoints/*/*")}
+    before = {path: path.stat().st_mtime_ns for path in folder_of_run(base).glob("checkpoints/*/*")}
     assert main([*asked, "--allow", "prompts.train"]) == 0  # as a script that restarts it may go on to say
     assert "has what is new" not in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in run_folder(base).glob("checkpoints/*/*")}
+    assert before == {path: path.stat().st_mtime_ns for path in folder_of_run(base).glob("checkpoints/*/*")}
 
 
 def test_a_checkpoint_that_says_it_is_the_runs_and_is_not(experiment, tmp_path, capsys):
     """Its digests are right."""
     base = experiment(steps=2, output_dir=str(tmp_path))
-    local.run(base, run_folder(base))
-    store = CheckpointStore(run_folder(base) / "checkpoints")
+    local.run(base, folder_of_run(base))
+    store = CheckpointStore(folder_of_run(base) / "checkpoints")
     step, state = store.latest()
     for odd in ({"train_state": {}}, {"train_state": state["train_state"] | {"ema": {}}}, {"rewards": []}):
         store.save(step, state | odd)
         with pytest.raises(SystemExit) as failed:
-            main(["train", str(run_folder(base) / "experiment.yaml"), "--local"])
+            main(["train", str(folder_of_run(base) / "experiment.yaml"), "--local"])
         *_, said, how = capsys.readouterr().err.splitlines()
         assert failed.value.code == 1 and how.startswith("from its last checkpoint the run goes on")
         assert f"{store.folder}: the run cannot go on from its newest checkpoint (" in said
@@ -340,8 +340,8 @@ def test_a_run_whose_checkpoints_cannot_be_read_does_not_begin_anew(experiment, 
 
 def test_an_empty_recipe_in_a_run_is_damage(experiment, tmp_path, capsys):
     base = experiment(steps=2, output_dir=str(tmp_path))
-    local.run(base, run_folder(base))
-    own = run_folder(base) / "experiment.yaml"
+    local.run(base, folder_of_run(base))
+    own = folder_of_run(base) / "experiment.yaml"
     (tmp_path / "recipe.yaml").write_text(own.read_text())
     own.write_text("")
     assert main(["train", str(tmp_path / "recipe.yaml"), "--local"]) == 2
@@ -393,8 +393,8 @@ def test_an_export_that_finds_no_room_ends_the_run_resumable(experiment, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr("diffinstruct.models.export.export", full)
         with pytest.raises(CheckpointError, match=r"No space left on device, [\d.]+ MiB are free"):
-            local.run(base, run_folder(base))
-    assert local.run(base, run_folder(base)).metrics
+            local.run(base, folder_of_run(base))
+    assert local.run(base, folder_of_run(base)).metrics
 
 
 def test_a_lock_that_finds_no_room_is_one_line(experiment, tmp_path, monkeypatch, capsys):

@@ -86,7 +86,7 @@ def export(
 ) -> None:
     """Write a checkpoint's generator as a stock pipeline.
 
-    The weights are the average over steps. The run need not have finished.
+    The weights are the generator's EMA. The run need not have finished.
     """
     from diffinstruct.config.reading import load_run
 

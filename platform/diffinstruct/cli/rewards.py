@@ -42,17 +42,17 @@ def validate(
     """Validate a reward, check by check, as every run does before its first step."""
     check_rewards([reward], "rewards validate")
     from diffinstruct.method.rewards import RewardError
-    from diffinstruct.reward_service.reward_validation import refuse
-    from diffinstruct.reward_service.score_folder import validate
+    from diffinstruct.reward_service.reward_validation import raise_on_faults
+    from diffinstruct.reward_service.score_folder import validate_on_folder
     from reward_models import NAMES
 
-    report = validate(reward, images, prompts, not held_out)
+    report = validate_on_folder(reward, images, prompts, not held_out)
     if reward in NAMES:
-        print(f"{'declared':<12}{NAMES[reward].range}")
+        print(f"{'declared':<30}{NAMES[reward].range}")
     for check, outcome in [*report.checks.items(), *(("remark", remark) for remark in report.remarks)]:
-        print(f"{check:<12}{outcome}")
+        print(f"{check:<30}{outcome}")
     try:
-        refuse([report])
+        raise_on_faults([report])
     except RewardError as error:
         print(error, file=sys.stderr)
         raise SystemExit(1) from None

@@ -33,10 +33,10 @@ def train(
 ) -> None:
     """Train a generator on Ray."""
     from diffinstruct.locks import COMMAND, only_writer
-    from diffinstruct.run_folder.location import run_folder
+    from diffinstruct.run_folder.location import folder_of_run
 
     experiment = read_experiment(file, overrides)
-    folder = run_folder(experiment) if resume is None else existing_run(resume)
+    folder = folder_of_run(experiment) if resume is None else existing_run(resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed
 
 from diffinstruct.method.step import Metrics
-from diffinstruct.run_folder.ranks import Ranks
+from diffinstruct.ranks import Ranks
 
 
 def distributed_ranks(rank: int, world: int) -> Ranks:

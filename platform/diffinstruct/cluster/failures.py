@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from ray.exceptions import RayTaskError
-from ray.train import ControllerError, UserCallback, WorkerGroupError
+from ray.train import ControllerError, FailureConfig, UserCallback, WorkerGroupError
 
 from diffinstruct.config.addresses import one_line
 from diffinstruct.config.sections import TrackingConfig
@@ -19,7 +19,8 @@ from diffinstruct.tracking.journal import deliver
 
 logger = logging.getLogger(__name__)
 
-FINAL = (UserError, RewardError, NonFiniteGradient, CheckpointError, Paused)  # errors that a second try would meet again
+FINAL = (UserError, RewardError, NonFiniteGradient, CheckpointError, Paused)  # errors that a second try would raise again
+RESTARTS = FailureConfig(max_failures=3)  # any other error restarts the workers, so many times
 
 
 class NoSecondTry(UserCallback):

@@ -74,7 +74,7 @@ class RewardPool:
 
     def ask(self, latents: Tensor, prompts: Sequence[str], request: RewardRequest) -> Collect:
         """Ask every group, each with its part of the weights. A batch is dealt out to a group's replicas in whole
-        micro-batches, so that its rows meet the same neighbours as in one process."""
+        micro-batches, so that its rows have the same neighbours as in one process."""
         if unknown := [name for name in request.weights if name not in self.names]:
             raise RewardError(f"reward {unknown[0]}: asked for, but there are {', '.join(self.names) or 'none'}")
         array = latents.detach().cpu().numpy()

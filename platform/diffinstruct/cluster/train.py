@@ -26,19 +26,20 @@ import ray.train
 import torch
 import torch.distributed
 from ray.exceptions import RayTaskError
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from diffinstruct.cluster.attach import attached, check_fits, stand_in, warn_of_passing_copy, worker_task
 from diffinstruct.cluster.collectives import collective_device, distributed_ranks, preempted
-from diffinstruct.cluster.failures import NoSecondTry, close, final_error
+from diffinstruct.cluster.failures import RESTARTS, NoSecondTry, close, final_error
 from diffinstruct.cluster.reward_pool import RewardPool, reward_pool
 from diffinstruct.config.addresses import tracking_uri
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.locks import Busy
 from diffinstruct.run_folder import signals
+from diffinstruct.run_folder.signals import Signal
 from diffinstruct.tracking.journal import Parent
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def fit(experiment: Experiment, folder: Path, pool: RewardBackend | None, where:
         run_config=RunConfig(
             name=name,
             storage_path=str(folder / "ray"),
-            failure_config=FailureConfig(max_failures=3),
+            failure_config=RESTARTS,
             callbacks=[NoSecondTry()],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -87,7 +88,7 @@ def fit(experiment: Experiment, folder: Path, pool: RewardBackend | None, where:
     in_main_thread, interrupt = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
     signals.clear(folder)
     try:
-        with signals.on_sigterm(lambda: signals.request(folder, signals.PAUSE)):
+        with signals.on_sigterm(lambda: signals.request(folder, Signal.PAUSE)):
             return trainer.fit().return_value
     except BaseException as error:
         # Ray answers Ctrl-C by ending the workers and the program, with status 0.

@@ -95,7 +95,7 @@ class GeneratorConfig(OptimizerConfig):
         1e-4, "of Adam, per step (left open; ours, kept by open_choices: neither half nor twice is better)", resume=True
     )
     ema_decay: float = key(
-        0.99, "per step, of the averaged weights that are shown and exported (ours)", ge=0, lt=1, resume=True
+        0.99, "per step, of the EMA of the weights that is shown and exported (ours)", ge=0, lt=1, resume=True
     )
 
 
@@ -174,8 +174,9 @@ class ObjectiveConfig(Section):
     )
     t_law: Literal["uniform", "log_normal"] = key(
         "uniform",
-        "of t, for both players: uniform on [t_min, t_max) (left open; neighbours' choice, kept by "
-        "open_choices: the other costs diversity), or ln(sigma_t / alpha_t) normal and cut to it (Karras et al. 2022)",
+        "of t, in the generator's and the score network's updates: uniform on [t_min, t_max) (left open; neighbours' "
+        "choice, kept by open_choices: the other costs diversity), "
+        "or ln(sigma_t / alpha_t) normal and cut to it (Karras et al. 2022)",
     )
     t_log_mean: float = key(-0.5, "mean of the log-normal law (Karras et al. 2022, for data of unit variance)", ge=-20, le=20)
     t_log_std: float = key(1.2, "standard deviation of the log-normal law (Karras et al. 2022)", ge=1e-3, le=1e3)
@@ -283,7 +284,7 @@ class PromptsConfig(Section):
 class OveroptimizationConfig(Section):
     """Whether the reward is being hacked: it rises, and what it stands for does not."""
 
-    every: int = key(10, "steps between two looks at 64 pictures of the averaged generator; 0: none (ours)", ge=0)
+    every: int = key(10, "steps between two looks at 64 pictures of the generator's EMA; 0: none (ours)", ge=0)
     on_alarm: Literal["warn", "stop", "lower_scale"] = key(
         "warn",
         "what an alarm does beside being written down: nothing, end the run there as if it were finished, "

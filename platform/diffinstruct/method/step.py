@@ -3,8 +3,8 @@
 A round is the score network's K_TA updates and the generator's one. A run's *step* is the number of rounds that are done:
 configuration, journal and checkpoints count in steps.
 
-Everything that wants something of the generator says so as a gradient at its sample x0. The regulariser and the rewards
-are computed on detached leaves, wherever that is cheapest, and the generator's graph is walked once:
+Every loss reaches the generator as a gradient at its sample x0. The regulariser and the rewards are computed on detached
+leaves, wherever that is cheapest, and the generator's graph is walked once:
 
     x0 = g_theta(z, c)  --detached-->  rewards (elsewhere, meanwhile)
     K_TA times:  score network learns to denoise x0
@@ -129,10 +129,11 @@ def alternating_round(
         x0 = torch.cat([this.generate(z, rows) for rows in batches])
     sample = x0.detach()
     sending = time.perf_counter()
-    # A reward may well give such pictures a finite score
     finite.check("the generator's sample", sample)
+    # A non-finite sample is not sent: a reward might score it as finite
     collect = send(sample, prompts) if finite.all_finite else None
-    exposed = time.perf_counter() - sending  # rewards in this process have their answer now
+    # The seconds in which the round waits for rewards; those in this process have their answer now
+    exposed = time.perf_counter() - sending
 
     regularizer_grad = torch.zeros_like(sample)
     if config.objective:
@@ -250,7 +251,7 @@ class Round:
         (self.generate(z, last) if early else x0).backward(gradient[last])
         norm = self._clipped(generator, config.generator_max_grad_norm, "generator")
         self.train_state.generator_optimizer.step()
-        update_ema(self.train_state.ema, unwrapped(generator), min(config.ema_decay, (1 + step) / (10 + step)))
+        update_ema(self.train_state.ema, unwrapped(generator), ema_decay_at(step, config.ema_decay))
         return norm
 
     def _clipped(self, network: nn.Module, max_norm: float, name: str) -> float:
@@ -260,6 +261,11 @@ class Round:
         if not math.isfinite(norm):
             raise NonFiniteGradient(self.noise.step, name, self.finite.first)
         return norm
+
+
+def ema_decay_at(step: int, most: float) -> float:
+    """The EMA's decay warms up from 1/10 to `most`."""
+    return min(most, (1 + step) / (10 + step))
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from diffinstruct.run_folder.state_tree import TensorShard
 def sharded(load: Callable[[str], nn.Module], mesh: DeviceMesh, precision: str) -> nn.Module:
     """The network that `load(device)` gives, spread over the mesh; `load("meta")` gives it without weights.
 
-    precision: "bf16" gathers and computes in bf16, under autocast; gradients meet in fp32.
+    precision: "bf16" gathers and computes in bf16, under autocast; gradients are reduced in fp32.
     """
     network: Any = load("meta")
     rank = mesh.get_rank()

@@ -136,8 +136,15 @@ def run_folders(path: Path | str) -> list[Path]:
     raise UserError(f"{path}: no such folder{nearest_file(path, '*')}")
 
 
-RENAMED = {"divergence": "x0_gap", "watch/": "overoptimization/", "hacking": "overoptimization"}
-"""Metrics, events, and groups of them (with a slash) of version 0.1, and what they are called now."""
+RENAMED = {
+    "divergence": "x0_gap",
+    "watch/": "overoptimization/",
+    "hacking": "overoptimization",
+    "watch": "overoptimization.no_held_out",
+    "overoptimization.blind": "overoptimization.no_held_out",
+    "blind": "overoptimization.probe_skipped",
+}
+"""Metrics, events, and groups of them (with a slash) of older versions, and what they are called now."""
 
 
 def renamed(name: str) -> str:

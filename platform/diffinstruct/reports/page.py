@@ -102,7 +102,7 @@ def of_sweep(path: Path, frame: pd.DataFrame) -> str:
         key: _cut(plain(frame[key].iloc[0])) for key in frames.identity_keys(frame) if key not in keys and key != "seed"
     }
     default = {key: _cut(plain(value)) for key, value in Experiment().to_params().items() if value is not None}
-    best = by_point.sort_values(of.held_out, ascending=False) if of.held_out else by_point
+    highest_held_out = by_point.sort_values(of.held_out, ascending=False) if of.held_out else by_point
     counts = frame["status"].value_counts().to_dict()
     if (begun := len(frame)) < (trials := frames.planned(path)):
         counts["not begun"] = trials - begun
@@ -123,12 +123,12 @@ def of_sweep(path: Path, frame: pd.DataFrame) -> str:
         compared=0 if of.held_out is None or of.distance is None else len(by_point.dropna(subset=[of.held_out, of.distance])),
         by_point=[
             {"keys": _cells(row, keys), "n": len(row["runs"]), "estimates": [estimate_text(row, measure) for measure in titles]}
-            for _, row in best.head(MOST_ROWS).iterrows()
+            for _, row in highest_held_out.head(MOST_ROWS).iterrows()
             if several
         ],
         heat=_heat_maps(frame, of, keys),
         curves=_curves(frames.learning_curves(path), frame if done.empty else done) if is_folder else None,
-        pictures=pictures_of_the_best(best, keys) if is_folder else None,
+        pictures=pictures_of_the_highest(highest_held_out, keys) if is_folder else None,
         table=[_trial(row, keys, titles) for _, row in order.head(MOST_ROWS).iterrows()],
         left_out=len(order[MOST_ROWS:]),
     )
@@ -151,11 +151,11 @@ def pictures_over_time(folder: Path, prompts: Sequence[str]) -> Pictures | None:
     return side_by_side(prompts, columns, left_out)
 
 
-def pictures_of_the_best(best: pd.DataFrame, keys: Sequence[str]) -> Pictures | None:
-    """The start beside the last pictures of the first of `best` that have some, on the same prompts and noise."""
+def pictures_of_the_highest(points: pd.DataFrame, keys: Sequence[str]) -> Pictures | None:
+    """The start beside the last pictures of the first of these points that have some, on the same prompts and noise."""
     columns: dict[str, list[Image.Image]] = {}
     prompts: list[str] | None = None
-    for _, point in best.iterrows():
+    for _, point in points.iterrows():
         for run in point["runs"]:
             drawn = [*plots.grids(run).values()]
             experiment = load_run(Path(run))

@@ -15,8 +15,8 @@ from diffinstruct.config.sections import RewardActorsConfig, RewardsConfig
 from diffinstruct.errors import UserError
 from diffinstruct.method.rewards import Collect, LatentRewards, RewardError, RewardModel, RewardRequest, Scores
 from diffinstruct.models.sources import quiet
-from diffinstruct.reward_service.reward_validation import Report, refuse, validate_reward
-from diffinstruct.run_folder.ranks import Ranks
+from diffinstruct.ranks import Ranks
+from diffinstruct.reward_service.reward_validation import Report, raise_on_faults, validate_reward
 
 
 def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:
@@ -87,23 +87,23 @@ class RewardClient:
         self,
         config: RewardsConfig,
         actors_config: RewardActorsConfig,
-        actors: RewardBackend | None,
+        pool: RewardBackend | None,
         in_process: Callable[[], LocalRewards],
     ) -> None:
-        self.config, self.actors, self.in_process = config, actors, in_process
+        self.config, self.pool, self.in_process = config, pool, in_process
         self.micro_batch_size = config.micro_batch_size
         self.scales = {reward.name: 1.0 for reward in config.trained}
-        self.placement = "process" if actors is None else actors_config.placement  # "auto" until it is chosen
+        self.placement = "process" if pool is None else actors_config.placement  # "auto" until it is chosen
         if self.placement == "auto" and actors_config.environments:
-            self.placement = "actor"  # what a package of the same name scores in this environment is another reward
+            self.placement = "actor"  # the training environment may have another version of the reward's package
         self._backend: RewardBackend | None = None
-        self._exposed_seconds: list[float] = []  # of each round, while the placement is not chosen
+        self._exposed_seconds: list[float] = []  # in which each round waited for rewards, while the placement is not chosen
         self._last_batch: tuple[Tensor, Sequence[str]] | None = None
 
     @property
     def backend(self) -> RewardBackend:
         if self._backend is None:
-            self._backend = self.in_process() if self.placement == "process" or self.actors is None else self.actors
+            self._backend = self.in_process() if self.placement == "process" or self.pool is None else self.pool
         return self._backend
 
     def open(self) -> None:
@@ -133,21 +133,21 @@ class RewardClient:
 
         return collect
 
-    def score(self, latents: Tensor, prompts: Sequence[str]) -> Collect:
-        """Scores without a gradient."""
+    def send_for_scores(self, latents: Tensor, prompts: Sequence[str]) -> Collect:
+        """Ask for scores without a gradient; collecting gives them."""
         answer = self.backend.ask(latents, prompts, RewardRequest({}, self.micro_batch_size))
         return lambda: self._collected(answer)
 
     def validate(self, latents: Tensor, prompts: Sequence[str]) -> list[Report]:
         """Validate all rewards on pictures of the generator. Raises RewardError, a line for each fault."""
         reports = self.backend.validate(latents, prompts, [reward.name for reward in self.config.trained])
-        refuse(reports)
+        raise_on_faults(reports)
         return reports
 
     def measure_scales(self, latents: Tensor, prompts: Sequence[str]) -> None:
         """`rewards.normalize`: the standard deviations of the trained rewards over pictures of the start."""
         if self.config.normalize == "std" and self.scales:
-            scores = self.score(latents, prompts)().scores
+            scores = self.send_for_scores(latents, prompts)().scores
             self.scales = {name: scores[name].double().std().item() for name in self.scales}
             if flat := [name for name, scale in self.scales.items() if scale == 0]:
                 raise RewardError(f"reward {flat[0]}: the same score for {len(latents)} pictures, nothing to normalize by")
@@ -163,7 +163,7 @@ class RewardClient:
         here = ranks.min(int(seconds < exposed))
         self.placement, where = ("process", "training process") if here else ("actor", "reward actors")
         if not here:
-            self._backend = self.actors
+            self._backend = self.pool
         times = f"actors hold a round up by {exposed:.3f} s, the training process {remark}"
         return f"rewards are computed in the {where}: {times}"
 
@@ -192,5 +192,5 @@ class RewardClient:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.micro_batch_size, self.scales = state["micro_batch_size"], dict(state["scales"])
         self._backend, self._exposed_seconds = None, []
-        if self.actors is not None:
+        if self.pool is not None:
             self.placement = state["placement"]

@@ -20,21 +20,21 @@ from torch import Tensor, nn
 
 from diffinstruct.method.step import Metrics
 from diffinstruct.models.sampling import EVALUATION_SEED, LatentSampler, probe_inputs
+from diffinstruct.ranks import SINGLE_PROCESS, Ranks
 from diffinstruct.reward_service.client import RewardClient
 from diffinstruct.reward_service.reward_validation import PICTURES
-from diffinstruct.run_folder.ranks import SINGLE, Ranks
 
 NOISES = 4  # A probe has so many pictures of each prompt
 
 # Where a symptom begins: tuned on recorded probes of the pocket world, see docs/results.md.
-UNEXPLAINED = 3.0  # the trained reward has gained this much more than the held-out ones, in within-prompt std
+MAX_UNEXPLAINED_STD = 3.0  # the trained reward has gained this much more than the held-out ones, in within-prompt std
 FALL_SHARE, FALL_ERRORS, FALL_STD, TRAINED_GAIN_STD = 0.25, 4.0, 0.3, 0.3
 """A held-out reward has fallen from its best probe by this share of its gain, this many standard errors, and this many
 within-prompt std, while the trained reward has gained TRAINED_GAIN_STD within-prompt std since the start."""
-VARIETY = 0.4  # the variety is below this share of the start's
-DISTANCE = 3.0  # the distance is beyond this multiple of the first probe's after the start
+MIN_VARIETY_SHARE = 0.4  # the variety is below this share of the start's
+MAX_DISTANCE_RATIO = 3.0  # the distance is beyond this multiple of the first probe's after the start
 
-METRICS = tuple(f"overoptimization/{name}" for name in ("trained", "held_out", "unexplained", "variety", "distance"))
+PROBE_METRICS = tuple(f"overoptimization/{name}" for name in ("trained", "held_out", "unexplained", "variety", "distance"))
 """The keys that `ProbeHistory.figures` may have."""
 
 NO_HELD_OUT = (
@@ -79,11 +79,10 @@ class ProbeHistory:
         return self.best.get("step")
 
     def observe(self, probe: Probe, has_checkpoint: bool = False) -> Alarm | None:
-        """The alarm of a symptom that was not there at the probe before, one at a time. Raises ValueError for a
-        broken probe.
+        """Returns one new symptom per probe, as an Alarm. Raises ValueError for a broken probe.
 
-        has_checkpoint: whether there is one of that step. Of those without any symptom the best has the highest
-            held-out gain.
+        best: the symptom-free probe with a checkpoint and the highest held-out gain.
+        has_checkpoint: whether there is one of the probe's step.
         """
         shape = probe.trained.shape
         if len(shape) != 1 or shape[0] % NOISES or shape[0] < 2 * NOISES:
@@ -129,7 +128,7 @@ class ProbeHistory:
     def _symptoms(self, probe: Probe) -> dict[str, str]:
         """The symptoms of this probe, each with its line."""
         figures, symptoms = self._figures, {}
-        trained = figures.get("trained", math.inf)  # no within-prompt std to count its gain in
+        trained = figures.get("trained", math.inf)  # gain not countable: treat it as risen
         for name, scores in probe.held_out.items():
             start, best = self._start["held_out"][name], self._highest[name]
             fall = by_prompt(best["scores"]) - by_prompt(scores)
@@ -142,20 +141,20 @@ class ProbeHistory:
                     f"{error:.2g}) below its best at step {best['step']}, where it had gained {rise:.3g}; the trained "
                     f"reward has gained {trained:.2g} within-prompt std"
                 )
-        if figures.get("unexplained", 0.0) > UNEXPLAINED:
+        if figures.get("unexplained", 0.0) > MAX_UNEXPLAINED_STD:
             symptoms["unexplained"] = (
                 f"at step {probe.step} the trained reward has gained {figures['trained']:.2g} within-prompt std and "
-                f"the held-out {figures['held_out']:.2g}: {figures['unexplained']:.2g} more, beyond {UNEXPLAINED:g}"
+                f"the held-out {figures['held_out']:.2g}: {figures['unexplained']:.2g} more, beyond {MAX_UNEXPLAINED_STD:g}"
             )
-        if figures.get("variety", 1.0) < VARIETY:
+        if figures.get("variety", 1.0) < MIN_VARIETY_SHARE:
             symptoms["variety"] = (
                 f"at step {probe.step} pictures of one prompt differ by {figures['variety']:.2g} of what they did at "
-                f"the start, less than {VARIETY:g}"
+                f"the start, less than {MIN_VARIETY_SHARE:g}"
             )
-        if figures.get("distance", 0.0) > DISTANCE:
+        if figures.get("distance", 0.0) > MAX_DISTANCE_RATIO:
             symptoms["distance"] = (
                 f"at step {probe.step} the x0 gap to the reference is {figures['distance']:.3g} times what it was at "
-                f"the first probe, beyond {DISTANCE:g}"
+                f"the first probe, beyond {MAX_DISTANCE_RATIO:g}"
             )
         return symptoms
 
@@ -179,8 +178,8 @@ def within_prompt_std(scores: Any) -> float:
 
 
 def gain(start: Any, scores: np.ndarray) -> float:
-    """The gain since the start in its within-prompt std; 0 where nothing has risen. NaN where that is 0, as for a reward
-    that says yes or no it may be."""
+    """The gain since the start in its within-prompt std; 0 where nothing has risen. NaN where that std is 0, which
+    happens with yes/no rewards."""
     risen, unit = float(np.mean(scores) - np.mean(start)), within_prompt_std(start)
     if not risen:
         return 0.0
@@ -203,7 +202,7 @@ class OveroptimizationMonitor:
         sample: LatentSampler,
         prompts: Sequence[str],
         rewards: RewardClient,
-        ranks: Ranks = SINGLE,
+        ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         self.held_out, self.sample, self.rewards, self.ranks = held_out, sample, rewards, ranks
         self.history = ProbeHistory()
@@ -221,7 +220,7 @@ class OveroptimizationMonitor:
         latents = self.sample(generator, self.noise, self.prompts)
         if not self.ranks.first:
             return lambda: ({}, None)
-        weights, answer = self.rewards.request.weights, self.rewards.score(latents, self.prompts)
+        weights, answer = self.rewards.request.weights, self.rewards.send_for_scores(latents, self.prompts)
         distance = sum(self.x0_gaps) / len(self.x0_gaps) if self.x0_gaps else float("nan")
         self.x0_gaps = []
 

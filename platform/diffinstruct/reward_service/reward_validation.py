@@ -27,7 +27,8 @@ MARGIN = 0.1
 """Difference quotients are taken on pictures in [MARGIN, 1 - MARGIN]: beyond black and white a reward may clamp."""
 STEPS = (0.01, 0.04, 0.0025, 0.0006)
 """Of the difference quotients, in a picture's units: small ones for rewards that bend, large ones for noisy rewards."""
-WRONG = 0.1  # the share of a change in score by which the gradient may miss it. A sign is off by 2, a factor of 2 by 1/2.
+MAX_GRADIENT_ERROR = 0.1
+"""The share of a change in score by which the gradient may miss it (a wrong sign gives 2, a doubled gradient 1/2)."""
 HALF = 1e-4  # relative rounding above this is half precision's
 COARSE = 8  # cells a side of the coarse directions: a reward that looks at shapes hardly feels noise of single pixels
 
@@ -53,7 +54,7 @@ class Report:
         """One line for a run's log."""
         if self.faults:
             return "; ".join(self.faults)
-        seen = [self.checks[what] for what in ("range", "slope", "memory") if what in self.checks]
+        seen = [self.checks[what] for what in ("score_range", "gradient_matches_differences", "memory") if what in self.checks]
         return f"reward {self.name}: {'; '.join([*seen, *self.remarks])}"
 
 
@@ -81,7 +82,7 @@ def validate_reward(name: str, reward: RewardModel, images: Tensor, prompts: Seq
             torch.cuda.empty_cache()
 
 
-def refuse(reports: Sequence[Report]) -> None:
+def raise_on_faults(reports: Sequence[Report]) -> None:
     """Raises RewardError with every fault of every report, a line each."""
     if faults := [fault for report in reports for fault in report.faults]:
         raise RewardError("\n".join(faults))
@@ -112,13 +113,13 @@ class _Validation:
 
     def report(self, trained: bool) -> Report:
         memory = _Memory(self.images.device)
-        if all(map(self._passes, (self.answers, self.range, self.repetition))):
-            for check in (self.input, self.neighbours, self.order, self.sight):
+        if all(map(self._passes, (self.answers, self.score_range, self.repetition))):
+            for check in (self.inputs_unchanged, self.neighbours, self.order, self.depends_on_picture):
                 self._passes(check)
-            self.differentiable = trained and self._passes(self.gradient)
+            self.differentiable = trained and self._passes(self.gradient_per_picture)
             self._passes(self.saturation)
             if self.differentiable:
-                self._passes(self.slope)
+                self._passes(self.gradient_matches_differences)
         self.figures["memory"] = memory.growth()
         if not self.faults:
             self.checks["memory"] = f"its peak grew by {self.figures['memory'] / 2**20:.0f} MiB"
@@ -149,7 +150,7 @@ class _Validation:
         self.epsilon = max(torch.finfo(kind).eps for kind in kinds)
         return f"{len(self.first)} pictures got {len(self.first)} scores, {str(scores.dtype).removeprefix('torch.')}"
 
-    def range(self) -> str:
+    def score_range(self) -> str:
         """One score for all pictures is a fault, of a held-out reward too: it might swallow its own errors."""
         images, texts = self.all_images, self.all_texts
         began = time.perf_counter()
@@ -192,7 +193,7 @@ class _Validation:
             raise self._fault(f"asked about other pictures in between, it gave scores that differ by {off:.3g}: it remembers")
         return "asked again, it gave the same bits"
 
-    def input(self) -> str:
+    def inputs_unchanged(self) -> str:
         """Neither pictures nor prompts are written to; and a tower and a head say what the reward itself says."""
         images, texts = self.images.clone(), list(self.texts)
         with torch.no_grad():  # `scored` would give it a copy
@@ -232,7 +233,7 @@ class _Validation:
             raise self._fault(f"in another order, the same pictures and prompts get scores that differ by {off:.3g}")
         return "scores follow their pictures to other rows"
 
-    def sight(self) -> str:
+    def depends_on_picture(self) -> str:
         """Other pictures get other scores under the same prompts. Other prompts need not: some rewards rate beauty."""
         if not _off(self._ask(self._others, self.texts), self.first) and not self._sees_some():
             raise self._fault("it does not look at the pictures: others under the same prompts get the same scores")
@@ -247,7 +248,7 @@ class _Validation:
         return any(_off(self._ask(images[rows], texts[rows]), self.scores[rows]) for rows in self._batches)
 
     # ---------------------------------------------------------------------------------------------- gradients
-    def gradient(self) -> str:
+    def gradient_per_picture(self) -> str:
         """There is one, finite, and each picture's is its own score's: weights w_b of the scores multiply its rows."""
         images = self._inside
         with torch.enable_grad():
@@ -280,7 +281,7 @@ class _Validation:
         what = "score and gradient are" if self.differentiable else "the score is"
         return f"{what} finite on black, white and saturated pictures"
 
-    def slope(self) -> str:
+    def gradient_matches_differences(self) -> str:
         """The gradient against central differences: along itself, and along coarse and fine random directions.
 
         For each row and direction the best of the STEPS counts, since a reward may bend within a large one, of those
@@ -288,36 +289,37 @@ class _Validation:
         """
         images, gradient = self._inside, self.own_gradient
         directions = self._directions(gradient)
-        says = torch.stack([(gradient * v).flatten(1).double().sum(1) for v in directions]).cpu()  # [directions, B]
+        predicted = torch.stack([(gradient * v).flatten(1).double().sum(1) for v in directions]).cpu()  # [directions, B]
         nudged = images + self.epsilon * directions[-1]  # hardly another picture: what changes is rounding inside the reward
         rounding = 2 * max(self.rounding, _off(self._ask(images, self.texts), self._ask(nudged, self.texts)))
-        error, found = torch.full_like(says, torch.inf), torch.zeros_like(says)
-        allowed = WRONG if self.epsilon < HALF else 3 * WRONG
+        error, quotients = torch.full_like(predicted, torch.inf), torch.zeros_like(predicted)
+        allowed = MAX_GRADIENT_ERROR if self.epsilon < HALF else 3 * MAX_GRADIENT_ERROR
         for step in STEPS:
             sides = [[self._ask(images + sign * step * v, self.texts) for v in directions] for sign in (1, -1)]
             quotient = (torch.stack(sides[0]) - torch.stack(sides[1])) / (2 * step)
-            size = torch.maximum(quotient.abs(), says.abs())
-            off = ((quotient - says).abs() / size).where(rounding / step <= allowed * size, torch.inf)
-            found, error = found.where(error <= off, quotient), error.minimum(off)
+            size = torch.maximum(quotient.abs(), predicted.abs())
+            off = ((quotient - predicted).abs() / size).where(rounding / step <= allowed * size, torch.inf)
+            quotients, error = quotients.where(error <= off, quotient), error.minimum(off)
             if (error <= allowed).all():
                 break
-        told = error.isfinite()
-        if not told.any():
+        measurable = error.isfinite()
+        if not measurable.any():
             self.remarks.append("its gradient could not be checked: what a step changes drowns in the scores' rounding")
             return "no change stands out of the scores' rounding"
-        bad = told & (error > allowed)
-        if (blind := bad.any(0) & (says == 0).all(0)).any():
+        bad = measurable & (error > allowed)
+        if (blind := bad.any(0) & (predicted == 0).all(0)).any():
             raise self._fault(
                 f"no gradient reaches {int(blind.sum())} of {len(images)} pictures, though their scores change with them"
             )
         if bad.any():
-            factor = ((found * says)[bad].sum() / (says * says)[bad].sum()).item()
+            factor = ((quotients * predicted)[bad].sum() / (predicted * predicted)[bad].sum()).item()
             raise self._fault(
-                f"its gradient is not that of its scores: in {int(bad.sum())} of {int(told.sum())} directions they change "
-                f"otherwise, by {factor:.2g} times what it says"
+                f"its gradient is not that of its scores: in {int(bad.sum())} of {int(measurable.sum())} directions the "
+                f"score changes by {factor:.2g} times what the gradient predicts"
             )
-        self.figures["gradient_error"] = error[told].max().item()
-        return f"the gradient misses at most {self.figures['gradient_error']:.1%} of a change, in {int(told.sum())} directions"
+        self.figures["gradient_error"] = error[measurable].max().item()
+        worst, n = self.figures["gradient_error"], int(measurable.sum())
+        return f"the gradient misses at most {worst:.1%} of a change, in {n} directions"
 
     # -------------------------------------------------------------------------------------------------- asking
     def _scored(self, images: Tensor, texts: Sequence[str]) -> Tensor:

@@ -100,7 +100,9 @@ def save(table: pd.DataFrame, path: Path) -> None:
         raise UserError(f"{path}: {error.strerror}") from None
 
 
-def validate(name: str, folder: Path | None = None, prompts: str | Path | None = None, trained: bool = True) -> Report:
+def validate_on_folder(
+    name: str, folder: Path | None = None, prompts: str | Path | None = None, trained: bool = True
+) -> Report:
     """Validate one reward, on at most 64 pictures of the size of the folder's first one. Without a folder the pocket
     world's one-step generator makes the pictures; without prompts its own stand in: no check asks whether they fit."""
     device = _device()

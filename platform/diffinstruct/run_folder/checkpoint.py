@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffinstruct.locks import FULL, locked
-from diffinstruct.run_folder.ranks import SINGLE, Ranks
+from diffinstruct.ranks import SINGLE_PROCESS, Ranks
 from diffinstruct.run_folder.state_tree import State, decode, encode
 
 TREE, MANIFEST = "state.json", "manifest.json"
@@ -65,14 +65,14 @@ class _Pending:
     rest: tuple[Callable[[], None], ...]
 
 
-def _in_thread(*parts: Callable[[], None]) -> Future[None]:
+def _in_thread(*phases: Callable[[], None]) -> Future[None]:
     """Do things in turn, in a thread that does not keep the program from ending, as an executor's would."""
     future = Future[None]()
 
     def work() -> None:
         try:
-            for part in parts:
-                part()
+            for phase in phases:
+                phase()
             future.set_result(None)
         except BaseException as error:
             future.set_exception(error)
@@ -84,7 +84,7 @@ def _in_thread(*parts: Callable[[], None]) -> Future[None]:
 class CheckpointStore:
     """The checkpoints of one run. `folder` holds the `step-...` folders and nothing else; only `ranks` write to it."""
 
-    def __init__(self, folder: Path | str, keep: int = 2, ranks: Ranks = SINGLE) -> None:
+    def __init__(self, folder: Path | str, keep: int = 2, ranks: Ranks = SINGLE_PROCESS) -> None:
         self.folder = Path(folder).absolute()
         self.keep = max(1, keep)
         self.ranks = ranks
@@ -92,25 +92,25 @@ class CheckpointStore:
         self._copies: dict[str, Tensor] = {}  # of the last state: fresh memory takes five times as long to fill
 
     def save(self, step: int, state: State, best: int | None = None) -> Path:
-        """`start`, and wait until it is there."""
-        self.start(step, state, best)
-        self.finish_pending(wait=True)
+        """`start_save`, and wait until it is there."""
+        self.start_save(step, state, best)
+        self.finish_save(wait=True)
         return self.folder / f"step-{step:08d}"
 
-    def start(self, step: int, state: State, best: int | None = None) -> None:
+    def start_save(self, step: int, state: State, best: int | None = None) -> None:
         """Copy `state` (dicts, lists, tuples of tensors, TensorShards, numbers, strings, None; keys str or int) and
-        leave writing the copy to a thread; `finish_pending` makes it a checkpoint. Waits for the one before. A
+        leave writing the copy to a thread; `finish_save` makes it a checkpoint. Waits for the one before. A
         collective call: each rank writes its shards, and the first one all else.
 
         The newest `keep` stay, and that of the step `best`; those *after* `step` go, since the run has gone back. Raises
         CheckpointError when the disk does not take it, TypeError for a value that has no place in a checkpoint.
         """
-        self.finish_pending(wait=True)
+        self.finish_save(wait=True)
         tree, self._copies = encode(state, self._copies)
         tensors = self._copies
         temporary = self.folder / f"step-{step:08d}.tmp"
         need = sum(tensor.nbytes for tensor in tensors.values())
-        own = temporary / tensor_files(self.ranks.world)[self.ranks.rank]
+        own_file = temporary / tensor_files(self.ranks.world)[self.ranks.rank]
 
         def begin() -> None:
             if self.ranks.rank == 0:
@@ -120,13 +120,13 @@ class CheckpointStore:
                 temporary.mkdir()
 
         def write() -> None:
-            save_file(tensors, own)
-            own.with_suffix(".json").write_text(json.dumps(_fingerprint(own)))
-            flush(own)
+            save_file(tensors, own_file)
+            own_file.with_suffix(".json").write_text(json.dumps(_fingerprint(own_file)))
+            flush(own_file)
 
         def end() -> None:
             if self.ranks.rank == 0:
-                self._finish(step, tree, best)
+                self._rename_into_place(step, tree, best)
 
         self._together(step, need, begin)
         if self.ranks.world == 1:  # nobody else's part to wait for
@@ -134,17 +134,17 @@ class CheckpointStore:
         else:
             self._pending = _Pending(step, need, _in_thread(write), (end,))
 
-    def finish_pending(self, wait: bool = False) -> None:
-        """Make a checkpoint of what `start` has begun, if it is written by now or with `wait`. A collective call. Raises
-        as `start` does."""
+    def finish_save(self, wait: bool = False) -> None:
+        """Make a checkpoint of what `start_save` has begun, if it is written by now or with `wait`. A collective call.
+        Raises as `start_save` does."""
         pending = self._pending
         if pending is None or not self.ranks.min(int(wait or pending.written.done())):
             return
         self._pending = None
-        for part in (pending.written.result, *pending.rest):
-            self._together(pending.step, pending.need, part)
+        for phase in (pending.written.result, *pending.rest):
+            self._together(pending.step, pending.need, phase)
 
-    def _finish(self, step: int, tree: Any, best: int | None) -> None:
+    def _rename_into_place(self, step: int, tree: Any, best: int | None) -> None:
         final, files = self.folder / f"step-{step:08d}", tensor_files(self.ranks.world)
         temporary, replaced = final.with_suffix(".tmp"), final.with_suffix(".old")
         (temporary / TREE).write_text(json.dumps({"step": step, "files": len(files), "state": tree}))
@@ -153,7 +153,7 @@ class CheckpointStore:
             fingerprint = (temporary / name).with_suffix(".json")
             manifest[name] = json.loads(fingerprint.read_text())
             fingerprint.unlink()
-        (temporary / MANIFEST).write_bytes(_manifest(manifest))
+        (temporary / MANIFEST).write_bytes(_manifest_bytes(manifest))
         for path in (temporary / TREE, temporary / MANIFEST, temporary):
             flush(path)
         if final.exists():  # no rename onto a folder: for a moment the old one is called .old, which `latest` reads
@@ -166,11 +166,11 @@ class CheckpointStore:
             if path not in kept and not (at == best and at < step) and not _being_read(path):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _together(self, step: int, need: int, part: Callable[[], None]) -> None:
-        """Run `part` on all ranks; where one fails all raise CheckpointError."""
+    def _together(self, step: int, need: int, phase: Callable[[], None]) -> None:
+        """Run `phase` on all ranks; where one fails all raise CheckpointError."""
         final, failure = self.folder / f"step-{step:08d}", None
         try:
-            part()
+            phase()
         except Exception as error:
             failure = error
         if self.ranks.min(int(failure is None)):
@@ -188,10 +188,10 @@ class CheckpointStore:
     def latest(self) -> tuple[int, State] | None:
         """(step, state) of the newest whole checkpoint, tensors on the CPU, or None; one that is being written is
         waited for. A broken one is reported. A collective call: what one rank cannot read no rank takes."""
-        self.finish_pending(wait=True)
+        self.finish_save(wait=True)
         step = sys.maxsize
         while (step := self.ranks.min(next((at for at, _ in self._newest_first() if at < step), -1))) >= 0:
-            state = self._whole(step)
+            state = self._read_if_whole(step)
             if self.ranks.min(int(state is not None)):
                 assert state is not None
                 return step, state
@@ -201,7 +201,7 @@ class CheckpointStore:
         """Those of which there is a checkpoint, newest first; whether they are whole only reading tells."""
         return list(dict.fromkeys(at for at, _ in self._newest_first()))
 
-    def part(self, step: int, *keys: str) -> Any:
+    def read_part(self, step: int, *keys: str) -> Any:
         """What a checkpoint's state has under these keys, one inside the other, and of its files those alone that it
         takes. Raises CheckpointError where it cannot be read."""
         path = next((path for at, path in self._newest_first() if at == step), self.folder / f"step-{step:08d}")
@@ -210,7 +210,7 @@ class CheckpointStore:
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from None
 
-    def _whole(self, step: int) -> State | None:
+    def _read_if_whole(self, step: int) -> State | None:
         for path in (path for at, path in self._newest_first() if at == step):
             try:
                 return _read(step, path, self.ranks)
@@ -234,11 +234,12 @@ def _read(step: int, path: Path, ranks: Ranks, keys: Sequence[str] = ()) -> Any:
             document = json.loads((path / TREE).read_bytes())
             if document["step"] != step:
                 raise CheckpointError(f"{TREE}: it is of step {document['step']}")
-            if not 1 <= document["files"] == len(manifest) - 1:  # before as many names are made up
+            # Checked first: a damaged count could ask for billions of file names
+            if not 1 <= document["files"] == len(manifest) - 1:
                 raise CheckpointError(f"{TREE}: it is of {document['files']} files, {MANIFEST} of {len(manifest) - 1}")
             files = tensor_files(document["files"])
-            # Another number of processes reads them all
-            own = files[ranks.rank : ranks.rank + 1] if len(files) == ranks.world else files
+            # Written by another number of processes: every rank reads all files
+            own_files = files[ranks.rank : ranks.rank + 1] if len(files) == ranks.world else files
 
             @cache
             def tensors(name: str) -> Any:
@@ -246,7 +247,7 @@ def _read(step: int, path: Path, ranks: Ranks, keys: Sequence[str] = ()) -> Any:
                 return open_files.enter_context(safe_open(path / name, "pt", backend="pread"))
 
             @cache
-            def whole(name: str) -> Tensor:
+            def full_tensor(name: str) -> Tensor:
                 return tensors(files[0]).get_tensor(name)
 
             def rows(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -256,7 +257,7 @@ def _read(step: int, path: Path, ranks: Ranks, keys: Sequence[str] = ()) -> Any:
                     low, high = _span(shape[0], rank, len(files))
                     if max(low, begin) < min(high, end):
                         found.append(tensors(file).get_slice(name)[max(low, begin) - low : min(high, end) - low])
-                return torch.cat(found) if found else tensors(own[0]).get_slice(name)[:0]
+                return torch.cat(found) if found else tensors(own_files[0]).get_slice(name)[:0]
 
             state = document["state"]
             for depth, key in enumerate(keys, 1):
@@ -264,9 +265,9 @@ def _read(step: int, path: Path, ranks: Ranks, keys: Sequence[str] = ()) -> Any:
                     raise CheckpointError(f"{TREE}: it has no {'/'.join(keys[:depth])!r}")
                 state = state[key]
             if not keys:  # also a file that this process takes nothing from says whether the checkpoint is whole
-                for name in (files[0], *own):
+                for name in (files[0], *own_files):
                     tensors(name)
-            found = decode(state, whole, rows)
+            found = decode(state, full_tensor, rows)
             if not keys and not isinstance(found, dict):
                 raise CheckpointError(f"{TREE}: its state is a {type(found).__name__}")
             return found
@@ -293,9 +294,9 @@ def verify(path: Path) -> None:
 
 def _parsed(path: Path, manifest: bytes) -> dict[str, Any]:
     """A manifest's entries. Raises CheckpointError for one that is not as it was written."""
-    _own(path / MANIFEST)
+    _refuse_link(path / MANIFEST)
     entries: dict[str, Any] = json.loads(manifest)
-    if manifest != _manifest(entries):
+    if manifest != _manifest_bytes(entries):
         raise CheckpointError(f"{MANIFEST}: it is not as it was written")
     return entries
 
@@ -308,7 +309,7 @@ def _span(rows: int, rank: int, world: int) -> tuple[int, int]:
 
 def _verify(path: Path, written: dict[str, Any]) -> None:
     """Raises CheckpointError for a file that is not what was written."""
-    _own(path)
+    _refuse_link(path)
     found = _fingerprint(path)
     if found["bytes"] != written["bytes"]:
         raise CheckpointError(f"{path.name}: {found['bytes']} bytes of {written['bytes']}")
@@ -316,7 +317,7 @@ def _verify(path: Path, written: dict[str, Any]) -> None:
         raise CheckpointError(f"{path.name}: its content is not what was written (sha256 differs)")
 
 
-def _manifest(entries: dict[str, Any]) -> bytes:
+def _manifest_bytes(entries: dict[str, Any]) -> bytes:
     return json.dumps(entries, indent=1).encode()
 
 
@@ -328,7 +329,7 @@ def _being_read(path: Path) -> bool:
         return False
 
 
-def _own(path: Path) -> None:
+def _refuse_link(path: Path) -> None:
     """Raises CheckpointError for a link: what a checkpoint says lies in its folder."""
     if path.is_symlink():
         raise CheckpointError(f"{path.name}: it is a link")

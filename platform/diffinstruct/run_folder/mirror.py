@@ -36,7 +36,7 @@ IMAGE = re.compile(r"[^/\\]+\.png")
 ACKNOWLEDGEMENT = re.compile(r"[\w-]+\.ack")
 """How far a tracker has confirmed the journal: goes with it, else the tracker would be sent all of it once more."""
 FILE = re.compile(rf"{re.escape(TREE)}|tensors(-\d{{5}}-of-\d{{5}})?\.safetensors")
-OWN = {LOCK, COMMAND, "checkpoints", "ray", "tensorboard", "tensorboard.ack", *signals.FILES.values()}
+NOT_COPIED = {LOCK, COMMAND, "checkpoints", "ray", "tensorboard", "tensorboard.ack", *signals.FILES.values()}
 """What of a run's folder is not copied as it lies there. TensorBoard's files are made again from the journal."""
 
 logger = logging.getLogger(__name__)
@@ -55,10 +55,10 @@ class Mirror:
         self._copied: dict[str, tuple[int, int]] = {}  # of the folder's other files: when they were written, and their size
 
     def push(self) -> None:
-        """Copy what the store has not, and clear away there what the folder has no more. What is damaged here stays
-        there as it is. Raises CheckpointError for a folder that is behind its copy, such as an old disk's."""
-        steps, there = self.store.steps(), self._there()
-        if behind := [step for step in there if step > max(steps, default=-1) and self._manifest(step) is not None]:
+        """Copy what the store has not, and clear away there what the folder has no more. A checkpoint damaged here
+        is left untouched in the store. Raises CheckpointError for a folder that is behind its copy, such as an old disk's."""
+        steps, there = self.store.steps(), self._stored_steps()
+        if behind := [step for step in there if step > max(steps, default=-1) and self._stored_manifest(step) is not None]:
             raise CheckpointError(f"{self.folder} lacks step {max(behind)} of {self.url}: the run's command brings it")
         self._push_others()
         for step in sorted(steps):
@@ -75,7 +75,7 @@ class Mirror:
         step, or None. A damaged one is named and left out; UserError where that leaves none, there and here."""
         is_whole = cache(self._is_whole)  # all of it is read for that
         here = next((step for step in self.store.steps() if is_whole(step)), -1)
-        there = [(step, manifest) for step in self._there() if (manifest := self._manifest(step)) is not None]
+        there = [(step, manifest) for step in self._stored_steps() if (manifest := self._stored_manifest(step)) is not None]
         if max(there, default=(-1, b""))[0] <= here:
             return None
         self.store.folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ class Mirror:
             if is_whole(step):
                 continue
             try:
-                brought.append((step, self._fetched(step, manifest)))
+                brought.append((step, self._fetch(step, manifest)))
             except CheckpointError as error:
                 logger.warning("checkpoint %s cannot be used (%s)", self._at(step, ""), error)
         if not brought and not self.store.steps():
@@ -99,7 +99,7 @@ class Mirror:
         return brought[-1][0]
 
     def touch(self) -> None:
-        """Raises what a store raises that takes nothing."""
+        """Write a small file, so that a store that refuses writes fails here."""
         self.files.pipe_file(f"{self.root}/mirror.txt", b"A copy of a run of diffinstruct: its command goes on from here.\n")
 
     def _bring_others(self) -> None:
@@ -117,7 +117,7 @@ class Mirror:
     def _push_others(self) -> None:
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
-            if name.partition("/")[0] in OWN or name.endswith(".tmp") or path.is_symlink() or not path.is_file():
+            if name.partition("/")[0] in NOT_COPIED or name.endswith(".tmp") or path.is_symlink() or not path.is_file():
                 continue
             as_it_is = (path.stat().st_mtime_ns, path.stat().st_size)
             if self._copied.get(name) != as_it_is:
@@ -135,7 +135,7 @@ class Mirror:
                 if not place.exists():  # just cleared away
                     return
                 raise CheckpointError(f"{MANIFEST}: {error.strerror}") from None
-            if self._manifest(step) == manifest:
+            if self._stored_manifest(step) == manifest:
                 return
             verify(place)
             self._clear(step)  # half of one, or of the same step before the run went back
@@ -143,8 +143,8 @@ class Mirror:
                 self.files.put_file(str(place / name), self._at(step, name))
             self.files.pipe_file(self._at(step, MANIFEST), manifest)
 
-    def _fetched(self, step: int, manifest: bytes) -> Path:
-        """The store's checkpoint beside its place here."""
+    def _fetch(self, step: int, manifest: bytes) -> Path:
+        """Bring the store's checkpoint; returns the folder beside its place here."""
         passing = self.store.folder / f"step-{step:08d}.tmp"
         shutil.rmtree(passing, ignore_errors=True)
         passing.mkdir()
@@ -164,16 +164,16 @@ class Mirror:
         return False
 
     def _clear(self, step: int) -> None:
-        if self._manifest(step) is not None:  # the mark first
+        if self._stored_manifest(step) is not None:  # the manifest first: without it the checkpoint does not count
             self.files.rm_file(self._at(step, MANIFEST))
         with suppress(FileNotFoundError):
             self.files.rm(self._at(step, ""), recursive=True)
 
-    def _manifest(self, step: int) -> Any:
+    def _stored_manifest(self, step: int) -> Any:
         with suppress(FileNotFoundError):
             return self.files.cat_file(self._at(step, MANIFEST))
 
-    def _there(self) -> list[int]:
+    def _stored_steps(self) -> list[int]:
         return [int(match[1]) for name in self._names("checkpoints") if (match := re.fullmatch(r"step-(\d{8,})", name))]
 
     def _names(self, folder: str) -> list[str]:
@@ -202,8 +202,8 @@ def _names_in(manifest: bytes) -> list[str]:
 def mirrored(url: str | None, folder: Path) -> Iterator[None]:
     """Bring what a run's mirror has more than its folder, and keep it up to date during the block and at its end.
 
-    Raises UserError where the store cannot be asked and the folder has no checkpoint: a run that has begun might start
-    over.
+    Raises UserError where the address cannot be opened at all, and where the store cannot be asked and the folder has no
+    checkpoint: a run that has begun might start over.
     """
     if url is None:
         yield
@@ -225,32 +225,32 @@ def mirrored(url: str | None, folder: Path) -> Iterator[None]:
     ended = threading.Event()
     thread = threading.Thread(target=_follow, args=(mirror, ended), name="mirror", daemon=True)
     thread.start()
-    hurry = False
+    skip_last_push = False
     try:
         yield
     except KeyboardInterrupt:  # it is to end at once
-        hurry = True
+        skip_last_push = True
         raise
     finally:
         ended.set()
-        if not hurry:
+        if not skip_last_push:
             thread.join()
             _push_at_the_end(mirror)
 
 
 def _follow(mirror: Mirror, ended: threading.Event) -> None:
-    seen, pause, away = None, INTERVAL, False
+    seen, pause, failing = None, INTERVAL, False
     while not ended.wait(pause):
         try:
             found = [(step, _written(mirror, step)) for step in mirror.store.steps()]
             if found != seen:
                 mirror.push()
                 seen = found
-            pause, away = INTERVAL, False
+            pause, failing = INTERVAL, False
         except Exception as error:
-            if not away:
+            if not failing:
                 logger.warning("%s takes nothing: %s. The run goes on", mirror.url, one_line(error))
-            pause, away = min(2 * pause, LONGEST_PAUSE), True
+            pause, failing = min(2 * pause, LONGEST_PAUSE), True
 
 
 def _written(mirror: Mirror, step: int) -> int:

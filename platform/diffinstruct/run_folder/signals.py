@@ -8,11 +8,20 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-NONE, PAUSE, STOP = 2, 1, 0  # in the order of their rank: of what several workers have heard, the least counts
-FILES = {STOP: "stop", PAUSE: "pause"}
+
+class Signal(IntEnum):
+    """What a run is told; the smallest wins among workers: STOP, then PAUSE, then NONE."""
+
+    STOP = 0
+    PAUSE = 1
+    NONE = 2
+
+
+FILES = {Signal.STOP: "stop", Signal.PAUSE: "pause"}
 EXIT_PAUSED = 75  # EX_TEMPFAIL: try again, with the same command
 
 
@@ -20,13 +29,13 @@ class Paused(RuntimeError):
     """A run or a sweep has ended because it was told to pause; its state is saved."""
 
 
-def request(folder: Path, kind: int) -> None:
+def request(folder: Path, kind: Signal) -> None:
     (folder / FILES[kind]).touch()
 
 
-def requested(folder: Path) -> int:
+def requested(folder: Path) -> Signal:
     """The signal that lies in `folder`, or NONE."""
-    return next((kind for kind, name in FILES.items() if (folder / name).exists()), NONE)
+    return next((kind for kind, name in FILES.items() if (folder / name).exists()), Signal.NONE)
 
 
 def clear(folder: Path) -> None:

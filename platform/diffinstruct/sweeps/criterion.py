@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from diffinstruct.reward_service.monitor import DISTANCE, VARIETY
+from diffinstruct.reward_service.monitor import MAX_DISTANCE_RATIO, MIN_VARIETY_SHARE
 
 OUTSIDE = -100.0
 """The score of a trial that is out of bounds, in within-prompt standard deviations: below any that is not."""
@@ -25,8 +25,8 @@ class SelectionCriterion:
 
     maximize: str = "overoptimization/held_out"
     minimize: str = "x0_gap"
-    floors: Mapping[str, float] = field(default_factory=lambda: {"overoptimization/variety": VARIETY})
-    ceilings: Mapping[str, float] = field(default_factory=lambda: {"overoptimization/distance": DISTANCE})
+    floors: Mapping[str, float] = field(default_factory=lambda: {"overoptimization/variety": MIN_VARIETY_SHARE})
+    ceilings: Mapping[str, float] = field(default_factory=lambda: {"overoptimization/distance": MAX_DISTANCE_RATIO})
 
     def violations(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """By how much each bound is broken; not above 0 where it is kept."""

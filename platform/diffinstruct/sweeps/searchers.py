@@ -10,12 +10,13 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from diffinstruct.run_folder import signals
+from diffinstruct.run_folder.signals import Signal
 from diffinstruct.sweeps.criterion import SelectionCriterion
 from diffinstruct.sweeps.points import Optuna, Point
 from diffinstruct.sweeps.trials import Trials
 
 
-class Listed(Searcher):
+class ListSearcher(Searcher):
     """Hands out the points of a list."""
 
     def __init__(self, trials: Trials, todo: Sequence[int]) -> None:
@@ -23,7 +24,7 @@ class Listed(Searcher):
         self.trials, self.todo = trials, list(todo)
 
     def suggest(self, trial_id: str) -> Any:
-        if not self.todo or signals.requested(self.trials.folder) == signals.PAUSE:
+        if not self.todo or signals.requested(self.trials.folder) == Signal.PAUSE:
             return Searcher.FINISHED
         i = self.todo.pop(0)
         return {**self.trials.point(i), "trial": i}
@@ -41,8 +42,8 @@ class Listed(Searcher):
         return {}
 
 
-class Asking(Listed):
-    """Hands out the points that Optuna asks for; of an earlier life's it is told at once what they came to."""
+class OptunaSearcher(ListSearcher):
+    """Hands out the points that Optuna asks for. Optuna is first told the results from before a restart."""
 
     def __init__(self, trials: Trials, criterion: SelectionCriterion) -> None:
         super().__init__(trials, [i for i in trials.known if not trials.finished(i)])
@@ -75,7 +76,7 @@ class Asking(Listed):
 
     def suggest(self, trial_id: str) -> Any:
         new = len(self.trials.known)
-        if not self.todo and new < self.search.trials and signals.requested(self.trials.folder) != signals.PAUSE:
+        if not self.todo and new < self.search.trials and signals.requested(self.trials.folder) != Signal.PAUSE:
             point = self._ask(new)
             self.trials.add(new, point, self.trials.checked(point).config_hash)
             self.todo.append(new)

@@ -50,7 +50,7 @@ class StudyResult:
 
     def differences(self, recipe: str, measures: Mapping[str, str]) -> None:
         """Each arm minus `recipe` in `measures` (column -> what it is called), paired over seeds; the intervals come
-        from what training seeds scatter over all arms, since the few that one arm has say little. One seed says
+        from the seeds' standard deviation pooled over arms, since the few that one arm has say little. One seed says
         nothing."""
         if self.rows["seed"].nunique() < 2:
             return
@@ -60,7 +60,7 @@ class StudyResult:
         self.say(f"- noise of training seeds, standard deviation: {told} ({freedom} degrees of freedom)")
         for arm in (arm for arm in self.table if arm != recipe):
             paired = {key: paired_by_seed(self.rows, "arm", arm, recipe, key, of) for key, of in noise.items()}
-            self.say(f"- {arm}, minus {recipe}: " + ", ".join(f"{measures[key]} {gap}" for key, gap in paired.items()))
+            self.say(f"- {arm}, minus {recipe}: " + ", ".join(f"{measures[key]} {value}" for key, value in paired.items()))
 
     def draw(self, x: str | None = None, y: str | None = None) -> None:
         """Draw and publish the Pareto front of the arms, and heat maps over two keys of the configuration."""
@@ -136,13 +136,15 @@ class Study:
     def answer(self, most: int | None = None, base: Experiment | None = None) -> StudyResult | None:
         """Run at most `most` of the missing trials of `base`, by default the recipe; the table, once all rows are there."""
         base, rows = base or load(self.recipe), TrialRows(self.rows)
-        frame = complete(rows, base, self.arms, self.seeds, _folder(base), self.evaluate, most)
+        frame = run_missing_trials(rows, base, self.arms, self.seeds, _folder(base), self.evaluate, most)
         if frame is None:
             print("trials are missing: the same command goes on")
             return None
         for measure in self.measures:
-            if (gap := frame[measure].isna()).any():
-                raise UserError(f"{rows.path}: no {measure} for {frame[KEY][gap].iloc[0]}; take that row out to run it again")
+            if (absent := frame[measure].isna()).any():
+                raise UserError(
+                    f"{rows.path}: no {measure} for {frame[KEY][absent].iloc[0]}; take that row out to run it again"
+                )
         unsaid = {key: value for key, value in base.to_params().items() if key in frame and value is not None}
         frame = frame.fillna(unsaid)  # what a row does not change is as in the recipe
         table = by_seed(frame, "arm", [*self.measures])
@@ -154,7 +156,7 @@ class Study:
         return answer
 
 
-def complete(
+def run_missing_trials(
     rows: TrialRows,
     base: Experiment,
     arms: Mapping[str, Point],
@@ -189,7 +191,7 @@ def complete(
 
 
 def trial_name(point: Point) -> str:
-    """The changes of a recipe, as its rows name them: stays when the recipe's other keys become more."""
+    """The changes of a recipe, as its rows name them: unchanged when the recipe gains keys."""
     return " ".join(f"{key}={value}" for key, value in sorted(point.items()))
 
 

@@ -27,7 +27,7 @@ from diffinstruct.config.reading import nearest_key
 from diffinstruct.errors import UserError, did_you_mean
 from diffinstruct.reports.frames import short
 from diffinstruct.run_folder import signals
-from diffinstruct.run_folder.signals import Paused
+from diffinstruct.run_folder.signals import Paused, Signal
 from diffinstruct.sweeps.criterion import SelectionCriterion
 from diffinstruct.sweeps.points import DRAWN, Optuna, Point, changed, check_domains, values_of
 from diffinstruct.tracking.journal import Parent, add_evaluation
@@ -77,15 +77,15 @@ class Trials:
                 raise UserError(f"{key}: {SHARED}")
             touched = {name for name in self.base.to_params() if f"{name}.".startswith(f"{key}.")}  # it may be a section
             if touched and touched.isdisjoint(self.base.identity):
-                raise UserError(f"{key}: is the sweep's, its trials have the same")
+                raise UserError(f"{key}: cannot be varied, all trials of a sweep share it")
         experiment = changed(self.base, point)
         if set(experiment.rewards.names) != set(self.base.rewards.names):
             raise UserError(f"rewards: which rewards there are {SHARED}")
         return experiment
 
     def check_space(self, space: Mapping[str, Any], point: Point) -> None:
-        """Raises UserError where what a search or a scheduler may make of `point` never is an experiment. Now and then
-        is no mistake: some values only go with some others."""
+        """Raises UserError where none of DRAWN random points is valid; some invalid ones are allowed. Their values are
+        `point`'s but for those of `space`, from which a search or a scheduler draws."""
         known = self.base.to_params()
         if unknown := next((key for key in space if key not in known), None):
             raise UserError(f"{unknown}: unknown key{nearest_key(unknown, known)}")
@@ -151,7 +151,7 @@ class Trials:
             file.write(json.dumps(line) + "\n")
 
     def number(self, tune_id: str, config: Mapping[str, Any]) -> int:
-        """Ours, of a trial of Tune's; kept, since one that takes over another's weights gets that one's configuration."""
+        """Our number of Tune's trial, kept in a file because PBT copies the donor's configuration, number included."""
         known = self.folder / "ray" / f"{tune_id}.number"
         if not known.exists():
             known.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ class Trials:
     def point(self, i: int) -> Point:
         return self.known[i][0]
 
-    def run(self, i: int) -> Path:
+    def run_folder(self, i: int) -> Path:
         return self.folder / self.known[i][1]
 
     def experiment(self, i: int) -> Experiment:
@@ -169,14 +169,14 @@ class Trials:
 
     def finished(self, i: int) -> bool:
         """Whether trial `i` has its row: the last file that a run writes is metrics.json, a trial evaluation.json."""
-        if i not in self.known or not (self.run(i) / "metrics.json").exists():
+        if i not in self.known or not (self.run_folder(i) / "metrics.json").exists():
             return False
-        return not self.evaluate or evaluation_file(self.run(i)).exists()
+        return not self.evaluate or evaluation_file(self.run_folder(i)).exists()
 
     def row(self, i: int) -> dict[str, Any]:
         """A finished run: its point in the space, its folder, its last metrics, its evaluation."""
-        row: dict[str, Any] = {**self.point(i), "run": str(self.run(i))}
-        for file in (self.run(i) / "metrics.json", evaluation_file(self.run(i))):
+        row: dict[str, Any] = {**self.point(i), "run": str(self.run_folder(i))}
+        for file in (self.run_folder(i) / "metrics.json", evaluation_file(self.run_folder(i))):
             if file.exists():
                 row |= json.loads(file.read_text())
         return row
@@ -211,9 +211,9 @@ class Trial:
         point = {key: value for key, value in self.config.items() if key != "trial"}
         self.trials.read()  # since this was sent here, trials may have been added
         if self.population:
-            self._join(i, point)
-        self.folder, experiment = self.trials.run(i), self.trials.experiment(i)
-        if signals.requested(self.trials.folder) == signals.PAUSE:
+            self._take_over_weights(i, point)
+        self.folder, experiment = self.trials.run_folder(i), self.trials.experiment(i)
+        if signals.requested(self.trials.folder) == Signal.PAUSE:
             raise Paused("the sweep pauses before this trial has begun")
         report: dict[str, float] = {}
         for report in self._train(experiment, self.trials.name(point)):
@@ -228,7 +228,7 @@ class Trial:
             file.with_suffix(".tmp").replace(file)
         metrics = report | {k: v for k, v in self.trials.row(i).items() if isinstance(v, int | float)}
         if report or not self.population:  # weights that were taken over at the last step were not looked at again
-            self._look_for(metrics)
+            self._require_metrics(metrics)
         self._report(metrics)
 
     def _train(self, experiment: Experiment, name: str) -> Iterator[dict[str, float]]:
@@ -246,14 +246,14 @@ class Trial:
             training.start()
         while training.is_alive():
             yield from reports.new()
-            if signals.requested(self.trials.folder) == signals.PAUSE:
-                signals.request(self.folder, signals.PAUSE)
+            if signals.requested(self.trials.folder) == Signal.PAUSE:
+                signals.request(self.folder, Signal.PAUSE)
             training.join(LISTEN)
         yield from reports.new()
         if errors:
             raise errors[0]
 
-    def _look_for(self, metrics: Mapping[str, float]) -> None:
+    def _require_metrics(self, metrics: Mapping[str, float]) -> None:
         """Raises UserError where the end has come without a metric that the sweep looks for."""
         if (criterion := self.shared.criterion) is None:
             return
@@ -272,7 +272,7 @@ class Trial:
             checkpoint = tune.Checkpoint.from_directory(folder) if self.population else None
             tune.report({**metrics, "score": criterion.score(metrics)}, checkpoint=checkpoint)
 
-    def _join(self, i: int, point: Point) -> None:
+    def _take_over_weights(self, i: int, point: Point) -> None:
         """Find out whether this trial goes on as itself, or takes over another's weights under a new configuration."""
         from diffinstruct.training.resume import take_over
 
@@ -282,7 +282,7 @@ class Trial:
             donor = json.loads((Path(folder) / "run.json").read_text())
         if donor["trial"] == i and dict(self.trials.point(i)) == point:
             return
-        before, experiment = self.trials.run(i), changed(self.trials.base, point)
+        before, experiment = self.trials.run_folder(i), changed(self.trials.base, point)
         lineage = hashlib.sha256(f"{before.name} {donor['run']}".encode()).hexdigest()[:6]
         run = f"{experiment.config_hash}-{lineage}"
         step = take_over(experiment, self.trials.folder / run, self.trials.folder / donor["run"])

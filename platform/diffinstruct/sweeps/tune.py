@@ -1,7 +1,7 @@
 """A sweep: one Experiment made into many, each a run of its own under Ray Tune, with one set of reward actors for all.
 
-    <sweep>/<id>/           a trial's run; id is its configuration's hash, longer if it took over another trial's
-    weights
+    <sweep>/<id>/           a trial's run; id is its configuration's hash, longer if it took over
+                            another trial's weights
     <sweep>/trials.jsonl    what no list of points can tell again: what Optuna asked for, who took over whose weights
     <sweep>/journal.jsonl   the parent run's, as in every run's folder; table.csv, report.html: what came of it
 
@@ -38,12 +38,12 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.inputs import check_inputs
 from diffinstruct.config.sections import ClusterConfig
 from diffinstruct.errors import UserError, did_you_mean
-from diffinstruct.reward_service.monitor import METRICS
+from diffinstruct.reward_service.monitor import PROBE_METRICS
 from diffinstruct.run_folder import signals
-from diffinstruct.run_folder.signals import Paused
+from diffinstruct.run_folder.signals import Paused, Signal
 from diffinstruct.sweeps.criterion import SelectionCriterion
 from diffinstruct.sweeps.points import Optuna, Point
-from diffinstruct.sweeps.searchers import Asking, Listed
+from diffinstruct.sweeps.searchers import ListSearcher, OptunaSearcher
 from diffinstruct.sweeps.trials import EvaluateRun, Shared, Trial, Trials
 from diffinstruct.tracking.journal import Journal
 
@@ -86,7 +86,7 @@ def sweep(
     trials = Trials(base, points, folder, evaluate)
     if scheduler or isinstance(points, Optuna):
         criterion = criterion or SelectionCriterion()
-        _check_probes(trials, criterion, scheduler)
+        _check_search(trials, criterion, scheduler)
     _check_trials(trials)
     with attached() as where:
         check_fits(base.cluster, base.reward_actors)
@@ -104,16 +104,16 @@ def sweep(
         try:
             with (
                 reward_pool(base) if base.reward_actors else nullcontext() as pool,
-                signals.on_sigterm(lambda: signals.request(folder, signals.PAUSE)),
+                signals.on_sigterm(lambda: signals.request(folder, Signal.PAUSE)),
             ):
                 failures = _run_trials(trials, Shared(pool, where, parent.run_id, criterion), scheduler, on_row)
-            end = _outcome(trials, failures)
+            end = _close_unfinished(trials, failures)
             table = _kept_table(trials, parent)
         finally:
             parent.finish(end.status, end.reason)
             shutil.rmtree(folder / "ray", ignore_errors=True)
     if end.unfinished:
-        print(f"interrupted: {end.unfinished}", flush=True)
+        print(f"{'paused' if end.paused else 'interrupted'}: {end.unfinished}", flush=True)
         raise end.unfinished if end.paused else KeyboardInterrupt
     if end.status == "FAILED":
         raise SweepError(end.reason)
@@ -144,17 +144,17 @@ class Outcome:
     paused: bool = False
 
 
-def _outcome(trials: Trials, failures: Mapping[int, BaseException]) -> Outcome:
+def _close_unfinished(trials: Trials, failures: Mapping[int, BaseException]) -> Outcome:
     """Close the MLflow runs of unfinished trials; Tune answers Ctrl-C by ending its trials and returning as if done."""
     reason = "\n".join(f"{dict(trials.point(i))}: {error}" for i, error in sorted(failures.items()))
     unfinished = [i for i in range(trials.count) if i not in failures and not trials.finished(i)]
     if not unfinished:
         return Outcome("FAILED" if failures else "FINISHED", reason)
-    paused = signals.requested(trials.folder) == signals.PAUSE
+    paused = signals.requested(trials.folder) == Signal.PAUSE
     pause = Paused(f"{len(unfinished)} of {trials.count} trials are unfinished in {trials.folder}")
     for i in unfinished:
         if i in trials.known:
-            close(trials.run(i), trials.base.tracking, pause if paused else KeyboardInterrupt())
+            close(trials.run_folder(i), trials.base.tracking, pause if paused else KeyboardInterrupt())
     return Outcome("KILLED", reason, pause, paused)
 
 
@@ -189,7 +189,7 @@ def _run_trials(trials: Trials, shared: Shared, scheduler: TrialScheduler | None
         Trial(trials, config, shared, population, started_in).run()
 
     def stop(trial: Any) -> None:
-        signals.request(trials.run(trials.number(trial.trial_id, trial.config)), signals.STOP)
+        signals.request(trials.run_folder(trials.number(trial.trial_id, trial.config)), Signal.STOP)
 
     # Tune would tell how to go on from its own state, which is cleared away
     logging.getLogger("ray.tune.tune").setLevel(logging.ERROR)
@@ -228,7 +228,9 @@ def _search(
         keys = trials.point(todo[0])
         values: dict[str, Any] = {key: tune.sample_from(partial(_value, trials, key)) for key in keys}
         return {"trial": tune.grid_search(todo), **values}, {"num_samples": 1}
-    searcher = Asking(trials, criterion) if criterion and isinstance(trials.points, Optuna) else Listed(trials, todo)
+    searcher = (
+        OptunaSearcher(trials, criterion) if criterion and isinstance(trials.points, Optuna) else ListSearcher(trials, todo)
+    )
     return None, {"num_samples": trials.count, "search_alg": searcher}
 
 
@@ -277,7 +279,7 @@ class Progress(TrialProgressCallback):
             self.on_row(i, self.trials.row(i))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        paused = signals.requested(self.trials.folder) == signals.PAUSE
+        paused = signals.requested(self.trials.folder) == Signal.PAUSE
         self._say(self.trials.number(trial.trial_id, trial.config), "paused" if paused else "failed")
 
     def _say(self, i: int, how: str) -> None:
@@ -285,12 +287,14 @@ class Progress(TrialProgressCallback):
         print(f"trial {len(self.ended)}/{self.trials.count} {how}  {dict(self.trials.point(i))}", flush=True)
 
 
-def _check_probes(trials: Trials, criterion: SelectionCriterion, scheduler: TrialScheduler | None) -> None:
+def _check_search(trials: Trials, criterion: SelectionCriterion, scheduler: TrialScheduler | None) -> None:
     """Raises UserError where the criterion's metrics would never come, or a scheduler would not count steps."""
     keys = (criterion.maximize, criterion.minimize, *criterion.floors, *criterion.ceilings)
     probed = [key for key in keys if key.startswith("overoptimization/")]
-    if unknown := next((key for key in probed if key not in METRICS), None):
-        raise UserError(f"criterion: the over-optimization monitor has no metric {unknown!r}{did_you_mean(unknown, METRICS)}")
+    if unknown := next((key for key in probed if key not in PROBE_METRICS), None):
+        raise UserError(
+            f"criterion: the over-optimization monitor has no metric {unknown!r}{did_you_mean(unknown, PROBE_METRICS)}"
+        )
     for i in trials.known or [None]:
         experiment = trials.base if i is None else trials.experiment(i)
         if probed and not experiment.overoptimization.every:

@@ -1,4 +1,5 @@
-"""What a run does about rounds that are not finite and about reward over-optimization."""
+"""Thresholds and counters of what is not finite and of over-optimization; `Trainer.roll_back` and `apply_alarm` act on
+them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.run_folder import signals
+from diffinstruct.run_folder.signals import Signal
 from diffinstruct.tracking.journal import Parent
 from diffinstruct.training.build import missing_embeddings, store_embeddings
 from diffinstruct.training.loop import Result, train
@@ -15,7 +16,7 @@ def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> R
     if missing := missing_embeddings(experiment):
         print(f"prompt embeddings: {len(missing)} to make in {experiment.prompts.embeddings}", flush=True)
         store_embeddings(experiment, missing)
-    with signals.on_sigterm(lambda: signals.request(folder, signals.PAUSE)):
+    with signals.on_sigterm(lambda: signals.request(folder, Signal.PAUSE)):
         result = train(experiment, folder, parent=parent)
     assert result is not None  # this process is rank 0
     return result

@@ -17,7 +17,7 @@ from diffinstruct.run_folder.mirror import mirrored
 from diffinstruct.tracking.journal import Parent
 from diffinstruct.training.run_log import Result
 from diffinstruct.training.trainer import Trainer
-from diffinstruct.training.worker import SINGLE_PROCESS, Worker
+from diffinstruct.training.worker import Worker
 
 FOLDER_LOCK_TIMEOUT_S = 60.0
 """Seconds that a run waits for a process that holds its folder: a worker that was lost may take a while to be gone."""
@@ -26,11 +26,11 @@ FOLDER_LOCK_TIMEOUT_S = 60.0
 def train(
     experiment: Experiment,
     folder: Path,
-    actors: RewardBackend | None = None,
-    worker: Worker = SINGLE_PROCESS,
+    pool: RewardBackend | None = None,
+    worker: Worker | None = None,
     parent: Parent | None = None,
 ) -> Result | None:
-    """Run or resume `experiment` in `folder`; returns the result on rank 0, None elsewhere. Without `actors` the
+    """Run or resume `experiment` in `folder`; returns the result on rank 0, None elsewhere. Without a `pool` the
     rewards are computed in this process.
 
     A round with something in it that is not finite is skipped and counted. After MAX_SKIPS_IN_A_ROW the run rolls back
@@ -40,12 +40,13 @@ def train(
     Raises NonFiniteGradient, RewardError or, where the disk is full, CheckpointError with the run resumable: weights on disk
     are from the last checkpoint; UserError where another process is at work on the folder.
     """
+    worker = worker or Worker()
     folder.mkdir(parents=True, exist_ok=True)
     with full_disk_as_error(folder):
         if not worker.ranks.first:
-            return run_rounds(Trainer(experiment, folder, actors, worker, parent))
+            return run_rounds(Trainer(experiment, folder, pool, worker, parent))
         with only_writer(folder, FOLDER_LOCK_TIMEOUT_S), mirrored(experiment.mirror, folder):
-            return run_rounds(Trainer(experiment, folder, actors, worker, parent))
+            return run_rounds(Trainer(experiment, folder, pool, worker, parent))
 
 
 def run_rounds(trainer: Trainer) -> Result | None:
@@ -62,13 +63,13 @@ def run_rounds(trainer: Trainer) -> Result | None:
                     state.train_state, state.step_config, schedule, noise, prompts, conditions, state.rewards.send
                 )
             except NonFiniteGradient as error:
-                reason = trainer.skip(error)
+                reason = trainer.count_skipped(error)
                 if trainer.skipped_too_many:
                     trainer.roll_back(error, reason)
                     continue
             else:
-                trainer.add(metrics)
-            trainer.apply_alarm(probe)
+                trainer.count_done(metrics)
+            trainer.apply_alarm(trainer.collect_probe(probe))
             trainer.choose_placement()
             trainer.obey_signals()
             trainer.probe_last_step()

@@ -13,10 +13,10 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError
 from diffinstruct.method.step import Metrics, StepConfig, TrainState
 from diffinstruct.models.sharding import to_dtensors, to_shards
+from diffinstruct.ranks import Ranks
 from diffinstruct.reward_service.client import RewardClient
 from diffinstruct.reward_service.monitor import OveroptimizationMonitor, ProbeHistory
 from diffinstruct.run_folder.checkpoint import CheckpointError
-from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.training.guards import NonFiniteGuard
 from diffinstruct.training.metric_window import MetricWindow
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffinstruct.method.step import Metrics
-from diffinstruct.run_folder.ranks import Ranks
+from diffinstruct.ranks import Ranks
 from diffinstruct.training.guards import SPIKE
 
 

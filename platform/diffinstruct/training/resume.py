@@ -11,8 +11,8 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.prompts import read_prompt_set
 from diffinstruct.errors import UserError, did_you_mean
 from diffinstruct.models.roles import make_roles
+from diffinstruct.ranks import Ranks
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, flush
-from diffinstruct.run_folder.ranks import Ranks
 from diffinstruct.run_folder.state_tree import TensorShard
 from diffinstruct.training.build import open_reference
 from diffinstruct.training.loop_state import BEST_PATH, EMA_PATH, STATE_OF_0_1, Identity, check_version, moved
@@ -32,7 +32,7 @@ def newest(store: CheckpointStore, ranks: Ranks, identity: Identity, prompts: st
     there are some and none can be read: a disk that does not answer for a moment is no reason to begin anew over them.
     Raises UserError for a checkpoint of another configuration or other prompts.
     """
-    store.finish_pending(wait=True)
+    store.finish_save(wait=True)
     ranks.min(0)  # now all ranks see what the first one was writing
     found = store.latest()
     step = found[0] if found else 0
@@ -93,11 +93,11 @@ def export_checkpoint(experiment: Experiment, folder: Path, which: str, out: Pat
 
 def _ema_weights(store: CheckpointStore, step: int, config_hash: str) -> dict[str, Any]:
     """The weights of the generator's EMA in a checkpoint, and no other tensor of it."""
-    version = store.part(step, "format")
+    version = store.read_part(step, "format")
     if version != STATE_OF_0_1:  # whose keys had other names, so that its configuration has another hash
         check_version(store.folder, version)
-        _check_configuration(store.folder, config_hash, store.part(step, "experiment"))
-    weights = store.part(step, *EMA_PATH[version])
+        _check_configuration(store.folder, config_hash, store.read_part(step, "experiment"))
+    weights = store.read_part(step, *EMA_PATH[version])
     return {name: value.own if isinstance(value, TensorShard) else value for name, value in weights.items()}
 
 
@@ -105,9 +105,9 @@ def _best_step(store: CheckpointStore) -> int | None:
     """The step of the best checkpoint, by the newest one that can be read."""
     for step in store.steps():
         try:
-            version = store.part(step, "format")
+            version = store.read_part(step, "format")
             path = next((path for known, path in BEST_PATH.items() if known == version), None)
-            best: int | None = store.part(step, *path).get("step") if path else None
+            best: int | None = store.read_part(step, *path).get("step") if path else None
             return best
         except CheckpointError:
             continue

@@ -24,12 +24,13 @@ from diffinstruct.models.denoiser import OneStepGenerator
 from diffinstruct.models.roles import make_roles, unsharded
 from diffinstruct.models.sampling import EVALUATION_SEED, LatentSampler, probe_inputs
 from diffinstruct.models.sharding import gathered, sharded
+from diffinstruct.ranks import SINGLE_PROCESS
 from diffinstruct.reward_service.client import LocalRewards, RewardBackend, RewardClient, make_rewards
 from diffinstruct.reward_service.monitor import NO_HELD_OUT, OveroptimizationMonitor, ProbeResult
 from diffinstruct.reward_service.reward_validation import PICTURES
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore
-from diffinstruct.run_folder.ranks import SINGLE
+from diffinstruct.run_folder.signals import Signal
 from diffinstruct.tracking.journal import Parent
 from diffinstruct.training.build import make_step_config, make_train_state, open_reference, resolve_device
 from diffinstruct.training.guards import MAX_SKIPS_IN_A_ROW, ON_ALARM, AlarmAction
@@ -40,14 +41,17 @@ from diffinstruct.training.run_log import Result, RunLog, SampleGrid, SilentRunL
 from diffinstruct.training.worker import Worker
 
 PendingProbe = Callable[[], ProbeResult]  # collects a probe that the rewards score meanwhile
-PROBE_SKIPPED = "blind"  # the journal's event of a probe that the rewards have no finite score for
+PROBE_SKIPPED = "overoptimization.probe_skipped"
+"""The journal's event of a probe that the rewards have no finite score for."""
+NO_HELD_OUT_EVENT = "overoptimization.no_held_out"
+"""The journal's event of a run without held-out rewards."""
 
 
 class Trainer:
     """One rank's part of a run of an Experiment: its parts, its state, and the verbs of its loop."""
 
     def __init__(
-        self, experiment: Experiment, folder: Path, actors: RewardBackend | None, worker: Worker, parent: Parent | None
+        self, experiment: Experiment, folder: Path, pool: RewardBackend | None, worker: Worker, parent: Parent | None
     ) -> None:
         if experiment.deterministic:
             use_deterministic_kernels()
@@ -56,16 +60,16 @@ class Trainer:
         self.device = resolve_device(experiment.device)
         self.reference = open_reference(experiment, self.device)
         self.sample = LatentSampler(self.reference, experiment.precision, experiment.rewards.micro_batch_size)
-        self.state = self._build_state(actors)
+        self.state = self._build_state(pool)
         grid = read_prompt_set(experiment.prompts.grid, experiment.prompts.column)[: experiment.logging.grid_prompts]
         self.grid = SampleGrid(grid, self.sample, self.state.train_state.ema)
-        self.store = CheckpointStore(folder / "checkpoints", ranks=self.ranks if self.mesh else SINGLE)
+        self.store = CheckpointStore(folder / "checkpoints", ranks=self.ranks if self.mesh else SINGLE_PROCESS)
         self.run_log: RunLog | SilentRunLog = SilentRunLog()
         self.preempted = self.pausing = False
         self.next_noise: NoiseStreams | None = None
         self.drawing = ThreadPoolExecutor(1, "noise")
 
-    def _build_state(self, actors: RewardBackend | None) -> LoopState:
+    def _build_state(self, pool: RewardBackend | None) -> LoopState:
         experiment, reference = self.experiment, self.reference
         materialize = partial(sharded, mesh=self.mesh, precision=experiment.precision) if self.mesh else unsharded
         roles = make_roles(experiment, reference, materialize)
@@ -76,7 +80,7 @@ class Trainer:
         self.identity = Identity(experiment.config_hash, self.prompts.digest)
         config, held_out = experiment.rewards, experiment.rewards.held_out
         in_process = partial(make_rewards, config.names, reference.decode, self.device)
-        rewards = RewardClient(config, experiment.cluster.rewards, actors, lambda: LocalRewards(in_process()))
+        rewards = RewardClient(config, experiment.cluster.rewards, pool, lambda: LocalRewards(in_process()))
         monitor = OveroptimizationMonitor(held_out, self.sample, self.prompts, rewards, self.ranks)
         window = MetricWindow(held_out, experiment.global_batch_size)
         return LoopState(train_state, step_config, rewards, monitor, window)
@@ -113,13 +117,14 @@ class Trainer:
         for report in state.rewards.validate(latents, prompts) if self.ranks.first else ():
             self.run_log.event(state.step, f"reward.{report.name}", str(report))
         if experiment.overoptimization.every and not experiment.rewards.held_out:
-            self.run_log.event(state.step, "overoptimization.blind", NO_HELD_OUT)
+            self.run_log.event(state.step, NO_HELD_OUT_EVENT, NO_HELD_OUT)
         if is_new:
             state.rewards.measure_scales(latents, prompts)
 
     def _show_start(self) -> None:
         if (lost := self.start_error) is not None:
-            self.run_log.event(0, "start", f"generator.init_rank: {lost:.1%} of the start's difference is lost")
+            text = f"the low-rank start keeps all but {lost:.1%} of its difference from the reference"
+            self.run_log.event(0, "start", f"generator.init_rank: {text}")
         self.run_log.grid(0, self.grid.columns(self.state.train_state.ema))
 
     # --------------------------------------------------------------------------------------------------- one round
@@ -144,7 +149,8 @@ class Trainer:
         prompts = [self.prompts[i] for i in noise.prompts(len(self.prompts))]
         return noise, prompts, self.reference.encode_prompts(prompts)
 
-    def add(self, metrics: Metrics) -> None:
+    def count_done(self, metrics: Metrics) -> None:
+        """Count a round whose update was made, and keep its metrics."""
         state = self.state
         state.step += 1
         state.nonfinite_guard.consecutive = 0
@@ -152,7 +158,7 @@ class Trainer:
             self.run_log.event(state.step, "spike", spike)
         state.monitor.add_round(metrics)
 
-    def skip(self, error: NonFiniteGradient) -> str:
+    def count_skipped(self, error: NonFiniteGradient) -> str:
         """Count a round whose update was left out; returns the reason."""
         state, guard = self.state, self.state.nonfinite_guard
         state.step += 1
@@ -177,23 +183,25 @@ class Trainer:
         self._save()  # a run that is resumed from there draws the other noise, too
 
     # ------------------------------------------------------------------------------------------- alarms and signals
-    def apply_alarm(self, probe: PendingProbe | None) -> None:
-        """Collect the probe, and do on all ranks what `overoptimization.on_alarm` says where it raises an alarm."""
+    def collect_probe(self, probe: PendingProbe | None) -> int:
+        """Keep the result of a probe that was sent before this round; returns the AlarmAction of all ranks."""
         if probe is None:
-            return
-        state = self.state
-        action = self.ranks.min(self._collect(probe, state.step - 1))  # it is of the generator before this round
+            return AlarmAction.CONTINUE
+        return self.ranks.min(self._keep_result(probe, self.state.step - 1))  # it is of the generator before this round
+
+    def apply_alarm(self, action: int) -> None:
+        """Do on all ranks what `overoptimization.on_alarm` says where the probe has raised an alarm."""
         if action == AlarmAction.CONTINUE:
             return
-        text = "the run ends here, as if it were finished"
+        state, text = self.state, "the run ends here, as if it were finished"
         if action == AlarmAction.LOWER_SCALE:
             state.set_reward_scale(state.step_config.reward_scale / 2)
             text = f"reward_scale is {state.step_config.reward_scale:g} from here on"
         state.stopped |= action == AlarmAction.STOP
         self.run_log.event(state.step, "on_alarm", f"overoptimization.on_alarm: {text}")
 
-    def _collect(self, probe: PendingProbe, step: int) -> int:
-        """Keep a probe's result, unless the rewards have no finite score for it; returns what it leads to."""
+    def _keep_result(self, probe: PendingProbe, step: int) -> int:
+        """Keep a probe's result, unless the rewards have no finite score for it; returns its AlarmAction."""
         try:
             metrics, alarm = probe()
         except NonFiniteScore as error:
@@ -215,9 +223,9 @@ class Trainer:
         if not self.preempted and self.worker.preempted():
             self.preempted = True
             self.run_log.event(step, "preemption", "a machine of this run is about to go: every step is saved from here on")
-        signal = self.ranks.min(signals.requested(self.folder) if self.ranks.first else signals.NONE)
-        self.pausing = signal == signals.PAUSE
-        if signal == signals.STOP:
+        signal = self.ranks.min(signals.requested(self.folder) if self.ranks.first else Signal.NONE)
+        self.pausing = signal == Signal.PAUSE
+        if signal == Signal.STOP:
             self.state.stopped = True
             self.run_log.event(step, "stopped", "the run ends here: it was told to stop")
 
@@ -225,7 +233,7 @@ class Trainer:
     def probe_last_step(self) -> None:
         if self.done and self.experiment.overoptimization.every:
             step = self.state.step
-            self._collect(self.state.monitor.probe(step, self.state.train_state.ema, has_checkpoint=True), step)
+            self._keep_result(self.state.monitor.probe(step, self.state.train_state.ema, has_checkpoint=True), step)
 
     def log(self) -> None:
         """Keep the means over the window and all ranks, every so many steps."""
@@ -255,7 +263,7 @@ class Trainer:
         if at_once or self._checkpoint_due:
             guard.rolled_back = guard.rolled_back and guard.consecutive > 0
             self._save()
-        self.store.finish_pending(wait=at_once)
+        self.store.finish_save(wait=at_once)
         if self.pausing and not self.done:
             raise signals.Paused(f"paused at step {self.state.step}, all of it saved in {self.store.folder}")
 
@@ -263,7 +271,7 @@ class Trainer:
         self.state.agree(self.ranks)
         if self.ranks.first or self.mesh:  # of sharded networks each rank writes its shards
             state = self.identity.stamp(self.state.state_dict())
-            self.store.start(self.state.step, state, self.state.monitor.history.best_step)
+            self.store.start_save(self.state.step, state, self.state.monitor.history.best_step)
 
     @contextmanager
     def closing_on_error(self) -> Iterator[None]:
@@ -273,7 +281,7 @@ class Trainer:
         except BaseException as error:
             if not self.mesh and not isinstance(error, KeyboardInterrupt):  # which is to end at once
                 try:
-                    self.store.finish_pending(wait=True)
+                    self.store.finish_save(wait=True)
                 except CheckpointError as lost:  # the run ends for another reason, which is raised
                     print(lost, flush=True)
             self.run_log.fail(error)

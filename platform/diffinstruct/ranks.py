@@ -20,8 +20,9 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which alone writes, shows and asks the rewards about probes."""
+        """Whether this is rank 0, which alone writes, apart from checkpoint shards, shows, and asks the rewards about
+        probes."""
         return self.rank == 0
 
 
-SINGLE = Ranks()
+SINGLE_PROCESS = Ranks()
