@@ -9,7 +9,7 @@ images [B, 3, H', W'] in [0, 1]; conditions batch first.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ from diffinstruct.models.world import named_world
 DECODERS = ("AutoencoderKL", "AutoencoderTiny")
 WEIGHTS_BESIDE = WeightSource()  # weights from where the configurations are
 FLOW = "FlowMatchEulerDiscreteScheduler"
+DDIM = {"clip_sample": False, "thresholding": False}
+"""Latents have no range to be clipped to. DDIM clips unless told not to, and configurations of other schedulers do not
+say; where one says that it does, it was saved with DDIM's defaults."""
 
 
 class Reference:
@@ -70,7 +73,7 @@ class Reference:
             sigmas = self.scheduler.sigmas.flip(0)
             self.schedule = Schedule(1 - sigmas, sigmas, sigmas * len(sigmas))
         else:
-            self.scheduler = ddim = DDIMScheduler.from_config(scheduler)
+            self.scheduler = ddim = DDIMScheduler.from_config(scheduler, **DDIM | _even_steps(scheduler))
             self.betas, self.prediction = ddim.betas.tolist(), ddim.config.prediction_type
             self.schedule = Schedule(ddim.alphas_cumprod.sqrt(), (1 - ddim.alphas_cumprod).sqrt())
         self._config = sources.read_source(self._network_class.load_config, source, subfolder=self.family.part)
@@ -297,6 +300,12 @@ class Reference:
         except OSError:
             return ""
         return self.family.part
+
+
+def _even_steps(scheduler: Mapping[str, Any]) -> dict[str, str]:
+    """The spacing of DDIM's timesteps, where the configuration's is not one that its steps go by: it takes T / steps
+    from each t, which is not the distance of "linspace"."""
+    return {"timestep_spacing": "trailing"} if scheduler.get("timestep_spacing") == "linspace" else {}
 
 
 def load_reference(
