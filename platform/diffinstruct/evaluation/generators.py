@@ -6,10 +6,12 @@ world's classifier is the ground truth; elsewhere features come from the image t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from diffinstruct.config.experiment import Experiment
@@ -17,13 +19,16 @@ from diffinstruct.config.prompts import read_prompts
 from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError
 from diffinstruct.evaluation import REFERENCE_PICTURES, SEED
-from diffinstruct.evaluation.evaluate import Evaluation, compare, evaluate, image_features
+from diffinstruct.evaluation.evaluate import Evaluation, Sampler, compare, evaluate, image_features
 from diffinstruct.evaluation.features import AttributeClassifier, FeatureExtractor, FeaturesOnly
 from diffinstruct.evaluation.world import world_prompts
+from diffinstruct.method.memory import Batches, out_of_memory
+from diffinstruct.method.precision import autocast, frozen_dtype
 from diffinstruct.method.rewards import RewardModel
 from diffinstruct.metrics import METRICS
 from diffinstruct.models.export import load_export
 from diffinstruct.models.pipeline import load_reference
+from diffinstruct.models.sampling import pictures_at_once
 from diffinstruct.models.world import World, world_of
 from diffinstruct.reports.frames import markdown
 from diffinstruct.reward_service.client import load_reward
@@ -35,7 +40,6 @@ if TYPE_CHECKING:
 
 STEPS = 50
 """Of the reference's own pictures, which distances are measured to."""
-BATCH = 32
 
 
 def evaluate_generators(
@@ -68,24 +72,42 @@ def evaluate_generators(
     extractor = _extractor(world, models, device)
     features = _reference_features(first, extractor, table, reference_pictures, seed, device)
     evaluations = {}
-    for folder, name in zip(exports, _short(paths), strict=True):
-        reference, generator = load_export(folder, device=device)
+    for path, folder, name in zip(paths, exports, _short(paths), strict=True):
         print(f"measuring {name}: {len(table)} prompts", flush=True)
-        try:
+        sample, latent_shape = sampler(folder, runs.get(path, first), device)
+        with _one_line(folder):
             evaluations[name] = evaluate(
-                reference.sampler(generator),
+                sample,
                 table,
                 models,
                 extractor,
                 features,
-                noise_shape=reference.latent_shape,
+                noise_shape=latent_shape,
                 seed=seed,
                 open_attributes=world.open_attributes if world else {},
                 metrics=world.metrics() if world else METRICS,
             )
-        except ValueError as error:  # a prompt table's attributes, or a reward that is not finite
-            raise UserError(f"{folder}: {error}") from None
+        del sample  # the next generator takes its place in memory
     return evaluations
+
+
+def sampler(export: Path, run: Experiment | None, device: torch.device) -> tuple[Sampler, tuple[int, ...]]:
+    """Samples an exported generator in a run's precision; and the shape of its noise."""
+    precision = run.precision if run else "fp32"
+    reference, generator = load_export(export, device, frozen_dtype(precision))
+    return reference.sampler(generator, precision), reference.latent_shape
+
+
+@contextmanager
+def _one_line(model: Path | str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # a prompt table's attributes, or a reward that is not finite
+        raise UserError(f"{model}: {error}") from None
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"{model}: out of memory with one picture at a time; give it a device with more that is free") from None
 
 
 def report(evaluations: Mapping[str, Evaluation]) -> str:
@@ -134,15 +156,19 @@ def _reference_features(
 ) -> Array | None:
     if run is None or pictures == 0:
         return None
-    reference, texts = load_reference(run.reference.model, device=device), table["prompt"].tolist()[:pictures]
+    reference = load_reference(run.reference.model, device=device, decoder_dtype=frozen_dtype(run.precision))
+    texts: list[str] = table["prompt"].tolist()[:pictures]
     generator = torch.Generator().manual_seed(seed + 1)  # noise that no generator is given
-    noise = torch.randn(len(texts), *reference.latent_shape, generator=generator).to(device)
+    noise = torch.randn(len(texts), *reference.latent_shape, generator=generator)
     print(f"the reference makes {len(texts)} pictures in {STEPS} steps", flush=True)
-    made = [
-        reference.decode(reference.sample(texts[i : i + BATCH], noise[i : i + BATCH], STEPS, run.reference.guidance_scale))
-        for i in range(0, len(texts), BATCH)
-    ]
-    return image_features(extractor, torch.cat(made))
+
+    def features_of(rows: slice) -> Array:
+        with autocast(run.precision, device):
+            latents = reference.sample(texts[rows], noise[rows].to(device), STEPS, run.reference.guidance_scale)
+        return image_features(extractor, reference.decode(latents))
+
+    with _one_line(run.reference.model):
+        return np.concatenate(list(Batches(pictures_at_once(reference.latent_shape)).map(features_of, len(texts))))
 
 
 def _short(folders: Sequence[Path]) -> list[str]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from diffinstruct.errors import UserError
 from diffinstruct.method.diffusion import Conditions, Schedule
+from diffinstruct.method.precision import autocast
 from diffinstruct.models import sources
 from diffinstruct.models.denoiser import InputScale, NetworkDenoiser, OneStepGenerator
 from diffinstruct.models.families import FAMILIES
@@ -223,12 +224,18 @@ class Reference:
         scaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
         return (self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].to(latents.dtype) * 0.5 + 0.5).clamp(0, 1)
 
-    def sampler(self, generator: OneStepGenerator) -> Callable[[list[str], Tensor], Tensor]:
-        """(prompts, noise [B, C, H, W]) -> a one-step generator's images [B, 3, H', W'] in [0, 1], without gradient."""
+    def sampler(self, generator: OneStepGenerator, precision: str = "fp32") -> Callable[[list[str], Tensor], Tensor]:
+        """(prompts, noise [B, C, H, W]) -> a one-step generator's images [B, 3, H', W'] in [0, 1], without gradient.
+
+        precision: of the generator's forward pass, as in a run; the decoder has its own.
+        """
 
         @torch.no_grad()
         def sample(prompts: list[str], z: Tensor) -> Tensor:
-            return self.decode(generator(z.to(self.device), self.encode_prompts(prompts)))
+            c = self.encode_prompts(prompts)
+            with autocast(precision, torch.device(self.device)):
+                latents = generator(z.to(self.device), c)
+            return self.decode(latents)
 
         return sample
 
@@ -268,14 +275,14 @@ class Reference:
             c = {key: torch.cat([null.expand_as(c[key]), c[key]]) for key, null in self.null_conditions().items()}
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(steps, device=z.device)
-        xt = z.to(self.dtype)
+        xt = z  # in z's own type: the steps add up
         for t in scheduler.timesteps:
             output = self._sampling.output(torch.cat([xt] * (1 + guided)), t.expand(len(xt) * (1 + guided)), c)
             if guided:
                 null, conditional = output.chunk(2)
                 output = null + guidance_scale * (conditional - null)
             xt = scheduler.step(output, t, xt, return_dict=False)[0]
-        return xt.to(z.dtype)
+        return xt
 
     @torch.no_grad()
     def _embed(self, prompt: str | None) -> Conditions:
