@@ -70,6 +70,30 @@ def test_no_scheduler_makes_the_reference_clip(folder: Path, tmp_path: Path, fam
     assert torch.equal(ours, theirs) and ours.abs().max() > 2
 
 
+def test_a_prompt_is_embedded_as_a_call_of_the_stock_pipeline_does(
+    reference: Reference, stock: Any, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PixArt's cleans captions when it is called, and not when it is asked to encode."""
+    if family == "pixart":  # in the place of packages that need not be here
+        monkeypatch.setattr(type(stock), "_text_preprocessing", cleaning)
+    seen: list[torch.Tensor] = []
+    network: Any = getattr(stock, reference.family.part)
+    hook = network.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("encoder_hidden_states")), with_kwargs=True
+    )
+    more = {"use_resolution_binning": False} if family == "pixart" else {}
+    prompts = ["A Red HAT, see https://a.example/b?c", "a <b>red</b> hat "]
+    for prompt in prompts:
+        stock(prompt, num_inference_steps=2, guidance_scale=1.0, output_type="latent", **more)
+    hook.remove()
+    torch.testing.assert_close(reference.encode_prompts(prompts)["prompt_embeds"], torch.cat(seen[::2]), rtol=0, atol=1e-5)
+
+
+def cleaning(self: Any, text: Any, clean_caption: bool = False) -> list[str]:
+    texts = [text] if isinstance(text, str) else text
+    return [re.sub(r"https?://\S+|<.*?>", "", one.lower()).strip() if clean_caption else one.lower() for one in texts]
+
+
 def test_the_decoder_is_the_stock_pipelines(reference: Reference, stock: Any, family: str) -> None:
     latents = noise()
     shift = stock.vae.config.shift_factor if family == "sd3" else 0

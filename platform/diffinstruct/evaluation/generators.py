@@ -23,7 +23,7 @@ from diffinstruct.evaluation.evaluate import Evaluation, Sampler, compare, evalu
 from diffinstruct.evaluation.features import AttributeClassifier, FeatureExtractor, FeaturesOnly
 from diffinstruct.evaluation.world import world_prompts
 from diffinstruct.method.memory import Batches, out_of_memory
-from diffinstruct.method.precision import autocast, frozen_dtype
+from diffinstruct.method.precision import autocast, frozen_dtype, use_precision
 from diffinstruct.method.rewards import RewardModel
 from diffinstruct.metrics import METRICS
 from diffinstruct.models.export import load_export
@@ -93,7 +93,7 @@ def evaluate_generators(
 
 def sampler(export: Path, run: Experiment | None, device: torch.device) -> tuple[Sampler, tuple[int, ...]]:
     """Samples an exported generator in a run's precision; and the shape of its noise."""
-    precision = run.precision if run else "fp32"
+    use_precision(precision := run.precision if run else "fp32")
     reference, generator = load_export(export, device, frozen_dtype(precision))
     return reference.sampler(generator, precision), reference.latent_shape
 
@@ -156,6 +156,7 @@ def _reference_features(
 ) -> Array | None:
     if run is None or pictures == 0:
         return None
+    use_precision(run.precision)
     reference = load_reference(run.reference.model, device=device, decoder_dtype=frozen_dtype(run.precision))
     texts: list[str] = table["prompt"].tolist()[:pictures]
     generator = torch.Generator().manual_seed(seed + 1)  # noise that no generator is given

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from diffinstruct.errors import UserError
 from diffinstruct.method.memory import Batches
+from diffinstruct.method.precision import use_precision
 from diffinstruct.models.denoiser import InputScale, OneStepGenerator
 from diffinstruct.models.lora import Role
 from diffinstruct.models.pipeline import FLOW, Reference, load_reference
@@ -136,6 +137,7 @@ def generate(folder: Path | str, prompts: Sequence[str], seed: int = 0) -> list[
 
     Raises UserError for a pipeline that is no one-step generator of ours.
     """
+    use_precision("fp32")
     reference, generator = load_export(folder, "cuda" if torch.cuda.is_available() else "cpu")
     seeds = range(seed, seed + len(prompts))
     # One random generator for each picture: it depends on its seed, not on its neighbours.
