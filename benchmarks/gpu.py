@@ -40,9 +40,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffinstruct
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.method.memory import out_of_memory
 from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.precision import frozen_dtype
-from diffinstruct.method.rewards import Collect, LatentRewards, Scores, Send, out_of_memory
+from diffinstruct.method.rewards import Collect, LatentRewards, Scores, Send
 from diffinstruct.method.step import Metrics, alternating_round
 from diffinstruct.models.lora import Role
 from diffinstruct.models.pipeline import load_reference

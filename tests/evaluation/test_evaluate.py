@@ -1,6 +1,7 @@
 """Intervals against closed forms and simulation; the evaluation of a generator whose every figure is known."""
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from diffinstruct.evaluation.comparison import Comparison
 from diffinstruct.evaluation.evaluate import compare, evaluate, image_features
 from diffinstruct.evaluation.features import AttributeClassifier
 from diffinstruct.metrics import METRICS, Metric, find_metric, kid, kid_replicates, mean_pairwise_distance
+from diffinstruct.models.sampling import pictures_at_once
 from diffinstruct.models.world import OpenAttribute
 from diffinstruct.reports.frames import markdown, table
 from diffinstruct.statistics import Estimate, bootstrap_mean, paired_difference, resamples, wilson, win_rate
@@ -217,6 +219,45 @@ def test_batches_do_not_change_the_figures(prompts):
     small, whole = run(paint, prompts, batch_size=7), run(paint, prompts, batch_size=90)
     pd.testing.assert_frame_equal(small.table, whole.table)
     assert small.summary() == whole.summary()
+
+
+class Gpu:
+    """Memory for so many pictures: more at once, or while others are alive, are too many."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.asked, self.alive, self.most = room, list[int](), list[weakref.ref[torch.Tensor]](), 0
+
+    def __call__(self, prompts: list[str], noise: torch.Tensor) -> torch.Tensor:
+        self.asked.append(len(prompts))
+        self.alive = [picture for picture in self.alive if picture() is not None]
+        pictures = paint(prompts, noise).clone()
+        if len(prompts) > self.room:
+            raise torch.OutOfMemoryError("as if")
+        self.alive.append(weakref.ref(pictures))
+        self.most = max(self.most, sum(len(picture()) for picture in self.alive))  # type: ignore[arg-type]
+        return pictures
+
+
+def test_pictures_are_as_few_as_memory_holds_and_none_outlives_its_score(prompts):
+    gpu = Gpu(room=5)
+    result = run(gpu, prompts, batch_size=None, diversity_prompts=12)
+    assert gpu.asked[:4] == [32, 16, 8, 4] and set(gpu.asked[4:]) <= {4, 2}  # 90 and 12 pictures; no size is tried again
+    assert gpu.most == 4
+    whole = run(paint, prompts, batch_size=90, diversity_prompts=12)
+    pd.testing.assert_frame_equal(result.table, whole.table)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(Gpu(room=0), prompts)
+    with pytest.raises(RuntimeError, match="another fault"):
+        run(another_fault, prompts)
+
+
+def another_fault(prompts, noise):
+    raise RuntimeError("another fault")
+
+
+@pytest.mark.parametrize(("pixels", "n"), [(64, 32), (512, 16), (1024, 4), (16384, 1)])
+def test_larger_pictures_begin_with_fewer(pixels, n):
+    assert pictures_at_once((4, pixels // 8, pixels // 8)) == n
 
 
 def test_another_seed_draws_other_noise(prompts):

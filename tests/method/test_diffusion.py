@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffinstruct.method.diffusion import Schedule, log_normal_t, uniform_t
 
@@ -83,3 +84,20 @@ def test_log_normal_t_has_the_normals_probabilities(schedule, t_min, t_max):
     torch.testing.assert_close(got, share / share.sum(), rtol=0, atol=2e-5)
     least, most = log_normal_t(schedule, mean, std, t_min, t_max)(torch.tensor([0.0, 1 - 2**-24])).tolist()
     assert t_min == least <= most < t_max
+
+
+def test_the_tables_are_copied_to_a_device_once() -> None:
+    class Copies(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), more=None):
+            self.n += "_to_copy" in str(function)
+            return function(*arguments, **(more or {}))
+
+    schedule = Schedule(torch.linspace(1, 0.1, 10), torch.linspace(0, 1, 10), torch.arange(10.0))
+    t, like = torch.zeros(3, dtype=torch.long, device="meta"), torch.zeros(3, 4, device="meta")
+    with Copies() as copies:
+        for _ in range(5):
+            schedule.at(t, like)
+            schedule.fed(t)
+    assert copies.n == 3

@@ -14,7 +14,7 @@ import torch
 
 from diffinstruct.cluster.attach import stand_in
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.method.precision import use_deterministic_kernels
+from diffinstruct.method.precision import use_deterministic_kernels, use_precision
 from diffinstruct.method.rewards import LatentRewards, RewardRequest
 from diffinstruct.reward_service.reward_validation import Report
 
@@ -37,6 +37,7 @@ class RewardActor:
         stand_in(folder)
         torch.set_num_threads(max(1, int(experiment.cluster.rewards.cpus)))
         torch.backends.cudnn.deterministic = True  # asked again, it answers with the same bits
+        use_precision(experiment.precision)
         if experiment.deterministic:
             use_deterministic_kernels()
         self.experiment, self.names = experiment, names

@@ -60,7 +60,11 @@ class Experiment(Section):
         resume=True,
     )
     precision: Literal["fp32", "bf16"] = key(
-        "fp32", "of the networks' and the decoder's arithmetic; trained weights stay fp32 (ours)", resume=True
+        "fp32",
+        "of the networks' and the decoder's arithmetic; fp32: float32 all through, on a GPU without TF32; bf16: what is "
+        "frozen is held and what is computed is rounded to it, the rest of the arithmetic is TF32 on a GPU; trained weights "
+        "stay fp32 (ours)",
+        resume=True,
     )
     activation_checkpointing: bool = key(
         False,

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import load_run
 from diffinstruct.evaluation import REFERENCE_PICTURES, SEED, generators
 from diffinstruct.evaluation.evaluate import Evaluation, compare
 from diffinstruct.metrics import REWARD, Metric
-from diffinstruct.models.export import load_export
+from diffinstruct.models.export import draw
 from diffinstruct.reports import page, plots
 
 SHOWN = 8  # prompts, evenly spaced in the table
@@ -90,15 +91,17 @@ def compare_runs(
     evaluations = generators.evaluate_generators(paths, prompts, rewards, reference_pictures, seed, metrics)
     texts = next(iter(evaluations.values())).table["prompt"].tolist()
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), SHOWN)).round().astype(int)).tolist()
-    pictures = {name: _pictures(path / "export", texts, chosen, seed) for name, path in zip(evaluations, paths, strict=True)}
+    pictures = {
+        name: _pictures(path / "export", run, texts, chosen, seed)
+        for name, path, run in zip(evaluations, paths, (one, other), strict=True)
+    }
     return Comparison(other.changes(one), evaluations, [texts[i] for i in chosen], pictures)
 
 
-@torch.no_grad()
-def _pictures(export: Path, texts: Sequence[str], chosen: Sequence[int], seed: int) -> list[Image.Image]:
+def _pictures(export: Path, run: Experiment, texts: Sequence[str], chosen: Sequence[int], seed: int) -> list[Image.Image]:
     """The pictures of some rows of the table, of the noise that `evaluate` gave them."""
-    reference, generator = load_export(export, device="cuda" if torch.cuda.is_available() else "cpu")
-    noise = torch.randn(len(texts), *reference.latent_shape, generator=torch.Generator().manual_seed(seed))
-    made = reference.sampler(generator)([texts[i] for i in chosen], noise[chosen])
-    pixels = (made.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
+    sample, latent_shape = generators.sampler(
+        export, run.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    noise = torch.randn(len(texts), *latent_shape, generator=torch.Generator().manual_seed(seed))
+    return draw(sample, [texts[i] for i in chosen], noise[chosen])

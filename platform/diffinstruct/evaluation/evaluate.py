@@ -8,7 +8,7 @@ Shapes: n prompts, B of them in a batch, F features, m reference pictures; image
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from diffinstruct.evaluation.features import FeatureExtractor
+from diffinstruct.method.memory import Batches
 from diffinstruct.metrics import ACCURACY, METRICS, REWARD, Metric, find_metric, mean_pairwise_distance
+from diffinstruct.models.sampling import pictures_at_once
 from diffinstruct.models.world import OpenAttribute
 from diffinstruct.statistics import Array, Summary, from_replicates, paired_difference, win_rate
 
@@ -106,7 +108,7 @@ def evaluate(
     *,
     noise_shape: tuple[int, ...],
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     diversity_prompts: int = 64,
     diversity_noises: int = 4,
     open_attributes: Mapping[str, OpenAttribute] = {},
@@ -117,7 +119,8 @@ def evaluate(
     `prompts` has a column `prompt` and may have one for each of the extractor's attributes, empty where the prompt
     leaves it open. `reference` [m, F] are `image_features` of the pictures to compare with. `metrics` are the table
     itself, if not said. The noise, of `noise_shape` a picture, depends on `seed` and the table's length only: equal for
-    every generator and batch size. Raises ValueError for an attribute's value that the extractor does not know and for
+    every generator and batch size. `batch_size` pictures are alive at once, or `pictures_at_once`, and fewer where memory
+    ends: each batch is scored and dropped. Raises ValueError for an attribute's value that the extractor does not know and for
     a score that is not finite.
     """
     table, metrics = prompts.reset_index(drop=True), METRICS if metrics is None else metrics
@@ -125,16 +128,19 @@ def evaluate(
     texts: list[str] = table["prompt"].tolist()
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(texts), *noise_shape, generator=generator)
-    features, classes = _score(table, sample, noise, rewards, extractor, metrics, batch_size)
+    batches = Batches(batch_size or pictures_at_once(noise_shape))
+    features, classes = _score(table, sample, noise, rewards, extractor, metrics, batches)
     _add_accuracy(table, named, classes, open_attributes)
 
     chosen = np.linspace(0, len(texts) - 1, min(len(texts), diversity_prompts)).round().astype(int)
     pictures = [features[chosen]]
     for _ in range(1, diversity_noises):
-        noise = torch.randn(len(chosen), *noise_shape, generator=generator)
-        for rows in _batches(len(chosen), batch_size):
-            images = sample([texts[i] for i in chosen[rows]], noise[rows])
-            pictures.append(_numpy(extractor(images)[0]))
+        others = torch.randn(len(chosen), *noise_shape, generator=generator)
+
+        def seen(rows: slice, noise: Tensor = others) -> Array:
+            return _numpy(extractor(sample([texts[i] for i in chosen[rows]], noise[rows]))[0])
+
+        pictures += batches.map(seen, len(chosen))
     by_noise = np.concatenate(pictures).reshape(diversity_noises, len(chosen), -1)
     table.loc[chosen, "diversity"] = [mean_pairwise_distance(prompt) for prompt in by_noise.swapaxes(0, 1)]
     return Evaluation(table, features, reference, seed, metrics)
@@ -147,7 +153,7 @@ def _score(
     rewards: Mapping[str, Callable[[Tensor, list[str]], Tensor]],
     extractor: FeatureExtractor,
     metrics: Mapping[str, Metric],
-    batch_size: int,
+    batches: Batches,
 ) -> tuple[Array, dict[str, list[str]]]:
     """Make the pictures; add their scores, and the metrics that are functions of a picture, to the table.
 
@@ -155,24 +161,24 @@ def _score(
     """
     texts: list[str] = table["prompt"].tolist()
     functions = {name: metric.function for name, metric in metrics.items() if metric.function and metric.interval != "features"}
-    features: list[Array] = []
-    classes: dict[str, list[str]] = {attribute: [] for attribute in extractor.classes}
-    values: dict[str, list[Array]] = {name: [] for name in (*(f"{REWARD}{name}" for name in rewards), *functions)}
-    for rows in _batches(len(texts), batch_size):
+
+    def scores_of(rows: slice) -> tuple[Array, dict[str, Array], dict[str, Array]]:
         images = sample(texts[rows], noise[rows])
-        batch_features, logits = extractor(images)
-        features.append(_numpy(batch_features))
-        for attribute, names in extractor.classes.items():
-            classes[attribute] += [names[i] for i in logits[attribute].argmax(1).tolist()]
-        for name, reward in rewards.items():
-            values[f"{REWARD}{name}"].append(_numpy(reward(images, texts[rows])))
-        for name, function in functions.items():
-            values[name].append(_numpy(function(images)))
-    for name, batches in values.items():
-        table[name] = np.concatenate(batches)
+        features, logits = extractor(images)
+        seen = {attribute: logits[attribute].argmax(1).cpu().numpy() for attribute in extractor.classes}
+        values = {f"{REWARD}{name}": _numpy(reward(images, texts[rows])) for name, reward in rewards.items()}
+        return _numpy(features), seen, values | {name: _numpy(function(images)) for name, function in functions.items()}
+
+    features, seen, values = zip(*batches.map(scores_of, len(texts)), strict=True)
+    for name in values[0]:
+        table[name] = np.concatenate([batch[name] for batch in values])
         if not np.isfinite(table[name]).all():
             family, _, reward_name = name.partition("/")
             raise ValueError(f"{family} {reward_name!r}: a score is not finite" if reward_name else f"{name}: not finite")
+    classes = {
+        attribute: [names[i] for i in np.concatenate([batch[attribute] for batch in seen])]
+        for attribute, names in extractor.classes.items()
+    }
     return np.concatenate(features), classes
 
 
@@ -209,10 +215,6 @@ def _add_accuracy(
 def image_features(extractor: FeatureExtractor, images: Tensor, batch_size: int = 256) -> Array:
     """The extractor's features [m, F] of images [m, 3, H, W] in [0, 1]."""
     return np.concatenate([_numpy(extractor(batch)[0]) for batch in images.split(batch_size)])
-
-
-def _batches(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 def _numpy(x: Tensor) -> Array:

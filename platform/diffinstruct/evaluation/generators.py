@@ -6,9 +6,11 @@ world's classifier is the ground truth; elsewhere features come from the image t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from diffinstruct.config.inputs import import_named
@@ -17,20 +19,22 @@ from diffinstruct.config.reading import load_run
 from diffinstruct.config.sections import ReferenceConfig
 from diffinstruct.errors import UserError
 from diffinstruct.evaluation import REFERENCE_PICTURES, SEED
-from diffinstruct.evaluation.evaluate import Evaluation, compare, evaluate, image_features
+from diffinstruct.evaluation.evaluate import Evaluation, Sampler, compare, evaluate, image_features
 from diffinstruct.evaluation.features import AttributeClassifier, FeatureExtractor, FeaturesOnly
 from diffinstruct.evaluation.world import world_prompts
+from diffinstruct.method.memory import Batches, out_of_memory
+from diffinstruct.method.precision import autocast, frozen_dtype, use_precision
 from diffinstruct.method.rewards import RewardModel
 from diffinstruct.metrics import METRICS, Metric, find_metric
 from diffinstruct.models.export import load_export
 from diffinstruct.models.pipeline import load_reference
+from diffinstruct.models.sampling import pictures_at_once
 from diffinstruct.models.world import World, world_of
 from diffinstruct.reports.frames import markdown
 from diffinstruct.reward_service.client import load_reward
 from diffinstruct.statistics import Array, Summary
 
 STEPS = 50  # of the reference's own pictures, which distances are measured to
-BATCH = 32
 
 
 def evaluate_generators(
@@ -69,26 +73,45 @@ def evaluate_generators(
     extractor = _extractor(world, models, device)
     features = None
     if first and reference_pictures:
-        features = _reference_features(first.reference, extractor, table["prompt"].tolist()[:reference_pictures], seed, device)
+        texts = table["prompt"].tolist()[:reference_pictures]
+        features = _reference_features(first.reference, first.precision, extractor, texts, seed, device)
     evaluations = {}
-    for folder, name in zip(exports, _short(paths), strict=True):
-        reference, generator = load_export(folder, device=device)
+    for path, folder, name in zip(paths, exports, _short(paths), strict=True):
         print(f"measuring {name}: {len(table)} prompts", flush=True)
-        try:
+        sample, latent_shape = sampler(folder, run.precision if (run := runs.get(path, first)) else "fp32", device)
+        with _one_line(folder):
             evaluations[name] = evaluate(
-                reference.sampler(generator),
+                sample,
                 table,
                 models,
                 extractor,
                 features,
-                noise_shape=reference.latent_shape,
+                noise_shape=latent_shape,
                 seed=seed,
                 open_attributes=world.open_attributes if world else {},
                 metrics=rows,
             )
-        except ValueError as error:  # a prompt table's attributes, or a reward that is not finite
-            raise UserError(f"{folder}: {error}") from None
+        del sample  # the next generator takes its place in memory
     return evaluations
+
+
+def sampler(export: Path, precision: str, device: torch.device) -> tuple[Sampler, tuple[int, ...]]:
+    """Samples an exported generator in a run's precision; and the shape of its noise."""
+    use_precision(precision)
+    reference, generator = load_export(export, device, frozen_dtype(precision))
+    return reference.sampler(generator, precision), reference.latent_shape
+
+
+@contextmanager
+def _one_line(model: Path | str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # a prompt table's attributes, or a reward that is not finite
+        raise UserError(f"{model}: {error}") from None
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"{model}: out of memory with one picture at a time; give it a device with more that is free") from None
 
 
 def report(evaluations: Mapping[str, Evaluation]) -> str:
@@ -138,17 +161,21 @@ def _extractor(world: World | None, rewards: Mapping[str, RewardModel], device: 
 
 @torch.no_grad()
 def _reference_features(
-    config: ReferenceConfig, extractor: FeatureExtractor, texts: list[str], seed: int, device: torch.device
+    config: ReferenceConfig, precision: str, extractor: FeatureExtractor, texts: list[str], seed: int, device: torch.device
 ) -> Array:
-    reference = load_reference(config.model, device=device)
+    use_precision(precision)
+    reference = load_reference(config.model, device=device, decoder_dtype=frozen_dtype(precision))
     generator = torch.Generator().manual_seed(seed + 1)  # noise that no generator is given
-    noise = torch.randn(len(texts), *reference.latent_shape, generator=generator).to(device)
+    noise = torch.randn(len(texts), *reference.latent_shape, generator=generator)
     print(f"the reference makes {len(texts)} pictures in {STEPS} steps", flush=True)
-    made = [
-        reference.decode(reference.sample(texts[i : i + BATCH], noise[i : i + BATCH], STEPS, config.guidance_scale))
-        for i in range(0, len(texts), BATCH)
-    ]
-    return image_features(extractor, torch.cat(made))
+
+    def features_of(rows: slice) -> Array:
+        with autocast(precision, device):
+            latents = reference.sample(texts[rows], noise[rows].to(device), STEPS, config.guidance_scale)
+        return image_features(extractor, reference.decode(latents))
+
+    with _one_line(config.model):
+        return np.concatenate(list(Batches(pictures_at_once(reference.latent_shape)).map(features_of, len(texts))))
 
 
 def _short(folders: Sequence[Path]) -> list[str]:

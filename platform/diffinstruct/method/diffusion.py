@@ -9,7 +9,7 @@ the schedule.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -46,15 +46,26 @@ class Schedule:
     alphas: Tensor
     sigmas: Tensor
     timesteps: Tensor | None = None
+    _held: dict[torch.device, tuple[Tensor | None, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def _on(self, device: torch.device) -> tuple[Tensor | None, ...]:
+        """The three tables on a device, copied to it once: a copy from pageable memory waits for all that it computes."""
+        if device not in self._held:
+            tables = (self.alphas, self.sigmas, self.timesteps)
+            self._held[device] = tuple(None if table is None else table.to(device) for table in tables)
+        return self._held[device]
 
     def fed(self, t: Tensor) -> Tensor:
         """t [B] as the networks take it."""
-        return t if self.timesteps is None else self.timesteps.to(t.device)[t]
+        timesteps = self._on(t.device)[2]
+        return t if timesteps is None else timesteps[t]
 
     def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha_t, sigma_t), shaped to broadcast against `like` [B, ...] and of its dtype."""
         shape = (-1,) + (1,) * (like.dim() - 1)
-        alpha, sigma = self.alphas.to(t.device)[t], self.sigmas.to(t.device)[t]
+        alphas, sigmas, _ = self._on(t.device)
+        assert alphas is not None and sigmas is not None
+        alpha, sigma = alphas[t], sigmas[t]
         return alpha.to(like.dtype).view(shape), sigma.to(like.dtype).view(shape)
 
     def diffuse(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:

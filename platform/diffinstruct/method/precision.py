@@ -1,4 +1,4 @@
-"""The arithmetic of networks: autocast, the type of frozen weights, deterministic kernels."""
+"""The arithmetic of networks: autocast, TF32, the type of frozen weights, deterministic kernels."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +12,12 @@ def use_deterministic_kernels() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def use_precision(precision: str) -> None:
+    """Set what this process's GPU takes for float32 arithmetic. "fp32" is float32 in every product; "bf16", whose
+    networks round more anyway, takes TF32 for what stays in float32. torch by itself takes TF32 in convolutions alone."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "bf16"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffinstruct.method.memory import halving, out_of_memory
+
 RewardModel = Callable[[Tensor, Sequence[str]], Tensor]
 
 
@@ -75,21 +77,17 @@ class LatentRewards:
         started = time.perf_counter()
         if not self.models:  # reward scale 0 and nobody watching: no reason to decode
             return Scores({}, torch.zeros_like(latents), 0.0, request.micro_batch)
-        micro_batch = request.micro_batch
-        while True:
-            try:
-                rows = [slice(i, i + micro_batch) for i in range(0, len(latents), micro_batch)]
-                parts = [self._score(latents[part], prompts[part], request.weights) for part in rows]
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                if micro_batch == 1:
-                    raise RewardError(f"rewards {', '.join(self.models)}: out of memory with one sample") from error
-            # Outside the handler: the error's frames, which hold the tensors that were too many, are gone.
-            micro_batch = -(-min(micro_batch, len(latents)) // 2)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+
+        def parts_of(size: int) -> list[tuple[dict[str, Tensor], Tensor]]:
+            rows = [slice(i, i + size) for i in range(0, len(latents), size)]
+            return [self._score(latents[part], prompts[part], request.weights) for part in rows]
+
+        try:
+            parts, micro_batch = halving(parts_of, request.micro_batch, len(latents))
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise RewardError(f"rewards {', '.join(self.models)}: out of memory with one sample") from error
         scores = {name: torch.cat([p[0][name] for p in parts]) for name in self.models}
         return Scores(scores, torch.cat([p[1] for p in parts]), time.perf_counter() - started, micro_batch)
 
@@ -148,8 +146,3 @@ def scored(
     if not torch.isfinite(score).all():
         raise NonFiniteScore(f"reward {name}: {int((~torch.isfinite(score)).sum())} of {batch} scores are not finite")
     return score
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether it says that the memory of a GPU or of the machine is used up."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

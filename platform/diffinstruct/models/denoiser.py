@@ -24,6 +24,12 @@ class NetworkDenoiser(nn.Module):
         super().__init__()
         self.network, self.family, self.schedule = network, family, schedule
         self.prediction, self.pixels_per_latent = prediction, pixels_per_latent
+        self.dtype: torch.dtype = network.dtype  # type: ignore[assignment]  # held: to ask, diffusers walks all modules
+
+    def _apply(self, *arguments: Any, **more: Any) -> Any:
+        applied = super()._apply(*arguments, **more)
+        self.dtype = self.network.dtype  # type: ignore[assignment]
+        return applied
 
     def forward(self, xt: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         output = self.output(xt, self.schedule.fed(t), conditions)
@@ -31,10 +37,9 @@ class NetworkDenoiser(nn.Module):
 
     def output(self, xt: Tensor, fed: Tensor, conditions: Conditions) -> Tensor:
         """What the network itself predicts, in xt's dtype; `fed` [B] is the time as it takes it."""
-        dtype: Any = self.network.dtype
-        c = {key: value.to(dtype) if value.is_floating_point() else value for key, value in conditions.items()}
+        c = {key: value.to(self.dtype) if value.is_floating_point() else value for key, value in conditions.items()}
         pixels = (xt.shape[-2] * self.pixels_per_latent, xt.shape[-1] * self.pixels_per_latent)
-        return self.family.output(self.network, xt.to(dtype), fed, c, pixels).to(xt.dtype)
+        return self.family.output(self.network, xt.to(self.dtype), fed, c, pixels).to(xt.dtype)
 
 
 class OneStepGenerator(nn.Module):

@@ -14,7 +14,7 @@ The generator's timestep T and its input scale are written into the configuratio
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,15 @@ from typing import Any
 import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
 from PIL import Image
+from torch import Tensor
 
 from diffinstruct.errors import UserError
+from diffinstruct.method.memory import Batches
+from diffinstruct.method.precision import use_precision
 from diffinstruct.models.denoiser import InputScale, OneStepGenerator
 from diffinstruct.models.lora import Role
 from diffinstruct.models.pipeline import FLOW, Reference, load_reference
+from diffinstruct.models.sampling import pictures_at_once
 from diffinstruct.models.sources import quiet
 
 CARD = """---
@@ -85,12 +89,15 @@ def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
     return folder
 
 
-def load_export(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Reference, OneStepGenerator]:
-    """Open what `export` wrote: the pipeline's other parts, and its one-step generator.
+def load_export(
+    folder: Path | str, device: torch.device | str = "cpu", decoder_dtype: torch.dtype | None = None
+) -> tuple[Reference, OneStepGenerator]:
+    """Open what `export` wrote, in fp32: the pipeline's other parts, and its one-step generator. decoder_dtype: of the
+    decoder, if another.
 
     Raises UserError for a pipeline that is no one-step generator of ours.
     """
-    reference = load_reference(str(folder), device=device)
+    reference = load_reference(str(folder), device=device, decoder_dtype=decoder_dtype)
     scheduler = json.loads(Path(folder, "scheduler", "scheduler_config.json").read_text())
     name, timestep = scheduler["_class_name"], scheduler["num_train_timesteps"] - 1
     scales: dict[str, InputScale] = {"LCMScheduler": "unit", "EulerDiscreteScheduler": "sigma", FLOW: "unit"}
@@ -130,10 +137,19 @@ def generate(folder: Path | str, prompts: Sequence[str], seed: int = 0) -> list[
 
     Raises UserError for a pipeline that is no one-step generator of ours.
     """
+    use_precision("fp32")
     reference, generator = load_export(folder, "cuda" if torch.cuda.is_available() else "cpu")
     seeds = range(seed, seed + len(prompts))
     # One random generator for each picture: it depends on its seed, not on its neighbours.
     z = torch.stack([torch.randn(reference.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
-    images = reference.sampler(generator)(list(prompts), z).cpu()
-    pixels = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
+    return draw(reference.sampler(generator), prompts, z)
+
+
+def draw(sample: Callable[[list[str], Tensor], Tensor], prompts: Sequence[str], noise: Tensor) -> list[Image.Image]:
+    """A `Reference.sampler`'s pictures of noise [B, C, H, W], as many at once as memory holds."""
+
+    def pixels_of(rows: slice) -> Tensor:
+        return (sample(list(prompts[rows]), noise[rows]) * 255).round().byte().permute(0, 2, 3, 1).cpu()
+
+    batches = Batches(pictures_at_once(noise.shape[1:])).map(pixels_of, len(prompts))
+    return [Image.fromarray(picture) for batch in batches for picture in batch.numpy()]

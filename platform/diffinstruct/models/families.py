@@ -104,7 +104,9 @@ class PixArtAlpha(StableDiffusion):
 
     @staticmethod
     def encode(pipeline: Any, prompt: str, device: torch.device | str) -> Conditions:
-        embeds, mask, _, _ = pipeline.encode_prompt([prompt], do_classifier_free_guidance=False, device=device)
+        # Cleaned, as a call of its pipeline does by default, and `encode_prompt` does not
+        clean = {"do_classifier_free_guidance": False, "device": device, "clean_caption": True}
+        embeds, mask, _, _ = pipeline.encode_prompt([prompt], **clean)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
     @staticmethod

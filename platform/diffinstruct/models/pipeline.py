@@ -9,7 +9,7 @@ images [B, 3, H', W'] in [0, 1]; conditions batch first.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from diffinstruct.errors import UserError
 from diffinstruct.method.diffusion import Conditions, Schedule
+from diffinstruct.method.precision import autocast
 from diffinstruct.models import sources
 from diffinstruct.models.denoiser import InputScale, NetworkDenoiser, OneStepGenerator
 from diffinstruct.models.families import FAMILIES
@@ -33,6 +34,9 @@ from diffinstruct.models.world import named_world
 DECODERS = ("AutoencoderKL", "AutoencoderTiny")
 WEIGHTS_BESIDE = WeightSource()  # weights from where the configurations are
 FLOW = "FlowMatchEulerDiscreteScheduler"
+DDIM = {"clip_sample": False, "thresholding": False}
+"""Latents have no range to be clipped to. DDIM clips unless told not to, and configurations of other schedulers do not
+say; where one says that it does, it was saved with DDIM's defaults."""
 
 
 class Reference:
@@ -70,7 +74,7 @@ class Reference:
             sigmas = self.scheduler.sigmas.flip(0)
             self.schedule = Schedule(1 - sigmas, sigmas, sigmas * len(sigmas))
         else:
-            self.scheduler = ddim = DDIMScheduler.from_config(scheduler)
+            self.scheduler = ddim = DDIMScheduler.from_config(scheduler, **DDIM | _even_steps(scheduler))
             self.betas, self.prediction = ddim.betas.tolist(), ddim.config.prediction_type
             self.schedule = Schedule(ddim.alphas_cumprod.sqrt(), (1 - ddim.alphas_cumprod).sqrt())
         self._config = sources.read_source(self._network_class.load_config, source, subfolder=self.family.part)
@@ -220,12 +224,18 @@ class Reference:
         scaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
         return (self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].to(latents.dtype) * 0.5 + 0.5).clamp(0, 1)
 
-    def sampler(self, generator: OneStepGenerator) -> Callable[[list[str], Tensor], Tensor]:
-        """(prompts, noise [B, C, H, W]) -> a one-step generator's images [B, 3, H', W'] in [0, 1], without gradient."""
+    def sampler(self, generator: OneStepGenerator, precision: str = "fp32") -> Callable[[list[str], Tensor], Tensor]:
+        """(prompts, noise [B, C, H, W]) -> a one-step generator's images [B, 3, H', W'] in [0, 1], without gradient.
+
+        precision: of the generator's forward pass, as in a run; the decoder has its own.
+        """
 
         @torch.no_grad()
         def sample(prompts: list[str], z: Tensor) -> Tensor:
-            return self.decode(generator(z.to(self.device), self.encode_prompts(prompts)))
+            c = self.encode_prompts(prompts)
+            with autocast(precision, torch.device(self.device)):
+                latents = generator(z.to(self.device), c)
+            return self.decode(latents)
 
         return sample
 
@@ -265,14 +275,14 @@ class Reference:
             c = {key: torch.cat([null.expand_as(c[key]), c[key]]) for key, null in self.null_conditions().items()}
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(steps, device=z.device)
-        xt = z.to(self.dtype)
+        xt = z  # in z's own type: the steps add up
         for t in scheduler.timesteps:
             output = self._sampling.output(torch.cat([xt] * (1 + guided)), t.expand(len(xt) * (1 + guided)), c)
             if guided:
                 null, conditional = output.chunk(2)
                 output = null + guidance_scale * (conditional - null)
             xt = scheduler.step(output, t, xt, return_dict=False)[0]
-        return xt.to(z.dtype)
+        return xt
 
     @torch.no_grad()
     def _embed(self, prompt: str | None) -> Conditions:
@@ -297,6 +307,12 @@ class Reference:
         except OSError:
             return ""
         return self.family.part
+
+
+def _even_steps(scheduler: Mapping[str, Any]) -> dict[str, str]:
+    """The spacing of DDIM's timesteps, where the configuration's is not one that its steps go by: it takes T / steps
+    from each t, which is not the distance of "linspace"."""
+    return {"timestep_spacing": "trailing"} if scheduler.get("timestep_spacing") == "linspace" else {}
 
 
 def load_reference(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,11 @@ from diffinstruct.models.pipeline import Reference
 
 EVALUATION_SEED = 1_000_000
 """Pictures that are shown or scored draw their noise from seeds at and above this one, training from those below."""
+
+
+def pictures_at_once(latent_shape: Sequence[int]) -> int:
+    """How many pictures to begin with, where only memory limits them: 32 small ones, 16 of 512 px, 4 of 1024 px."""
+    return max(1, min(32, 2**16 // prod(latent_shape[1:])))
 
 
 def probe_inputs(reference: Reference, prompts: Sequence[str], n: int, seed: int, noises: int = 1) -> tuple[list[str], Tensor]:

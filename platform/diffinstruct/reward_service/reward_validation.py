@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffinstruct.method.rewards import RewardError, RewardModel, out_of_memory, scored
+from diffinstruct.method.memory import out_of_memory
+from diffinstruct.method.rewards import RewardError, RewardModel, scored
 
 PICTURES, FEW = 64, 4
 """Pictures that are scored, at most; and those of every other check: a reward may be a ViT-H, the machine a laptop."""

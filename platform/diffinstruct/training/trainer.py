@@ -17,7 +17,7 @@ from diffinstruct.config.prompts import read_prompt_set
 from diffinstruct.method.diffusion import Conditions
 from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.nonfinite import NonFiniteGradient
-from diffinstruct.method.precision import use_deterministic_kernels
+from diffinstruct.method.precision import use_deterministic_kernels, use_precision
 from diffinstruct.method.rewards import NonFiniteScore
 from diffinstruct.method.step import Metrics
 from diffinstruct.models.denoiser import OneStepGenerator
@@ -53,6 +53,7 @@ class Trainer:
     def __init__(
         self, experiment: Experiment, folder: Path, pool: RewardBackend | None, worker: Worker, parent: Parent | None
     ) -> None:
+        use_precision(experiment.precision)
         if experiment.deterministic:
             use_deterministic_kernels()
         self.experiment, self.folder, self.parent = experiment, folder, parent

@@ -1,0 +1,49 @@
+"""Batches that memory holds: their size is halved where it ends."""
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that the memory of a GPU or of the machine is used up."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def halving(compute: Callable[[int], T], size: int, rows: int) -> tuple[T, int]:
+    """`compute(size)` and the size, which is halved as often as memory ends; of so many rows all may be fewer than that.
+
+    Raises the error of size 1.
+    """
+    while True:
+        try:
+            return compute(size), size
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not out_of_memory(error):
+                raise
+        # Outside the handler: the error's frames, which hold the tensors that were too many, are gone.
+        size = -(-min(size, rows) // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class Batches:
+    """Splits rows into batches. A size that memory did not hold is not tried again."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def map(self, compute: Callable[[slice], T], rows: int) -> Iterator[T]:
+        """`compute` of one slice of the rows after another; it should return less than it takes."""
+        start = 0
+        while start < rows:
+            answer, self.size = halving(
+                lambda size, start=start: compute(slice(start, min(start + size, rows))),  # type: ignore[misc]
+                self.size,
+                rows - start,
+            )
+            yield answer
+            start += self.size
