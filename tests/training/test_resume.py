@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
+from tiny.runs import same
 
 from diffinstruct.cli.main import main
 from diffinstruct.errors import UserError
+from diffinstruct.run_folder import checkpoint
 from diffinstruct.run_folder.checkpoint import CheckpointStore
 from diffinstruct.training import local
 from diffinstruct.training.loop_state import STATE_OF_0_1, Identity, moved
@@ -117,3 +121,22 @@ def test_a_saved_state_moves_to_another_configuration(run):
     assert history["best"] == {} and history["start"]["trained"]
     new = moved(new, Identity("new", "others"), changed, {"objective.reward_scale", "prompts.train"})
     assert new["overoptimization"]["history"]["start"] == {} and new["reward_scale"] == 7.0
+
+
+def test_a_run_is_changed_and_taken_over_without_its_tensors(run, tmp_path, monkeypatch):
+    """Other values for some keys of an SDXL run, whose state has 70 GB, take no tensor into memory."""
+    experiment, folder = run
+    shutil.copytree(folder, tmp_path / "run")
+    changed = experiment.model_copy(update={"seed": 5})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "safe_open", None)
+        patch.setattr(checkpoint, "save_file", None)
+        assert take_over(changed, tmp_path / "heir", tmp_path / "run") == 2
+        assert change(changed, tmp_path / "run", {"seed"}) == 2 and change(changed, tmp_path / "run", {"seed"}) is None
+    before = CheckpointStore(folder / "checkpoints").latest()[1]
+    for other in ("run", "heir"):
+        state = CheckpointStore(tmp_path / other / "checkpoints").latest()[1]
+        assert Identity.of(state) == identity_of(changed)
+        weights = [found["train_state"] | {"generator_optimizer": None, "score_optimizer": None} for found in (state, before)]
+        assert same(*weights)
+        assert same(*(found["train_state"]["score_optimizer"]["state"] for found in (state, before)))

@@ -19,13 +19,22 @@ class TensorShard:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor, or a rank's shard, that lies in a checkpoint's files under this name and is not loaded."""
+
+    name: str
+
+
 def encode(state: State, spare: Mapping[str, Tensor] = MappingProxyType({})) -> tuple[Any, dict[str, Tensor]]:
     """A state as a JSON tree and its tensors' copies by name; one tensor at two places is stored once. Copies go into
     those of `spare` that have the same name, shape and type."""
     tensors: dict[str, Tensor] = {}
     names: dict[tuple[Any, ...], str] = {}  # which tensor (memory and view of it) already has a name
 
-    def store(tensor: Tensor, place: str) -> str:
+    def store(tensor: Tensor | StoredTensor, place: str) -> str:
+        if isinstance(tensor, StoredTensor):
+            return tensor.name
         tensor = tensor.detach()
         if tensor.layout != torch.strided or tensor.is_meta:
             raise TypeError(f"checkpoint: {place} is a {tensor.layout} tensor on {tensor.device}, not a dense one")
@@ -43,7 +52,7 @@ def encode(state: State, spare: Mapping[str, Tensor] = MappingProxyType({})) -> 
         return place
 
     def walk(value: Any, place: str) -> Any:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | StoredTensor):
             return {"$tensor": store(value, place)}
         if isinstance(value, TensorShard):
             return {"$rows": store(value.own, place), "shape": list(value.shape)}
@@ -65,7 +74,7 @@ def encode(state: State, spare: Mapping[str, Tensor] = MappingProxyType({})) -> 
     return walk(state, ""), tensors
 
 
-def decode(tree: Any, tensor: Callable[[str], Tensor], rows: Callable[[str, tuple[int, ...]], Tensor]) -> Any:
+def decode(tree: Any, tensor: Callable[[str], Any], rows: Callable[[str, tuple[int, ...]], Any]) -> Any:
     """The inverse of `encode`, with tensors and rows by their names."""
 
     def walk(tree: Any) -> Any:
@@ -85,3 +94,8 @@ def decode(tree: Any, tensor: Callable[[str], Tensor], rows: Callable[[str, tupl
         return tree
 
     return walk(tree)
+
+
+def outline(tree: Any) -> Any:
+    """As `decode`, with a StoredTensor in each tensor's place."""
+    return decode(tree, StoredTensor, lambda name, shape: StoredTensor(name))
