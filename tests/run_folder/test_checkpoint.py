@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -238,6 +240,22 @@ def test_death_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, again: bo
             assert deadline > 12  # the walk really went through the writer's operations
             return
     raise AssertionError("the writer never got through")
+
+
+def test_a_state_that_was_read_goes_with_its_last_reader(tmp_path: Path, monkeypatch) -> None:
+    """256 MiB, without Python's search for cycles, which may come after hours; nor does one that was written stay."""
+    store = CheckpointStore(tmp_path)
+    state = {"big": torch.zeros(2**26)}
+    store.save(1, state)
+    written, copy = weakref.ref(state.pop("big")), weakref.ref(store._copies["big"])
+    gc.collect()
+    gc.disable()
+    try:
+        read = weakref.ref(store.latest()[1]["big"])  # type: ignore[index]
+        del store
+        assert read() is None and written() is None and copy() is None
+    finally:
+        gc.enable()
 
 
 def _scaled(step: int, state: dict) -> dict:

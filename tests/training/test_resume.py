@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 
 import pytest
+import torch
 from tiny.runs import same
 
 from diffinstruct.cli.main import main
 from diffinstruct.errors import UserError
 from diffinstruct.run_folder import checkpoint
 from diffinstruct.run_folder.checkpoint import CheckpointStore
-from diffinstruct.training import local
+from diffinstruct.training import local, trainer
 from diffinstruct.training.loop_state import STATE_OF_0_1, Identity, moved
-from diffinstruct.training.resume import change, export_checkpoint, identity_of, take_over
+from diffinstruct.training.resume import change, export_checkpoint, identity_of, newest, take_over
+from diffinstruct.training.worker import SINGLE_PROCESS
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 OLD_SPELLING = {"guidance_scale: 3.0": "cfg_scale: 2.0", "overoptimization:": "watch:", "on_alarm:": "on_hacking:"}
@@ -140,3 +144,36 @@ def test_a_run_is_changed_and_taken_over_without_its_tensors(run, tmp_path, monk
         weights = [found["train_state"] | {"generator_optimizer": None, "score_optimizer": None} for found in (state, before)]
         assert same(*weights)
         assert same(*(found["train_state"]["score_optimizer"]["state"] for found in (state, before)))
+
+
+def test_a_resumed_run_lets_go_of_the_state_that_it_was_loaded_from(run, tmp_path, monkeypatch):
+    """At once, not when Python next looks for cycles. On the CPU torch's optimizers go on with the tensors themselves."""
+    experiment, folder = run
+    loaded = []
+
+    def kept(*args):
+        found = newest(*args)
+        loaded.extend(map(weakref.ref, tensors(found[1]["train_state"])))
+        return found
+
+    monkeypatch.setattr(trainer, "newest", kept)
+    gc.collect()
+    gc.disable()
+    try:
+        one = trainer.Trainer(experiment, folder, None, SINGLE_PROCESS, None)
+        one.restore()
+        optimizers = [one.state.train_state.generator_optimizer, one.state.train_state.score_optimizer]
+        used = {id(tensor) for optimizer in optimizers for tensor in tensors(optimizer.state_dict())}
+        alive = [tensor() for tensor in loaded if tensor() is not None and id(tensor()) not in used]
+    finally:
+        gc.enable()
+    one.run_log.fail(KeyboardInterrupt())
+    assert len(loaded) > 20 and not alive
+
+
+def tensors(state):
+    """All tensors in a state."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    children = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return [tensor for child in children for tensor in tensors(child)]
