@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +146,45 @@ def test_a_run_is_changed_and_taken_over_without_its_tensors(run, tmp_path, monk
         weights = [found["train_state"] | {"generator_optimizer": None, "score_optimizer": None} for found in (state, before)]
         assert same(*weights)
         assert same(*(found["train_state"]["score_optimizer"]["state"] for found in (state, before)))
+
+
+def test_mlflow_gets_the_model_where_that_is_asked_for(run, tmp_path):
+    from mlflow import MlflowClient
+
+    experiment, folder = run
+    run_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
+    client = MlflowClient(experiment.tracking.uri)
+    assert {file.path for file in client.list_artifacts(run_id)} == {"images", "metrics.json"}
+    tracking = experiment.tracking.model_copy(update={"log_model": True})
+    local.run(experiment.model_copy(update={"tracking": tracking}), folder)
+    assert {file.path for file in client.list_artifacts(run_id, "export")} >= {"export/model_index.json", "export/unet"}
+
+
+def test_the_driver_delivers_what_its_workers_had_no_time_for(run, tmp_path, monkeypatch):
+    """A worker's process ends when it waited a while for the tracker."""
+    from mlflow import MlflowClient
+
+    from diffinstruct.cluster import train
+
+    class Trainer:
+        def __init__(self, *_, **__): ...
+
+        def fit(self):
+            shutil.copytree(folder, tmp_path / "run")
+            for name in ("journal.ack", "mlflow.json"):
+                (tmp_path / "run" / name).unlink()
+            return SimpleNamespace(return_value=SimpleNamespace(export=tmp_path / "run/export"))
+
+    experiment, folder = run
+    uri = f"sqlite:///{tmp_path / 'other.db'}"
+    tracking = experiment.tracking.model_copy(update={"log_model": True, "uri": uri})
+    monkeypatch.setattr(train, "TorchTrainer", Trainer)
+    monkeypatch.setattr(train.signals, "clear", lambda _: None)
+    train.fit(experiment.model_copy(update={"tracking": tracking}), tmp_path / "run", None, "")
+    client = MlflowClient(uri)
+    run_id = json.loads((tmp_path / "run/mlflow.json").read_text())["run_id"]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert "export/unet" in {file.path for file in client.list_artifacts(run_id, "export")}
 
 
 def test_a_resumed_run_lets_go_of_the_state_that_it_was_loaded_from(run, tmp_path, monkeypatch):

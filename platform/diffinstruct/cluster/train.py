@@ -36,6 +36,7 @@ from diffinstruct.config.addresses import tracking_uri
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.locks import Busy
 from diffinstruct.run_folder import signals
+from diffinstruct.tracking.journal import deliver_rest
 
 if TYPE_CHECKING:
     from diffinstruct.reward_service.client import RewardBackend
@@ -89,7 +90,7 @@ def fit(experiment: Experiment, folder: Path, pool: RewardBackend | None, where:
     signals.clear(folder)
     try:
         with signals.on_sigterm(lambda: signals.request(folder, signals.PAUSE)):
-            return trainer.fit().return_value
+            result: Result = trainer.fit().return_value
     except BaseException as error:
         # Ray answers Ctrl-C by ending the workers and the program, with status 0.
         reason = KeyboardInterrupt() if isinstance(error, SystemExit) else final_error(error) or error
@@ -104,6 +105,9 @@ def fit(experiment: Experiment, folder: Path, pool: RewardBackend | None, where:
             (folder / "ray").rmdir()
         if in_main_thread:
             signal.signal(signal.SIGINT, interrupt)  # Ray leaves its own behind
+    # Here, where no worker holds a GPU meanwhile
+    deliver_rest(folder, experiment.tracking, *[result.export] * experiment.tracking.log_model)
+    return result
 
 
 def embed(experiment: Experiment) -> None:

@@ -432,6 +432,9 @@ class TrackingConfig(Section):
         description="trackers besides MLflow: `tensorboard` (files in the run's folder), or `module:attribute` of your "
         "own `Delivery` (ours)",
     )
+    log_model: bool = key(
+        False, description="whether MLflow gets the exported pipeline, too: 14 GB for SDXL (ours)", identity=False
+    )
 
     @field_validator("uri")
     @classmethod
