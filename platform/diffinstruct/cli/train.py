@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffinstruct.config.experiment import Experiment
 
 PATIENCE = 5.0
-"""Seconds in which a process that was killed on another machine is gone from its run."""
+"""Seconds in which a process that was killed is gone from its run; `only_writer` waits longer for another machine's."""
 
 
 def train(
