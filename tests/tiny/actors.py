@@ -5,7 +5,7 @@ import os
 import ray
 
 from diffinstruct.cluster.reward_actor import RewardActor
-from diffinstruct.reward_service import client, validation
+from diffinstruct.reward_service import client, reward_validation
 
 
 class Strange(RewardActor):
@@ -35,9 +35,9 @@ class Polite(RewardActor):
     shaken = 0
 
     def validate(self, *question):
-        def counted(name, reward, images, prompts, trained):
+        def counted(name, reward, images, prompts, trained, known):
             self.shaken += 1
-            return validation.Report(name, (f"handshake {self.shaken}, {len(images)} images, trained {trained}",))
+            return reward_validation.Report(name, (f"handshake {self.shaken}, {len(images)} images, trained {trained}",))
 
         client.validate_reward = counted
         return super().validate(*question)

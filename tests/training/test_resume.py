@@ -218,3 +218,19 @@ def tensors(state):
         return [state]
     children = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
     return [tensor for child in children for tensor in tensors(child)]
+
+
+def test_a_resumed_run_validates_again_what_has_changed_alone(run, tmp_path, capsys, monkeypatch):
+    experiment, folder = run
+    shutil.copytree(folder, tmp_path / "run")
+    longer = experiment.model_copy(update={"steps": 3})
+    change(longer, tmp_path / "run", {"steps"})
+    known = json.loads((tmp_path / "run/validated.json").read_text())
+    assert known.keys() == {"tiny.rewards:Red", "tiny.rewards:Calm"}
+    (tmp_path / "run/validated.json").write_text(json.dumps(known | {"tiny.rewards:Calm": "of another"}))
+    capsys.readouterr()
+    local.run(longer, tmp_path / "run")
+    lines = {line.split()[3]: line for line in capsys.readouterr().out.splitlines() if line.startswith("step 2: reward ")}
+    assert "as it was validated before; a short check on 4 pictures" in lines["tiny.rewards:Red:"]
+    assert "on 16 pictures" in lines["tiny.rewards:Calm:"]
+    assert json.loads((tmp_path / "run/validated.json").read_text()) == known
