@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,8 @@ from diffinstruct.cluster.failures import NoSecondTry, close, final_error
 
 OUTPUT = "output.txt"
 """What rank 0 prints goes into this file of the run's folder, and from there to the user's terminal."""
+data_parallel = partial(DistributedDataParallel, gradient_as_bucket_view=True)
+"""Wraps a trained network. Its buckets are the gradients themselves, else they would be a second copy of them."""
 PROMPTS_A_TASK = 256
 """Encoding fewer takes less time than loading the text encoders."""
 
@@ -165,7 +168,7 @@ def train_loop(
         if experiment.cluster.fully_shard:
             worker = replace(worker, mesh=init_device_mesh(collective_device(), (world,)))
         else:
-            worker = replace(worker, wrap=DistributedDataParallel)
+            worker = replace(worker, wrap=data_parallel)
     with (folder / OUTPUT).open("a", buffering=1) if rank == 0 else nullcontext(sys.stdout) as output, redirect_stdout(output):
         if isinstance(pool, RewardPool):
             pool = replace(pool, first=rank)  # workers do not all queue for the same actor
