@@ -133,7 +133,9 @@ class Turns:
 
         return measured
 
-    def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
+    def validate(
+        self, latents: Tensor, prompts: Sequence[str], trained: Collection[str], known: Collection[str] = ()
+    ) -> list[Report]:
         return self.pool.validate(latents, prompts, trained)
 
 

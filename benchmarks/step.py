@@ -138,7 +138,9 @@ class Metered:
         self.meter()
         return self.service.ask(latents, prompts, request)
 
-    def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
+    def validate(
+        self, latents: Tensor, prompts: Sequence[str], trained: Collection[str], known: Collection[str] = ()
+    ) -> list[Report]:
         return self.service.validate(latents, prompts, trained)
 
 

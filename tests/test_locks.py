@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from diffinstruct import locks
-from diffinstruct.locks import exclusive, locked
+from diffinstruct.locks import LOCK, Busy, exclusive, locked, only_writer
 
 HOLDER = """
 import sys
@@ -66,3 +66,29 @@ def test_a_disk_without_locks_is_named_and_nothing_waits(
         pass
     (record,) = caplog.records
     assert record.message.startswith(f"{tmp_path}/lock cannot be locked (Function not implemented)")
+
+
+def test_the_lock_of_a_machine_that_is_gone_is_waited_for_with_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network disk's server keeps it for a lease of 90 s; time goes fast here."""
+    from diffinstruct.training.loop import FOLDER_LOCK_TIMEOUT_S
+
+    now = [0.0]
+    monkeypatch.setattr(locks.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(locks, "locked", lambda file: now[0] >= 95)
+    for patience, holder in ((FOLDER_LOCK_TIMEOUT_S, "here"), (5.0, "gone-1")):
+        now[0] = 0.0
+        host = locks.socket.gethostname() if holder == "here" else holder
+        (tmp_path / LOCK).write_text(f"process 7 on {host}")
+        with only_writer(tmp_path, patience):
+            assert now[0] == 95
+        line = f"{tmp_path}: waits up to 150 s for process 7 on {host} to let go of this run\n"
+        assert capsys.readouterr().err == line
+    for patience, holder in ((5.0, locks.socket.gethostname()), (0.0, "gone-1")):
+        now[0] = 0.0
+        (tmp_path / LOCK).write_text(f"process 7 on {holder}")
+        with pytest.raises(Busy, match=f"process 7 on {holder} is at work"), only_writer(tmp_path, patience):
+            pass
+        assert now[0] == patience

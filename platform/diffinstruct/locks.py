@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,11 @@ LOCK = "lock"  # the file that the process holds which writes checkpoints and jo
 COMMAND = "command"  # the file that the command holds which has started that process, maybe on another machine
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # error numbers of a disk, or of somebody's quota on it, that takes no more
+
+OUTLIVES_S = 150.0
+"""Seconds after which a lock on a network disk is free whose machine is gone: NFSv4's lease is 90 s, unless set
+otherwise."""
+QUIET_S = 2.0  # seconds that one waits without a word
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +61,21 @@ class Busy(UserError):
 
 @contextmanager
 def only_writer(folder: Path, patience: float = 0.0, name: str = LOCK) -> Iterator[None]:
-    """Holds a run's folder for the block. Raises Busy if another process still does after `patience` seconds."""
+    """Holds a run's folder for the block. Raises Busy if another process still does after `patience` seconds. Who has
+    any waits for OUTLIVES_S where the other one is on another machine, which may be gone."""
     with (folder / name).open("a+") as file:
-        until = time.monotonic() + patience
+        began, told = time.monotonic(), False
         while not locked(file):
-            if time.monotonic() >= until:
-                file.seek(0)
-                who = file.read() or "another process"
+            file.seek(0)
+            who = file.read() or "another process"
+            elsewhere = " on " in who and not who.endswith(f" on {socket.gethostname()}")
+            limit = max(patience, OUTLIVES_S) if patience and elsewhere else patience
+            waited = time.monotonic() - began
+            if waited >= limit:
                 raise Busy(f"{folder}: {who} is at work on this run; it can have one at a time")
+            if waited >= QUIET_S and not told:
+                told = True
+                print(f"{folder}: waits up to {limit:.0f} s for {who} to let go of this run", file=sys.stderr, flush=True)
             time.sleep(0.5)
         if not (folder / name).exists():  # the one before had begun nothing and took the folder away
             raise Busy(f"{folder}: another process was at work on this run and has ended; the same command again begins it")

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from tiny.runs import SAME, agree, journal, starts
 
 from diffinstruct.cluster.attach import attached, check_fits
 from diffinstruct.cluster.reward_pool import reward_pool
-from diffinstruct.cluster.train import fit, run
+from diffinstruct.cluster.train import data_parallel, fit, run
 from diffinstruct.errors import UserError
 from diffinstruct.method.nonfinite import NonFiniteGradient
 from diffinstruct.method.rewards import RewardError
@@ -131,3 +132,17 @@ def test_a_ray_address_that_is_none_is_said_at_once(address, said, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match=said), attached():
         pass
+
+
+def test_the_buckets_of_data_parallelism_are_the_gradients(tmp_path):
+    """In each round; else they would be a second copy of them."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        network = data_parallel(torch.nn.Linear(3, 2))
+        for _ in range(3):
+            network.zero_grad()
+            network(torch.ones(1, 3)).sum().backward()
+            gradients = [weight.grad.untyped_storage().data_ptr() for weight in network.parameters()]
+            assert len(set(gradients)) == 1
+    finally:
+        torch.distributed.destroy_process_group()

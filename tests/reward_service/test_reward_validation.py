@@ -13,10 +13,10 @@ from torch import nn
 
 import reward_models
 from diffinstruct.config.prompts import read_prompts
-from diffinstruct.method.rewards import RewardError
+from diffinstruct.method.rewards import LatentRewards, RewardError
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.reward_service.client import load_reward
-from diffinstruct.reward_service.reward_validation import Report, raise_on_faults, validate_reward
+from diffinstruct.reward_service.reward_validation import FEW, Report, pictures_for, raise_on_faults, validate_reward
 
 N = 64
 PICTURES = F.interpolate(torch.rand(N, 3, 5, 5, generator=torch.Generator().manual_seed(0)), (20, 16), mode="bilinear")
@@ -582,3 +582,43 @@ def test_random_numbers_and_pictures_stay_as_they_were():
         validated(reward, images=images, prompts=prompts)
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
     assert torch.equal(images, PICTURES) and prompts == PROMPTS
+
+
+# ---------------------------------------------------------------------------------------------------- its cost
+class Counting(tiny_rewards.Red):
+    """Counts the pictures that it is shown."""
+
+    shown = 0
+
+    def forward(self, images, prompts):
+        Counting.shown += len(images)
+        return super().forward(images, prompts)
+
+
+def test_validation_costs_what_a_round_does_and_little_when_the_reward_is_known():
+    from diffinstruct.reward_service.client import LocalRewards
+
+    assert [pictures_for(batch) for batch in (2, 16, 24, 64, 1024)] == [16, 16, 24, 64, 64]
+    decoded: list[int] = []
+    counting = Counting()
+    rewards = LocalRewards(LatentRewards(lambda latent: decoded.append(1) or latent, {"counting": counting}))
+    Counting.shown = 0
+    (first,) = rewards.validate(PICTURES[:16], PROMPTS[:16], ["counting"])
+    assert first.faults == () and len(decoded) == 16 and Counting.shown > 40
+    decoded.clear()
+    Counting.shown = 0
+    (again,) = rewards.validate(PICTURES[:16], PROMPTS[:16], ["counting"], [str(first.digest)])
+    assert again.faults == () and len(decoded) == FEW and Counting.shown == 2 * FEW
+    assert str(again) == "reward counting: as it was validated before; a short check on 4 pictures has passed"
+    counting.register_buffer("weight", torch.ones(3))
+    Counting.shown = 0
+    (other,) = rewards.validate(PICTURES[:16], PROMPTS[:16], ["counting"], [str(first.digest)])
+    assert other.digest != first.digest and Counting.shown > 40
+
+
+def test_a_known_reward_that_fails_here_is_refused():
+    def nan(images, prompts):
+        return honest(images, prompts) * float("nan")
+
+    report = validate_reward("nan", nan, PICTURES, PROMPTS, True, known=True)
+    assert "not finite" in report.faults[0]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +24,10 @@ import torch
 from chaos.store import exchanges, flips, full_disks, truncations
 from tiny.runs import same
 
+from diffinstruct.ranks import Ranks
 from diffinstruct.run_folder import checkpoint
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore
+from diffinstruct.run_folder.state_tree import TensorShard
 
 
 def state(seed: int = 0) -> dict:
@@ -233,6 +240,106 @@ def test_death_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, again: bo
             assert deadline > 12  # the walk really went through the writer's operations
             return
     raise AssertionError("the writer never got through")
+
+
+def test_a_state_that_was_read_goes_with_its_last_reader(tmp_path: Path, monkeypatch) -> None:
+    """256 MiB, without Python's search for cycles, which may come after hours; nor does one that was written stay."""
+    store = CheckpointStore(tmp_path)
+    state = {"big": torch.zeros(2**26)}
+    store.save(1, state)
+    written, copy = weakref.ref(state.pop("big")), weakref.ref(store._copies["big"])
+    gc.collect()
+    gc.disable()
+    try:
+        read = weakref.ref(store.latest()[1]["big"])  # type: ignore[index]
+        del store
+        assert read() is None and written() is None and copy() is None
+    finally:
+        gc.enable()
+
+
+def _scaled(step: int, state: dict) -> dict:
+    state["optimizer"]["groups"][0]["betas"] = (0.5, 0.9)
+    return state | {"seed": 1000 + step}
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("same_store", [True, False])
+def test_another_checkpoint_is_made_of_one_without_its_tensors(
+    tmp_path: Path, monkeypatch, links: bool, same_store: bool
+) -> None:
+    """Its tensors are the same files where the disk knows links, and a flipped byte in them is still noticed."""
+    source = CheckpointStore(tmp_path / "source")
+    source.save(50, state(50))
+    source.save(100, state(100))
+    store = CheckpointStore(source.folder if same_store else tmp_path / "other", keep=1)
+    inode = (source.folder / "step-00000100/tensors.safetensors").stat().st_ino
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "safe_open", None)
+        patch.setattr(checkpoint, "save_file", None)
+        if not links:
+            patch.setattr(os, "link", lambda *_: exec("raise OSError(errno.EXDEV, 'another disk')", {"errno": errno}))
+        assert store.derive(source, lambda step, state: None) == 100 and len(source.steps()) == 2
+        assert store.derive(source, _scaled) == 100
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000100"]
+    expected = state(100) | {"seed": 1100}
+    expected["optimizer"]["groups"][0]["betas"] = (0.5, 0.9)
+    assert same(store.latest(), (100, expected))
+    tensors = store.folder / "step-00000100/tensors.safetensors"
+    assert (tensors.stat().st_ino == inode) == links
+    flip(tensors)
+    assert store.latest() is None
+
+
+def test_what_is_made_of_another_checkpoint_is_made_of_a_whole_one(tmp_path: Path, caplog) -> None:
+    source = CheckpointStore(tmp_path / "source")
+    assert CheckpointStore(tmp_path / "none").derive(source, _scaled) is None
+    source.save(50, state(50))
+    flip(source.save(100, state(100)) / "tensors.safetensors")
+    assert CheckpointStore(tmp_path / "heir").derive(source, _scaled) == 50
+    assert "step-00000100 cannot be used" in caplog.text and "sha256 differs" in caplog.text
+    flip(source.folder / "step-00000050/tensors.safetensors")
+    assert CheckpointStore(tmp_path / "other").derive(source, _scaled) is None and not (tmp_path / "other").exists()
+
+
+def test_a_checkpoint_of_another_is_whole_or_not_there(tmp_path: Path, monkeypatch) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(50, state(50))
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: exec("raise OSError(28, 'No space left')"))
+    with pytest.raises(CheckpointError, match=r"step-00000050 could not be written: .*No space left"):
+        store.derive(store, _scaled)
+    assert same(store.latest(), (50, state(50))) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_checkpoint_takes_no_memory(tmp_path: Path) -> None:
+    """Of 256 MiB of tensors of two processes, in a process of its own."""
+    meeting, said = threading.Barrier(2), [0, 0]
+
+    def least(rank: int, value: int) -> int:
+        said[rank] = value
+        meeting.wait()
+        found = min(said)
+        meeting.wait()
+        return found
+
+    def save(rank: int) -> None:
+        shard = TensorShard(torch.zeros(2**25), (2**26,))
+        CheckpointStore(tmp_path, ranks=Ranks(rank, 2, partial(least, rank))).save(1, {"big": shard, "steps": 1})
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(save, range(2)))
+    code = """
+import resource, sys
+from diffinstruct.run_folder.checkpoint import CheckpointStore
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+store, before = CheckpointStore(sys.argv[1]), peak()
+assert store.derive(store, lambda step, state: state | {"steps": 2}) == 1
+print(peak() - before)
+"""
+    grown = subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, check=True)
+    assert int(grown.stdout) < 32
+    _, state = CheckpointStore(tmp_path).latest()  # type: ignore[misc]
+    assert state["steps"] == 2 and state["big"].own.shape == (2**26,)
 
 
 @pytest.mark.parametrize(("of", "name"), [(Path, "write_text"), (checkpoint, "save_file")], ids=["json", "tensors"])

@@ -35,7 +35,7 @@ class Polite(RewardActor):
     validations = 0
 
     def validate(self, *question):
-        def counted(name, reward, images, prompts, trained):
+        def counted(name, reward, images, prompts, trained, known):
             self.validations += 1
             return reward_validation.Report(name, (f"validation {self.validations}, {len(images)} images, trained {trained}",))
 

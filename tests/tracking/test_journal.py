@@ -23,7 +23,7 @@ from tiny.server import Server, free_port
 from diffinstruct.config.addresses import tracking_uri
 from diffinstruct.tracking import delivery, journal
 from diffinstruct.tracking.journal import Journal, add_evaluation, attach, deliver, publish
-from diffinstruct.tracking.mlflow import MlflowDelivery
+from diffinstruct.tracking.mlflow import ENVIRONMENT, TIMEOUT, MlflowDelivery, _time_for_upload
 from diffinstruct.tracking.records import read_journal
 
 PARAMS = {"seed": 0, "generator.learning_rate": 1e-4}
@@ -444,6 +444,48 @@ def test_without_a_server_training_goes_on_and_all_is_kept(
     run_id = json.loads((tmp_path / "run/mlflow.json").read_text())["run_id"]
     assert history(uri, run_id) == [(step, float(step)) for step in range(100)]
     assert client_of(uri).get_run(run_id).info.status == "FINISHED"
+
+
+def test_the_end_of_a_run_waits_for_no_file(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even for one that was journaled before, whose upload hangs; for that MLflow has all the time it takes."""
+    import mlflow.environment_variables as variables
+    from mlflow import MlflowClient
+
+    may_end, timeouts, store = threading.Event(), [], MlflowClient.log_artifacts
+
+    def slow(self: Any, *arguments: Any) -> None:
+        timeouts.append(variables.MLFLOW_HTTP_REQUEST_TIMEOUT.get())
+        may_end.wait(100)
+        store(self, *arguments)
+
+    monkeypatch.setattr(MlflowClient, "log_artifacts", slow)
+    monkeypatch.setattr(journal, "DELIVERY_WAIT_S", 1.0)
+    monkeypatch.setattr(delivery, "INTERVAL", 1000.0)  # all of the journal is there at the next look
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+    tracker = journal_of(tmp_path, uri)
+    run_id = tracker.run_id
+    (tmp_path / "run/export").mkdir()
+    (tmp_path / "run/export/large").write_bytes(b"abc")
+    tracker.artifact(tmp_path / "run/export")
+    assert not tracker.finish()
+    try:
+        assert client_of(uri).get_run(run_id).info.status == "FINISHED"
+    finally:
+        may_end.set()
+    tracker._threads[0].join()
+    assert [file.path for file in client_of(uri).list_artifacts(run_id, "export")] == ["export/large"]
+    assert timeouts == [60] and variables.MLFLOW_HTTP_REQUEST_TIMEOUT.get() == 10
+
+
+def test_an_upload_has_time_for_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TIMEOUT, ENVIRONMENT[TIMEOUT])
+    with (tmp_path / "model").open("wb") as file:
+        file.truncate(10 * 2**30)
+    with _time_for_upload(tmp_path):
+        assert os.environ[TIMEOUT] == str(60 + 2048)
+    monkeypatch.setenv(TIMEOUT, "7")
+    with _time_for_upload(tmp_path):
+        assert os.environ[TIMEOUT] == "7"  # as the user has it
 
 
 @pytest.fixture

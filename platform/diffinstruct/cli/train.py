@@ -18,7 +18,8 @@ from diffinstruct.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from diffinstruct.config.experiment import Experiment
 
-OTHER_PROCESS_WAIT_S = 5.0  # seconds in which a process that was killed on another machine is gone from its run
+OTHER_PROCESS_WAIT_S = 5.0
+"""Seconds in which a process that was killed is gone from its run; `only_writer` waits longer for another machine's."""
 
 
 def train(

@@ -43,7 +43,7 @@ class RewardActor:
         self.experiment, self.names = experiment, names
         self.device = torch.device("cuda" if experiment.cluster.rewards.gpus else "cpu")
         self.task: tuple[str, float] | None = None  # request, since when
-        self.reports: dict[frozenset[str], list[Report]] = {}  # by what is trained on
+        self.reports: dict[tuple[frozenset[str], frozenset[str]], list[Report]] = {}  # by what is trained on
 
     @cached_property
     def rewards(self) -> LatentRewards:
@@ -72,16 +72,24 @@ class RewardActor:
             content = (scores, answer.gradient.cpu().numpy(), answer.seconds, answer.micro_batch)
         return ActorReply(request, tuple(scores), content)
 
-    def validate(self, request: str, latents: np.ndarray, prompts: Sequence[str], trained: frozenset[str]) -> ActorReply:
+    def validate(
+        self,
+        request: str,
+        latents: np.ndarray,
+        prompts: Sequence[str],
+        trained: frozenset[str],
+        known: frozenset[str] = frozenset(),
+    ) -> ActorReply:
         """The rewards' validation reports, made once: all trials of a sweep share this actor."""
         from diffinstruct.reward_service.client import LocalRewards
 
         rewards = self.rewards
         with self.at_work(request):
-            if trained not in self.reports:
+            if (trained, known) not in self.reports:
                 asked = torch.tensor(latents, device=self.device)
-                self.reports[trained] = LocalRewards(rewards).validate(asked, prompts, trained)
-        return ActorReply(request, tuple(report.name for report in self.reports[trained]), self.reports[trained])
+                self.reports[trained, known] = LocalRewards(rewards).validate(asked, prompts, trained, known)
+            reports = self.reports[trained, known]
+        return ActorReply(request, tuple(report.name for report in reports), reports)
 
     @ray.method(concurrency_group="watch")  # a thread of its own, which answers while the other one works
     def doing(self) -> tuple[str | None, float]:

@@ -129,13 +129,15 @@ class RewardPool:
         what = f"score {len(rows)} samples"
         return self._call(group, which, what, lambda actor, id: actor.score.remote(id, latents, prompts, asked), fault)
 
-    def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
+    def validate(
+        self, latents: Tensor, prompts: Sequence[str], trained: Collection[str], known: Collection[str] = ()
+    ) -> list[Report]:
         """Validate every reward in each group's first replica."""
         array = ray.put(latents.detach().cpu().numpy())
-        what, asked = f"validate with {len(prompts)} samples", frozenset(trained)
+        what, asked = f"validate with {len(prompts)} samples", (frozenset(trained), frozenset(known))
         calls = [
             self._call(
-                group, 0, what, lambda actor, id: actor.validate.remote(id, array, prompts, asked), asks=VALIDATION_CALLS
+                group, 0, what, lambda actor, id: actor.validate.remote(id, array, prompts, *asked), asks=VALIDATION_CALLS
             )
             for group in self.groups
         ]

@@ -40,7 +40,7 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.locks import Busy
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.signals import Signal
-from diffinstruct.tracking.journal import Parent
+from diffinstruct.tracking.journal import Parent, deliver_rest
 
 if TYPE_CHECKING:
     from diffinstruct.reward_service.client import RewardBackend
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 OUTPUT = "output.txt"
 """What rank 0 prints goes into this file of the run's folder, and from there to the user's terminal."""
 PROMPTS_A_TASK = 256  # encoding fewer takes less time than loading the text encoders
+data_parallel = partial(DistributedDataParallel, gradient_as_bucket_view=True)
+"""Wraps a trained network. Its buckets are the gradients themselves, else they would be a second copy of them."""
 
 
 def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> Result:
@@ -89,7 +91,7 @@ def fit(experiment: Experiment, folder: Path, pool: RewardBackend | None, where:
     signals.clear(folder)
     try:
         with signals.on_sigterm(lambda: signals.request(folder, Signal.PAUSE)):
-            return trainer.fit().return_value
+            result: Result = trainer.fit().return_value
     except BaseException as error:
         # Ray answers Ctrl-C by ending the workers and the program, with status 0.
         reason = KeyboardInterrupt() if isinstance(error, SystemExit) else final_error(error) or error
@@ -104,6 +106,9 @@ def fit(experiment: Experiment, folder: Path, pool: RewardBackend | None, where:
             (folder / "ray").rmdir()
         if in_main_thread:
             signal.signal(signal.SIGINT, interrupt)  # Ray leaves its own behind
+    # Here, where no worker holds a GPU meanwhile
+    deliver_rest(folder, experiment.tracking, *[result.export] * experiment.tracking.log_model)
+    return result
 
 
 def embed(experiment: Experiment) -> None:
@@ -148,7 +153,7 @@ def train_loop(
         if experiment.cluster.fully_shard:
             worker = replace(worker, mesh=init_device_mesh(collective_device(), (world,)))
         else:
-            worker = replace(worker, wrap=DistributedDataParallel)
+            worker = replace(worker, wrap=data_parallel)
     with (folder / OUTPUT).open("a", buffering=1) if rank == 0 else nullcontext(sys.stdout) as output, redirect_stdout(output):
         if isinstance(pool, RewardPool):
             pool = replace(pool, first=rank)  # workers do not all queue for the same actor

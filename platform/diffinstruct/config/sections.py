@@ -398,6 +398,9 @@ class TrackingConfig(Section):
         strict=False,
         identity=False,
     )
+    log_model: bool = key(
+        False, description="whether MLflow gets the exported pipeline, too: 14 GB for SDXL (ours)", identity=False
+    )
 
     @field_validator("uri")
     @classmethod

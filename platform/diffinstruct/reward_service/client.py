@@ -5,6 +5,7 @@
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
@@ -16,7 +17,8 @@ from diffinstruct.errors import UserError
 from diffinstruct.method.rewards import Collect, LatentRewards, RewardError, RewardModel, RewardRequest, Scores
 from diffinstruct.models.sources import quiet
 from diffinstruct.ranks import Ranks
-from diffinstruct.reward_service.reward_validation import Report, raise_on_faults, validate_reward
+from diffinstruct.reward_service.reward_digest import reward_digest
+from diffinstruct.reward_service.reward_validation import FEW, Report, raise_on_faults, validate_reward
 
 
 def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:
@@ -42,8 +44,11 @@ class RewardBackend(Protocol):
     def ask(self, latents: Tensor, prompts: Sequence[str], request: RewardRequest) -> Collect:
         """Latents [B, ...], detached, and their prompts; collecting raises RewardError."""
 
-    def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
-        """Validate every reward on the pictures of `latents`; those in `trained` need a gradient."""
+    def validate(
+        self, latents: Tensor, prompts: Sequence[str], trained: Collection[str], known: Collection[str] = ()
+    ) -> list[Report]:
+        """Validate every reward on the pictures of `latents`; those in `trained` need a gradient, and of those whose
+        digest is in `known` a short check will do."""
 
 
 class LocalRewards:
@@ -59,10 +64,22 @@ class LocalRewards:
             return partial(_raise, error)
         return lambda: answer
 
-    def validate(self, latents: Tensor, prompts: Sequence[str], trained: Collection[str]) -> list[Report]:
-        with torch.no_grad():  # decoded one at a time: all at once need not fit a GPU's memory
-            images = torch.cat([self.rewards.decode(latent) for latent in latents.split(1)])
-        return [validate_reward(name, reward, images, prompts, name in trained) for name, reward in self.rewards.models.items()]
+    def validate(
+        self, latents: Tensor, prompts: Sequence[str], trained: Collection[str], known: Collection[str] = ()
+    ) -> list[Report]:
+        def pictures(latents: Tensor) -> Tensor:
+            with torch.no_grad():  # decoded one at a time: all at once need not fit a GPU's memory
+                return torch.cat([self.rewards.decode(latent) for latent in latents.split(1)])
+
+        few, everything, reports = pictures(latents[:FEW]), None, []
+        for name, reward in self.rewards.models.items():
+            digest = reward_digest(reward, name in trained, few.shape[1:])
+            if not (is_known := digest in known) and everything is None:
+                everything = torch.cat([few, pictures(latents[FEW:])]) if len(latents) > FEW else few
+            images = few if is_known or everything is None else everything
+            report = validate_reward(name, reward, images, prompts[: len(images)], name in trained, is_known)
+            reports.append(replace(report, digest=digest))
+        return reports
 
 
 def _raise(error: Exception) -> NoReturn:
@@ -138,9 +155,10 @@ class RewardClient:
         answer = self.backend.ask(latents, prompts, RewardRequest({}, self.micro_batch_size))
         return lambda: self._collected(answer)
 
-    def validate(self, latents: Tensor, prompts: Sequence[str]) -> list[Report]:
-        """Validate all rewards on pictures of the generator. Raises RewardError, a line for each fault."""
-        reports = self.backend.validate(latents, prompts, [reward.name for reward in self.config.trained])
+    def validate(self, latents: Tensor, prompts: Sequence[str], known: Collection[str] = ()) -> list[Report]:
+        """Validate all rewards on pictures of the generator, those whose digest is `known` shortly. Raises RewardError,
+        a line for each fault."""
+        reports = self.backend.validate(latents, prompts, [reward.name for reward in self.config.trained], known)
         raise_on_faults(reports)
         return reports
 

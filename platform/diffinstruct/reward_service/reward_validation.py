@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from diffinstruct.method.memory import out_of_memory
 from diffinstruct.method.rewards import RewardError, RewardModel, scored
 
-PICTURES, FEW = 64, 4
-"""Pictures that are scored, at most; and those of every other check: a reward may be a ViT-H, the machine a laptop."""
+PICTURES, LEAST, FEW = 64, 16, 4
+"""Pictures that are scored, at most and at least; and those of every other check: a reward may be a ViT-H, the machine
+a laptop."""
 BATCH = 16  # pictures at once, halved where memory ends
 MARGIN = 0.1
 """Difference quotients are taken on pictures in [MARGIN, 1 - MARGIN]: beyond black and white a reward may clamp."""
@@ -50,17 +51,29 @@ class Report:
     remarks: Sequence[str] = ()
     checks: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
+    digest: str | None = None  # of what was validated, see `reward_digest.py`
 
     def __str__(self) -> str:
         """One line for a run's log."""
         if self.faults:
             return "; ".join(self.faults)
-        seen = [self.checks[what] for what in ("score_range", "gradient_matches_differences", "memory") if what in self.checks]
+        names = ("known", "score_range", "gradient_matches_differences", "memory")
+        seen = [self.checks[what] for what in names if what in self.checks]
         return f"reward {self.name}: {'; '.join([*seen, *self.remarks])}"
 
 
-def validate_reward(name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str], trained: bool) -> Report:
-    """Validate `reward` on images [B, 3, H, W] in [0, 1] and their prompts. trained: whether it needs a gradient.
+def pictures_for(round_pictures: int) -> int:
+    """The pictures on which a run validates its rewards: no more than a round makes, which would cost more than it, and
+    no fewer than LEAST. All checks but that of the range take FEW; for the range any two scores that differ will do,
+    and of a reward with an opinion of one picture in six LEAST miss it once in twenty."""
+    return min(PICTURES, max(LEAST, round_pictures))
+
+
+def validate_reward(
+    name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str], trained: bool, known: bool = False
+) -> Report:
+    """Validate `reward` on images [B, 3, H, W] in [0, 1] and their prompts. trained: whether it needs a gradient. One
+    that is `known`, since it was validated before, is asked about four pictures only.
 
     The first 64 are scored; the other checks take four of them. Fewer than four are filled up with dimmed copies.
     torch's and Python's random numbers go on as if nothing had been drawn.
@@ -72,7 +85,7 @@ def validate_reward(name: str, reward: RewardModel, images: Tensor, prompts: Seq
     while True:
         try:
             with _random_numbers_kept(images.device):
-                return _Validation(name, reward, images, texts, batch).report(trained)
+                return _Validation(name, reward, images, texts, batch).report(trained, known)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -112,8 +125,12 @@ class _Validation:
         self.rounding = 0.0  # of a score, as far as it is known
         self.tolerance = 0.0  # between scores that should be the same: batches of different sizes round differently
 
-    def report(self, trained: bool) -> Report:
+    def report(self, trained: bool, known: bool = False) -> Report:
         memory = _Memory(self.images.device)
+        self.differentiable = trained
+        if known:
+            self._passes(self.known)
+            return Report(self.name, tuple(self.faults), (), self.checks, self.figures)
         if all(map(self._passes, (self.answers, self.score_range, self.repetition))):
             for check in (self.inputs_unchanged, self.neighbours, self.order, self.depends_on_picture):
                 self._passes(check)
@@ -150,6 +167,13 @@ class _Validation:
             kinds |= {p.dtype for p in self.reward.parameters() if p.is_floating_point()}
         self.epsilon = max(torch.finfo(kind).eps for kind in kinds)
         return f"{len(self.first)} pictures got {len(self.first)} scores, {str(scores.dtype).removeprefix('torch.')}"
+
+    def known(self) -> str:
+        """What may have changed though the reward has not: the machine, and the pictures."""
+        self.answers()
+        if self.differentiable:
+            self._gradient(self.images)
+        return f"as it was validated before; a short check on {len(self.images)} pictures has passed"
 
     def score_range(self) -> str:
         """One score for all pictures is a fault, of a held-out reward too: it might swallow its own errors."""

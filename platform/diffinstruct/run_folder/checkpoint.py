@@ -20,11 +20,11 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from diffinstruct.locks import FULL, locked
 from diffinstruct.ranks import SINGLE_PROCESS, Ranks
-from diffinstruct.run_folder.state_tree import State, decode, encode
+from diffinstruct.run_folder.state_tree import State, decode, encode, outline
 
 TREE, MANIFEST = "state.json", "manifest.json"
 UNREADABLE = (OSError, ValueError, LookupError, OverflowError, TypeError, AttributeError, RecursionError, SafetensorError)
@@ -108,16 +108,9 @@ class CheckpointStore:
         self.finish_save(wait=True)
         tree, self._copies = encode(state, self._copies)
         tensors = self._copies
-        temporary = self.folder / f"step-{step:08d}.tmp"
         need = sum(tensor.nbytes for tensor in tensors.values())
-        own_file = temporary / tensor_files(self.ranks.world)[self.ranks.rank]
-
-        def begin() -> None:
-            if self.ranks.rank == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for left_over in self.folder.glob("step-*.tmp"):
-                    shutil.rmtree(left_over)
-                temporary.mkdir()
+        files = tensor_files(self.ranks.world)
+        own_file = self._temporary(step) / files[self.ranks.rank]
 
         def write() -> None:
             save_file(tensors, own_file)
@@ -126,9 +119,9 @@ class CheckpointStore:
 
         def end() -> None:
             if self.ranks.rank == 0:
-                self._rename_into_place(step, tree, best)
+                self._rename_into_place(step, tree, files, best)
 
-        self._together(step, need, begin)
+        self._together(step, need, lambda: self._begin(step))
         if self.ranks.world == 1:  # nobody else's part to wait for
             self._pending = _Pending(step, need, _in_thread(write, end), ())
         else:
@@ -144,9 +137,59 @@ class CheckpointStore:
         for phase in (pending.written.result, *pending.rest):
             self._together(pending.step, pending.need, phase)
 
-    def _rename_into_place(self, step: int, tree: Any, best: int | None) -> None:
-        final, files = self.folder / f"step-{step:08d}", tensor_files(self.ranks.world)
-        temporary, replaced = final.with_suffix(".tmp"), final.with_suffix(".old")
+    def derive(self, source: "CheckpointStore", edit: Callable[[int, State], State | None]) -> int | None:
+        """Make a checkpoint of the newest whole one of `source`, which may be this store, with the state that `edit`
+        makes of it; returns its step, None where there is none. With None from `edit` nothing is written.
+
+        No tensor is loaded: `edit` sees StoredTensors, and the files of tensors are linked, or copied where the disk
+        knows no links, and keep their digests. They are read once before: what is damaged is reported and left out, as
+        by `latest`. Raises as `start` does, of a process that is alone.
+        """
+        source.finish_save(wait=True)
+        for step, path in source._newest_first():
+            with ExitStack() as lock:
+                try:
+                    manifest = _parsed(path, lock.enter_context(reading(path)))
+                    for name, written in manifest.items():
+                        _verify(path / name, written)
+                    state = outline(_document(step, path, manifest)["state"])
+                except (CheckpointError, *UNREADABLE) as error:
+                    logger.warning("checkpoint %s cannot be used (%s); trying the one before", path, error)
+                    continue
+                if (edited := edit(step, state)) is None:
+                    return step
+                files = tensor_files(len(manifest) - 1)
+                need = sum(manifest[name]["bytes"] for name in files)
+                self._together(step, need, partial(self._link, step, path, {name: manifest[name] for name in files}))
+            tree, _ = encode(edited)
+            self._together(step, need, partial(self._rename_into_place, step, tree, files, None))
+            return step
+        return None
+
+    def _link(self, step: int, source: Path, files: Mapping[str, Any]) -> None:
+        self._begin(step)
+        for name, written in files.items():
+            file = self._temporary(step) / name
+            try:
+                os.link(source / name, file)
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(source / name, file)
+            file.with_suffix(".json").write_text(json.dumps(written))
+            flush(file)
+
+    def _temporary(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.tmp"
+
+    def _begin(self, step: int) -> None:
+        if self.ranks.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left_over in self.folder.glob("step-*.tmp"):
+                shutil.rmtree(left_over)
+            self._temporary(step).mkdir()
+
+    def _rename_into_place(self, step: int, tree: Any, files: list[str], best: int | None) -> None:
+        final, temporary = self.folder / f"step-{step:08d}", self._temporary(step)
+        replaced = final.with_suffix(".old")
         (temporary / TREE).write_text(json.dumps({"step": step, "files": len(files), "state": tree}))
         manifest = {TREE: _fingerprint(temporary / TREE)}
         for name in files:  # as each has seen its own: to read them all again would take long
@@ -230,13 +273,7 @@ def _read(step: int, path: Path, ranks: Ranks, keys: Sequence[str] = ()) -> Any:
     try:
         with ExitStack() as open_files:
             manifest = _parsed(path, open_files.enter_context(reading(path)))
-            _verify(path / TREE, manifest[TREE])
-            document = json.loads((path / TREE).read_bytes())
-            if document["step"] != step:
-                raise CheckpointError(f"{TREE}: it is of step {document['step']}")
-            # Checked first: a damaged count could ask for billions of file names
-            if not 1 <= document["files"] == len(manifest) - 1:
-                raise CheckpointError(f"{TREE}: it is of {document['files']} files, {MANIFEST} of {len(manifest) - 1}")
+            document = _document(step, path, manifest)
             files = tensor_files(document["files"])
             # Written by another number of processes: every rank reads all files
             own_files = files[ranks.rank : ranks.rank + 1] if len(files) == ranks.world else files
@@ -268,11 +305,22 @@ def _read(step: int, path: Path, ranks: Ranks, keys: Sequence[str] = ()) -> Any:
                 for name in (files[0], *own_files):
                     tensors(name)
             found = decode(state, full_tensor, rows)
-            if not keys and not isinstance(found, dict):
-                raise CheckpointError(f"{TREE}: its state is a {type(found).__name__}")
             return found
     except UNREADABLE as error:
         raise CheckpointError(f"{type(error).__name__}: {error}") from error
+
+
+def _document(step: int, path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What is in the file TREE of the checkpoint in `path`. Raises CheckpointError where it is not what was written."""
+    _verify(path / TREE, manifest[TREE])
+    document: dict[str, Any] = json.loads((path / TREE).read_bytes())
+    if document["step"] != step:
+        raise CheckpointError(f"{TREE}: it is of step {document['step']}")
+    if not 1 <= document["files"] == len(manifest) - 1:  # before as many names are made up
+        raise CheckpointError(f"{TREE}: it is of {document['files']} files, {MANIFEST} of {len(manifest) - 1}")
+    if not isinstance(state := outline(document["state"]), dict):
+        raise CheckpointError(f"{TREE}: its state is a {type(state).__name__}")
+    return document
 
 
 @contextmanager

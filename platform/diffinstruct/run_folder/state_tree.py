@@ -19,13 +19,22 @@ class TensorShard:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor, or a rank's shard, that lies in a checkpoint's files under this name and is not loaded."""
+
+    name: str
+
+
 def encode(state: State, spare: Mapping[str, Tensor] = MappingProxyType({})) -> tuple[Any, dict[str, Tensor]]:
     """A state as a JSON tree and its tensors' copies by name; one tensor at two places is stored once. Copies go into
     those of `spare` that have the same name, shape and type."""
     tensors: dict[str, Tensor] = {}
     names: dict[tuple[Any, ...], str] = {}  # which tensor (memory and view of it) already has a name
 
-    def store(tensor: Tensor, place: str) -> str:
+    def store(tensor: Tensor | StoredTensor, place: str) -> str:
+        if isinstance(tensor, StoredTensor):
+            return tensor.name
         tensor = tensor.detach()
         if tensor.layout != torch.strided or tensor.is_meta:
             raise TypeError(f"checkpoint: {place} is a {tensor.layout} tensor on {tensor.device}, not a dense one")
@@ -42,46 +51,51 @@ def encode(state: State, spare: Mapping[str, Tensor] = MappingProxyType({})) -> 
         names[view] = place
         return place
 
-    def walk(value: Any, place: str) -> Any:
-        if isinstance(value, Tensor):
-            return {"$tensor": store(value, place)}
-        if isinstance(value, TensorShard):
-            return {"$rows": store(value.own, place), "shape": list(value.shape)}
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        if isinstance(value, dict):
-            for key in value:
-                if isinstance(key, bool) or not isinstance(key, int | str):
-                    raise TypeError(f"checkpoint: {place} has the key {key!r}, keys are strings or integers")
-            items = [(key, walk(child, f"{place}/{key}" if place else str(key))) for key, child in value.items()]
-            plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
-            # JSON alone would turn the 0 of an optimizer's state into "0"
-            return dict(items) if plain else {"$dict": [list(item) for item in items]}
-        if isinstance(value, list | tuple):
-            children = [walk(child, f"{place}/{index}") for index, child in enumerate(value)]
-            return children if isinstance(value, list) else {"$tuple": children}
-        raise TypeError(f"checkpoint: {place} is a {type(value).__name__}, which is neither a tensor nor a plain value")
-
-    return walk(state, ""), tensors
+    return _encoded(state, "", store), tensors
 
 
-def decode(tree: Any, tensor: Callable[[str], Tensor], rows: Callable[[str, tuple[int, ...]], Tensor]) -> Any:
+def _encoded(value: Any, place: str, store: Callable[[Tensor | StoredTensor, str], str]) -> Any:
+    """A part of a state as a JSON tree; `store` keeps a tensor and returns its name."""
+    # Neither this nor `decode` is a function in a function: one that calls itself is a cycle, which holds all tensors
+    # until Python looks for cycles, and for hours it need not.
+    if isinstance(value, Tensor | StoredTensor):
+        return {"$tensor": store(value, place)}
+    if isinstance(value, TensorShard):
+        return {"$rows": store(value.own, place), "shape": list(value.shape)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        for key in value:
+            if isinstance(key, bool) or not isinstance(key, int | str):
+                raise TypeError(f"checkpoint: {place} has the key {key!r}, keys are strings or integers")
+        items = [(key, _encoded(child, f"{place}/{key}" if place else str(key), store)) for key, child in value.items()]
+        plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
+        # JSON alone would turn the 0 of an optimizer's state into "0"
+        return dict(items) if plain else {"$dict": [list(item) for item in items]}
+    if isinstance(value, list | tuple):
+        children = [_encoded(child, f"{place}/{index}", store) for index, child in enumerate(value)]
+        return children if isinstance(value, list) else {"$tuple": children}
+    raise TypeError(f"checkpoint: {place} is a {type(value).__name__}, which is neither a tensor nor a plain value")
+
+
+def decode(tree: Any, tensor: Callable[[str], Any], rows: Callable[[str, tuple[int, ...]], Any]) -> Any:
     """The inverse of `encode`, with tensors and rows by their names."""
+    match tree:
+        case {"$tensor": name}:
+            return tensor(name)
+        case {"$rows": name, "shape": shape}:
+            return TensorShard(rows(name, tuple(shape)), tuple(shape))
+        case {"$dict": items}:
+            return {key: decode(child, tensor, rows) for key, child in items}
+        case {"$tuple": children}:
+            return tuple(decode(child, tensor, rows) for child in children)
+        case dict():
+            return {key: decode(child, tensor, rows) for key, child in tree.items()}
+        case list():
+            return [decode(child, tensor, rows) for child in tree]
+    return tree
 
-    def walk(tree: Any) -> Any:
-        match tree:
-            case {"$tensor": name}:
-                return tensor(name)
-            case {"$rows": name, "shape": shape}:
-                return TensorShard(rows(name, tuple(shape)), tuple(shape))
-            case {"$dict": items}:
-                return {key: walk(child) for key, child in items}
-            case {"$tuple": children}:
-                return tuple(walk(child) for child in children)
-            case dict():
-                return {key: walk(child) for key, child in tree.items()}
-            case list():
-                return [walk(child) for child in tree]
-        return tree
 
-    return walk(tree)
+def outline(tree: Any) -> Any:
+    """As `decode`, with a StoredTensor in each tensor's place."""
+    return decode(tree, StoredTensor, lambda name, shape: StoredTensor(name))

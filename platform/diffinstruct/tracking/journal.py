@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffinstruct.config.addresses import one_line, redact, tracking_uri
+from diffinstruct.config.sections import TrackingConfig
 from diffinstruct.tracking.delivery import Delivery, DeliveryThread, delivery_named
 from diffinstruct.tracking.mlflow import MlflowDelivery, mlflow_key
 from diffinstruct.tracking.records import (
@@ -242,6 +243,16 @@ def deliver(
         for other in errors[1:]:
             logger.warning("%s: %s", folder, one_line(other))
         raise errors[0]
+
+
+def deliver_rest(run_folder: Path | str, tracking: TrackingConfig, *paths: Path) -> None:
+    """Sends what the process that wrote a run's journal had no time for, and adds files to it; it takes as long as the
+    trackers do that answer. A warning where one does not take it now."""
+    folder = Path(run_folder).absolute()
+    for path in paths:
+        _append_line(folder, ArtifactRecord(time=_now_ms(), artifact=_path_inside(folder, path)))
+    if undelivered(folder) or read_json(folder / "journal.ack").get("postponed"):
+        _deliver_now(folder, tracking.uri, tracking.also)
 
 
 def undelivered(run_folder: Path | str) -> int:

@@ -39,9 +39,12 @@ logger = logging.getLogger(__name__)
 POSTPONED_AGAIN = 60.0  # seconds until images and files that could not be stored are tried again
 LIMITS = {"Metric": 1000, "Param": 100, "RunTag": 100}  # entities MLflow takes in a batch
 LONGEST_PARAM, LONGEST_TAG = 6000, 5000  # characters; what is longer is cut
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+"""MLflow's variable for the seconds that a request may take, an upload through the server included."""
+UPLOAD_SPEED = 5 * 2**20  # bytes a second that a server takes at least
 ENVIRONMENT = {  # of this process, where the user has not said otherwise: fail fast, the journal is what waits
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    TIMEOUT: "10",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -147,7 +150,10 @@ class MlflowDelivery:
                     continue
             self._send(batch)
             batch = []
-            self._deliver(begin, record)
+            if isinstance(record, ArtifactRecord):  # metrics and the run's end wait for no file, however large
+                self.postponed.append(begin)
+            else:
+                self._deliver(begin, record)
             self._confirm(end)
         if end is not None:
             self._send(batch)
@@ -199,10 +205,12 @@ class MlflowDelivery:
                 logger.warning("%r is, or leads, outside of the run's folder and does not reach MLflow", str(path))
             elif isinstance(record, ImageRecord):
                 self._image(path, record)
-            elif path.is_dir():
-                self._client.log_artifacts(self.run_id, str(path), path.name)
             else:
-                self._client.log_artifact(self.run_id, str(path))
+                with _time_for_upload(path):
+                    if path.is_dir():
+                        self._client.log_artifacts(self.run_id, str(path), path.name)
+                    else:
+                        self._client.log_artifact(self.run_id, str(path))
         except Exception as error:
             self.postponed.append(begin)
             self._postponed_again = time.monotonic() + POSTPONED_AGAIN
@@ -248,6 +256,21 @@ class MlflowDelivery:
 
     def _confirm(self, offset: int) -> None:
         self.acknowledgement.confirm(offset, postponed=self.postponed)
+
+
+@contextmanager
+def _time_for_upload(path: Path) -> Iterator[None]:
+    """In the block MLflow's requests may take as long as `path` does at UPLOAD_SPEED, unless the user has set a timeout:
+    a server that keeps files in an object store answers only when they are there."""
+    if os.environ.get(TIMEOUT) != ENVIRONMENT[TIMEOUT]:
+        yield
+        return
+    size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+    os.environ[TIMEOUT] = str(60 + size // UPLOAD_SPEED)
+    try:
+        yield
+    finally:
+        os.environ[TIMEOUT] = ENVIRONMENT[TIMEOUT]
 
 
 def _open(uri: str, experiment_name: str) -> tuple[Any, str]:

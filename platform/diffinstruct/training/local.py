@@ -5,7 +5,7 @@ from pathlib import Path
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.signals import Signal
-from diffinstruct.tracking.journal import Parent
+from diffinstruct.tracking.journal import Parent, deliver_rest
 from diffinstruct.training.build import missing_embeddings, store_embeddings
 from diffinstruct.training.loop import Result, train
 
@@ -19,4 +19,6 @@ def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> R
     with signals.on_sigterm(lambda: signals.request(folder, Signal.PAUSE)):
         result = train(experiment, folder, parent=parent)
     assert result is not None  # this process is rank 0
+    if experiment.tracking.log_model:
+        deliver_rest(folder, experiment.tracking, result.export)
     return result

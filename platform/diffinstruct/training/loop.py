@@ -8,7 +8,7 @@ same numbers, up to the rounding of sums over ranks.
 from pathlib import Path
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.locks import only_writer
+from diffinstruct.locks import OUTLIVES_S, only_writer
 from diffinstruct.method.nonfinite import NonFiniteGradient
 from diffinstruct.method.step import alternating_round
 from diffinstruct.reward_service.client import RewardBackend
@@ -19,8 +19,8 @@ from diffinstruct.training.run_log import Result
 from diffinstruct.training.trainer import Trainer
 from diffinstruct.training.worker import Worker
 
-FOLDER_LOCK_TIMEOUT_S = 60.0
-"""Seconds that a run waits for a process that holds its folder: a worker that was lost may take a while to be gone."""
+FOLDER_LOCK_TIMEOUT_S = OUTLIVES_S
+"""Seconds that a run waits for a process that holds its folder: the lock of a worker that was lost may outlive it."""
 
 
 def train(

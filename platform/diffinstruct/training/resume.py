@@ -118,13 +118,14 @@ def take_over(experiment: Experiment, folder: Path, donor: Path) -> int:
     """Make `folder` a run of `experiment` that goes on from the newest checkpoint of another run, whose configuration
     may have other values for all but the networks' shapes; returns its step. Raises CheckpointError where there is
     none."""
-    found = CheckpointStore(donor / "checkpoints").latest()
-    if found is None:
+
+    def of_this_run(_: int, state: dict[str, Any]) -> dict[str, Any]:
+        check_version(donor / "checkpoints", state.get("format"))
+        return moved(state, identity_of(experiment), experiment, {"objective.reward_scale"})
+
+    step = CheckpointStore(folder / "checkpoints").derive(CheckpointStore(donor / "checkpoints"), of_this_run)
+    if step is None:
         raise CheckpointError(f"{donor}: no checkpoint whose weights could be taken over")
-    step, state = found
-    check_version(donor / "checkpoints", state.get("format"))
-    state = moved(state, identity_of(experiment), experiment, {"objective.reward_scale"})
-    CheckpointStore(folder / "checkpoints").save(step, state)
     return step
 
 
@@ -136,15 +137,17 @@ def change(experiment: Experiment, folder: Path, keys: Collection[str]) -> int |
     """
     store = CheckpointStore(folder / "checkpoints", keep=1)  # older ones stay the other configuration's
     changed: int | None = 0
-    if found := store.latest():
-        (step, state), identity = found, identity_of(experiment)
+
+    def with_other_values(step: int, state: dict[str, Any]) -> dict[str, Any] | None:
+        nonlocal changed
         check_version(store.folder, state.get("format"))
         if step > experiment.steps:
             raise UserError(f"steps: should be at least the {step} that are done, got {experiment.steps}")
+        identity = identity_of(experiment)
         changed = None if Identity.of(state) == identity else step
-        if changed is not None:
-            store.save(step, moved(state, identity, experiment, keys))
-    elif store.steps():
+        return None if changed is None else moved(state, identity, experiment, keys)
+
+    if store.derive(store, with_other_values) is None and store.steps():
         raise CheckpointError(f"{store.folder}: no checkpoint in it can be read; nothing is changed")
     keep_configuration(experiment, folder)
     return changed

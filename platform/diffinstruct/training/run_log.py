@@ -124,13 +124,12 @@ class RunLog:
         self.tracker.image("grid", step, tile([[decode(latent)[0].cpu() for latent in column.split(1)] for column in columns]))
 
     def finish(self, step: int, ema: OneStepGenerator, best_step: int, metrics: Metrics) -> Result:
-        """Export the generator's EMA as a stock pipeline; hand model and last metrics to the tracker."""
+        """Export the generator's EMA as a stock pipeline; hand the last metrics to the tracker."""
         from diffinstruct.models.export import export
 
         folder = export(self.experiment.reference.model, ema, self.folder / "export")
         table = self.folder / "metrics.json"
         table.write_text(json.dumps({"step": step, **metrics}, indent=2) + "\n")
-        self.tracker.artifact(folder)
         self.tracker.artifact(table)
         self.tracker.finish("FINISHED")
         if best_step < step:

@@ -27,11 +27,12 @@ from diffinstruct.models.sharding import gathered, sharded
 from diffinstruct.ranks import SINGLE_PROCESS
 from diffinstruct.reward_service.client import LocalRewards, RewardBackend, RewardClient, make_rewards
 from diffinstruct.reward_service.monitor import NO_HELD_OUT, OveroptimizationMonitor, ProbeResult
-from diffinstruct.reward_service.reward_validation import PICTURES
+from diffinstruct.reward_service.reward_validation import PICTURES, pictures_for
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore
 from diffinstruct.run_folder.signals import Signal
 from diffinstruct.tracking.journal import Parent
+from diffinstruct.tracking.records import read_json, replace_json
 from diffinstruct.training.build import make_step_config, make_train_state, open_reference, resolve_device
 from diffinstruct.training.guards import MAX_SKIPS_IN_A_ROW, ON_ALARM, AlarmAction
 from diffinstruct.training.loop_state import Identity, LoopState
@@ -41,6 +42,8 @@ from diffinstruct.training.run_log import Result, RunLog, SampleGrid, SilentRunL
 from diffinstruct.training.worker import Worker
 
 PendingProbe = Callable[[], ProbeResult]  # collects a probe that the rewards score meanwhile
+VALIDATED = "validated.json"
+"""The file of the run's folder that names the rewards which were validated: {name: digest}."""
 PROBE_SKIPPED = "overoptimization.probe_skipped"
 """The journal's event of a probe that the rewards have no finite score for."""
 NO_HELD_OUT_EVENT = "overoptimization.no_held_out"
@@ -106,17 +109,23 @@ class Trainer:
         self.state.metric_window.since = time.perf_counter()  # the pace counts from here
 
     def validate_rewards(self) -> None:
-        """Validate the rewards on the generator's samples before the first round from here; somebody may have changed
-        them since a run broke off. A new run also shows its start and measures the rewards' scales."""
+        """Validate the rewards on the generator's samples before the first round from here; those that have changed
+        since a run broke off in full, others shortly. A new run also shows its start and measures the rewards' scales."""
         state, experiment = self.state, self.experiment
         if self.done:
             return
         if is_new := state.step == 0:
             self._show_start()
-        prompts, noise = probe_inputs(self.reference, self.prompts, PICTURES, EVALUATION_SEED + 2)
+        scaled = is_new and experiment.rewards.normalize == "std"  # a standard deviation takes all of the pictures
+        count = PICTURES if scaled else pictures_for(experiment.global_batch_size)
+        prompts, noise = probe_inputs(self.reference, self.prompts, count, EVALUATION_SEED + 2)
         latents = self.sample(state.train_state.ema, noise, prompts)
-        for report in state.rewards.validate(latents, prompts) if self.ranks.first else ():
-            self.run_log.event(state.step, f"reward.{report.name}", str(report))
+        if self.ranks.first:
+            known = read_json(self.folder / VALIDATED)
+            reports = state.rewards.validate(latents, prompts, known.values())
+            replace_json(self.folder / VALIDATED, {report.name: report.digest for report in reports if report.digest})
+            for report in reports:
+                self.run_log.event(state.step, f"reward.{report.name}", str(report))
         if experiment.overoptimization.every and not experiment.rewards.held_out:
             self.run_log.event(state.step, NO_HELD_OUT_EVENT, NO_HELD_OUT)
         if is_new:
