@@ -444,6 +444,8 @@ def save_pipeline(work: Path, unet: UNet2DConditionModel, text: CLIPTextModel, t
     factor."""
     from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
+    from diffinstruct.models.export import tidy_configs
+
     vae = AutoencoderTiny.from_pretrained(work / "pipeline" / "vae")
     vae.register_to_config(scaling_factor=scale)
     pipeline = StableDiffusionPipeline(
@@ -457,6 +459,7 @@ def save_pipeline(work: Path, unet: UNet2DConditionModel, text: CLIPTextModel, t
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(work / "pipeline")
+    tidy_configs(work / "pipeline")
 
 
 def blurred(x: Tensor) -> Tensor:

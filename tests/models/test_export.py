@@ -16,8 +16,9 @@ from diffusers import UNet2DConditionModel
 from tiny import pipelines
 
 from diffinstruct.models.denoiser import OneStepGenerator
-from diffinstruct.models.export import export, load_export
+from diffinstruct.models.export import export, load_export, tidy_configs
 from diffinstruct.models.pipeline import load_reference
+from diffinstruct.models.world import POCKET
 
 PROMPTS = ["a red hat", "something else"]
 CASES = [
@@ -158,3 +159,27 @@ def test_a_trained_export_is_a_start_for_the_next_run(tmp_path: Path) -> None:
     folder = export(str(tmp_path / "reference"), generator, tmp_path / "export")
     again = load_reference(str(tmp_path / "reference")).generator(399, str(folder))
     assert all(torch.equal(a, b) for a, b in zip(generator.parameters(), again.parameters(), strict=True))
+
+
+OPENS = """
+import sys
+from diffusers import DiffusionPipeline
+
+for folder in sys.argv[1:]:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    more = {"use_resolution_binning": False} if "PixArt" in type(pipe).__name__ else {}
+    picture = pipe("a red hat", num_inference_steps=2, guidance_scale=3.0, output_type="np", **more).images[0]
+    assert picture.std() > 0.01, folder
+"""
+
+
+def test_files_of_any_type_open_in_stock_diffusers_without_arguments(tmp_path: Path) -> None:
+    """Also the shipped pipeline, whose files are half precision."""
+    folders = [POCKET / "pipeline"]
+    for family in pipelines.FAMILIES:
+        for dtype in (torch.float16, torch.bfloat16):
+            folders.append(pipelines.build(tmp_path / f"{family}-{dtype}", dtype=dtype, family=family))
+            tidy_configs(folders[-1])
+    command = [sys.executable, "-I", "-c", OPENS, *map(str, folders)]
+    answer = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert answer.returncode == 0, answer.stderr

@@ -80,7 +80,7 @@ def by_hand(roles: Roles, reference: Reference) -> Roles:
 
     def own(module: Any) -> nn.Module:
         network = module.denoiser.network if hasattr(module, "denoiser") else module.network
-        return network.merged() if isinstance(network, Role) and network.adapter else reference.network()
+        return copy.deepcopy(network.merged()) if isinstance(network, Role) and network.adapter else reference.network()
 
     at = roles.generator.timestep
     return Roles(
@@ -141,6 +141,14 @@ def test_a_merge_is_on_the_files_own_weights(folder: Path, family: str) -> None:
     assert network.dtype == torch.bfloat16
     merged = network.merged().state_dict()  # its adapter adds nothing yet
     assert all(torch.equal(merged[name], value) for name, value in reference.network().state_dict().items())
+
+
+def test_a_merge_makes_no_second_network(folder: Path, family: str) -> None:
+    network: Any = make_roles(configured(folder, family, *RANKS), load_reference(str(folder))).generator.denoiser.network
+    base = {name.replace(".base_layer.", "."): weight for name, weight in network.base.network.named_parameters()}
+    adapted = {f"{name}.weight" for name in network.base.layers}
+    for name, weight in network.merged().named_parameters():
+        assert (weight.data_ptr() == base[name].data_ptr()) == (name not in adapted)
 
 
 def test_training_leaves_the_base_alone_and_moves_every_adapter(folder: Path, family: str) -> None:

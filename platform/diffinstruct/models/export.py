@@ -72,10 +72,7 @@ def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
             if isinstance(trained, Role) and not trained.frozen_adapters and hasattr(pipeline, "save_lora_weights"):
                 layers = {f"{reference.family.part}_lora_layers": trained.lora_weights()}
                 pipeline.save_lora_weights(partial / "lora", **layers)
-        for config in partial.glob("*/config.json"):  # where this machine keeps the reference is nobody's business
-            values = json.loads(config.read_text())
-            values.pop("_name_or_path", None)
-            config.write_text(json.dumps(values, indent=2) + "\n")
+        tidy_configs(partial)
         origin = Path(model).name if Path(model).exists() else model
         otherwise = "any other step count raises an error" if reference.betas else "it was trained for no other step count"
         card = CARD.format(name=folder.name, reference=origin, timestep=generator.timestep, otherwise=otherwise)
@@ -87,6 +84,18 @@ def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)
     return folder
+
+
+def tidy_configs(pipeline: Path) -> None:
+    """Rewrite the configurations of a stock pipeline's parts, so that it opens without arguments, whatever type its
+    files hold: diffusers makes float32 of its parts, transformers what "dtype" says. Where this machine keeps the
+    reference is nobody's business."""
+    for config in pipeline.glob("*/config.json"):
+        values = json.loads(config.read_text())
+        values.pop("_name_or_path", None)
+        if "dtype" in values:
+            values["dtype"] = "float32"
+        config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def load_export(

@@ -13,6 +13,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffinstruct.models.sources import network_without_weights
+
 
 class SharedBase:
     """A frozen network that several roles share.
@@ -117,15 +119,16 @@ class Role(nn.Module):
         return self.base.network.config
 
     def merged(self) -> nn.Module:
-        """A network of its own with the adapters added to its weights as the files have them; on the CPU, in fp32."""
+        """The network with the adapters added to its weights as the files have them; on the CPU, in fp32. To be read:
+        weights without adapters may be the base's own."""
         held = self.base.exact() if self.base.exact and self.dtype != torch.float32 else self.base.network
         weights = {name: value.float().cpu() for name, value in _own(held.state_dict())}
         for name, layer in self.base.layers.items():
             for adapter in (*self.frozen_adapters, self.adapter):
                 added = layer.get_delta_weight(adapter).detach().float().cpu()
                 weights[f"{name}.weight"] = weights[f"{name}.weight"] + added  # a new tensor: the base's own stays
-        network: nn.Module = type(self.base.network).from_config(self.config)
-        network.load_state_dict(weights)
+        network: nn.Module = network_without_weights(type(self.base.network), self.config)
+        network.load_state_dict(weights, assign=True)
         return network
 
     def lora_weights(self) -> Mapping[str, Tensor]:
