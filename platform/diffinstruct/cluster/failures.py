@@ -13,7 +13,7 @@ from diffinstruct.config.addresses import one_line
 from diffinstruct.config.sections import TrackingConfig
 from diffinstruct.errors import UserError
 from diffinstruct.method.nonfinite import NonFiniteGradient
-from diffinstruct.method.rewards import RewardError
+from diffinstruct.method.rewards import RewardError, out_of_memory
 from diffinstruct.run_folder.checkpoint import CheckpointError
 from diffinstruct.run_folder.signals import Paused
 from diffinstruct.tracking.journal import deliver
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 FINAL = (UserError, RewardError, NonFiniteGradient, CheckpointError, Paused)
 """Errors that a second try would meet again."""
+MEND = "a smaller micro_batch_size or activation_checkpointing takes less; `diffinstruct check` counts it"
+"""What one does where memory has ended, which it would each time."""
 
 
 # ------------------------------------------------------------------------------------------------------ failures
@@ -33,8 +35,8 @@ class NoSecondTry(UserCallback):
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         for error in worker_exceptions.values():
-            if isinstance(error, FINAL):
-                raise error
+            if (final := final_error(error)) is not None:
+                raise final
 
 
 def final_error(error: BaseException | None) -> Exception | None:
@@ -48,6 +50,8 @@ def final_error(error: BaseException | None) -> Exception | None:
             return final_error(error.controller_failure)
         case WorkerGroupError():
             return next((found for e in error.worker_failures.values() if (found := final_error(e))), None)
+        case Exception() if out_of_memory(error):
+            return UserError(f"out of memory in a training process: {one_line(error)}; {MEND}")
     return None
 
 
