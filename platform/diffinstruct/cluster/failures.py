@@ -12,7 +12,7 @@ from diffinstruct.config.addresses import one_line
 from diffinstruct.config.sections import TrackingConfig
 from diffinstruct.errors import UserError
 from diffinstruct.method.nonfinite import NonFiniteGradient
-from diffinstruct.method.rewards import RewardError
+from diffinstruct.method.rewards import RewardError, out_of_memory
 from diffinstruct.run_folder.checkpoint import CheckpointError
 from diffinstruct.run_folder.signals import Paused
 from diffinstruct.tracking.journal import deliver
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 FINAL = (UserError, RewardError, NonFiniteGradient, CheckpointError, Paused)  # errors that a second try would raise again
 RESTARTS = FailureConfig(max_failures=3)  # any other error restarts the workers, so many times
+MEMORY_ADVICE = "a smaller micro_batch_size or activation_checkpointing takes less; `diffinstruct check` counts it"
 
 
 class NoSecondTry(UserCallback):
@@ -28,8 +29,8 @@ class NoSecondTry(UserCallback):
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         for error in worker_exceptions.values():
-            if isinstance(error, FINAL):
-                raise error
+            if (final := final_error(error)) is not None:
+                raise final
 
 
 def final_error(error: BaseException | None) -> Exception | None:
@@ -43,6 +44,8 @@ def final_error(error: BaseException | None) -> Exception | None:
             return final_error(error.controller_failure)
         case WorkerGroupError():
             return next((found for e in error.worker_failures.values() if (found := final_error(e))), None)
+        case Exception() if out_of_memory(error):
+            return UserError(f"out of memory in a training process: {one_line(error)}; {MEMORY_ADVICE}")
     return None
 
 
