@@ -106,7 +106,9 @@ def test_a_run_that_somebody_is_at_work_on_is_left_alone(file, tmp_path, runners
     for name in (LOCK, COMMAND):
         with only_writer(folder, name=name):
             said = complaint(capsys, "train", file)
-        assert re.fullmatch(rf"{folder}: process {os.getpid()} on \S+ is at work on this run; it can have one at a time", said)
+        who = rf"process {os.getpid()} on \S+"
+        waits = rf"{folder}: waits up to 5 s for {who} to let go of this run\n"
+        assert re.fullmatch(rf"({waits})?{folder}: {who} is at work on this run; it can have one at a time", said)
     assert main(["train", str(file)]) == 0
     assert len(runners["cluster"]) == 1
 

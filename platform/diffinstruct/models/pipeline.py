@@ -202,7 +202,12 @@ class Reference:
         return self.one_step(self.network(start), timestep, input_scale)
 
     def one_step(self, network: nn.Module, timestep: int, input_scale: InputScale = "unit") -> OneStepGenerator:
-        """A network as a one-step generator at T, an index into the schedule. Raises UserError for one outside."""
+        """A network as a one-step generator at T, an index into the schedule. Raises UserError as `check_timestep`."""
+        self.check_timestep(timestep, input_scale)
+        return OneStepGenerator(self.denoiser(network), timestep, input_scale)
+
+    def check_timestep(self, timestep: int, input_scale: InputScale) -> None:
+        """Raises UserError for a T outside of the schedule, or one that the family or the input scale forbids."""
         last = len(self.schedule.alphas) - 1
         if not 0 <= timestep <= last:
             raise UserError(f"generator.timestep: got {timestep}, the schedule has 0 to {last}")
@@ -212,7 +217,6 @@ class Reference:
             )
         if input_scale == "sigma" and timestep == 0:
             raise UserError("generator.timestep: should be at least 1 where input_scale is 'sigma', got 0")
-        return OneStepGenerator(self.denoiser(network), timestep, input_scale)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] -> images [B, 3, H', W'] in [0, 1], in the latents' dtype, differentiable.

@@ -177,7 +177,7 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         decoder_dtype=frozen_dtype(experiment.precision),
     )
     make_step_config(experiment, reference.schedule)  # refuses what only the schedule can tell
-    reference.one_step(nn.Identity(), experiment.generator.timestep)  # refuses a timestep that its schedule has not
+    reference.check_timestep(experiment.generator.timestep, experiment.generator.input_scale)
     plan, machine = make_plan(experiment, reference), Machine.here(experiment.output_dir)
     text = "\n".join([*_table(plan), *_lines(plan, machine)])
     try:

@@ -5,12 +5,14 @@ left to its run log, and to the other ranks' silent one.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.prompts import read_prompt_set
@@ -121,15 +123,18 @@ class Trainer:
         prompts, noise = probe_inputs(self.reference, self.prompts, count, EVALUATION_SEED + 2)
         latents = self.sample(state.train_state.ema, noise, prompts)
         if self.ranks.first:
-            known = read_json(self.folder / VALIDATED)
-            reports = state.rewards.validate(latents, prompts, known.values())
-            replace_json(self.folder / VALIDATED, {report.name: report.digest for report in reports if report.digest})
-            for report in reports:
-                self.run_log.event(state.step, f"reward.{report.name}", str(report))
+            self._validate(latents, prompts)
         if experiment.overoptimization.every and not experiment.rewards.held_out:
             self.run_log.event(state.step, NO_HELD_OUT_EVENT, NO_HELD_OUT)
         if is_new:
             state.rewards.measure_scales(latents, prompts)
+
+    def _validate(self, latents: Tensor, prompts: Sequence[str]) -> None:
+        known = read_json(self.folder / VALIDATED)
+        reports = self.state.rewards.validate(latents, prompts, known.values())
+        replace_json(self.folder / VALIDATED, {report.name: report.digest for report in reports if report.digest})
+        for report in reports:
+            self.run_log.event(self.state.step, f"reward.{report.name}", str(report))
 
     def _show_start(self) -> None:
         if (lost := self.start_error) is not None:
