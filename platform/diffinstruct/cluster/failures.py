@@ -11,8 +11,9 @@ from ray.train import ControllerError, FailureConfig, UserCallback, WorkerGroupE
 from diffinstruct.config.addresses import one_line
 from diffinstruct.config.sections import TrackingConfig
 from diffinstruct.errors import UserError
+from diffinstruct.method.memory import out_of_memory
 from diffinstruct.method.nonfinite import NonFiniteGradient
-from diffinstruct.method.rewards import RewardError, out_of_memory
+from diffinstruct.method.rewards import RewardError
 from diffinstruct.run_folder.checkpoint import CheckpointError
 from diffinstruct.run_folder.signals import Paused
 from diffinstruct.tracking.journal import deliver

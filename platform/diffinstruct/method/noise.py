@@ -7,7 +7,7 @@ and a worker draws its own samples alone. torch's CPU generator would fold all o
 
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import numpy as np
@@ -75,6 +75,5 @@ class NoiseStreams:
 
     def next_round(self, streams: Iterable[int], executor: Executor) -> "NoiseStreams":
         """The next round's randomness; the normal noise of these streams is drawn by `executor` from now on."""
-        following = NoiseStreams(self.seed, self.step + 1, self.shape, self.rows, self.device)
-        ahead = {stream: executor.submit(following._normal, stream) for stream in streams}
-        return NoiseStreams(self.seed, self.step + 1, self.shape, self.rows, self.device, ahead)
+        following = replace(self, step=self.step + 1, ahead={})
+        return replace(following, ahead={stream: executor.submit(following._normal, stream) for stream in streams})

@@ -31,6 +31,8 @@ class FiniteCheck:
     def __init__(self, prompts: Sequence[str]) -> None:
         self.prompts = prompts
         self._checked: list[tuple[str, Tensor, slice]] = []
+        self._all: Tensor | None = None
+        """Whether all that was checked is finite, on the device: a look at it does not look at each check again."""
         self._recorded: list[tuple[int, str]] = []
         """What others found, and after how many checks."""
 
@@ -38,6 +40,7 @@ class FiniteCheck:
         """Look whether the values [B, ...] of these samples are finite."""
         finite = values.detach().reshape(len(values), -1).isfinite().all(1)
         self._checked.append((what, finite, rows))
+        self._all = finite.all() if self._all is None else self._all & finite.all()
 
     def record(self, what: str) -> None:
         """Count what somebody else has found."""
@@ -46,12 +49,14 @@ class FiniteCheck:
     @property
     def all_finite(self) -> bool:
         """Whether nothing was found so far. Waits for the device."""
-        return not self._recorded and bool(self._all_checked().item())
+        return not self._recorded and (self._all is None or bool(self._all.item()))
 
     @property
     def gradient_factor(self) -> Tensor | float:
         """1, or NaN once something was found: a loss or gradient times this shows all workers what one has found."""
-        return math.nan if self._recorded else torch.where(self._all_checked(), 1.0, math.nan)
+        if self._recorded:
+            return math.nan
+        return 1.0 if self._all is None else torch.where(self._all, 1.0, math.nan)
 
     @property
     def first(self) -> str | None:
@@ -59,9 +64,6 @@ class FiniteCheck:
         found = [(i, self._in_words(what, finite.tolist(), rows)) for i, (what, finite, rows) in enumerate(self._checked)]
         causes = [(i, words) for i, words in found if words] + self._recorded
         return min(causes, key=lambda cause: cause[0])[1] if causes else None
-
-    def _all_checked(self) -> Tensor:
-        return torch.stack([finite.all() for _, finite, _ in self._checked]).all()
 
     def _in_words(self, what: str, finite: list[bool], rows: slice) -> str | None:
         prompts = self.prompts[rows]
