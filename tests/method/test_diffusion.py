@@ -30,6 +30,18 @@ def test_x0_is_what_ddim_takes_for_it(prediction, t):
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("weighting", ["x0", "eps", "v", "score"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+def test_an_error_of_the_output_grows_as_the_schedule_says(prediction, weighting):
+    schedule = STRAIGHT if prediction == "flow_prediction" else VARIANCE_PRESERVING
+    factors, error = schedule.error_factors(prediction, weighting), 1e-3
+    for t in (20, 399, 979):
+        xt, output, ts = draw(0).double(), draw(1).double(), torch.full((2,), t)
+        grown = schedule.x0_from(prediction, output + error, xt, ts) - schedule.x0_from(prediction, output, xt, ts)
+        measured = (schedule.scale(weighting, ts, xt) * grown).abs()
+        torch.testing.assert_close(measured, torch.full_like(measured, error * factors[t].item()), rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize("t", LEVELS)
 def test_the_forward_process_is_diffusers(t):
     x0, eps, ts = draw(0), draw(1), torch.full((2,), t)

@@ -17,11 +17,12 @@ from diffinstruct.method.guidance import guided
 from diffinstruct.method.noise import NoiseStreams, Stream
 from diffinstruct.method.nonfinite import NonFiniteGradient
 from diffinstruct.method.objectives import objective
-from diffinstruct.method.rewards import LatentRewards, RewardError, RewardRequest
-from diffinstruct.method.step import StepConfig, TrainState, alternating_round
+from diffinstruct.method.rewards import LatentRewards, RewardError, RewardRequest, Scores
+from diffinstruct.method.step import TIMESTEP_PARTS, StepConfig, TrainState, alternating_round
 from diffinstruct.reward_service.client import make_rewards
 from diffinstruct.run_folder.checkpoint import CheckpointStore
 from diffinstruct.training.build import make_step_config as configured_settings
+from diffinstruct.training.metric_window import MetricWindow
 
 BATCH, SHAPE = 8, (2, 4, 4)
 ALPHAS = torch.linspace(0.999, 0.05, 1000)
@@ -213,12 +214,55 @@ def test_the_score_network_is_updated_k_times_on_the_same_or_on_fresh_samples(up
     assert all(not torch.equal(sent[i][1], sent[j][1]) for i in range(len(sent)) for j in range(i))  # t of its own
 
 
-def test_reward_only_leaves_the_score_network_alone():
-    train_state = make_train_state()
+def test_rewards_alone_train_without_score_network_and_reference():
+    train_state, alone = make_train_state(), make_train_state()
+    alone.score_network = alone.score_optimizer = alone.reference = None
     before = weights(train_state.score_network)
     metrics = round_(train_state, make_step_config(objective=None))
     assert equal(before, weights(train_state.score_network))
     assert "x0_gap" not in metrics and metrics["gradient_norm/generator"] > 0
+    round_(alone, make_step_config(objective=None))
+    assert equal(weights(train_state.generator), weights(alone.generator))
+    assert set(alone.state_dict()) == {"generator", "ema", "generator_optimizer"}
+
+
+def test_a_round_without_rewards_is_one_whose_rewards_have_no_gradient():
+    def no_pull(latents, prompts):
+        return lambda: Scores({}, torch.zeros_like(latents), 0.0, len(latents))
+
+    states = [make_train_state() for _ in range(2)]
+    silent, asked = (round_(state, send=send) for state, send in zip(states, (None, no_pull), strict=True))
+    assert equal(weights(states[0].generator), weights(states[1].generator))
+    assert silent["gradient_norm/sample_reward"] == 0 and "time/reward" not in silent and "time/reward" in asked
+
+
+def test_the_gap_is_told_apart_by_timestep():
+    """Of two rounds with unequal numbers of samples in each part: the mean over all samples that fell into it."""
+    window, parts = MetricWindow([], BATCH), dict[str, list[float]]()
+    for step in range(2):
+        gaps: list[tuple[torch.Tensor, torch.Tensor]] = []
+        config = make_step_config(micro_batch_size=3)
+        inner = config.objective
+
+        def noted(x0, t, eps, c, *, inner=inner, gaps=gaps, **networks):
+            loss, record = inner(x0, t, eps, c, **networks)
+            gaps.append((t, record["x0_gap"]))
+            return loss, record
+
+        window.add(round_(make_train_state(), replace(config, objective=noted), step=step))
+        for t, gap in ((t, gap) for ts, values in gaps for t, gap in zip(ts.tolist(), values.tolist(), strict=True)):
+            parts.setdefault(TIMESTEP_PARTS[4 * t // 1000], []).append(gap)
+    mean = window.mean()
+    assert len({len(values) for values in parts.values()}) > 1
+    said = {key.removeprefix("x0_gap_by_t/"): value for key, value in mean.items() if key.startswith("x0_gap_by_t/")}
+    assert said == pytest.approx({part: sum(values) / len(values) for part, values in parts.items()})
+    assert not any(key.startswith("timestep_share/") for key in mean)
+
+
+def test_a_part_of_the_schedule_without_samples_has_no_gap():
+    window = MetricWindow([], BATCH)
+    window.add(round_(make_train_state(), make_step_config(timestep_distribution=uniform_t(260, 500))))
+    assert {key for key in window.mean() if key.startswith("x0_gap_by_t/")} == {"x0_gap_by_t/t_low"}
 
 
 def test_a_gradient_that_is_not_finite_stops_the_round_before_the_update():

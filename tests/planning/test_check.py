@@ -13,7 +13,8 @@ from diffinstruct.errors import UserError
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.sharding import blocks
 from diffinstruct.planning import footprint
-from diffinstruct.planning.check import SHAPES, largest_block, report, shapes
+from diffinstruct.planning.check import SHAPES, largest_block, make_plan, report, shapes
+from diffinstruct.training.build import rounding_remark
 
 VAE, CLIP_L = 83_653_863, 123_060_480
 PUBLISHED = {
@@ -85,6 +86,36 @@ def test_a_round_without_content_takes_what_a_real_one_takes(world, more, monkey
     real = counted()
     assert said.held == real.held and said.flops == real.flops > 0
     assert said.peak == pytest.approx(real.peak, rel=0.02) and said.passing > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "says"),
+    [
+        ("PixArt-alpha/PixArt-XL-2-512x512", {}, "0.54 at t = 979, where differences of x0 are about 1; objective.t_max: 791"),
+        ("PixArt-alpha/PixArt-XL-2-512x512", {"objective": {"t_max": 790}}, None),
+        ("PixArt-alpha/PixArt-XL-2-512x512", {"objective": {"weighting": "eps"}}, None),
+        ("PixArt-alpha/PixArt-XL-2-512x512", {"precision": "fp32"}, None),
+        ("PixArt-alpha/PixArt-XL-2-512x512", {"objective": {"name": "reward_only"}}, None),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", {}, None),
+        ("stabilityai/stable-diffusion-xl-base-1.0", {}, None),
+    ],
+)
+def test_bf16_where_an_objective_would_compare_rounding_errors_is_said(model: str, more: dict, says: str | None) -> None:
+    reference, content = load_reference(shapes(model)), {"precision": "bf16", "reference": {"model": model}}
+    content["generator"] = {"init_from": "reference"}
+    remark = rounding_remark(Experiment.model_validate(content | more), reference)
+    assert remark is None if says is None else says in str(remark)
+
+
+def test_rewards_alone_take_neither_score_network_nor_reference(world) -> None:
+    experiment = world[1]()
+    reference = load_reference(experiment.reference.model)
+    alone = experiment.model_copy(update={"objective": experiment.objective.model_copy(update={"name": "reward_only"})})
+    weights = footprint.training_footprint(experiment, reference).held - footprint.training_footprint(alone, reference).held
+    network = sum(p.numel() for p in reference.empty("unet").parameters())
+    assert weights >= 4 * (2 + 3) * network  # two networks in fp32; gradients and two Adam states of one
+    assert {role.name for role in make_plan(alone, reference).worker} >= {"generator"}
+    assert not {"score network", "reference"} & {role.name for role in make_plan(alone, reference).worker}
 
 
 def test_a_sharded_networks_largest_block() -> None:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import pipelines
+from tiny import pipelines, runs
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError
 from diffinstruct.method.diffusion import Schedule
+from diffinstruct.method.rewards import LatentRewards
 from diffinstruct.planning.check import report
 from diffinstruct.training import local
 from diffinstruct.training.build import make_step_config
@@ -53,6 +54,20 @@ def flipped(width: float = 1.0):
 l1 = (lambda y: y.abs().flatten(1).sum(1), lambda y: y.sign())
 number = 3
 '''
+
+
+@pytest.mark.parametrize(("scale", "weights", "asked"), [(0.0, {}, 3), (1.0, {"tiny.rewards:Red": 1.0}, 5)])
+def test_at_reward_scale_0_rewards_score_one_round_a_row_without_a_gradient(
+    world, tmp_path, monkeypatch, scale, weights, asked
+) -> None:
+    requests, score = [], LatentRewards.__call__
+    monkeypatch.setattr(LatentRewards, "__call__", lambda self, *given: (requests.append(given[2]), score(self, *given))[1])
+    trained = [{"name": "tiny.rewards:Red", "weight": 1.0}]
+    more = {"rewards__trained": trained, "logging__every": 2, "overoptimization__every": 0, "logging__checkpoint_every": 9}
+    local.run(world[1](objective__reward_scale=scale, steps=5, **more), tmp_path / "run")
+    assert [dict(request.weights) for request in requests] == [weights] * asked
+    rows, _ = runs.journal(tmp_path / "run")
+    assert all({"reward/tiny.rewards:Red", "held_out/tiny.rewards:Calm"} <= rows[step].keys() for step in (2, 4, 5))
 
 
 @pytest.fixture(scope="module")

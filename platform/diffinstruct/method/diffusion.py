@@ -91,6 +91,12 @@ class Schedule:
                 return xt - sigma * output
         raise ValueError(f"prediction: got {prediction!r}, known are 'epsilon', 'v_prediction', 'sample' and 'flow_prediction'")
 
+    def error_factors(self, prediction: str, weighting: str) -> Tensor:
+        """[T]: the factor that takes an error of a network's output to where an objective measures differences."""
+        t, ones = torch.arange(len(self.alphas)), torch.ones_like(self.alphas)
+        x0_error = self.x0_from(prediction, ones, ones, t) - self.x0_from(prediction, 0 * ones, ones, t)
+        return (x0_error * WEIGHTINGS[weighting](self.alphas, self.sigmas)).abs()
+
 
 def denoising_loss(
     denoiser: Denoiser, schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor, c: Conditions, weighting: str = "eps"

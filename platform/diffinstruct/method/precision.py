@@ -5,6 +5,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+BF16_ERROR = 0.0042
+"""Rms error of the output, of size 1, that a transformer of PixArt's width and depth computes in bf16 (LOG.md)."""
+MAX_BF16_ERROR = 0.1
+"""From here on bf16's error, where an objective measures differences of size 1, is worth a remark."""
+
 
 def use_deterministic_kernels() -> None:
     """Compute the same bits on a GPU, too; an operation that cannot raises RuntimeError. To be called before the first

@@ -41,6 +41,9 @@ Metrics = dict[str, float]
 DeviceMetrics = dict[str, Tensor | float]
 """Means that may still be on the device: to read one is to wait for it, so a round reads them once, at its end."""
 
+TIMESTEP_PARTS = ("t_lowest", "t_low", "t_high", "t_highest")  # the schedule in four equal parts
+X0_GAP_BY_TIMESTEP, TIMESTEP_SHARE = "x0_gap_by_t/", "timestep_share/"
+
 
 @dataclass(frozen=True)
 class StepConfig:
@@ -76,14 +79,15 @@ class StepConfig:
 
 @dataclass
 class TrainState:
-    """The method's networks and their optimizers. The trained ones may be wrapped for data parallelism."""
+    """The method's networks and their optimizers. The trained ones may be wrapped for data parallelism. Where the rewards
+    alone train, there is neither score network nor reference."""
 
     generator: nn.Module  # (z [B, ...], c) -> x0 [B, ...]
-    score_network: nn.Module  # a Denoiser, trained on generated samples only
-    reference: GuidedReference  # frozen
     ema: nn.Module  # exponential moving average of the generator's weights, fp32
     generator_optimizer: torch.optim.Optimizer
-    score_optimizer: torch.optim.Optimizer
+    score_network: nn.Module | None = None  # a Denoiser, trained on generated samples only
+    score_optimizer: torch.optim.Optimizer | None = None
+    reference: GuidedReference | None = None  # frozen
 
     def state_dict(self) -> dict[str, Any]:
         """All that a round changes; everything random is drawn from (seed, step), so there is no RNG state to keep."""
@@ -94,8 +98,10 @@ class TrainState:
             part.load_state_dict(state[name])
 
     def _stateful(self) -> dict[str, Any]:
-        networks = {"generator": unwrapped(self.generator), "score_network": unwrapped(self.score_network), "ema": self.ema}
-        return networks | {"generator_optimizer": self.generator_optimizer, "score_optimizer": self.score_optimizer}
+        generator = {"generator": unwrapped(self.generator), "ema": self.ema, "generator_optimizer": self.generator_optimizer}
+        if self.score_network is None:
+            return generator
+        return generator | {"score_network": unwrapped(self.score_network), "score_optimizer": self.score_optimizer}
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -112,9 +118,10 @@ def alternating_round(
     noise: NoiseStreams,
     prompts: Sequence[str],
     c: Conditions,
-    send: Send,
+    send: Send | None,
 ) -> Metrics:
-    """The score network's K_TA updates, then the generator's one. Returns this worker's means.
+    """The score network's K_TA updates, then the generator's one. Returns this worker's means. Without `send` no reward
+    has a part in it.
 
     Raises NonFiniteGradient before an update that would spoil the weights; RewardError.
     """
@@ -131,7 +138,7 @@ def alternating_round(
     sending = time.perf_counter()
     finite.check("the generator's sample", sample)
     # A non-finite sample is not sent: a reward might score it as finite
-    collect = send(sample, prompts) if finite.all_finite else None
+    collect = send(sample, prompts) if send and finite.all_finite else None
     # The seconds in which the round waits for rewards; those in this process have their answer now
     exposed = time.perf_counter() - sending
 
@@ -171,7 +178,9 @@ class Round:
 
     def update_score_network(self, sample: Tensor, k: int) -> DeviceMetrics:
         """Denoising update number k of the score network on generated samples, with t and eps of its own."""
-        config, noise, network = self.config, self.noise, self.train_state.score_network
+        config, noise = self.config, self.noise
+        network, optimizer = self.train_state.score_network, self.train_state.score_optimizer
+        assert network is not None and optimizer is not None
         first = SCORE_STREAMS * k
         t, eps = noise.t(Stream.SCORE_T + first, config.timestep_distribution), noise.normal(Stream.SCORE_EPS + first)
         z = None if config.reuse_sample else noise.normal(Stream.SCORE_Z + first)
@@ -190,19 +199,20 @@ class Round:
             loss.backward()
             return loss.detach().double()
 
-        self.train_state.score_optimizer.zero_grad()
+        optimizer.zero_grad()
         loss = sample.new_zeros((), dtype=torch.float64)
         for rows in early:
             with _accumulating(network):
                 loss += backward(rows)
         loss += backward(last)
         norm = self._clipped(network, config.score_max_grad_norm, "score network")
-        self.train_state.score_optimizer.step()
+        optimizer.step()
         return {"loss/score_network": loss, "gradient_norm/score_network": norm}
 
     def regularizer_gradient(self, sample: Tensor, objective: Objective) -> tuple[Tensor, DeviceMetrics]:
         """regularization_weight times the objective's gradient at the sample, and the means of its record."""
         config, noise = self.config, self.noise
+        assert self.train_state.score_network is not None and self.train_state.reference is not None
         score_network, reference = unwrapped(self.train_state.score_network), self.train_state.reference
         t, eps = noise.t(Stream.REGULARIZER_T, config.timestep_distribution), noise.normal(Stream.REGULARIZER_EPS)
         gradients, records = [], []
@@ -217,7 +227,10 @@ class Round:
         for key, values in per_sample.items():
             self.finite.check(key, values)
         self.finite.check("the regularizer's gradient", gradient)
-        return gradient, {key: values.mean() for key, values in per_sample.items()}
+        means: DeviceMetrics = {key: values.mean() for key, values in per_sample.items()}
+        if "x0_gap" in per_sample:  # an objective of the user's own may record none
+            means |= _by_timestep(per_sample["x0_gap"], t, len(self.schedule.alphas))
+        return gradient, means
 
     def reward_gradient(self, sample: Tensor, collect: Collect | None) -> tuple[Tensor, DeviceMetrics]:
         """reward_scale times the rewards' gradient at the sample, and the rewards' means. Without `collect`, or where a
@@ -282,6 +295,15 @@ def _read(metrics: DeviceMetrics) -> Metrics:
     if away:
         tensors |= zip(away, torch.stack([tensors[key] for key in away]).cpu(), strict=True)
     return {key: tensors[key].item() if key in tensors else float(value) for key, value in metrics.items()}
+
+
+def _by_timestep(x0_gap: Tensor, t: Tensor, timesteps: int) -> DeviceMetrics:
+    """The x0 gaps [B] of each part of the schedule, summed, and how many there are; both over B, so that their ratio may
+    be taken after means over ranks and rounds."""
+    part = t * len(TIMESTEP_PARTS) // timesteps
+    inside = {name: (part == i).to(x0_gap) for i, name in enumerate(TIMESTEP_PARTS)}
+    shares: DeviceMetrics = {f"{TIMESTEP_SHARE}{name}": mask.mean() for name, mask in inside.items()}
+    return shares | {f"{X0_GAP_BY_TIMESTEP}{name}": (mask * x0_gap).mean() for name, mask in inside.items()}
 
 
 def _mean_norm(gradient: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ generator's forward and backward pass it would make the generator's gradient 0 w
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import nn
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.method.objectives import facts
 from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.models.denoiser import NetworkDenoiser, OneStepGenerator
 from diffinstruct.models.lora import SharedBase
@@ -25,13 +26,14 @@ GENERATOR, EMA, SCORE, START = "generator", "average", "score", "start"
 
 @dataclass(frozen=True)
 class Roles:
-    """`generator` and `score_network` are trained, `reference` and `ema` (the generator's, in fp32) are not.
-    `start_error`: the share of its difference from the reference that a low-rank start has lost; None: it is exact."""
+    """`generator` and `score_network` are trained, `reference` and `ema` (the generator's, in fp32) are not. Where the
+    rewards alone train, there is neither score network nor reference. `start_error`: the share of its difference from
+    the reference that a low-rank start has lost; None: it is exact."""
 
     generator: OneStepGenerator
-    score_network: NetworkDenoiser
-    reference: NetworkDenoiser
     ema: OneStepGenerator
+    score_network: NetworkDenoiser | None = None
+    reference: NetworkDenoiser | None = None
     start_error: float | None = None
 
 
@@ -59,29 +61,27 @@ def make_roles(experiment: Experiment, reference: Reference, materialize: Materi
         exact = partial(reference.network, start, torch.float32, "cpu")
         return SharedBase(network(start, frozen), reference.family.adapted, experiment.activation_checkpointing, exact)
 
-    base = base_of("reference")
+    base = cache(partial(base_of, "reference"))  # with rewards alone nothing may need it
     trained: nn.Module
     ema: nn.Module
     if generator.lora_rank:
-        shared, frozen_adapters = base, tuple[str, ...]()
-        if generator.init_from != "reference" and generator.init_rank:
-            error = base.add_difference(START, network(generator.init_from), generator.init_rank)
+        differs, frozen_adapters = generator.init_from != "reference", tuple[str, ...]()
+        shared = base_of(generator.init_from) if differs and not generator.init_rank else base()
+        if differs and generator.init_rank:
+            error = shared.add_difference(START, network(generator.init_from), generator.init_rank)
             frozen_adapters = (START,)
-        elif generator.init_from != "reference":
-            shared = base_of(generator.init_from)
         shared.add(GENERATOR, generator.lora_rank, experiment.seed)
         shared.add(EMA, generator.lora_rank, experiment.seed)
         trained, ema = shared.role(GENERATOR, frozen_adapters), shared.role(EMA, frozen_adapters)
     else:
         trained, ema = network(generator.init_from), network(generator.init_from)
-    if score_network.lora_rank:
-        base.add(SCORE, score_network.lora_rank, experiment.seed + 1)
-    score = base.role(SCORE) if score_network.lora_rank else network()
+    divergence = facts(experiment.objective.name).divergence
+    if divergence and score_network.lora_rank:  # before any role says what it trains: to add an adapter freezes all
+        base().add(SCORE, score_network.lora_rank, experiment.seed + 1)
     one_step = partial(reference.one_step, timestep=generator.timestep, input_scale=generator.input_scale)
-    return Roles(
-        generator=one_step(trained.requires_grad_(True)),
-        score_network=reference.denoiser(score.requires_grad_(True)),
-        reference=reference.denoiser(base.role()).eval(),
-        ema=one_step(ema.requires_grad_(False)).eval(),
-        start_error=error,
-    )
+    generators = one_step(trained.requires_grad_(True)), one_step(ema.requires_grad_(False)).eval()
+    if not divergence:
+        return Roles(*generators, start_error=error)
+    score = base().role(SCORE) if score_network.lora_rank else network()
+    trained_score = reference.denoiser(score.requires_grad_(True))
+    return Roles(*generators, trained_score, reference.denoiser(base().role()).eval(), error)

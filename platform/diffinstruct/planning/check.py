@@ -35,12 +35,12 @@ from diffinstruct.models.sources import pinned
 from diffinstruct.planning import footprint
 from diffinstruct.planning.footprint import Footprint, Passes
 from diffinstruct.reward_service.client import load_reward
-from diffinstruct.training.build import make_step_config
+from diffinstruct.training.build import make_step_config, rounding_remark
 from reward_models import NAMES
 
 SHAPES = Path(__file__).parents[1] / "models" / "hub_configs"
 KEPT = 4  # checkpoints on disk: the two newest, the best, and one that is being written
-ROLES = 3  # generator, score network, reference: the networks that are sharded
+SHARDED = ("generator", "score network", "reference")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Plan:
     @property
     def held(self) -> float:
         """Bytes of a training process's models; the networks of the three roles are sharded."""
-        return sum(role.memory / (self.shares if i < ROLES else 1) for i, role in enumerate(self.worker))
+        return sum(role.memory / (self.shares if role.name in SHARDED else 1) for role in self.worker)
 
     @property
     def gathered(self) -> int:
@@ -179,7 +179,8 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     make_step_config(experiment, reference.schedule)  # refuses what only the schedule can tell
     reference.check_timestep(experiment.generator.timestep, experiment.generator.input_scale)
     plan, machine = make_plan(experiment, reference), Machine.here(experiment.output_dir)
-    text = "\n".join([*_table(plan), *_lines(plan, machine)])
+    remark = rounding_remark(experiment, reference)
+    text = "\n".join([*_table(plan), *_lines(plan, machine), *([f"precision  {remark}"] if remark else [])])
     try:
         reference.check_start(shapes(experiment.generator.init_from))
     except UserError as error:  # it is often still to be made, and nothing above depends on it
@@ -231,7 +232,7 @@ def _training(
 
 
 def _roles(experiment: Experiment, reference: Reference, training: Footprint) -> list[ModelMemory]:
-    """The networks of a training process, the ROLES first, then what else it holds."""
+    """The networks of a training process, then what else it holds."""
     generator, score = experiment.generator, experiment.score_network
     network, _ = _count(reference.empty(reference.family.part))
     frozen = frozen_dtype(experiment.precision).itemsize * network
@@ -245,15 +246,16 @@ def _roles(experiment: Experiment, reference: Reference, training: Footprint) ->
         adapter = sum(weight.numel() for weight in base.role("it").parameters())
         return ModelMemory(f"{name}'s adapter", adapter, 4 * adapter, **more)
 
-    trains_score = facts(experiment.objective.name).divergence and score.updates_per_step > 0
-    models = [
-        role("generator", generator.lora_rank, trained=True, averaged=True),
-        role("score network", score.lora_rank, trained=trains_score),
-        ModelMemory("reference", network, frozen, passes=training.passes.get("reference", Passes())),
-    ]
-    if generator.lora_rank and generator.init_from != "reference":
-        second = ModelMemory("generator's base", network, frozen)
-        models.append(role("start", generator.init_rank) if generator.init_rank else second)
+    models = [role("generator", generator.lora_rank, trained=True, averaged=True)]
+    own_base = generator.lora_rank > 0 and generator.init_from != "reference" and not generator.init_rank
+    if divergence := facts(experiment.objective.name).divergence:
+        models.append(role("score network", score.lora_rank, trained=score.updates_per_step > 0))
+    if divergence or (generator.lora_rank and not own_base):
+        models.append(ModelMemory("reference", network, frozen, passes=training.passes.get("reference", Passes())))
+    if own_base:
+        models.append(ModelMemory("generator's base", network, frozen))
+    elif generator.init_rank:
+        models.append(role("start", generator.init_rank))
     if experiment.prompts.embeddings is None:
         encoders = [part for part in reference.family.texts if not part.startswith("tokenizer")]
         models += [ModelMemory(name.replace("_", " "), *_count(reference.empty(name))) for name in encoders]

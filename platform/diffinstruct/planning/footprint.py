@@ -89,14 +89,11 @@ def training_footprint(
         _fill_roles(roles, torch.bfloat16 if sharded_bf16 else None)
         train_state = make_train_state(experiment, roles, null, lambda module: module)
         send = _scoring(experiment.rewards, reference, decoder, rewards) if rewards is not None else _no_rewards
-        counters = {
-            "generator": PassCounter(roles.generator.denoiser),
-            "score network": PassCounter(roles.score_network),
-            "reference": PassCounter(roles.reference),
-        }
+        networks = {"generator": roles.generator.denoiser, "score network": roles.score_network, "reference": roles.reference}
+        counters = {role: PassCounter(network) for role, network in networks.items() if network is not None}
         c = {key: value.expand(samples, *value.shape[1:]).clone() for key, value in null.items()}
         # Gradients and Adam states as a round before has left them
-        for optimizer in (train_state.generator_optimizer, train_state.score_optimizer):
+        for optimizer in filter(None, (train_state.generator_optimizer, train_state.score_optimizer)):
             for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
                 weight.grad = torch.empty_like(weight)
             optimizer.step()
@@ -146,7 +143,7 @@ class PassCounter:
 def _fill_roles(roles: Roles, gathered: torch.dtype | None) -> None:
     """Tensors without content for every role's weights; roles over one base share its."""
     filled = dict[nn.Parameter, nn.Parameter]()
-    for role in (roles.generator.denoiser, roles.score_network, roles.ema.denoiser, roles.reference):
+    for role in filter(None, (roles.generator.denoiser, roles.score_network, roles.ema.denoiser, roles.reference)):
         if isinstance(role.network, Role):
             _fill(role.network.base.network, filled, gathered)
         _fill(role.network, filled, gathered)

@@ -60,7 +60,7 @@ def run_rounds(trainer: Trainer) -> Result | None:
             state, schedule = trainer.state, trainer.reference.schedule
             try:
                 metrics = alternating_round(
-                    state.train_state, state.step_config, schedule, noise, prompts, conditions, state.rewards.send
+                    state.train_state, state.step_config, schedule, noise, prompts, conditions, trainer.send
                 )
             except NonFiniteGradient as error:
                 reason = trainer.count_skipped(error)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from diffinstruct.method.step import Metrics
+from diffinstruct.method.step import TIMESTEP_PARTS, TIMESTEP_SHARE, X0_GAP_BY_TIMESTEP, Metrics
 from diffinstruct.ranks import Ranks
 from diffinstruct.training.guards import SPIKE
 
@@ -35,11 +35,16 @@ class MetricWindow:
         self.rows, self.shared, began, self.since = [], 0, self.since, now
         if not rows:  # all of its rounds were skipped
             return {}
-        mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        values: dict[str, list[float]] = {}
+        for row in rows:
+            for key, value in row.items():
+                values.setdefault(key, []).append(value)
+        mean = {key: sum(of_rounds) / len(of_rounds) for key, of_rounds in values.items()}
+        _divide_by_share(mean)
         norms = [f"gradient_norm/{network}" for network in ("generator", "score_network")]
         self.usual = {key: mean[key] for key in norms if key in mean}
         mean |= {f"{key}_max": max(row[key] for row in rows) for key in self.usual}
-        if mean["time/reward"]:
+        if mean.get("time/reward"):
             mean["time/reward_hidden_fraction"] = 1 - min(1.0, mean["time/reward_exposed"] / mean["time/reward"])
         mean["throughput/images_per_second"] = len(rows) * self.global_batch_size / (now - began)
         return mean
@@ -57,3 +62,11 @@ class MetricWindow:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows, self.usual = list(state["rows"]), dict(state["usual"])
         self.shared = len(self.rows)
+
+
+def _divide_by_share(mean: Metrics) -> None:
+    """Make the parts of x0_gap means over the samples whose t was in that part of the schedule, if there were any."""
+    for part in TIMESTEP_PARTS:
+        share = mean.pop(TIMESTEP_SHARE + part, 0.0)
+        if (total := mean.pop(X0_GAP_BY_TIMESTEP + part, None)) is not None and share:
+            mean[X0_GAP_BY_TIMESTEP + part] = total / share

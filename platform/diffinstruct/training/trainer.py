@@ -20,7 +20,7 @@ from diffinstruct.method.diffusion import Conditions
 from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.nonfinite import NonFiniteGradient
 from diffinstruct.method.precision import use_deterministic_kernels, use_precision
-from diffinstruct.method.rewards import NonFiniteScore
+from diffinstruct.method.rewards import NonFiniteScore, Send
 from diffinstruct.method.step import Metrics
 from diffinstruct.models.denoiser import OneStepGenerator
 from diffinstruct.models.roles import make_roles, unsharded
@@ -35,7 +35,7 @@ from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore
 from diffinstruct.run_folder.signals import Signal
 from diffinstruct.tracking.journal import Parent
 from diffinstruct.tracking.records import read_json, replace_json
-from diffinstruct.training.build import make_step_config, make_train_state, open_reference, resolve_device
+from diffinstruct.training.build import make_step_config, make_train_state, open_reference, resolve_device, rounding_remark
 from diffinstruct.training.guards import MAX_SKIPS_IN_A_ROW, ON_ALARM, AlarmAction
 from diffinstruct.training.loop_state import Identity, LoopState
 from diffinstruct.training.metric_window import MetricWindow
@@ -140,6 +140,8 @@ class Trainer:
         if (lost := self.start_error) is not None:
             text = f"the low-rank start keeps all but {lost:.1%} of its difference from the reference"
             self.run_log.event(0, "start", f"generator.init_rank: {text}")
+        if remark := rounding_remark(self.experiment, self.reference):
+            self.run_log.event(0, "precision", remark)
         self.run_log.grid(0, self.grid.columns(self.state.train_state.ema))
 
     # --------------------------------------------------------------------------------------------------- one round
@@ -163,6 +165,16 @@ class Trainer:
             self.next_noise = noise.next_round(self.state.step_config.normal_streams, self.drawing)
         prompts = [self.prompts[i] for i in noise.prompts(len(self.prompts))]
         return noise, prompts, self.reference.encode_prompts(prompts)
+
+    @property
+    def send(self) -> Send | None:
+        """Where the round's sample is sent. At reward_scale 0 the rewards score the samples of one round in each row of
+        the journal, without a gradient: nothing else would come of decoding them."""
+        state = self.state
+        if state.step_config.reward_scale:
+            return state.rewards.send
+        last_in_row = (state.step + 1) % self.experiment.logging.every == 0 or state.step + 1 == self.experiment.steps
+        return state.rewards.send_for_scores if last_in_row else None
 
     def count_done(self, metrics: Metrics) -> None:
         """Count a round whose update was made, and keep its metrics."""
