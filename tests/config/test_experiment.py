@@ -427,6 +427,57 @@ def test_prompts_of_other_editors(tmp_path):
     assert read_prompts(tmp_path / "a.csv")["prompt"].tolist() == ["a dog\u2028on a mat"]
 
 
+TEXTS = ["a red hat, a blue coat", 'a sign that says "open", lit', "42", "None", "a fox"]
+PARTI = "Prompt\tCategory\tChallenge\tNote\n" + "".join(f"{text}\tAbstract\tBasic\t\n" for text in TEXTS)
+QUOTED = ['"%s"' % text.replace('"', '""') for text in TEXTS]
+PUBLISHED: dict[str, tuple[str, str]] = {  # file -> (column, content), as prompt sets are published and saved
+    "PartiPrompts.tsv": ("Prompt", PARTI),
+    "parti_renamed.csv": ("Prompt", PARTI),
+    "anime.json": ("prompt", json.dumps(TEXTS)),
+    "hpdv2.json": ("prompt", json.dumps([{"prompt": text, "image_path": ["a.jpg"], "rank": [0, 1]} for text in TEXTS])),
+    "hpsv2.json": ("prompt", json.dumps({"anime": TEXTS[:2], "photo": TEXTS[2:]})),
+    "columns.json": ("prompt", json.dumps({"id": [1, 2, 3, 4, 5], "prompt": TEXTS})),
+    "geneval.jsonl": ("prompt", "".join(json.dumps({"tag": "two", "n": [{"count": 1}], "prompt": t}) + "\n" for t in TEXTS)),
+    "dalle3.jsonl": ("json.prompt", "".join(json.dumps({"id": 1, "json": {"prompt": t}}) + "\n" for t in TEXTS)),
+    "dalle3.json": ("a.b.c", json.dumps([{"a": {"b": {"c": text}}} for text in TEXTS])),
+    "captions.JSONL": ("prompt", "".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS)),
+    "excel.csv": ("prompt", "prompt;category\n" + "".join(f"{text};x\n" for text in QUOTED)),
+    "excel.tsv": ("prompt", '"prompt"\t"x"\n' + "".join(f'{text}\t"x"\n' for text in QUOTED)),
+    "powershell.txt": ("prompt", "\r\n".join(TEXTS)),
+    "unicode.CSV": ("prompt", "prompt\r\n" + "\r\n".join(QUOTED)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_prompt_sets_as_they_are_published_and_saved(tmp_path, name):
+    column, content = PUBLISHED[name]
+    (tmp_path / name).write_bytes(content.encode("utf-16" if "\r" in content else "utf-8"))
+    assert read_prompts(tmp_path / name, column=column)["prompt"].tolist() == TEXTS
+
+
+def test_a_folder_of_captions(tmp_path):
+    """One file a picture, as trainers of adapters write them."""
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i:05d}.txt").write_text(text + "\n")
+        (tmp_path / f"{i:05d}.png").write_bytes(b"")
+    table = read_prompts(tmp_path)
+    assert table["prompt"].tolist() == TEXTS and table["file"][0] == "00000.txt"
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="none: no prompts in it"):
+        read_prompts(tmp_path / "none")
+    with pytest.raises(UserError, match="nobe: no such file or folder, did you mean '.*none'"):
+        read_prompts(tmp_path / "nobe")
+
+
+def test_a_prompt_set_says_how_many_there_are(tmp_path):
+    (tmp_path / "a.txt").write_text("a cat\n\na dog\na cat\n  \n")
+    assert str(read_prompt_set(tmp_path / "a.txt")) == (
+        f"3 prompts of {tmp_path}/a.txt, 1 of them repeat an earlier one, 2 empty ones left out"
+    )
+    (tmp_path / "b.txt").write_text("a cat\na dog\n")
+    assert str(read_prompt_set(tmp_path / "b.txt")) == f"2 prompts of {tmp_path}/b.txt"
+
+
 def test_the_pocket_splits(tmp_path, monkeypatch):
     path = tmp_path / "prompts.csv"
     path.write_text(
@@ -469,7 +520,7 @@ def test_the_pocket_world_has_every_split(source):
         ("pocket:evl", r"pocket:evl: unknown split, did you mean 'pocket:eval'\?"),
         ("pocket", "pocket: unknown split.*"),
         ("{}/prompst.csv", r".*prompst.csv: no such file, did you mean '.*prompts.csv'\?"),
-        ("{}/prompts.xlsx", r".*prompts.xlsx: prompts are 'pocket:<split>', a file \(.csv, .jsonl, .*\) or 'datasets:.*"),
+        ("{}/prompts.xlsx", r".*prompts.xlsx: prompts are 'pocket:<split>', a file \(.csv, .*\), a folder .* or 'datasets:.*"),
         ("{}/broken.jsonl", r".*broken.jsonl: line 2: not JSON: .*"),
         ("{}/list.jsonl", r".*list.jsonl: line 1: should be an object, got \[1\]"),
         ("{}/number.jsonl", r".*number.jsonl: row 2: 'prompt' should be text, got 3"),
@@ -482,7 +533,11 @@ def test_the_pocket_world_has_every_split(source):
         ("{}/ragged.csv", ".*ragged.csv: .*Expected 1 fields in line 3, saw 2.*"),
         ("{}/twice.csv", ".*twice.csv: column 'prompt' is there twice"),
         ("{}/empty.csv", ".*empty.csv: No columns to parse from file"),
-        ("{}/latin.txt", ".*latin.txt: .*codec can't decode.*"),
+        ("{}/latin.txt", r".*latin.txt: is not UTF-8 text \(byte 0\); if it is in GBK, say, `iconv -f GBK .*"),
+        ("{}/nested.jsonl", r".*nested.jsonl: row 1: 'prompt' should be text, got .*; prompts.column may name prompt.long"),
+        ("{}/one.json", ".*one.json: should be a list of prompts or of objects, or lists of prompts by style"),
+        ("{}/two.json", ".*two.json: item 2: should be an object, got 3"),
+        ("{}/deep.json", ".*deep.json: not JSON: .*"),
         ("{}/nul.txt", r".*nul.txt: row 2: 'prompt' should be text, got a NUL byte"),
         ("{}/deep.jsonl", ".*deep.jsonl: line 1: not JSON: .*"),
     ],
@@ -494,6 +549,10 @@ def test_prompts_that_cannot_be_read(tmp_path, source, message):
     (tmp_path / "twice.csv").write_bytes(b"\xef\xbb\xbfprompt,a,prompt\nx,y,z\n")
     (tmp_path / "nul.txt").write_text("a\nb\0c\n")
     (tmp_path / "deep.jsonl").write_text("[" * 200_000)
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    (tmp_path / "one.json").write_text('{"prompt": "a"}')
+    (tmp_path / "two.json").write_text('[{"prompt": "a"}, 3]')
+    (tmp_path / "nested.jsonl").write_text('{"prompt": {"long": "a cat", "n": 1}}')
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
