@@ -429,7 +429,7 @@ def test_prompts_of_other_editors(tmp_path):
 
 TEXTS = ["a red hat, a blue coat", 'a sign that says "open", lit', "42", "None", "a fox"]
 PARTI = "Prompt\tCategory\tChallenge\tNote\n" + "".join(f"{text}\tAbstract\tBasic\t\n" for text in TEXTS)
-QUOTED = ['"%s"' % text.replace('"', '""') for text in TEXTS]
+QUOTED = ['"' + text.replace('"', '""') + '"' for text in TEXTS]
 PUBLISHED: dict[str, tuple[str, str]] = {  # file -> (column, content), as prompt sets are published and saved
     "PartiPrompts.tsv": ("Prompt", PARTI),
     "parti_renamed.csv": ("Prompt", PARTI),
@@ -465,7 +465,7 @@ def test_a_folder_of_captions(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="none: no prompts in it"):
         read_prompts(tmp_path / "none")
-    with pytest.raises(UserError, match="nobe: no such file or folder, did you mean '.*none'"):
+    with pytest.raises(UserError, match=r"nobe: no such file or folder, did you mean '.*none'"):
         read_prompts(tmp_path / "nobe")
 
 

@@ -120,7 +120,7 @@ def one_step_scheduler(reference: Reference, generator: OneStepGenerator) -> Sch
     if reference.betas is None:
         return FlowMatchEulerDiscreteScheduler.from_config(reference.scheduler.config)
     betas = reference.betas[: generator.timestep + 1]
-    if generator.input_scale == "unit":
+    if generator.input_scale == "unit" or reference.schedule.alphas[generator.timestep] == 0:  # there sigma_T z is z
         return LCMScheduler(
             num_train_timesteps=len(betas),
             trained_betas=betas,

@@ -54,6 +54,11 @@ class StableDiffusion:
         """What the network says of xt, like xt. `pixels`: height and width of the picture."""
         return network(xt, t, c["prompt_embeds"], return_dict=False)[0]
 
+    @staticmethod
+    def unscaled(latents: Tensor, decoder: Any) -> Tensor:
+        """The network's latents as the decoder takes them, by its configuration, as far as the stock pipeline reads it."""
+        return latents / decoder.scaling_factor
+
 
 class StableDiffusionXL(StableDiffusion):
     """SDXL: a U-Net and two CLIP text encoders; it also gets the second's pooled state, and the picture's size as "time
@@ -89,6 +94,14 @@ class StableDiffusionXL(StableDiffusion):
         sizes = xt.new_tensor([*pixels, 0, 0, *pixels]).expand(len(xt), -1)
         added = {"text_embeds": c["pooled_prompt_embeds"], "time_ids": sizes}
         return network(xt, t, c["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
+
+    @staticmethod
+    def unscaled(latents: Tensor, decoder: Any) -> Tensor:
+        mean, std = (getattr(decoder, key, None) for key in ("latents_mean", "latents_std"))
+        if mean is None or std is None:
+            return latents / decoder.scaling_factor
+        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        return latents * std / decoder.scaling_factor + mean
 
 
 class PixArtAlpha(StableDiffusion):
@@ -167,6 +180,10 @@ class StableDiffusion3(StableDiffusion):
     def output(network: nn.Module, xt: Tensor, t: Tensor, c: Conditions, pixels: tuple[int, int]) -> Tensor:
         text = {"encoder_hidden_states": c["prompt_embeds"], "pooled_projections": c["pooled_prompt_embeds"]}
         return network(hidden_states=xt, timestep=t, return_dict=False, **text)[0]
+
+    @staticmethod
+    def unscaled(latents: Tensor, decoder: Any) -> Tensor:
+        return latents / decoder.scaling_factor + decoder.shift_factor
 
 
 def _families(family: type[StableDiffusion]) -> Iterator[type[StableDiffusion]]:

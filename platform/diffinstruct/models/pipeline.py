@@ -34,6 +34,7 @@ from diffinstruct.models.world import named_world
 DECODERS = ("AutoencoderKL", "AutoencoderTiny")
 WEIGHTS_BESIDE = WeightSource()  # weights from where the configurations are
 FLOW = "FlowMatchEulerDiscreteScheduler"
+PREDICTIONS = ("epsilon", "v_prediction", "sample")  # of networks that are no flows
 DDIM = {"clip_sample": False, "thresholding": False}
 """Latents have no range to be clipped to. DDIM clips unless told not to, and configurations of other schedulers do not
 say; where one says that it does, it was saved with DDIM's defaults."""
@@ -64,12 +65,9 @@ class Reference:
         self.decoder_dtype, self.activation_checkpointing = decoder_dtype or dtype, activation_checkpointing
         self.family = FAMILIES[index["_class_name"]]
         scheduler = sources.read_source(DDIMScheduler.load_config, source, subfolder="scheduler")
-        name, flow = scheduler["_class_name"], self.family.flow
-        if (name != FLOW or scheduler.get("use_dynamic_shifting")) if flow else "beta_schedule" not in scheduler:
-            wanted = f"a {FLOW} without use_dynamic_shifting" if flow else "one with a beta schedule"
-            raise UserError(f"reference.model: the scheduler of {source} is a {name}; should be {wanted}")
+        _check_scheduler(scheduler, source, self.family.flow)
         self.betas: list[float] | None = None
-        if flow:
+        if self.family.flow:
             self.scheduler, self.prediction = FlowMatchEulerDiscreteScheduler.from_config(scheduler), "flow_prediction"
             sigmas = self.scheduler.sigmas.flip(0)
             self.schedule = Schedule(1 - sigmas, sigmas, sigmas * len(sigmas))
@@ -78,7 +76,9 @@ class Reference:
             self.betas, self.prediction = ddim.betas.tolist(), ddim.config.prediction_type
             self.schedule = Schedule(ddim.alphas_cumprod.sqrt(), (1 - ddim.alphas_cumprod).sqrt())
         self._config = sources.read_source(self._network_class.load_config, source, subfolder=self.family.part)
-        size = self._config["sample_size"]
+        if (size := self._config.get("sample_size")) is None:
+            mend = "its edge in latents, 64 for 512 px, say, belongs into that file"
+            raise UserError(f"reference.model: {self.family.part}/config.json of {source} has no sample_size; {mend}")
         self.latent_shape = (self._config["in_channels"], *((size, size) if isinstance(size, int) else size))
         self.embeddings = Embeddings(embeddings, sources.text_encoder_digest(source, self.family)) if embeddings else None
         # Prompt sets are finite: a run sees each prompt many times. 1,000 embeddings of SD1.5 are 0.24 GB in fp32.
@@ -115,9 +115,14 @@ class Reference:
     def _load(self, part: str, dtype: torch.dtype) -> Any:
         return self.weights.load(self._class(part), self.source, part, dtype, self.device)
 
+    def configured(self, part: str) -> tuple[Any, dict[str, Any]]:
+        """The class of the network or the decoder, of diffusers, and its configuration as it lies there."""
+        kind = self._class(part)
+        return kind, sources.read_source(kind.load_config, self.source, subfolder=part)
+
     @cached_property
-    def _pixels_per_latent(self) -> int:
-        config = sources.read_source(self._class("vae").load_config, self.source, subfolder="vae")
+    def pixels_per_latent(self) -> int:
+        _, config = self.configured("vae")
         blocks = config.get("block_out_channels") or config["decoder_block_out_channels"]
         return int(2 ** (len(blocks) - 1))
 
@@ -138,11 +143,15 @@ class Reference:
     def pipeline(self, **parts: Any) -> Any:
         """diffusers' own pipeline with the text encoders and these parts, and nothing in the place of others."""
         with sources.quiet():
-            kind = getattr(diffusers, self.family.pipeline)
-            known = inspect.signature(kind).parameters
-            options = {key: value for key, value in self.index.items() if key in known and not isinstance(value, list)}
-            nothing = {key: None for key, parameter in known.items() if parameter.default is parameter.empty}
-            return kind(**nothing | options | self.texts | parts)
+            return self.stock_pipeline(self.texts | parts)
+
+    def stock_pipeline(self, parts: Mapping[str, Any]) -> Any:
+        """diffusers' own pipeline with these parts alone."""
+        kind = getattr(diffusers, self.family.pipeline)
+        known = inspect.signature(kind).parameters
+        options = {key: value for key, value in self.index.items() if key in known and not isinstance(value, list)}
+        nothing = {key: None for key, parameter in known.items() if parameter.default is parameter.empty}
+        return kind(**nothing | options | dict(parts))
 
     def network(
         self, start: str = "reference", dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -195,7 +204,7 @@ class Reference:
         """A network as a Denoiser; a fresh copy of the reference's own, trainable, if none is given. What it predicts
         is taken for what the reference's predicts (epsilon, v, sample, flow)."""
         network = self.network() if network is None else network
-        return NetworkDenoiser(network, self.family, self.schedule, self.prediction, self._pixels_per_latent)
+        return NetworkDenoiser(network, self.family, self.schedule, self.prediction, self.pixels_per_latent)
 
     def generator(self, timestep: int, start: str = "reference", input_scale: InputScale = "unit") -> OneStepGenerator:
         """A fresh one-step generator that begins as `network(start)`. Raises UserError as that and `one_step` do."""
@@ -215,6 +224,9 @@ class Reference:
             raise UserError(
                 f"generator.timestep: should be {last} for a flow, whose stock pipelines begin at pure noise, got {timestep}"
             )
+        if self.prediction == "epsilon" and self.schedule.alphas[timestep] == 0:
+            why = "alpha is 0 there (zero terminal SNR), and a network that predicts epsilon says nothing of the picture"
+            raise UserError(f"generator.timestep: should be below {timestep}: {why}")
         if input_scale == "sigma" and timestep == 0:
             raise UserError("generator.timestep: should be at least 1 where input_scale is 'sigma', got 0")
 
@@ -224,8 +236,7 @@ class Reference:
         The clamp is a plain one, as in the exported pipeline: the gradient is that of the picture as it is shown, so a
         value that the decoder puts beyond black or white gets none, and one inside the range gets all of it.
         """
-        config = self.vae.config
-        scaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        scaled = self.family.unscaled(latents, self.vae.config)
         return (self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].to(latents.dtype) * 0.5 + 0.5).clamp(0, 1)
 
     def sampler(self, generator: OneStepGenerator, precision: str = "fp32") -> Callable[[list[str], Tensor], Tensor]:
@@ -311,6 +322,25 @@ class Reference:
         except OSError:
             return ""
         return self.family.part
+
+
+def _check_scheduler(config: Mapping[str, Any], source: str, flow: bool) -> None:
+    """Raises UserError for a scheduler whose schedule is not the one that is read of its configuration."""
+    name, says = config["_class_name"], f"reference.model: the scheduler of {source}"
+    if flow:
+        if name != FLOW or config.get("use_dynamic_shifting"):
+            raise UserError(f"{says} is a {name}; should be a {FLOW} without use_dynamic_shifting")
+        return
+    if "beta_schedule" not in config:
+        raise UserError(f"{says} is a {name}, whose sigmas are not made of betas; should be one with a beta_schedule")
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS or config.get("use_flow_sigmas"):
+        key = "use_flow_sigmas" if config.get("use_flow_sigmas") else f"prediction_type {prediction!r}"
+        raise UserError(f"{says} has {key}, which is for flows; here it should predict {', '.join(PREDICTIONS)}")
+    own = getattr(getattr(diffusers, name, None), "from_config", DDIMScheduler.from_config)(config)
+    read = DDIMScheduler.from_config(config).alphas_cumprod
+    if (alphas := getattr(own, "alphas_cumprod", read)).shape != read.shape or (alphas - read).abs().max() > 1e-6:
+        raise UserError(f"{says}, a {name}, has another schedule than its betas give; no key is known that says which")
 
 
 def _even_steps(scheduler: Mapping[str, Any]) -> dict[str, str]:

@@ -35,7 +35,7 @@ from diffinstruct.models.sources import pinned
 from diffinstruct.planning import footprint
 from diffinstruct.planning.footprint import Footprint, Passes
 from diffinstruct.reward_service.client import load_reward
-from diffinstruct.training.build import make_step_config, rounding_remark
+from diffinstruct.training.build import check_reference, make_step_config, rounding_remark
 from reward_models import NAMES
 
 SHAPES = Path(__file__).parents[1] / "models" / "hub_configs"
@@ -177,7 +177,7 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
         decoder_dtype=frozen_dtype(experiment.precision),
     )
     make_step_config(experiment, reference.schedule)  # refuses what only the schedule can tell
-    reference.check_timestep(experiment.generator.timestep, experiment.generator.input_scale)
+    check_reference(experiment, reference)
     plan, machine = make_plan(experiment, reference), Machine.here(experiment.output_dir)
     remark = rounding_remark(experiment, reference)
     text = "\n".join([*_table(plan), *_lines(plan, machine), *([f"precision  {remark}"] if remark else [])])

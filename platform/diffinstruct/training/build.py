@@ -19,6 +19,7 @@ from diffinstruct.method.objective_validation import validate_distance, validate
 from diffinstruct.method.objectives import OBJECTIVES, Objective, facts, objective
 from diffinstruct.method.precision import BF16_ERROR, MAX_BF16_ERROR, frozen_dtype
 from diffinstruct.method.step import StepConfig, TrainState
+from diffinstruct.models.export_validation import validate_export
 from diffinstruct.models.pipeline import Reference, load_reference
 from diffinstruct.models.prompt_embeddings import NULL
 from diffinstruct.models.roles import Roles
@@ -41,6 +42,17 @@ def open_reference(experiment: Experiment, device: torch.device) -> Reference:
         decoder_dtype=frozen_dtype(experiment.precision),
         embeddings=Path(experiment.prompts.embeddings) if experiment.prompts.embeddings else None,
     )
+
+
+def check_reference(experiment: Experiment, reference: Reference) -> None:
+    """Raises UserError where the generator's timestep or the law of t does not fit the reference, and where the stock
+    pipeline that the run would export does not draw what it trains."""
+    generator, schedule = experiment.generator, reference.schedule
+    validate_export(reference, generator.timestep, generator.input_scale)
+    t_max, last = experiment.objective.t_max, len(schedule.alphas) - 1
+    if t_max > last and reference.prediction == "epsilon" and schedule.alphas[last] == 0:
+        why = "alpha is 0 at the last t (zero terminal SNR), and a network that predicts epsilon says nothing of the picture"
+        raise UserError(f"objective.t_max: should be at most {last}, got {t_max}: {why}")
 
 
 def missing_embeddings(experiment: Experiment) -> list[str | None]:

@@ -35,7 +35,14 @@ from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore
 from diffinstruct.run_folder.signals import Signal
 from diffinstruct.tracking.journal import Parent
 from diffinstruct.tracking.records import read_json, replace_json
-from diffinstruct.training.build import make_step_config, make_train_state, open_reference, resolve_device, rounding_remark
+from diffinstruct.training.build import (
+    check_reference,
+    make_step_config,
+    make_train_state,
+    open_reference,
+    resolve_device,
+    rounding_remark,
+)
 from diffinstruct.training.guards import MAX_SKIPS_IN_A_ROW, ON_ALARM, AlarmAction
 from diffinstruct.training.loop_state import Identity, LoopState
 from diffinstruct.training.metric_window import MetricWindow
@@ -65,6 +72,7 @@ class Trainer:
         self.worker, self.ranks, self.mesh = worker, worker.ranks, worker.mesh
         self.device = resolve_device(experiment.device)
         self.reference = open_reference(experiment, self.device)
+        check_reference(experiment, self.reference)
         self.sample = LatentSampler(self.reference, experiment.precision, experiment.rewards.micro_batch_size)
         self.state = self._build_state(pool)
         grid = read_prompt_set(experiment.prompts.grid, experiment.prompts.column)[: experiment.logging.grid_prompts]
