@@ -11,7 +11,7 @@ from tiny import pipelines
 
 from diffinstruct.errors import UserError
 from diffinstruct.models.pipeline import load_reference
-from diffinstruct.models.sources import NoWeights, RandomWeights
+from diffinstruct.models.sources import NoWeights, RandomWeights, WeightSource
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
@@ -43,3 +43,32 @@ def test_no_weights_take_no_memory(bare: Path) -> None:
     assert all(weight.is_meta for part in parts for weight in part.parameters())
     assert {weight.dtype for weight in reference.vae.parameters()} == {torch.bfloat16}
     assert reference.null_conditions().keys() == reference.blank_conditions().keys()
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_a_pipeline_of_which_only_a_variant_was_downloaded(tmp_path: Path, variant: str) -> None:
+    """Whatever is asked of it: the network, the decoder and the text encoder, in the type that is asked for."""
+    whole, folder = (pipelines.build(tmp_path / name) for name in ("whole", "half"))
+    for file in folder.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(f".{variant}.safetensors"))
+    reference = load_reference(str(folder))
+    ours, plain = reference.network(), load_reference(str(whole)).network()
+    assert all(
+        torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(ours.parameters(), plain.parameters(), strict=True)
+    )
+    assert reference.encode_prompts(["a red hat"])["prompt_embeds"].shape[0] == 1
+    assert reference.decode(torch.zeros(1, *reference.latent_shape)).shape == (1, 3, 32, 32)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    class Kind:
+        @staticmethod
+        def from_pretrained(source: str, variant: str | None, **options: object) -> None:
+            asked.append(variant)
+            raise OSError("We couldn't connect to the hub")
+
+    with pytest.raises(UserError, match="couldn't connect"):
+        WeightSource().load(Kind, "owner/model", "unet", torch.float32, "cpu")
+    assert asked == [None]

@@ -29,6 +29,8 @@ from diffinstruct.method.diffusion import Conditions
 from diffinstruct.models.families import FAMILIES, StableDiffusion
 from diffinstruct.models.prompt_embeddings import digest
 
+VARIANTS = (None, "fp16", "bf16")
+"""What stands in the names of a pipeline's files of weights, in the order in which they are looked for."""
 SUPPORTED = f"supported are pipelines of class {', '.join(FAMILIES)}"
 
 
@@ -42,8 +44,9 @@ class WeightSource:
 
     def load(self, kind: Any, source: str, subfolder: str, dtype: torch.dtype, device: torch.device | str) -> Any:
         """A module of class `kind`, of diffusers or transformers, in evaluation mode."""
+        load = partial(_load_variant, kind)
         with quiet() if Path(source).is_dir() else nullcontext():  # a download keeps its progress bar
-            part = read_source(kind.from_pretrained, source, subfolder=subfolder, use_safetensors=True, dtype=dtype)
+            part = read_source(load, source, subfolder=subfolder, use_safetensors=True, dtype=dtype)
         return part.to(device).eval()
 
     def conditions(self, blank: Callable[[], Conditions], device: torch.device | str) -> Conditions | None:
@@ -70,6 +73,21 @@ class NoWeights(WeightSource):
 
     def conditions(self, blank: Callable[[], Conditions], device: torch.device | str) -> Conditions | None:
         return blank()
+
+
+def _load_variant(kind: Any, source: str, **options: Any) -> Any:
+    """`kind.from_pretrained`, of the files without a variant in their names, or of the half-precision ones where people
+    have downloaded those alone."""
+    first: OSError | None = None
+    for variant in VARIANTS:
+        try:
+            return kind.from_pretrained(source, variant=variant, **options)
+        except OSError as error:
+            first = first or error
+            if "file named" not in str(error):  # not what is missing, but a hub that does not answer
+                break
+    assert first is not None
+    raise first
 
 
 def without_weights(kind: Any, source: str, subfolder: str, device: torch.device | str) -> Any:
