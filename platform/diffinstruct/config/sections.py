@@ -80,7 +80,7 @@ class GeneratorConfig(OptimizerConfig):
     init_from: Text = key(
         POCKET_DISTILLED,
         f"initial weights: '{POCKET_DISTILLED}', 'reference', a diffusers folder, hub id or hub id@commit, "
-        "or a .safetensors file (ours)",
+        "a .safetensors file, or a LoRA's folder (ours)",
     )
     init_rank: Rank = key(
         0,

@@ -10,7 +10,7 @@ images [B, 3, H', W'] in [0, 1]; conditions batch first.
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from diffinstruct.models.denoiser import InputScale, NetworkDenoiser, OneStepGen
 from diffinstruct.models.families import FAMILIES
 from diffinstruct.models.prompt_embeddings import NULL, Embeddings
 from diffinstruct.models.sources import NoWeights, WeightSource
+from diffinstruct.models.start import lora_file, network_from_file
 from diffinstruct.models.world import named_world
 
 DECODERS = ("AutoencoderKL", "AutoencoderTiny")
@@ -159,7 +160,8 @@ class Reference:
         """A fresh network of the reference's shape.
 
         start: "reference", "pocket-distilled", a folder or hub id that holds a network of the reference's class or a
-            pipeline with one, or a .safetensors file of its weights, named as diffusers or as the model's authors do.
+            pipeline with one, or a .safetensors file of its weights, named as diffusers or as the model's authors do,
+            or of a LoRA on the reference's network, or the LoRA's folder.
         dtype, device: the reference's, if not said; on "meta" without weights, but with its buffers.
         Raises UserError for a start that is not there or does not fit the reference.
         """
@@ -167,7 +169,8 @@ class Reference:
         if str(device) == "meta":
             network = nn.Module.to(sources.network_without_weights(self._network_class, self._config), dtype=dtype).eval()
         elif Path(path := self.check_start(start)).is_file():
-            network = sources.network_from_file(self._network_class, path, self._config, self.source, self.family.part)
+            base = partial(self.weights.load, self._network_class, self.source, self.family.part, torch.float32, "cpu")
+            network = network_from_file(self._network_class, Path(path), self._config, self.source, self.family, base)
             # nn.Module's own `to`: diffusers' warns of what does not concern these models
             network = nn.Module.to(network, device, dtype).requires_grad_(True).eval()
         else:
@@ -186,6 +189,8 @@ class Reference:
             assert world is not None
             source = str(world.generator)
         sources.refuse_missing("generator.init_from", source)
+        if Path(source).is_dir() and (lora := lora_file(Path(source))):
+            return str(lora)
         if Path(source).is_file():
             sources.only_safetensors("generator.init_from", Path(source))
             return source

@@ -104,33 +104,6 @@ def network_without_weights(kind: Any, config: Any) -> Any:
         return kind.from_config(config)
 
 
-def network_from_file(kind: Any, file: str, config: Any, reference: str, part: str) -> Any:
-    """The network of a .safetensors file that names its weights as diffusers or as the model's authors do.
-
-    config: the reference network's, which lies as `part` in the pipeline `reference`.
-    Raises UserError for a file that cannot be read or holds no such network.
-    """
-    network = network_without_weights(kind, config)
-    weights = read_source(load_file, file, key="generator.init_from")
-    if weights.keys() == network.state_dict().keys():
-        try:
-            network.load_state_dict(weights, assign=True)
-        except RuntimeError as error:
-            why = f"does not fit the reference {reference}: {message_lines(error)[-1]}"
-            raise UserError(f"generator.init_from: {file} {why}") from None
-        return network
-    if not hasattr(kind, "from_single_file"):
-        odd = min(weights.keys() ^ network.state_dict().keys())
-        raise UserError(f"generator.init_from: {file} holds no {kind.__name__}: only one of the two has {odd!r}")
-    with quiet():
-        name, revision = pinned(reference)
-        convert = partial(kind.from_single_file, config=name, subfolder=part, **revision)
-        try:
-            return convert(str(Path(file).absolute()))
-        except Exception as error:  # the converters look for what they know and fall over what they do not
-            raise UserError(f"generator.init_from: {file} holds no {kind.__name__}: {message_lines(error)[-1]}") from None
-
-
 def text_encoder_digest(source: str, family: type[StableDiffusion]) -> str:
     """A name for what makes embeddings: the same files, the same name."""
     folder = Path(source)
