@@ -616,6 +616,32 @@ def test_made_up_configurations_are_read_or_refused_and_the_schema_agrees(tmp_pa
     assert chaos(tmp_path, 300).endswith("none wrongly accepted, no traceback")
 
 
+LOCATIONS = {  # every key that names a place, with what may stand before the path
+    "reference.model": "", "generator.init_from": "", "prompts.train": "datasets:", "prompts.grid": "", "prompts.embeddings": "",
+    "output_dir": "", "mirror": "file://", "tracking.uri": "sqlite:///",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", LOCATIONS)
+def test_home_and_variables_are_expanded_in_every_location(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    (tmp_path / "run.yaml").write_text("{}")
+    for written, meant in (
+        ("~/a", f"{tmp_path}/a"),
+        ("${SCRATCH}/a", "/scratch/me/a"),
+        ("/x~/a", "/x~/a"),
+        ("/$SCRATCH", "/$SCRATCH"),
+    ):
+        value = LOCATIONS[key] + written
+        assert load(tmp_path / "run.yaml", [f"{key}={value}"]).to_params()[key] == LOCATIONS[key] + meant
+    monkeypatch.delenv("SCRATCH")
+    with pytest.raises(ConfigErrors, match=rf"{key}: the environment has no variable 'SCRATCH', got "):
+        load(tmp_path / "run.yaml", [f"{key}={LOCATIONS[key]}${{SCRATCH}}/a"])
+    with pytest.raises(ConfigErrors, match=rf"{key}: the home directory does not exist on this machine"):
+        load(tmp_path / "run.yaml", [f"{key}={LOCATIONS[key]}~nobody-of-this-name/a"])
+
+
 def test_passwords_stay_in_the_environment(tmp_path):
     (said,) = errors(tmp_path, "tracking: {uri: 'https://me:hunter2@host/x'}")
     assert said.startswith("run.yaml:1: tracking.uri: should hold no user and password") and "hunter2" not in said

@@ -20,9 +20,9 @@ from diffinstruct.config.fields import (
     POCKET,
     POCKET_DISTILLED,
     Count,
+    Location,
     Samples,
     Section,
-    Text,
     broken_rule,
     key,
     keys_with,
@@ -94,8 +94,8 @@ class Experiment(Section):
     logging: LoggingConfig = LoggingConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
-    output_dir: Text = key("runs", "folder of run folders, relative to where the command is typed (ours)", identity=False)
-    mirror: Text | None = key(
+    output_dir: Location = key("runs", "folder of run folders, relative to where the command is typed (ours)", identity=False)
+    mirror: Location | None = key(
         None,
         "URL in an object store, such as s3://bucket/runs, that gets a copy of each checkpoint and of the "
         "rest of a run's folder; where that is lost or behind, the run goes on from there (ours)",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from math import isfinite
@@ -16,6 +18,7 @@ from diffinstruct.method.distances import DISTANCES
 from diffinstruct.method.objectives import OBJECTIVES
 from reward_models import NAMES
 
+HOME = re.compile(r"((?:sqlite:///|datasets:|file://)?)(~.*)")  # also within an address
 POCKET = "pocket"  # the built-in world: the reference of this name, and the source of the prompts POCKET_PROMPTS
 POCKET_DISTILLED = "pocket-distilled"  # the one-step generator that comes with it, to start from
 POCKET_PROMPTS = tuple(f"{POCKET}:{split}" for split in ("train", "eval", "open", "grid"))
@@ -69,6 +72,19 @@ def _no_nul(text: str) -> str:
     return text
 
 
+def _expanded(location: str) -> str:
+    """A path or address with `~` and `${VARIABLE}` as this machine has them: others may have other ones."""
+    scheme, path = found.groups() if (found := HOME.match(location)) else ("", location)
+    if found and (home := os.path.expanduser(path)) != path:
+        location = scheme + home
+    elif found:
+        raise broken_rule("the home directory does not exist on this machine")
+    location = os.path.expandvars(location) if "${" in location else location
+    if missing := re.search(r"\$\{(\w*)\}?", location):
+        raise broken_rule(f"the environment has no variable {missing[1]!r}")
+    return location
+
+
 def _known_split(source: str) -> str:
     if source.partition(":")[0] == POCKET and source not in POCKET_PROMPTS:
         raise broken_rule("unknown split", did_you_mean(source, POCKET_PROMPTS))
@@ -77,7 +93,8 @@ def _known_split(source: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------- the fields
 Text = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
-PromptSource = Annotated[Text, AfterValidator(_known_split)]
+Location = Annotated[Text, AfterValidator(_expanded)]
+PromptSource = Annotated[Location, AfterValidator(_known_split)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Samples = Annotated[int, Field(ge=1, le=10**6)]
 Rank = Annotated[int, Field(ge=0, le=2**14)]

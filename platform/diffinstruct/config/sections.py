@@ -17,6 +17,7 @@ from diffinstruct.config.fields import (
     Count,
     DistanceName,
     LearningRate,
+    Location,
     NotNegative,
     ObjectiveName,
     Positive,
@@ -50,7 +51,7 @@ RAYS_OWN = {
 class ReferenceConfig(Section):
     """The frozen diffusion model that the generator is held close to."""
 
-    model: Text = key(POCKET, f"diffusers folder, hub id or hub id@commit, or '{POCKET}', the built-in world (ours)")
+    model: Location = key(POCKET, f"diffusers folder, hub id or hub id@commit, or '{POCKET}', the built-in world (ours)")
     guidance_scale: float = key(
         3.0,
         "classifier-free guidance of the reference, as diffusers': 1 is none; the paper's scale is this "
@@ -77,7 +78,7 @@ class OptimizerConfig(Section):
 class GeneratorConfig(OptimizerConfig):
     """The one-step network z -> x0."""
 
-    init_from: Text = key(
+    init_from: Location = key(
         POCKET_DISTILLED,
         f"initial weights: '{POCKET_DISTILLED}', 'reference', a diffusers folder, hub id or hub id@commit, "
         "a .safetensors file, or a LoRA's folder (ours)",
@@ -273,7 +274,7 @@ class PromptsConfig(Section):
     )
     grid: PromptSource = key(f"{POCKET}:grid", "the prompts of the picture grid, in the same form (ours)", resume=True)
     column: Text = key("prompt", "of both, which holds the prompts; a .txt and the pocket world have one (ours)", resume=True)
-    embeddings: Text | None = key(
+    embeddings: Location | None = key(
         None,
         "folder of prompt embeddings, which all machines see: what is missing there is made before the "
         "training, which then holds no text encoder; none: prompts are encoded as they come (ours)",
@@ -306,7 +307,7 @@ class RewardEnvironmentConfig(Section):
     """Rewards whose packages do not go together with the others': they get actors in an environment of their own."""
 
     rewards: tuple[RewardName, ...] = Field(strict=False, min_length=1, description="names among trained and held_out")
-    runtime_env: Text = Field(description="a Ray runtime environment, a YAML file as of `ray job submit --runtime-env`")
+    runtime_env: Location = Field(description="a Ray runtime environment, a YAML file as of `ray job submit --runtime-env`")
 
 
 def _declared_by_nodes(value: dict[str, float]) -> dict[str, float]:
@@ -387,7 +388,7 @@ TRACKERS = {"tensorboard": "diffinstruct.tracking.tensorboard:TensorBoardDeliver
 class TrackingConfig(Section):
     """Where the run is tracked: MLflow keeps it, and other trackers may have it, too."""
 
-    uri: Text | None = key(
+    uri: Location | None = key(
         None, "of the tracking server; none is MLFLOW_TRACKING_URI, else sqlite in the folder of runs (ours)", identity=False
     )
     experiment: Text = key("diffinstruct", "MLflow's name for the group of runs (ours)", identity=False)
