@@ -617,8 +617,8 @@ def test_made_up_configurations_are_read_or_refused_and_the_schema_agrees(tmp_pa
 
 
 LOCATIONS = {  # every key that names a place, with what may stand before the path
-    "reference.model": "", "generator.init_from": "", "prompts.train": "datasets:", "prompts.grid": "", "prompts.embeddings": "",
-    "output_dir": "", "mirror": "file://", "tracking.uri": "sqlite:///",
+    "reference.model": "", "generator.init_from": "", "prompts.train": "datasets:", "prompts.grid": "",
+    "prompts.embeddings": "", "output_dir": "", "mirror": "file://", "tracking.uri": "sqlite:///",
 }  # fmt: skip
 
 
@@ -626,13 +626,9 @@ LOCATIONS = {  # every key that names a place, with what may stand before the pa
 def test_home_and_variables_are_expanded_in_every_location(tmp_path, monkeypatch, key):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SCRATCH", "/scratch/me")
-    (tmp_path / "run.yaml").write_text("{}")
-    for written, meant in (
-        ("~/a", f"{tmp_path}/a"),
-        ("${SCRATCH}/a", "/scratch/me/a"),
-        ("/x~/a", "/x~/a"),
-        ("/$SCRATCH", "/$SCRATCH"),
-    ):
+    (tmp_path / "run.yaml").write_text("generator: {init_from: reference}")
+    same = {value: value for value in ("/x~/a", "/$SCRATCH")}
+    for written, meant in {"~/a": f"{tmp_path}/a", "${SCRATCH}/a": "/scratch/me/a", **same}.items():
         value = LOCATIONS[key] + written
         assert load(tmp_path / "run.yaml", [f"{key}={value}"]).to_params()[key] == LOCATIONS[key] + meant
     monkeypatch.delenv("SCRATCH")
