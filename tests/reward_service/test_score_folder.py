@@ -157,6 +157,19 @@ def test_pictures_are_read_as_they_are_seen(tmp_path):
         Image.new(mode, (4, 4), value).save(tmp_path / "grey.png")
         grey = read_picture(tmp_path / "grey.png")
         assert grey.shape == (3, 4, 4) and grey.unique().tolist() == pytest.approx([0.2 if mode != "1" else 1])
+    Image.new("I;16", (4, 4), 13_107).save(tmp_path / "grey.png")
+    grey = read_picture(tmp_path / "grey.png")
+    assert grey.shape == (3, 4, 4) and grey.dtype == torch.float32 and grey.unique().tolist() == pytest.approx([0.2])
+
+
+def test_pictures_below_the_folder_are_pointed_at(tmp_path, capsys):
+    """HPSv2's layout: a folder for each style, with its own list of prompts."""
+    (tmp_path / "model" / "anime").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "model" / "anime" / "00000.jpg")
+    (tmp_path / "anime.json").write_text('["a hat"]')
+    said = complaint(capsys, "rewards", "score", tmp_path / "model", tmp_path / "anime.json", "--reward", RED)
+    assert said.endswith("no pictures in it (.png, .jpg, .jpeg, .webp), but in anime below it: score each with its own prompts")
+    assert main(["rewards", "score", f"{tmp_path}/model/anime", f"{tmp_path}/anime.json", "--reward", RED]) == 0
 
 
 def test_turned_pictures_are_batched_by_the_size_they_are_seen_in(tmp_path):
@@ -231,8 +244,10 @@ def test_score_refuses_what_does_not_match_or_cannot_be_read(folder, prompts, tm
         (folder / "b.png").write_bytes(damaged)
         said = complaint(capsys, *asked)
         assert re.fullmatch(rf"{folder}/b.png: cannot be read as a picture: .+", said) and "\n" not in said
-    Image.new("I;16", (4, 4), 40_000).save(folder / "b.png")
-    assert complaint(capsys, *asked) == f"{folder}/b.png: has more than 8 bits a channel (I;16); save it with 8"
+    (folder / "b.png").unlink()
+    Image.new("F", (4, 4), 0.5).save(folder / "b.tiff")
+    (folder / "b.tiff").rename(folder / "b.png")  # Pillow looks at what a file is, not at its name
+    assert "has floating-point pixels" in complaint(capsys, *asked)
     assert not (tmp_path / "s.csv").exists()
 
 

@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from ray import tune
@@ -43,6 +44,14 @@ def slow(world, **changes):
     """Rounds long enough for a scheduler to follow."""
     changes |= WITHOUT_ACTORS | {"rewards__trained": [{"name": "tiny.rewards:Slow", "weight": 1.0}]}
     return world[1](overoptimization__every=5, logging__every=5, logging__checkpoint_every=5, **changes)
+
+
+def test_a_grid_takes_numpys_values():
+    points = grid({"objective.reward_scale": np.linspace(0, 1, 3), "seed": np.arange(2)})
+    assert points[-1] == {"objective.reward_scale": 1.0, "seed": 1} and len(points) == 6
+    assert all(type(value) in (int, float) for point in points for value in point.values())
+    with pytest.raises(UserError, match="seed: a grid takes a list of values, got 3"):
+        grid({"seed": 3})
 
 
 def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, world, tmp_path, capfd):

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 from tiny.server import Server, free_port
 
 from diffinstruct.config.addresses import tracking_uri
+from diffinstruct.errors import UserError
 from diffinstruct.tracking import delivery, journal
 from diffinstruct.tracking.journal import Journal, add_evaluation, attach, deliver, publish
 from diffinstruct.tracking.mlflow import ENVIRONMENT, TIMEOUT, MlflowDelivery, _time_for_upload
@@ -566,6 +568,130 @@ def test_where_a_run_is_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert tracking_uri(None, "runs") == f"sqlite:///{tmp_path}/mine.db"
     assert tracking_uri("http://127.0.0.1:5000", "runs") == "http://127.0.0.1:5000"
     assert tracking_uri("sqlite:////at/it.db", "runs") == "sqlite:////at/it.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+psycopg2://host/runs")
+    assert tracking_uri(None, "runs") == "postgresql+psycopg2://host/runs"
+    for uri in ("file:///a/mlruns", "./mlruns"):  # MLflow's own default of old
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: should begin with one of http://, .*; a file is sqlite:"):
+            tracking_uri(None, "runs")
+
+
+# ---------------------------------------------------------------------------------- what MLflow refuses for good
+def refused(tracker: Journal, caplog: pytest.LogCaptureFixture) -> str:
+    """What is said of a refusal, at once and once; the end of the run does not wait for another answer."""
+    assert tracker.run_id is None
+    for thread in tracker._threads:
+        thread.join(100)
+        assert not thread.is_alive()  # it does not ask again
+    tracker.metrics(1, {"loss": 1.0})
+    assert not tracker.finish()
+    refusal, later = warnings(caplog)
+    assert "diffinstruct sync" in later and "\n" not in refusal
+    return refusal
+
+
+def test_a_deleted_experiment_is_said_and_restored(tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    client = client_of(uri)
+    deleted = client.create_experiment("test")
+    client.delete_experiment(deleted)
+    said = refused(journal_of(tmp_path, uri), caplog)
+    assert f"its experiment 'test' is deleted; `mlflow experiments restore --experiment-id {deleted}` brings it back" in said
+    client.restore_experiment(deleted)
+    deliver(tmp_path / "run")
+    run_id = json.loads((tmp_path / "run/mlflow.json").read_text())["run_id"]
+    assert history(uri, run_id) == [(1, 1.0)]
+
+
+@pytest.mark.parametrize(("status", "said"), [(401, "wrong password"), (403, "may not write"), (404, "no MLflow server")])
+def test_an_answer_that_stays_the_same_is_asked_for_once(
+    tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture, status: int, said: str
+) -> None:
+    asked = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"no")
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    assert said in refused(journal_of(tmp_path, f"http://127.0.0.1:{server.server_port}"), caplog)
+    server.shutdown()
+    assert len(asked) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_a_refusal(tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    said = refused(journal_of(tmp_path, f"sqlite:///{tmp_path}/file/mlflow.db"), caplog)
+    assert f"{tmp_path}/file" in said and "tracking.uri names another place" in said
+
+
+# ------------------------------------------------------------------------------------------------ moved, elsewhere
+PICTURE = """
+import sys
+import numpy as np
+from diffinstruct.tracking import journal
+journal.DELIVERY_WAIT_S = 100
+tracker = journal.Journal(sys.argv[1], "test", "a run", sys.argv[2], {}, {})
+tracker.image("grid", 1, np.zeros((8, 8, 3), np.uint8))
+sys.exit(0 if tracker.finish() else 1)
+"""
+
+
+def test_a_folder_of_runs_that_was_moved_keeps_its_files_beside_its_database(
+    raced: tuple[Path, Any], tmp_path: Path, uri: str
+) -> None:
+    runs, moved = tmp_path / "runs", tmp_path / "moved"
+    runs.mkdir()
+    shutil.copy(raced[0], runs / "mlflow.db")
+    first = python(PICTURE, f"sqlite:///{runs}/mlflow.db", runs / "run")  # MLflow's client keeps addresses while it lives
+    assert first.wait() == 0, first.communicate()
+    runs.rename(moved)
+    again = journal_of(moved, f"sqlite:///{moved}/mlflow.db", params={})
+    again.image("grid", 2, GRID)
+    assert again.finish() and not runs.exists()
+    client = client_of(f"sqlite:///{moved}/mlflow.db")
+    assert pictures(f"sqlite:///{moved}/mlflow.db", again.run_id).count(".png") == 2
+    assert client.get_run(again.run_id).info.artifact_uri.startswith((moved / "mlartifacts").as_uri())
+
+
+def test_a_run_that_goes_on_with_another_tracker_says_that_all_of_it_goes_there(
+    raced: tuple[Path, Any], tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = journal_of(tmp_path, uri)
+    first.metrics(1, {"loss": 1.0})
+    assert first.finish() and not warnings(caplog)
+    shutil.copy(raced[0], tmp_path / "other.db")
+    other = f"sqlite:///{tmp_path}/other.db"
+    second = journal_of(tmp_path, other)
+    assert second.finish() and history(other, second.run_id) == [(1, 1.0)]
+    assert warnings(caplog) == [f"{tmp_path}/run was tracked at {uri}; all of it goes to {other} now"]
+
+
+def test_the_commit_is_that_of_the_users_repository_and_ours_by_name(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*command: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "theirs")
+    theirs = git("rev-parse", "--short", "HEAD").strip()
+    monkeypatch.chdir(tmp_path)
+    found = journal.commits()
+    assert found[journal.COMMIT] == theirs and found.get(journal.CODE_COMMIT) != theirs
+    installed = tmp_path / "lib" / "journal.py"  # inside their repository, and not of it
+    installed.parent.mkdir()
+    installed.write_text("")
+    monkeypatch.setattr(journal, "__file__", str(installed))
+    assert journal.commits() == {journal.COMMIT: theirs}
 
 
 # ------------------------------------------------------------------------------------------ files from outside a run

@@ -86,6 +86,16 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(experiment, tmp_path,
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000003", "step-00000009"]
 
 
+def test_a_run_of_which_most_was_left_out_is_no_finished_run(experiment, tmp_path, monkeypatch):
+    """Never five in a row; the same call ends the same way, and its checkpoint is there."""
+    spoil(monkeypatch, lambda step: step % 3 != 2)
+    for _ in range(2):
+        with pytest.raises(NonFiniteGradient, match=r"not finite \(in 6 of the run's 9 steps, which were left out\)"):
+            local.run(experiment(), tmp_path / "run")
+    assert journal(tmp_path / "run")[1][-1] == "FAILED" and not (tmp_path / "run/export").exists()
+    assert CheckpointStore(tmp_path / "run/checkpoints").latest()[0] == 9
+
+
 def test_after_five_in_a_row_the_run_goes_back_and_another_way(experiment, tmp_path, monkeypatch, capsys):
     seen: list[tuple[int, torch.Tensor]] = []
     gone_by: list[int] = []

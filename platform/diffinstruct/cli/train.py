@@ -38,6 +38,8 @@ def train(
 
     experiment = read_experiment(file, overrides)
     folder = folder_of_run(experiment) if resume is None else existing_run(resume)
+    if folder_of_run(experiment).parent != folder.parent:  # it was moved; what it keeps of itself is where it is now
+        experiment = experiment.model_copy(update={"output_dir": str(folder.parent)})
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

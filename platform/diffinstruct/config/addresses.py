@@ -42,6 +42,9 @@ def tracking_uri(uri: str | None, runs: Path | str) -> str:
     Ask in the process the user started: Ray's workers have other folders and another environment.
     """
     uri = quote_uri(uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(runs).absolute() / 'mlflow.db'}")
+    if uri.partition("://")[0].partition("+")[0] not in TRACKING_SCHEMES:  # a recipe's has been looked at
+        known = ", ".join(f"{scheme}://" for scheme in TRACKING_SCHEMES)
+        raise UserError(f"MLFLOW_TRACKING_URI: should begin with one of {known}, got {redact(uri)!r}; a file is sqlite:///PATH")
     if keeps_nothing(uri):
         raise UserError(f"tracking.uri: {uri} is in memory and keeps nothing; a file is sqlite:///PATH")
     return f"sqlite:///{Path(path).absolute()}" if (path := uri.removeprefix("sqlite:///")) != uri else uri

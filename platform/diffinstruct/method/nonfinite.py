@@ -19,7 +19,7 @@ class NonFiniteGradient(RuntimeError):
     def __init__(self, step: int, network: str, cause: str | None) -> None:
         self.step, self.network, self.cause = step, network, cause
         why = f" ({cause})" if cause else ""
-        super().__init__(f"step {step}: the {network}'s gradient is not finite{why}; its weights are unchanged")
+        super().__init__(f"step {step}: the {network}'s gradient is not finite{why}; no weight was changed by it")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NonFiniteGradient, (self.step, self.network, self.cause)

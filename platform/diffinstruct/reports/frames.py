@@ -23,7 +23,7 @@ from diffinstruct.errors import UserError, nearest_file
 from diffinstruct.locks import exclusive
 from diffinstruct.metrics import DISTANCES, HELD_OUT, METRICS
 from diffinstruct.statistics import Estimate, Summary, over_seeds
-from diffinstruct.tracking.journal import COMMIT
+from diffinstruct.tracking.journal import CODE_COMMIT, COMMIT
 from diffinstruct.tracking.records import read_journal
 
 
@@ -328,7 +328,8 @@ def estimate_text(row: Mapping[str, Any], measure: str) -> str:
 
 def ran_with(journal: Iterable[Mapping[str, Any]]) -> str:
     """The commits that a run was started and gone on with, joined by "+"; "unknown" if it never had one."""
-    return "+".join(dict.fromkeys(tags[COMMIT] for tags in start_tags(journal) if COMMIT in tags)) or "unknown"
+    commits = [tags.get(CODE_COMMIT, tags.get(COMMIT)) for tags in start_tags(journal)]
+    return "+".join(dict.fromkeys(filter(None, commits))) or "unknown"
 
 
 def start_tags(journal: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -125,8 +125,13 @@ def read_picture(path: Path) -> Tensor:
     """[3, H, W] in [0, 1], turned as its camera meant it, on white where it is transparent. Raises UserError."""
     with _opened(path) as file:
         picture = ImageOps.exif_transpose(file)
-        if picture.mode.startswith(("I", "F")):
-            raise UserError(f"{path}: has more than 8 bits a channel ({picture.mode}); save it with 8")
+        if picture.mode.startswith("I"):  # 16 bits of grey
+            grey = torch.from_numpy(np.array(picture, np.float32)) / (2**16 - 1)
+            if not 0 <= grey.min() <= grey.max() <= 1:
+                raise UserError(f"{path}: has more than 16 bits a channel ({picture.mode}); save it with 16 or 8")
+            return grey.expand(3, -1, -1)
+        if picture.mode == "F":
+            raise UserError(f"{path}: has floating-point pixels, of which nobody knows the range; save it with 16 or 8 bits")
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -155,7 +160,9 @@ def _names(folder: Path) -> list[str]:
         raise UserError(f"{folder}: no such folder{nearest_file(folder, '*')}")
     found = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
     if not found:
-        raise UserError(f"{folder}: no pictures in it ({', '.join(SUFFIXES)})")
+        inside = sorted({path.parent.name for path in folder.glob("*/*") if path.suffix.lower() in SUFFIXES})
+        hint = f", but in {', '.join(inside)} below it: score each with its own prompts" if inside else ""
+        raise UserError(f"{folder}: no pictures in it ({', '.join(SUFFIXES)}){hint}")
 
     def natural(name: str) -> tuple[list[tuple[int, str]], str]:
         parts = re.split(r"(\d+)", name)

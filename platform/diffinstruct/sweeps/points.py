@@ -24,8 +24,9 @@ Space = Mapping[str, Domain]
 """Dotted key -> where its values come from: `tune.loguniform(0.1, 10)`, `tune.choice([...])`."""
 
 
-def grid(space: Mapping[str, Sequence[Any]]) -> list[Point]:
+def grid(space: Mapping[str, Sequence[Any] | np.ndarray]) -> list[Point]:
     """Every combination of the values of dotted keys. Raises UserError where the values of a key are no list."""
+    space = {key: values.tolist() if isinstance(values, np.ndarray) else values for key, values in space.items()}
     for key, values in space.items():
         if isinstance(values, str) or not isinstance(values, Sequence):
             raise UserError(f"{key}: a grid takes a list of values, got {values!r}")

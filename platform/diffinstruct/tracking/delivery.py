@@ -24,6 +24,10 @@ INTERVAL = 2.0  # seconds between deliveries; on sqlite a batch of 20 values cos
 LONGEST_PAUSE = 30.0  # seconds between two attempts while a tracker does not answer
 
 
+class Refused(Exception):
+    """A tracker will not take a run's data, however often it is asked; says what the user can do."""
+
+
 class Delivery(Protocol):
     """Brings the journal of a run's folder to one tracker. What is confirmed is kept there, so anybody can go on."""
 
@@ -36,7 +40,8 @@ class Delivery(Protocol):
         """Where the run is to be seen, to be printed: an address, or the command that shows it."""
 
     def connect(self) -> None:
-        """Makes sure that the tracker answers and has the run. Called before each `deliver`; raises whatever it likes."""
+        """Makes sure that the tracker answers and has the run. Called before each `deliver`; raises whatever it likes, and
+        Refused where it makes no sense to ask again."""
 
     def deliver(self, final: bool) -> bool:
         """Delivers what is not confirmed yet; returns whether nothing is left. Raises whatever it likes; what was
@@ -90,6 +95,11 @@ class DeliveryThread(threading.Thread):
                 if away:
                     logger.info("%s answers again", self.delivery.name)
                 pause, away = INTERVAL, False
+            except Refused as error:
+                self.attempted.set()
+                refusal = "%s refuses this run's data: %s. Training goes on, %s keeps them"
+                logger.warning(refusal, self.delivery.name, error, self.journal)
+                return
             except Exception as error:  # whatever it is, training must not hear of it
                 self.attempted.set()
                 if not away:

@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 HURRIED_WAIT_S = 1.0  # seconds it waits where somebody has asked twice
 DELIVERY_WAIT_S = 20.0  # seconds `finish` waits for a server; six times that for a file, which is there however slow
 COMMIT = "mlflow.source.git.commit"  # the tag that MLflow's pages show as a run's version
+CODE_COMMIT = "diffinstruct.commit"
 
 
 class Parent(NamedTuple):
@@ -96,7 +97,7 @@ class Journal:
             experiment=experiment_name,
             name=run_name,
             params={key: str(value) for key, value in params.items()},
-            tags={key: str(value) for key, value in tags.items()} | commit_of_code(),
+            tags={key: str(value) for key, value in tags.items()} | commits(),
             parent=parent_run_id,
         )
         self._seen: set[tuple[int, str]] = set()  # steps and keys that the journal has
@@ -286,18 +287,27 @@ def _deliver_now(folder: Path, uri: str | None = None, also: Sequence[str] = ())
         logger.warning("%s: what was added has not all reached MLflow: %s", folder, one_line(error))
 
 
-def commit_of_code() -> dict[str, str]:
-    """The tag COMMIT, "-dirty" where files other than docs (a study's rows) differ; {} without git or a commit."""
+def commits() -> dict[str, str]:
+    """Tags: the commit of the repository in which the run was started, which MLflow's pages show as the run's version,
+    and that of this package where it is run from its own repository. None of a repository without a commit, or without
+    git; "-dirty" where files other than docs (a study's rows) differ."""
+    own = Path(__file__)
+    tracked = _git(str(own.parent), "ls-files", "--error-unmatch", own.name)  # it may be installed inside anybody's repository
+    code = _commit(str(own.parent)) if tracked else ""
+    found = {COMMIT: _commit(".") or code, CODE_COMMIT: code}
+    return {tag: commit for tag, commit in found.items() if commit}
 
-    def git(*command: str) -> str:
-        arguments = ["git", "-C", str(Path(__file__).parent), *command]
-        return subprocess.run(arguments, capture_output=True, text=True).stdout.strip()
 
+def _commit(folder: str) -> str:
+    commit, changes = _git(folder, "rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no")
+    return commit and commit + "-dirty" * bool(_git(folder, *changes, "--", ":/", ":!/docs"))
+
+
+def _git(folder: str, *command: str) -> str:
     try:
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/docs")
-        return {COMMIT: commit + "-dirty" * bool(changes)} if (commit := git("rev-parse", "--short", "HEAD")) else {}
+        return subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True).stdout.strip()
     except OSError:
-        return {}
+        return ""
 
 
 def _untracked_params(description: RunDescription) -> dict[str, str]:

@@ -7,9 +7,10 @@ import math
 import os
 import re
 import shlex
+import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from diffinstruct.config.addresses import one_line, quote_uri, redact, tracking_
 from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError
 from diffinstruct.locks import exclusive, locked
-from diffinstruct.tracking.delivery import Acknowledgement, leads_outside
+from diffinstruct.tracking.delivery import Acknowledgement, Refused, leads_outside
 from diffinstruct.tracking.records import (
     ArtifactRecord,
     EvaluationRecord,
@@ -39,6 +40,12 @@ logger = logging.getLogger(__name__)
 POSTPONED_AGAIN = 60.0  # seconds until images and files that could not be stored are tried again
 LIMITS = {"Metric": 1000, "Param": 100, "RunTag": 100}  # entities MLflow takes in a batch
 LONGEST_PARAM, LONGEST_TAG = 6000, 5000  # characters; what is longer is cut
+ARTIFACTS = "mlartifacts"  # the folder beside an sqlite file in which its runs' files lie
+MENDS = {  # what the user can do, by MLflow's code of an error that will be the same the next time
+    "UNAUTHENTICATED": "no user, or a wrong password; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD name them",
+    "PERMISSION_DENIED": "the user of MLFLOW_TRACKING_USERNAME may not write there",
+    "ENDPOINT_NOT_FOUND": "what answers at this address is no MLflow server; tracking.uri names another",
+}
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 """MLflow's variable for the seconds that a request may take, an upload through the server included."""
 UPLOAD_SPEED = 5 * 2**20  # bytes a second that a server takes at least
@@ -84,7 +91,7 @@ class MlflowDelivery:
         """Finds the journal's run, or makes it, and what of the journal it has. Nothing if that is known."""
         if self._client is not None:
             return
-        with self.journal.open("r+b") as file:
+        with self.journal.open("r+b") as file, _refusals():
             locked(file, wait=True)  # a run and a `sync` that reach MLflow at once would make a run each
             self._connect()
 
@@ -95,9 +102,12 @@ class MlflowDelivery:
         description = starts[-1].start
         self.uri = self.uri or self._server(redact(description.uri))
         client, experiment_id = _open(self.uri, description.experiment)
-        known = read_json(self.folder / "mlflow.json").get("run_id")
+        before = read_json(self.folder / "mlflow.json")
+        known = before.get("run_id")
         run = _active_run(client, known) or _find_or_create_run(client, experiment_id, description, starts[0].time)
         confirmed = self.acknowledgement.read() if run.info.run_id == known else {}
+        if known and not confirmed and before.get("uri") != redact(self.uri):
+            logger.warning("%s was tracked at %s; all of it goes to %s now", self.folder, before.get("uri"), redact(self.uri))
         self.postponed = confirmed.get("postponed", [])
         self._confirm(confirmed.get("offset", 0))
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
@@ -127,7 +137,8 @@ class MlflowDelivery:
         Raises what MLflow raises; what was confirmed stays so. `final`: try what was postponed now.
         """
         try:
-            self._deliver_unconfirmed()
+            with _refusals():
+                self._deliver_unconfirmed()
             if final or time.monotonic() > self._postponed_again:
                 for begin in list(self.postponed):
                     _, _, record = next(records(self.journal, begin))
@@ -259,6 +270,23 @@ class MlflowDelivery:
 
 
 @contextmanager
+def _refusals() -> Iterator[None]:
+    """In the block an answer that will be the same the next time is raised as Refused, with what the user can do."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise Refused(f"{error.filename}: {error.strerror}; tracking.uri names another place") from error
+    except MlflowException as error:
+        if mend := MENDS.get(error.error_code):
+            raise Refused(mend) from error
+        if "maintenance mode" in str(error):
+            raise Refused("it keeps no runs in folders any more; a file is sqlite:///PATH/mlflow.db") from error
+        raise
+
+
+@contextmanager
 def _time_for_upload(path: Path) -> Iterator[None]:
     """In the block MLflow's requests may take as long as `path` does at UPLOAD_SPEED, unless the user has set a timeout:
     a server that keeps files in an object store answers only when they are there."""
@@ -289,6 +317,9 @@ def _open(uri: str, experiment_name: str) -> tuple[Any, str]:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
                 experiment = client.get_experiment_by_name(experiment_name)
+        if experiment.lifecycle_stage == "deleted":
+            mend = f"`mlflow experiments restore --experiment-id {experiment.experiment_id}` brings it back"
+            raise Refused(f"its experiment {experiment_name!r} is deleted; {mend}, or tracking.experiment names another")
         return client, experiment.experiment_id
 
 
@@ -308,7 +339,23 @@ def _prepared_database(uri: str) -> Iterator[str | None]:
                 Path(left_over).unlink(missing_ok=True)
             MlflowClient(f"sqlite:///{database}.tmp").search_experiments(max_results=1)
             os.replace(f"{database}.tmp", database)
-        yield (Path(database).absolute().parent / "mlartifacts").as_uri()
+        artifacts = Path(database).absolute().with_name(ARTIFACTS)
+        _follow(Path(database), artifacts.as_uri())
+        yield artifacts.as_uri()
+
+
+def _follow(database: Path, artifacts: str) -> None:
+    """Take the artifacts of a database that was moved, or copied, with the folder ARTIFACTS beside it to lie there: MLflow
+    has absolute addresses alone, and none of its calls changes one."""
+    with closing(sqlite3.connect(database)) as connection, connection:
+        places = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+        for (place,) in places:
+            if place and place != artifacts and place.startswith("file:") and place.endswith(f"/{ARTIFACTS}"):
+                connection.execute(
+                    "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (artifacts, place)
+                )
+                rest = "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) WHERE artifact_uri LIKE ? || '/%'"
+                connection.execute(rest, (artifacts, len(place) + 1, place))
 
 
 def _find_or_create_run(client: Any, experiment_id: str, run: RunDescription, began: int) -> Any:

@@ -76,4 +76,5 @@ def run_rounds(trainer: Trainer) -> Result | None:
             trainer.log()
             trainer.show_samples()
             trainer.checkpoint()
+        trainer.refuse_mostly_skipped()
     return trainer.finish()

@@ -205,6 +205,12 @@ class Trainer:
     def skipped_too_many(self) -> bool:
         return self.state.nonfinite_guard.consecutive == min(MAX_SKIPS_IN_A_ROW, self.experiment.steps)
 
+    def refuse_mostly_skipped(self) -> None:
+        """Raises NonFiniteGradient where more of the run's steps were left out than were made: nobody asked for that."""
+        step, skipped = self.state.step, self.state.nonfinite_guard.skipped
+        if 2 * skipped > step:
+            raise NonFiniteGradient(step, "generator", f"in {skipped} of the run's {step} steps, which were left out")
+
     def roll_back(self, error: NonFiniteGradient, reason: str) -> None:
         """Go on from the last checkpoint with other prompts and noise. Raises NonFiniteGradient the second time."""
         state, guard = self.state, self.state.nonfinite_guard
