@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -10,10 +11,11 @@ from tiny import pipelines
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError
+from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.sharding import blocks
 from diffinstruct.planning import footprint
-from diffinstruct.planning.check import SHAPES, largest_block, report, shapes
+from diffinstruct.planning.check import SHAPES, largest_block, make_plan, report, shapes
 
 VAE, CLIP_L = 83_653_863, 123_060_480
 PUBLISHED = {
@@ -85,6 +87,26 @@ def test_a_round_without_content_takes_what_a_real_one_takes(world, more, monkey
     real = counted()
     assert said.held == real.held and said.flops == real.flops > 0
     assert said.peak == pytest.approx(real.peak, rel=0.02) and said.passing > 0
+
+
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("bf16", 2)])
+def test_conditions_of_prompts_are_counted(precision: str, size: int, tmp_path, monkeypatch) -> None:
+    """Beside the networks those of a whole round; in main memory what is kept, or what is read for two rounds."""
+    each = size * prod(load_reference(str(pipelines.build(tmp_path / "shapes"))).blank_conditions()["prompt_embeds"].shape)
+
+    def plan(**more):
+        (folder := tmp_path / str(len(list(tmp_path.iterdir())))).mkdir()
+        experiment = pipelines.experiment(folder, precision=precision, **more)
+        reference = load_reference(experiment.reference.model, decoder_dtype=frozen_dtype(precision))
+        return make_plan(experiment, reference), experiment
+
+    (few, experiment), (many, _) = (plan(global_batch_size=batch, micro_batch_size=1) for batch in (4, 8))
+    assert many.training.held - few.training.held == 4 * each
+    assert few.conditions == many.conditions == 2 * 4 * each and few.in_ram - replace(few, conditions=0).in_ram == 8 * each
+    monkeypatch.setattr("diffinstruct.planning.check.CACHED_BYTES", 3 * each)
+    assert plan()[0].conditions == 3 * each
+    prompts = experiment.prompts.model_copy(update={"embeddings": "there"})
+    assert plan(global_batch_size=16, prompts=prompts.model_dump())[0].conditions == 2 * 16 * each
 
 
 def test_a_sharded_networks_largest_block() -> None:

@@ -94,7 +94,9 @@ def training_footprint(
             "score network": PassCounter(roles.score_network),
             "reference": PassCounter(roles.reference),
         }
-        c = {key: value.expand(samples, *value.shape[1:]).clone() for key, value in null.items()}
+        # Of the round's samples that are not gone through, too
+        whole = {key: value.expand(per_worker, *value.shape[1:]).clone() for key, value in null.items()}
+        c = {key: value[:samples] for key, value in whole.items()}
         # Gradients and Adam states as a round before has left them
         for optimizer in (train_state.generator_optimizer, train_state.score_optimizer):
             for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
