@@ -7,11 +7,11 @@ from dataclasses import replace
 from math import prod
 
 import pytest
+import torch
 from tiny import pipelines
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import UserError
-from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.sharding import blocks
 from diffinstruct.planning import footprint
@@ -89,24 +89,27 @@ def test_a_round_without_content_takes_what_a_real_one_takes(world, more, monkey
     assert said.peak == pytest.approx(real.peak, rel=0.02) and said.passing > 0
 
 
-@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("bf16", 2)])
-def test_conditions_of_prompts_are_counted(precision: str, size: int, tmp_path, monkeypatch) -> None:
-    """Beside the networks those of a whole round; in main memory what is kept, or what is read for two rounds."""
-    each = size * prod(load_reference(str(pipelines.build(tmp_path / "shapes"))).blank_conditions()["prompt_embeds"].shape)
+def test_conditions_of_all_of_a_rounds_prompts_are_counted(world) -> None:
+    """In the run's arithmetic precision; a round goes through two micro-batches alone."""
+    changes = {"precision": "bf16", "objective__name": "reward_only", "micro_batch_size": 1}
+    few, many = (world[1](global_batch_size=batch, **changes) for batch in (4, 8))
+    reference = load_reference(few.reference.model, decoder_dtype=torch.bfloat16)
+    few, many = (footprint.training_footprint(each, reference) for each in (few, many))
+    assert many.held - few.held == 4 * 2 * prod(reference.blank_conditions()["prompt_embeds"].shape)
 
-    def plan(**more):
-        (folder := tmp_path / str(len(list(tmp_path.iterdir())))).mkdir()
-        experiment = pipelines.experiment(folder, precision=precision, **more)
-        reference = load_reference(experiment.reference.model, decoder_dtype=frozen_dtype(precision))
-        return make_plan(experiment, reference), experiment
 
-    (few, experiment), (many, _) = (plan(global_batch_size=batch, micro_batch_size=1) for batch in (4, 8))
-    assert many.training.held - few.training.held == 4 * each
-    assert few.conditions == many.conditions == 2 * 4 * each and few.in_ram - replace(few, conditions=0).in_ram == 8 * each
+def test_prompts_that_are_kept_or_read_are_counted_in_main_memory(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(footprint, "training_footprint", lambda *_: footprint.Footprint(0, 0, 0))
+    monkeypatch.setattr(footprint, "rewards_footprint", lambda *_: footprint.Footprint(0, 0, 0))
+    experiment = pipelines.experiment(tmp_path)
+    reference = load_reference(experiment.reference.model)
+    each, plan = reference.blank_conditions()["prompt_embeds"].nbytes, make_plan(experiment, reference)
+    assert plan.conditions == 2 * 4 * each and plan.in_ram - replace(plan, conditions=0).in_ram == plan.conditions
+    assert f"{8 * each / 2**20:.2f} MiB of prompts' conditions a training process" in report(experiment)[0]
     monkeypatch.setattr("diffinstruct.planning.check.CACHED_BYTES", 3 * each)
-    assert plan()[0].conditions == 3 * each
-    prompts = experiment.prompts.model_copy(update={"embeddings": "there"})
-    assert plan(global_batch_size=16, prompts=prompts.model_dump())[0].conditions == 2 * 16 * each
+    assert make_plan(experiment, reference).conditions == 3 * each  # it keeps no more
+    stored = experiment.prompts.model_copy(update={"embeddings": "there"})
+    assert make_plan(experiment.model_copy(update={"prompts": stored}), reference).conditions == 2 * 8 * each
 
 
 def test_a_sharded_networks_largest_block() -> None:
