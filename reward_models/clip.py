@@ -26,7 +26,8 @@ CLIP_L = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K@1c2b8495b28150b8a4922ee1c8edee224c284c0c"
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-TEXTS_KEPT = 65_536  # of 4 KB each for a ViT-H: 270 MB at most
+TEXTS_AT_ONCE = 8  # prompts that go through the text model together
+TEXTS_KEPT = 16_384  # of 4 KB each for a ViT-H: 64 MiB of main memory at most
 
 
 def bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -95,21 +96,32 @@ class ClipTower(nn.Module):
 
     def similarity(self, features: Tensor, prompts: list[str]) -> Tensor:
         """Cosine [B] of image features [B, D] and the features of as many prompts."""
-        texts = torch.stack([self._text(prompt) for prompt in prompts]).to(features)
-        return F.cosine_similarity(texts, features)
+        texts = self._text_features(prompts)
+        texts = texts.pin_memory() if features.is_cuda else texts  # from there a copy waits for no other work
+        return F.cosine_similarity(texts.to(features, non_blocking=True), features)
 
-    def _text(self, prompt: str) -> Tensor:
-        """Text features [D]. One prompt a forward: a score must not depend on which prompts came together or before,
-        or a run that resumes with an empty cache would part from the one that was never interrupted."""
-        if prompt not in self._texts:
-            longest = self.clip.config.text_config.max_position_embeddings
-            tokens = self.tokenizer([prompt], truncation=True, max_length=longest, return_tensors="pt")
-            with torch.no_grad():
-                features = self.clip.get_text_features(**tokens.to(self.clip.device)).pooler_output[0]
-            if len(self._texts) >= TEXTS_KEPT:
-                self._texts.pop(next(iter(self._texts)))
-            self._texts[prompt] = features
-        return self._texts[prompt]
+    def _text_features(self, prompts: list[str]) -> Tensor:
+        """Text features [B, D], in main memory."""
+        distinct = list(dict.fromkeys(prompts))
+        known = {prompt: self._texts.pop(prompt) for prompt in distinct if prompt in self._texts}
+        missing = [prompt for prompt in distinct if prompt not in known]
+        for part in (missing[i : i + TEXTS_AT_ONCE] for i in range(0, len(missing), TEXTS_AT_ONCE)):
+            known |= zip(part, (row.clone() for row in self._encode(part)), strict=False)
+        self._texts |= known  # what was used last comes last
+        while len(self._texts) > TEXTS_KEPT:
+            del self._texts[next(iter(self._texts))]
+        return torch.stack([known[prompt] for prompt in prompts])
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> Tensor:
+        """Text features of at most TEXTS_AT_ONCE prompts and of what fills their number up, always in the same shape: a
+        score must not depend on which prompts came together or before, or a run that resumes with an empty cache would
+        part from the one that was never interrupted. The model reads causally: what pads a text changes nothing."""
+        texts = prompts + [""] * (TEXTS_AT_ONCE - len(prompts))
+        longest = self.clip.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt")
+        with torch.autocast(self.clip.device.type, enabled=False):  # whoever asks first, the features are kept
+            return self.clip.get_text_features(input_ids=tokens.input_ids.to(self.clip.device)).pooler_output.cpu()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClipTower:
         self._texts.clear()  # a move to another device or type makes other features

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from math import prod
 
 import pytest
+import torch
 from tiny import pipelines
 
 from diffinstruct.config.experiment import Experiment
@@ -116,6 +118,29 @@ def test_rewards_alone_take_neither_score_network_nor_reference(world) -> None:
     assert weights >= 4 * (2 + 3) * network  # two networks in fp32; gradients and two Adam states of one
     assert {role.name for role in make_plan(alone, reference).worker} >= {"generator"}
     assert not {"score network", "reference"} & {role.name for role in make_plan(alone, reference).worker}
+
+
+def test_conditions_of_all_of_a_rounds_prompts_are_counted(world) -> None:
+    """In the run's arithmetic precision; a round goes through two micro-batches alone."""
+    changes = {"precision": "bf16", "objective__name": "reward_only", "micro_batch_size": 1}
+    few, many = (world[1](global_batch_size=batch, **changes) for batch in (4, 8))
+    reference = load_reference(few.reference.model, decoder_dtype=torch.bfloat16)
+    few, many = (footprint.training_footprint(each, reference) for each in (few, many))
+    assert many.held - few.held == 4 * 2 * prod(reference.blank_conditions()["prompt_embeds"].shape)
+
+
+def test_prompts_that_are_kept_or_read_are_counted_in_main_memory(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(footprint, "training_footprint", lambda *_: footprint.Footprint(0, 0, 0))
+    monkeypatch.setattr(footprint, "rewards_footprint", lambda *_: footprint.Footprint(0, 0, 0))
+    experiment = pipelines.experiment(tmp_path)
+    reference = load_reference(experiment.reference.model)
+    each, plan = reference.blank_conditions()["prompt_embeds"].nbytes, make_plan(experiment, reference)
+    assert plan.conditions == 2 * 4 * each and plan.in_ram - replace(plan, conditions=0).in_ram == plan.conditions
+    assert f"{8 * each / 2**20:.2f} MiB of prompts' conditions a training process" in report(experiment)[0]
+    monkeypatch.setattr("diffinstruct.planning.check.CACHED_BYTES", 3 * each)
+    assert make_plan(experiment, reference).conditions == 3 * each  # it keeps no more
+    stored = experiment.prompts.model_copy(update={"embeddings": "there"})
+    assert make_plan(experiment.model_copy(update={"prompts": stored}), reference).conditions == 2 * 8 * each
 
 
 def test_a_sharded_networks_largest_block() -> None:

@@ -20,7 +20,7 @@ from tiny import clip as tiny_clip
 from tiny.clip import pictures
 
 import reward_models
-from reward_models.clip import OPENAI_MEAN, bicubic, clip_pixels, load_tower, shared_tower
+from reward_models.clip import OPENAI_MEAN, TEXTS_AT_ONCE, bicubic, clip_pixels, load_tower, shared_tower
 from reward_models.hps import fit_pixels
 from reward_models.pickscore import PickScore, pickscore
 
@@ -140,11 +140,17 @@ def test_a_score_does_not_depend_on_company_or_history(name, settings):
     assert scores.std() > 1e-3 * scores.abs().max()
 
 
-def test_a_prompt_is_encoded_once_and_alone(settings, monkeypatch):
+def test_a_prompt_is_encoded_once_in_batches_of_one_shape(settings, monkeypatch):
     reward = fresh("pickscore", settings)
+    encode, shapes = reward.tower.clip.get_text_features, []
+    spied = lambda input_ids: (shapes.append(tuple(input_ids.shape)), encode(input_ids=input_ids))[1]  # noqa: E731
+    monkeypatch.setattr(reward.tower.clip, "get_text_features", spied)
+    prompts = [*PROMPTS, *("red " * n + "pot" for n in range(TEXTS_AT_ONCE))]
+    features = reward.tower._text_features(prompts)
+    assert shapes == [(TEXTS_AT_ONCE, 20)] * 2
+    for prompt, kept in zip(prompts, features, strict=True):  # alone, and elsewhere in a batch
+        assert torch.equal(kept, fresh("pickscore", settings).tower._text_features([prompt])[0])
     scores = reward(pictures(3), PROMPTS)
-    for prompt in PROMPTS:
-        assert torch.equal(reward.tower._text(prompt), fresh("pickscore", settings).tower._text(prompt))
     monkeypatch.setattr(reward.tower.clip, "get_text_features", None)  # known prompts are not encoded again
     assert torch.equal(reward(pictures(3), PROMPTS), scores)
 
@@ -377,7 +383,8 @@ def test_a_folder_without_its_tokenizer_or_preprocessor_is_refused(copied, folde
     words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     (copied / "vocab.json").write_text(json.dumps(words))
     (copied / "merges.txt").write_text("#version: 0.2\n")
-    torch.testing.assert_close(load_tower(copied)._text("a red pot"), load_tower(folder)._text("a red pot"))
+    texts = [load_tower(tower)._text_features(["a red pot"]) for tower in (copied, folder)]
+    torch.testing.assert_close(*texts)
 
 
 def test_what_is_the_reward_itself_makes_none(tmp_path, monkeypatch):

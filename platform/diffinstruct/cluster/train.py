@@ -58,7 +58,7 @@ def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> R
     folder = folder.absolute()
     warn_of_passing_copy(folder)
     uri = tracking_uri(experiment.tracking.uri, folder.parent)
-    experiment = experiment.tracked_at(uri)
+    experiment = experiment.tracked_at(uri).with_absolute_embeddings()
     with attached() as where:
         check_fits(experiment.cluster, experiment.reward_actors)
         embed(experiment)
@@ -119,11 +119,11 @@ def embed(experiment: Experiment) -> None:
 
     asked, started_in = experiment.cluster, os.getcwd()
     try:
-        missing = ray.get(worker_task(partial(missing_embeddings, experiment), asked, started_in))
+        missing, line = ray.get(worker_task(partial(missing_embeddings, experiment), asked, started_in))
         if not missing:
             return
         parts = min(asked.workers, -(-len(missing) // PROMPTS_A_TASK))
-        print(f"prompt embeddings: {len(missing)} to make in {experiment.prompts.embeddings}, {parts} tasks", flush=True)
+        print(f"{line}, {parts} tasks", flush=True)
         stores = [partial(store_embeddings, experiment, missing[i::parts]) for i in range(parts)]
         ray.get([worker_task(store, asked, started_in) for store in stores])
     except RayTaskError as error:

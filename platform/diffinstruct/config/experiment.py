@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -211,6 +212,13 @@ class Experiment(Section):
     def tracked_at(self, uri: str | None) -> Experiment:
         """The same with another tracking.uri, also one from the environment."""
         return self.model_copy(update={"tracking": self.tracking.model_copy(update={"uri": uri})})
+
+    def with_absolute_embeddings(self) -> Experiment:
+        """The same with an absolute `prompts.embeddings`: processes of a cluster may stand in folders of their own."""
+        if self.prompts.embeddings is None:
+            return self
+        absolute = {"embeddings": os.path.abspath(self.prompts.embeddings)}
+        return self.model_copy(update={"prompts": self.prompts.model_copy(update=absolute)})
 
     def to_params(self) -> dict[str, str | int | float | bool | None]:
         """The whole configuration as one flat dictionary, "objective.t_min" -> 20; lists and mappings as JSON text, but for

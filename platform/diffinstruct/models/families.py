@@ -35,14 +35,14 @@ class StableDiffusion:
     """Endings of the names of the layers that adapters belong to (as in DMD2's one-step SDXL; arXiv 2405.14867)."""
 
     @staticmethod
-    def encode(pipeline: Any, prompt: str, device: torch.device | str) -> Conditions:
-        """The conditions of one prompt, batch size 1."""
-        return {"prompt_embeds": pipeline.encode_prompt([prompt], device, 1, False)[0]}
+    def encode(pipeline: Any, prompts: list[str], device: torch.device | str) -> Conditions:
+        """The prompts' conditions."""
+        return {"prompt_embeds": pipeline.encode_prompt(prompts, device, 1, False)[0]}
 
-    @classmethod
-    def null(cls, pipeline: Any, device: torch.device | str) -> Conditions:
-        """What classifier-free guidance takes for no prompt, batch size 1."""
-        return cls.encode(pipeline, "", device)
+    @staticmethod
+    def null(empty: Conditions, pipeline: Any) -> Conditions:
+        """What classifier-free guidance takes for no prompt; `empty`: the conditions of the prompt ""."""
+        return empty
 
     @staticmethod
     def blank(network: Any, tokens: int) -> Conditions:
@@ -73,13 +73,12 @@ class StableDiffusionXL(StableDiffusion):
     }
 
     @staticmethod
-    def encode(pipeline: Any, prompt: str, device: torch.device | str) -> Conditions:
-        embeds, _, pooled, _ = pipeline.encode_prompt([prompt], device=device, do_classifier_free_guidance=False)
+    def encode(pipeline: Any, prompts: list[str], device: torch.device | str) -> Conditions:
+        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
-    @classmethod
-    def null(cls, pipeline: Any, device: torch.device | str) -> Conditions:
-        empty = cls.encode(pipeline, "", device)
+    @staticmethod
+    def null(empty: Conditions, pipeline: Any) -> Conditions:
         zeros = pipeline.config.force_zeros_for_empty_prompt
         return {key: torch.zeros_like(value) if zeros else value for key, value in empty.items()}
 
@@ -116,10 +115,10 @@ class PixArtAlpha(StableDiffusion):
     adapted = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
     @staticmethod
-    def encode(pipeline: Any, prompt: str, device: torch.device | str) -> Conditions:
+    def encode(pipeline: Any, prompts: list[str], device: torch.device | str) -> Conditions:
         # Cleaned, as a call of its pipeline does by default, and `encode_prompt` does not
         clean = {"do_classifier_free_guidance": False, "device": device, "clean_caption": True}
-        embeds, mask, _, _ = pipeline.encode_prompt([prompt], **clean)
+        embeds, mask, _, _ = pipeline.encode_prompt(prompts, **clean)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
     @staticmethod
@@ -166,8 +165,8 @@ class StableDiffusion3(StableDiffusion):
     )
 
     @staticmethod
-    def encode(pipeline: Any, prompt: str, device: torch.device | str) -> Conditions:
-        embeds, _, pooled, _ = pipeline.encode_prompt([prompt], None, None, device, do_classifier_free_guidance=False)
+    def encode(pipeline: Any, prompts: list[str], device: torch.device | str) -> Conditions:
+        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, device, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     @staticmethod

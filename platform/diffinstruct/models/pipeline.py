@@ -9,8 +9,9 @@ images [B, 3, H', W'] in [0, 1]; conditions batch first.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property, lru_cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from diffinstruct.method.precision import autocast
 from diffinstruct.models import sources
 from diffinstruct.models.denoiser import InputScale, NetworkDenoiser, OneStepGenerator
 from diffinstruct.models.families import FAMILIES
+from diffinstruct.models.prompt_conditions import ENCODED_AT_ONCE, PromptConditions
 from diffinstruct.models.prompt_embeddings import NULL, Embeddings
 from diffinstruct.models.sources import NoWeights, WeightSource
 from diffinstruct.models.start import lora_file, network_from_file
@@ -81,10 +83,10 @@ class Reference:
             mend = "its edge in latents, 64 for 512 px, say, belongs into that file"
             raise UserError(f"reference.model: {self.family.part}/config.json of {source} has no sample_size; {mend}")
         self.latent_shape = (self._config["in_channels"], *((size, size) if isinstance(size, int) else size))
-        self.embeddings = Embeddings(embeddings, sources.text_encoder_digest(source, self.family)) if embeddings else None
-        # Prompt sets are finite: a run sees each prompt many times. 1,000 embeddings of SD1.5 are 0.24 GB in fp32.
-        # Those on disk are cached by the operating system.
-        self._embedding = self._stored if embeddings else lru_cache(maxsize=1000)(self._embed)
+        self.embeddings: Embeddings | None = None
+        if embeddings:
+            self.embeddings = Embeddings(embeddings, *sources.text_encoders(source, self.family), self.blank_conditions())
+        self._conditions = PromptConditions(self._encode, device, self.embeddings)
 
     @property
     def _network_class(self) -> Any:
@@ -262,26 +264,29 @@ class Reference:
     def encode_prompts(self, prompts: list[str]) -> Conditions:
         """The prompts' conditions, constants, as the stock pipeline computes them: {"prompt_embeds": [B, L, D], ...}.
 
-        Each prompt is encoded alone: neither its neighbours nor the cache change a bit of it, so a run can resume.
+        Text encoders see batches of one shape: neither a prompt's neighbours nor the cache change a bit of it, so a run can
+        resume.
         """
-        found = [self._embedding(prompt) for prompt in prompts]
-        return {key: torch.cat([one[key] for one in found]) for key in found[0]}
+        return self._conditions(prompts)
 
     def null_conditions(self) -> Conditions:
         """What guidance takes for no prompt, batch size 1."""
-        return self._embedding(NULL)
+        return self._conditions([NULL])
 
     def blank_conditions(self) -> Conditions:
-        """Conditions of one prompt as to their shapes; no text encoder is read."""
+        """Conditions of one prompt as to their shapes and types; no text encoder is read."""
         encoder = getattr(transformers, self.family.texts["text_encoder"]).config_class
         config = sources.read_source(encoder.from_pretrained, self.source, subfolder="text_encoder")
-        return self.family.blank(FrozenDict(self._config), getattr(config, "max_position_embeddings", 0))
+        return self._kept(self.family.blank(FrozenDict(self._config), getattr(config, "max_position_embeddings", 0)))
 
-    def store_embeddings(self, prompts: Iterable[str | None]) -> None:
+    def read_ahead(self, prompts: list[str], executor: Executor) -> None:
+        """Let `executor` read what `encode_prompts` will be asked for next, where that lies on disk."""
+        self._conditions.read_ahead(prompts, executor)
+
+    def store_embeddings(self, prompts: Sequence[str | None]) -> None:
         """Add those of `prompts` to the folder of embeddings."""
         assert self.embeddings is not None
-        for prompt in prompts:
-            self.embeddings.add(prompt, self._embed(prompt))
+        self.embeddings.add(self._conditions.encoded(prompts))
 
     @torch.no_grad()
     def sample(self, prompts: list[str], z: Tensor, steps: int = 50, guidance_scale: float = 1.0) -> Tensor:
@@ -305,19 +310,24 @@ class Reference:
         return xt
 
     @torch.no_grad()
-    def _embed(self, prompt: str | None) -> Conditions:
-        if (given := self.weights.conditions(self.blank_conditions, self.device)) is not None:
-            return given
-        # Quiet: every worker would report a prompt that is cut off. Not in the autocast precision of the first caller,
-        # either: the embedding is cached.
-        with sources.quiet(), torch.autocast(torch.device(self.device).type, enabled=False):
-            if prompt is NULL:
-                return self.family.null(self._encoding, self.device)
-            return self.family.encode(self._encoding, prompt, self.device)
+    def _encode(self, prompts: Sequence[str | None]) -> list[Conditions]:
+        """The conditions of each of at most ENCODED_AT_ONCE prompts, which the text encoders see among as many."""
+        given = [self.weights.conditions(self.blank_conditions, self.device) for _ in prompts]
+        made = [conditions for conditions in given if conditions is not None]
+        if not made:
+            texts = [prompt or "" for prompt in prompts] + [""] * (ENCODED_AT_ONCE - len(prompts))
+            # Quiet: every worker would report a prompt that is cut off. Not in the autocast precision of the first caller,
+            # either: the conditions are cached.
+            with sources.quiet(), torch.autocast(torch.device(self.device).type, enabled=False):
+                batch = self.family.encode(self._encoding, texts, self.device)
+            made = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(len(prompts))]
+            made = [self.family.null(c, self._encoding) if p is NULL else c for p, c in zip(prompts, made, strict=True)]
+        return [self._kept(conditions) for conditions in made]
 
-    def _stored(self, prompt: str | None) -> Conditions:
-        assert self.embeddings is not None
-        return {key: value.to(self.device) for key, value in self.embeddings.read(prompt).items()}
+    def _kept(self, conditions: Conditions) -> Conditions:
+        """A copy in main memory, rounded as the run's arithmetic rounds it."""
+        dtypes = {key: self.decoder_dtype if value.is_floating_point() else value.dtype for key, value in conditions.items()}
+        return {key: value.to("cpu", dtypes[key], copy=True) for key, value in conditions.items()}
 
     def _subfolder(self, source: str) -> str:
         """Where in a folder or hub repository the network is: in a pipeline under its part's name, else at the top."""
@@ -370,7 +380,7 @@ def load_reference(
     activation_checkpointing: networks and decoder keep their blocks' inputs alone and compute the rest again in the
         backward pass.
     embeddings: a folder of prompt embeddings (`prompt_embeddings.Embeddings`), from which prompts are then read.
-    decoder_dtype: of the decoder, if another.
+    decoder_dtype: of the decoder and of prompts' conditions, if another.
     weights: what makes the parts; by default they are read from where the configurations are.
     Raises UserError, one line, for what is not there or not supported.
     """

@@ -3,6 +3,8 @@
 Other `WeightSource`s are for rehearsals: a pipeline's modules with random weights, or with none.
 """
 
+import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,14 +15,17 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers import tokenization_utils_base as tokenization
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from diffinstruct.errors import UserError, nearest_file
@@ -104,15 +109,43 @@ def network_without_weights(kind: Any, config: Any) -> Any:
         return kind.from_config(config)
 
 
-def text_encoder_digest(source: str, family: type[StableDiffusion]) -> str:
-    """A name for what makes embeddings: the same files, the same name."""
-    folder = Path(source)
-    if not folder.is_dir():
-        endings = (".json", ".txt", ".model", ".safetensors")
-        wanted = [f"{part}/*{ending}" for part in family.texts for ending in endings]
-        folder = Path(read_source(snapshot_download, source, allow_patterns=wanted))
-    files = [path for part in family.texts for path in (folder / part).iterdir() if path.is_file()]
-    return f"{family.__name__}-{digest(files)}"
+# ------------------------------------------------------------------------------------------------- text encoders
+TOKENIZER_FILES = {
+    *(tokenization.ADDED_TOKENS_FILE, tokenization.SPECIAL_TOKENS_MAP_FILE),
+    *(tokenization.TOKENIZER_CONFIG_FILE, tokenization.FULL_TOKENIZER_FILE),
+}
+"""Files that transformers reads of a tokenizer, beside the vocabulary files that its class names."""
+
+
+def text_encoders(source: str, family: type[StableDiffusion]) -> tuple[str, dict[str, str]]:
+    """A name for what makes embeddings, and what a person is told of it. A hub model's is its id and commit, so that no
+    weights are read; a folder's comes from the names and content of the files that are read of it."""
+    if not Path(source).is_dir():
+        name, at = pinned(source)[0], commit(source)
+        return f"{family.__name__}-{name.replace('/', '--')}@{at[:12]}", {"reference": f"{name}@{at}"}
+    files = [file for part in family.texts for file in _read_of_text_part(Path(source, part), family.texts[part])]
+    return f"{family.__name__}-{digest(files)}", {"reference": str(Path(source).absolute())}
+
+
+def commit(source: str) -> str:
+    """The commit of a hub id, or of an id@commit; asks the hub where only a branch or nothing is named."""
+    revision = pinned(source)[1].get("revision", "")
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    return Path(read_source(hf_hub_download, source, filename=PipelineIndex.config_name)).parent.name
+
+
+def _read_of_text_part(folder: Path, kind: str) -> list[Path]:
+    """The files that transformers reads of a tokenizer or text encoder of class `kind`."""
+    names = {CONFIG_NAME, SAFE_WEIGHTS_NAME}
+    if vocabulary := getattr(getattr(transformers, kind), "vocab_files_names", None):
+        names = {*vocabulary.values(), *TOKENIZER_FILES}
+    elif (folder / SAFE_WEIGHTS_INDEX_NAME).exists():  # it is several files
+        index = read_source(lambda path: json.loads(Path(path).read_text()), str(folder / SAFE_WEIGHTS_INDEX_NAME))
+        names = {CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, *index["weight_map"].values()}
+    elif not (folder / SAFE_WEIGHTS_NAME).exists():  # half-precision ones alone
+        names = {CONFIG_NAME, *(file.name for file in folder.glob("model.*.safetensors"))}
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 # ------------------------------------------------------------------------------------------------- files

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.prompts import read_prompt_set
 from diffinstruct.config.sections import ObjectiveConfig, RewardsConfig
 from diffinstruct.errors import UserError
 from diffinstruct.method.distances import DISTANCES
@@ -30,6 +31,7 @@ from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.method.rewards import RewardModel
 from diffinstruct.models.lora import SharedBase
 from diffinstruct.models.pipeline import Reference, load_reference
+from diffinstruct.models.prompt_conditions import CACHED_BYTES
 from diffinstruct.models.sharding import blocks
 from diffinstruct.models.sources import pinned
 from diffinstruct.planning import footprint
@@ -90,6 +92,7 @@ class Plan:
     training: Footprint
     scoring: Footprint
     libraries: int  # bytes that a process takes before it loads anything
+    conditions: int  # bytes of prompts' conditions in a training process's main memory
     block: int  # weights of the largest block that a sharded network gathers
 
     @property
@@ -123,7 +126,8 @@ class Plan:
         """Main memory of all processes here, with the copy of a checkpoint that is written while training goes on."""
         cluster, actors = self.experiment.cluster, self.experiment.reward_actors
         workers = cluster.workers * (self.per_worker + self.libraries) * (not cluster.use_gpu)
-        return workers + actors * (self.per_actor + self.libraries) * (cluster.rewards.gpus == 0) + self.checkpoint
+        scoring = actors * (self.per_actor + self.libraries) * (cluster.rewards.gpus == 0)
+        return workers + cluster.workers * self.conditions + scoring + self.checkpoint
 
     @property
     def flops(self) -> float:
@@ -210,7 +214,18 @@ def make_plan(experiment: Experiment, reference: Reference) -> Plan:
     if not experiment.reward_actors:  # each training process has the rewards itself
         worker, actor = [*worker, *actor], []
     latent_bytes, block = 4 * prod(reference.latent_shape), largest_block(network)
-    return Plan(experiment, latent_bytes, worker, actor, apart, uncounted, training, scoring, libraries, block)
+    conditions = _conditions(experiment, reference)
+    return Plan(experiment, latent_bytes, worker, actor, apart, uncounted, training, scoring, libraries, conditions, block)
+
+
+def _conditions(experiment: Experiment, reference: Reference) -> int:
+    """Bytes of prompts' conditions in a training process's main memory: what is kept of those that it encodes; of those
+    that it reads, this round's and the next one's."""
+    prompts, workers = experiment.prompts, experiment.cluster.workers
+    each = sum(value.nbytes for value in reference.blank_conditions().values())
+    if prompts.embeddings:
+        return 2 * each * (experiment.global_batch_size // workers)
+    return min(CACHED_BYTES, each * sum(len(read_prompt_set(uri, prompts.column)) for uri in (prompts.train, prompts.grid)))
 
 
 def _training(
@@ -319,7 +334,8 @@ def _lines(plan: Plan, machine: Machine) -> list[str]:
             [f"{'':<11}reward actor {_mib(plan.per_actor)}: {_mib(plan.per_actor - scoring)} and {_mib(scoring)}"]
             * (actors > 0)
         ),
-        f"{'':<11}in main memory {_mib(plan.in_ram)}, with {_mib(plan.libraries)} of libraries a process and "
+        f"{'':<11}in main memory {_mib(plan.in_ram)}, with {_mib(plan.libraries)} of libraries a process, "
+        f"{_mib(plan.conditions)} of prompts' conditions a training process and "
         f"{_mib(plan.checkpoint)} of a checkpoint's copy; this machine has {_mib(machine.ram)}",
         f"disk       a checkpoint {_mib(plan.checkpoint)}, {KEPT} at a time; {_mib(machine.disk)} free for "
         f"{experiment.output_dir}",

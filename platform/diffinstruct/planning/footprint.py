@@ -91,7 +91,9 @@ def training_footprint(
         send = _scoring(experiment.rewards, reference, decoder, rewards) if rewards is not None else _no_rewards
         networks = {"generator": roles.generator.denoiser, "score network": roles.score_network, "reference": roles.reference}
         counters = {role: PassCounter(network) for role, network in networks.items() if network is not None}
-        c = {key: value.expand(samples, *value.shape[1:]).clone() for key, value in null.items()}
+        # Of the round's samples that are not gone through, too
+        whole = {key: value.expand(per_worker, *value.shape[1:]).clone() for key, value in null.items()}
+        c = {key: value[:samples] for key, value in whole.items()}
         # Gradients and Adam states as a round before has left them
         for optimizer in filter(None, (train_state.generator_optimizer, train_state.score_optimizer)):
             for weight in (weight for group in optimizer.param_groups for weight in group["params"]):

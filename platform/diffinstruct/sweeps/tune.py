@@ -82,7 +82,7 @@ def sweep(
     Raises SweepError if any trial failed, after all have ended; Paused after SIGTERM, KeyboardInterrupt after Ctrl-C.
     """
     folder = Path(folder).absolute()
-    base = base.tracked_at(tracking_uri(base.tracking.uri, folder.parent))
+    base = base.tracked_at(tracking_uri(base.tracking.uri, folder.parent)).with_absolute_embeddings()
     trials = Trials(base, points, folder, evaluate)
     if scheduler or isinstance(points, Optuna):
         criterion = criterion or SelectionCriterion()

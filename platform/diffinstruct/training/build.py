@@ -55,15 +55,20 @@ def check_reference(experiment: Experiment, reference: Reference) -> None:
         raise UserError(f"objective.t_max: should be at most {last}, got {t_max}: {why}")
 
 
-def missing_embeddings(experiment: Experiment) -> list[str | None]:
-    """The prompts of a run (and the null prompt) that its folder of embeddings lacks; none where it has no such
-    folder."""
+def missing_embeddings(experiment: Experiment) -> tuple[list[str | None], str]:
+    """The prompts of a run (and the null prompt) that its folder of embeddings lacks, and a line that says so; none where
+    it has no such folder."""
     prompts = experiment.prompts
     if prompts.embeddings is None:
-        return []
+        return [], ""
     stored = open_reference(experiment, torch.device("cpu")).embeddings
     assert stored is not None
-    return stored.missing([NULL, *(p for uri in (prompts.train, prompts.grid) for p in read_prompt_set(uri, prompts.column))])
+    sources = (prompts.train, prompts.grid)
+    missing = stored.missing([NULL, *(prompt for uri in sources for prompt in read_prompt_set(uri, prompts.column))])
+    line = f"prompt embeddings: {len(missing)} to make in {stored.folder}"
+    if earlier := stored.earlier():
+        line += f" (of an earlier version, not read, may be deleted: {', '.join(earlier)})"
+    return missing, line
 
 
 def store_embeddings(experiment: Experiment, prompts: Sequence[str | None]) -> None:

@@ -13,8 +13,9 @@ from diffinstruct.training.loop import Result, train
 def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> Result:
     """Train `experiment` in `folder` (absolute), or go on with what is there."""
     signals.clear(folder)
-    if missing := missing_embeddings(experiment):
-        print(f"prompt embeddings: {len(missing)} to make in {experiment.prompts.embeddings}", flush=True)
+    missing, line = missing_embeddings(experiment)
+    if missing:
+        print(line, flush=True)
         store_embeddings(experiment, missing)
     with signals.on_sigterm(lambda: signals.request(folder, Signal.PAUSE)):
         result = train(experiment, folder, parent=parent)

@@ -81,7 +81,7 @@ class Trainer:
         self.run_log: RunLog | SilentRunLog = SilentRunLog()
         self.preempted = self.pausing = False
         self.next_noise: NoiseStreams | None = None
-        self.drawing = ThreadPoolExecutor(1, "noise")
+        self.ahead = ThreadPoolExecutor(1, "next-round")
 
     def _build_state(self, pool: RewardBackend | None) -> LoopState:
         experiment, reference = self.experiment, self.reference
@@ -169,10 +169,15 @@ class Trainer:
         noise = NoiseStreams(seed, self.state.step, self.reference.latent_shape, rows, self.device)
         if self.next_noise and (self.next_noise.seed, self.next_noise.step) == (seed, self.state.step):
             noise = self.next_noise
+        prompts = self._chosen(noise)
+        conditions = self.reference.encode_prompts(prompts)
         if self.device.type == "cuda":  # where a core has time for it during the round
-            self.next_noise = noise.next_round(self.state.step_config.normal_streams, self.drawing)
-        prompts = [self.prompts[i] for i in noise.prompts(len(self.prompts))]
-        return noise, prompts, self.reference.encode_prompts(prompts)
+            self.next_noise = noise.next_round(self.state.step_config.normal_streams, self.ahead)
+            self.reference.read_ahead(self._chosen(self.next_noise), self.ahead)
+        return noise, prompts, conditions
+
+    def _chosen(self, noise: NoiseStreams) -> list[str]:
+        return [self.prompts[i] for i in noise.prompts(len(self.prompts))]
 
     @property
     def send(self) -> Send | None:
