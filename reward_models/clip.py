@@ -84,6 +84,7 @@ class ClipTower(nn.Module):
         super().__init__()
         self.clip = clip.eval().requires_grad_(False)
         self.tokenizer, self.pixels = tokenizer, pixels
+        self.longest: int = clip.config.text_config.max_position_embeddings  # tokens of a prompt; the rest is cut
         self.size: int = clip.config.vision_config.image_size
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -118,8 +119,7 @@ class ClipTower(nn.Module):
         score must not depend on which prompts came together or before, or a run that resumes with an empty cache would
         part from the one that was never interrupted. The model reads causally: what pads a text changes nothing."""
         texts = prompts + [""] * (TEXTS_AT_ONCE - len(prompts))
-        longest = self.clip.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt")
+        tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=self.longest, return_tensors="pt")
         with torch.autocast(self.clip.device.type, enabled=False):  # whoever asks first, the features are kept
             return self.clip.get_text_features(input_ids=tokens.input_ids.to(self.clip.device)).pooler_output.cpu()
 

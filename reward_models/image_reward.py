@@ -46,7 +46,7 @@ class ImageReward(nn.Module):
         self.vision = BlipVisionModel(config.vision_config)
         self.text = BlipTextModel(config.text_config, add_pooling_layer=False)
         self.mlp = score_mlp(config.text_config.hidden_size)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.longest = tokenizer, LONGEST
         self.register_buffer("mean", torch.tensor(OPENAI_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(OPENAI_STD).view(3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)

@@ -46,6 +46,19 @@ def noise(batch: int = 2, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch, *pipelines.LATENT, generator=torch.Generator().manual_seed(seed))
 
 
+def test_prompts_of_which_no_encoder_sees_the_end_are_told(folder: Path, reference: Reference) -> None:
+    """Against what the encoders make of them: equal conditions where only the end differs."""
+    words = " ".join(["red"] * 300)
+    cut, whole = [f"{words} hat", f"{words} coat"], ["a red hat", "a red coat"]
+    assert reference.cut([*whole, *cut, cut[0]]) == cut and reference.cut([]) == []
+    for pair, equal in ((cut, True), (whole, False)):
+        ours = reference.encode_prompts(pair)
+        assert all(torch.equal(value[0], value[1]) for value in ours.values()) == equal
+    alone = load_reference(str(folder))
+    alone.cut(cut)
+    assert "texts" not in vars(alone)  # no text encoder is loaded for that
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_the_reference_samples_as_the_stock_pipeline(
     guidance_scale: float, reference: Reference, stock: Any, family: str

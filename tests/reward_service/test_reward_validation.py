@@ -2,6 +2,7 @@
 
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -394,6 +395,25 @@ def is_refused(reward, trained, check, line):
         raise_on_faults([report])
     assert refused(report)[0] == check
     assert re.fullmatch(f"reward {named(reward)}: {line}", str(error.value).splitlines()[0])
+
+
+class Reads(nn.Module):
+    """A reward that reads prompts by words, the first three of them."""
+
+    longest = 3
+
+    def tokenizer(self, text):
+        return SimpleNamespace(input_ids=text.split())
+
+    def forward(self, images, prompts):
+        return honest(images, prompts)
+
+
+def test_prompts_that_a_reward_cuts_are_a_remark():
+    prompts = ["a red hat", "one two three four five", *["a red hat"] * (len(PICTURES) - 2)]
+    (remark,) = (remark for remark in validated(Reads(), prompts=prompts).remarks if "cut" in remark)
+    assert remark == "1 of 2 prompts are cut after 3 tokens, such as 'one two three four five'"
+    assert not any("cut" in remark for remark in validated(Reads(), prompts=["a hat"] * len(PICTURES)).remarks)
 
 
 @pytest.mark.parametrize(("reward", "check", "line"), OF_ANY, ids=lambda value: named(value) if callable(value) else "")

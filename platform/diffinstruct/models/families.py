@@ -24,6 +24,8 @@ class StableDiffusion:
     once: ClassVar[tuple[str, ...]] = ()  # classes by which older pipelines call the same network
     texts: ClassVar[Mapping[str, str]] = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
     """What turns prompts into conditions: name in the pipeline -> class in transformers."""
+    limits: ClassVar[Mapping[str, int]] = {}
+    """Tokens after which the pipeline cuts a prompt, where that is not as many as the tokenizer says."""
     flow: ClassVar[bool] = False  # whether its schedule is that of a flow
     shape: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "cross_attention_dim")
     """Keys of the network's configuration that a generator's start has in common with the reference."""
@@ -111,6 +113,7 @@ class PixArtAlpha(StableDiffusion):
     network = "PixArtTransformer2DModel"
     once = ("Transformer2DModel",)
     texts: ClassVar[Mapping[str, str]] = {"text_encoder": "T5EncoderModel", "tokenizer": "T5Tokenizer"}
+    limits: ClassVar[Mapping[str, int]] = {"tokenizer": 120}
     shape = ("in_channels", "out_channels", "caption_channels")
     adapted = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
@@ -123,7 +126,7 @@ class PixArtAlpha(StableDiffusion):
 
     @staticmethod
     def blank(network: Any, tokens: int) -> Conditions:
-        tokens = 120  # of T5; its pipeline cuts there
+        tokens = PixArtAlpha.limits["tokenizer"]
         return {
             "prompt_embeds": torch.zeros(1, tokens, network.caption_channels),
             "prompt_attention_mask": torch.ones(1, tokens, dtype=torch.long),
@@ -157,6 +160,7 @@ class StableDiffusion3(StableDiffusion):
         "text_encoder_3": "T5EncoderModel",
         "tokenizer_3": "T5Tokenizer",
     }
+    limits: ClassVar[Mapping[str, int]] = {"tokenizer_3": 256}
     flow = True
     shape = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim")
     adapted = (
@@ -171,7 +175,7 @@ class StableDiffusion3(StableDiffusion):
 
     @staticmethod
     def blank(network: Any, tokens: int) -> Conditions:
-        with_t5 = tokens + 256  # where its pipeline cuts
+        with_t5 = tokens + StableDiffusion3.limits["tokenizer_3"]
         pooled = torch.zeros(1, network.pooled_projection_dim)
         return {"prompt_embeds": torch.zeros(1, with_t5, network.joint_attention_dim), "pooled_prompt_embeds": pooled}
 

@@ -9,7 +9,7 @@ images [B, 3, H', W'] in [0, 1]; conditions batch first.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import cached_property, partial
 from pathlib import Path
@@ -108,12 +108,26 @@ class Reference:
     @cached_property
     def texts(self) -> dict[str, Any]:
         """Tokenizers and text encoders, by their names in the pipeline."""
+        encoders = (name for name in self.family.texts if not name.startswith("tokenizer"))
+        return self.tokenizers | {name: self._load(name, self.dtype).requires_grad_(False) for name in encoders}
+
+    @cached_property
+    def tokenizers(self) -> dict[str, Any]:
+        """By their names in the pipeline."""
         return {
             name: sources.read_source(self._class(name).from_pretrained, self.source, subfolder=name)
-            if name.startswith("tokenizer")
-            else self._load(name, self.dtype).requires_grad_(False)
             for name in self.family.texts
+            if name.startswith("tokenizer")
         }
+
+    def cut(self, prompts: Iterable[str]) -> list[str]:
+        """Those of the prompts, each once, of which no text encoder sees the end."""
+        cut = list(dict.fromkeys(prompts))
+        for name, tokenizer in self.tokenizers.items():
+            limit = self.family.limits.get(name, tokenizer.model_max_length)
+            tokens = tokenizer(cut, verbose=False).input_ids if cut else []
+            cut = [prompt for prompt, ids in zip(cut, tokens, strict=True) if len(ids) > limit]
+        return cut
 
     def _load(self, part: str, dtype: torch.dtype) -> Any:
         return self.weights.load(self._class(part), self.source, part, dtype, self.device)

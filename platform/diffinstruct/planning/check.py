@@ -37,7 +37,7 @@ from diffinstruct.models.sources import pinned
 from diffinstruct.planning import footprint
 from diffinstruct.planning.footprint import Footprint, Passes
 from diffinstruct.reward_service.client import load_reward
-from diffinstruct.training.build import check_reference, make_step_config, rounding_remark
+from diffinstruct.training.build import check_reference, make_step_config, prompts_remark, rounding_remark
 from reward_models import NAMES
 
 SHAPES = Path(__file__).parents[1] / "models" / "hub_configs"
@@ -183,8 +183,11 @@ def report(experiment: Experiment) -> tuple[str, str | None]:
     make_step_config(experiment, reference.schedule)  # refuses what only the schedule can tell
     check_reference(experiment, reference)
     plan, machine = make_plan(experiment, reference), Machine.here(experiment.output_dir)
-    remark = rounding_remark(experiment, reference)
-    text = "\n".join([*_table(plan), *_lines(plan, machine), *([f"precision  {remark}"] if remark else [])])
+    prompts = read_prompt_set(experiment.prompts.train, experiment.prompts.column)
+    lines = [*_table(plan), *_lines(plan, machine), f"prompts    {prompts_remark(prompts, reference)}"]
+    if remark := rounding_remark(experiment, reference):
+        lines.append(f"precision  {remark}")
+    text = "\n".join(lines)
     try:
         reference.check_start(shapes(experiment.generator.init_from))
     except UserError as error:  # it is often still to be made, and nothing above depends on it

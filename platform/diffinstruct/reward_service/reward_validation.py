@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -138,10 +139,22 @@ class _Validation:
             self._passes(self.saturation)
             if self.differentiable:
                 self._passes(self.gradient_matches_differences)
+        self._note_cut_prompts()
         self.figures["memory"] = memory.growth()
         if not self.faults:
             self.checks["memory"] = f"its peak grew by {self.figures['memory'] / 2**20:.0f} MiB"
         return Report(self.name, tuple(self.faults), tuple(self.remarks), self.checks, self.figures)
+
+    def _note_cut_prompts(self) -> None:
+        """A remark on prompts of which the reward does not see the end, where it, or its tower, says how it reads them."""
+        reader = getattr(self.reward, "tower", self.reward)
+        tokenizer, longest = getattr(reader, "tokenizer", None), getattr(reader, "longest", None)
+        if callable(tokenizer) and isinstance(longest, int):
+            texts = list(dict.fromkeys(self.all_texts))
+            cut = [text for text in texts if len(tokenizer(text).input_ids) > longest]
+            if cut:
+                first = shorten(cut[0], 60, placeholder=" ...")
+                self.remarks.append(f"{len(cut)} of {len(texts)} prompts are cut after {longest} tokens, such as {first!r}")
 
     def _passes(self, check: Callable[[], str]) -> bool:
         try:

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import nn
 
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.prompts import read_prompt_set
+from diffinstruct.config.prompts import PromptSet, read_prompt_set
 from diffinstruct.config.sections import ObjectiveConfig, OptimizerConfig, ReferenceConfig
 from diffinstruct.errors import UserError, did_you_mean
 from diffinstruct.method.arguments import ArgumentError
@@ -122,6 +123,16 @@ def make_step_config(experiment: Experiment, schedule: Schedule) -> StepConfig:
         precision=experiment.precision,
         micro_batch_size=experiment.micro_batch_size,
     )
+
+
+def prompts_remark(prompts: PromptSet, reference: Reference) -> str:
+    """One line on a run's prompts: how many, and of how many no text encoder sees the end."""
+    try:
+        cut = reference.cut(prompts)
+    except UserError:  # `check` counts published models on their configurations alone
+        return f"{prompts}; how many of them are too long is not known here, for want of the tokenizer"
+    first = f", {len(cut)} of them cut before their end, such as {shorten(cut[0], 60, placeholder=' ...')!r}" if cut else ""
+    return f"{prompts}{first}"
 
 
 def rounding_remark(experiment: Experiment, reference: Reference) -> str | None:

@@ -40,6 +40,7 @@ from diffinstruct.training.build import (
     make_step_config,
     make_train_state,
     open_reference,
+    prompts_remark,
     resolve_device,
     rounding_remark,
 )
@@ -148,6 +149,8 @@ class Trainer:
         if (lost := self.start_error) is not None:
             text = f"the low-rank start keeps all but {lost:.1%} of its difference from the reference"
             self.run_log.event(0, "start", f"generator.init_rank: {text}")
+        if self.ranks.first:  # 100,000 prompts take seconds
+            self.run_log.event(0, "prompts", prompts_remark(self.prompts, self.reference))
         if remark := rounding_remark(self.experiment, self.reference):
             self.run_log.event(0, "precision", remark)
         self.run_log.grid(0, self.grid.columns(self.state.train_state.ema))
