@@ -56,9 +56,9 @@ class PromptConditions:
         known = self._known(list(dict.fromkeys(prompts)))
         return {key: self._joined([known[prompt][key] for prompt in prompts]) for key in known[prompts[0]]}
 
-    def _joined(self, rows: Sequence[Tensor]) -> Tensor:
+    def _joined(self, rows: list[Tensor]) -> Tensor:
         shape, locked = (len(rows), *rows[0].shape[1:]), self._device.type == "cuda"
-        return torch.cat(rows, out=torch.empty(shape, dtype=rows[0].dtype, pin_memory=locked))  # type: ignore[call-overload]
+        return torch.cat(rows, out=torch.empty(shape, dtype=rows[0].dtype, pin_memory=locked))
 
     def _known(self, prompts: Sequence[str | None]) -> dict[str | None, Conditions]:
         if self.stored:
