@@ -137,13 +137,14 @@ def commit(source: str) -> str:
 
 def _read_of_text_part(folder: Path, kind: str) -> list[Path]:
     """The files that transformers reads of a tokenizer or text encoder of class `kind`."""
-    names = {CONFIG_NAME, SAFE_WEIGHTS_NAME}
     if vocabulary := getattr(getattr(transformers, kind), "vocab_files_names", None):
         names = {*vocabulary.values(), *TOKENIZER_FILES}
+    elif (folder / SAFE_WEIGHTS_NAME).exists():
+        names = {CONFIG_NAME, SAFE_WEIGHTS_NAME}
     elif (folder / SAFE_WEIGHTS_INDEX_NAME).exists():  # it is several files
         index = read_source(lambda path: json.loads(Path(path).read_text()), str(folder / SAFE_WEIGHTS_INDEX_NAME))
         names = {CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, *index["weight_map"].values()}
-    elif not (folder / SAFE_WEIGHTS_NAME).exists():  # half-precision ones alone
+    else:  # half-precision ones alone
         names = {CONFIG_NAME, *(file.name for file in folder.glob("model.*.safetensors"))}
     return [folder / name for name in names if (folder / name).is_file()]
 
