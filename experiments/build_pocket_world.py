@@ -150,7 +150,7 @@ def _style(name: str) -> object:
         from dicebear import Style
 
         path = Path(dicebear.__file__).parent.parent / "dicebear_styles" / f"{name}.json"
-        _STYLES[name] = Style(json.loads(path.read_text()))
+        _STYLES[name] = Style(json.loads(path.read_text(encoding="utf-8")))
     return _STYLES[name]
 
 
@@ -272,8 +272,8 @@ def make_tokenizer(work: Path) -> CLIPTokenizer:
     letters = "abcdefghijklmnopqrstuvwxyz-,.0123456789"  # any text stays encodable, letter by letter
     pieces = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     tokens = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n", encoding="utf-8")
     tokenizer = CLIPTokenizer(
         vocab=str(folder / "vocab.json"),
         merges=str(folder / "merges.txt"),
@@ -527,7 +527,9 @@ def stage_classifier(work: Path, steps: int = 700, batch: int = 64) -> None:
         predicted = torch.cat([part[a] for part in logits]).argmax(1)
         scores[a] = float((predicted == torch.tensor([names.index(v) for v in table[a]])).float().mean())
     print("classifier on held-out renders", scores, flush=True)
-    (work / "classifier.json").write_text(json.dumps({"held_out_renders": len(x), "accuracy": scores}, indent=2))
+    (work / "classifier.json").write_text(
+        json.dumps({"held_out_renders": len(x), "accuracy": scores}, indent=2), encoding="utf-8"
+    )
     if min(scores.values()) < 0.98:
         raise SystemExit(f"the classifier is no judge of truth yet: {scores}")
     model.save(work / "classifier")
@@ -656,7 +658,7 @@ def train_preference(
     model.save_pretrained(work / name)
     tokenizer.save_pretrained(work / name)
     (work / name / "preprocessor_config.json").write_text(
-        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"shortest_edge": SIZE}})
+        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"shortest_edge": SIZE}}), encoding="utf-8"
     )
 
 
@@ -735,7 +737,8 @@ def stage_reference(work: Path) -> None:
     right = named.groupby("kind")[[f"accuracy/{a}" for a in ATTRIBUTES]].mean()
     print(f"reference, 50 steps, {len(named)} held-out prompts\n{right}", flush=True)
     (work / "reference.json").write_text(
-        json.dumps({"prompts": len(named), "guidance_scale": GUIDANCE_SCALE, "accuracy": right.to_dict()}, indent=2)
+        json.dumps({"prompts": len(named), "guidance_scale": GUIDANCE_SCALE, "accuracy": right.to_dict()}, indent=2),
+        encoding="utf-8",
     )
 
 
@@ -758,8 +761,10 @@ def stage_distill(work: Path, steps: int = 240) -> None:
     unet = UNet2DConditionModel.from_pretrained(result.export / "unet")
     unet.to(torch.float16).save_pretrained(POCKET / "generator")
     config = POCKET / "generator" / "config.json"
-    kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}  # a path of this machine
-    config.write_text(json.dumps(kept, indent=2) + "\n")
+    kept = {
+        k: v for k, v in json.loads(config.read_text(encoding="utf-8")).items() if k != "_name_or_path"
+    }  # a path of this machine
+    config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 STAGES = {

@@ -28,7 +28,7 @@ RESULTS = HERE.parent / "docs" / "results"
 def evaluate_watched(experiment: Experiment, folder: Path, every: int = 1) -> dict[str, float]:
     """What the evaluation measures, the step of the first alarm (NaN: none), and each figure of each probe as
     `overoptimization/x@step`."""
-    records = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines() if line]
+    records = [json.loads(line) for line in (folder / "journal.jsonl").read_text(encoding="utf-8").splitlines() if line]
     probes = {
         f"{key}@{record['step']}": value
         for record in records

@@ -84,7 +84,7 @@ def report(recipe: Experiment, trained: dict[str, Path], folder: Path) -> None:
             f"attributes right {right}"
         )
         print(lines[-1])
-    (folder / "table.md").write_text("\n\n".join(lines) + "\n")
+    (folder / "table.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     draw(prompts, pictures, folder / "grid.png")
     attach(folder / "di-star", folder / "table.md", folder / "grid.png")
     print(f"table {folder / 'table.md'}  pictures {folder / 'grid.png'}")

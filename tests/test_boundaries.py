@@ -157,3 +157,30 @@ def test_a_planted_import_outside_the_package_is_found(path, source, offence):
 )
 def test_a_rightful_import_is_not(path, source):
     assert offences(Path(path), source) == []
+
+
+# ------------------------------------------------------------------------------------------ files are UTF-8
+def locale_dependent(source: str) -> list[int]:
+    """The lines that read or write text in whatever encoding the machine's locale has."""
+    found = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        if name not in ("read_text", "write_text", "open") or any(keyword.arg == "encoding" for keyword in call.keywords):
+            continue
+        if name == "open":
+            owner = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else "builtins"
+            others = {"Image", "os", "trials", "self.state.rewards", "tarfile"}  # whose `open` is another thing
+            modes = [
+                value.value for value in (*call.args, *(k.value for k in call.keywords)) if isinstance(value, ast.Constant)
+            ]
+            if owner in others or any(isinstance(mode, str) and set(mode) <= set("rwab+x") and "b" in mode for mode in modes):
+                continue
+        found.append(call.lineno)
+    return found
+
+
+def test_all_text_files_are_utf_8() -> None:
+    files = [file for room in ("platform", "reward_models", "experiments") for file in (ROOT / room).rglob("*.py")]
+    assert len(files) > 100
+    assert not {str(file): lines for file in files if (lines := locale_dependent(file.read_text(encoding="utf-8")))}
+    assert locale_dependent("path.read_text()\nopen(path)\nopen(path, 'rb')\npath.open('w', encoding='utf-8')") == [1, 2]

@@ -63,7 +63,7 @@ class Busy(UserError):
 def only_writer(folder: Path, patience: float = 0.0, name: str = LOCK) -> Iterator[None]:
     """Holds a run's folder for the block. Raises Busy if another process still does after `patience` seconds. Who has
     any waits for OUTLIVES_S where the other one is on another machine, which may be gone."""
-    with (folder / name).open("a+") as file:
+    with (folder / name).open("a+", encoding="utf-8") as file:
         began, told = time.monotonic(), False
         while not locked(file):
             file.seek(0)

@@ -1,5 +1,6 @@
 """The face: answers at once, says in one line what the user can mend, and hands the rest to the runners."""
 
+import io
 import os
 import re
 import resource
@@ -25,6 +26,8 @@ from diffinstruct.locks import COMMAND, LOCK, only_writer
 from diffinstruct.method.rewards import RewardError
 from diffinstruct.planning.footprint import Footprint
 from diffinstruct.run_folder.location import folder_of_run
+
+ROOT = Path(__file__).parents[2]
 
 TINY = """\
 name: tiny
@@ -199,6 +202,15 @@ def test_a_run_that_stops_says_why_and_how_it_goes_on(file, tmp_path, runners, m
         assert err.startswith(said)
         how = "".join(f"diffinstruct train {run}/experiment.yaml --resume {run} --local\n" for run in folders)
         assert err.endswith(how or said)
+
+
+def test_a_terminal_that_lacks_a_character_is_no_failure(tmp_path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    page = tmp_path / "\N{CAT FACE}.html"
+    assert main(["report", f"{ROOT}/docs/results/pocket_study.csv", "-o", str(page)]) == 0 and page.is_file()
+    terminal.flush()
+    assert terminal.buffer.getvalue().decode() == f"{tmp_path}/\\U0001f431.html\n"
 
 
 def test_a_folder_that_cannot_be_made_is_said(file, tmp_path, runners, capsys):

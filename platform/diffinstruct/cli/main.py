@@ -6,6 +6,7 @@ Heavy packages are imported inside the commands: `--help` and a mistake in the c
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append(here)  # where a reward of one's own may lie; `python -m diffinstruct` has it there already
     from diffinstruct.locks import FULL
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack what stands in a prompt or a name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # typer's own handling would print usage errors in several lines
         status = typer.main.get_command(app).main(arguments, prog_name="diffinstruct", standalone_mode=False)

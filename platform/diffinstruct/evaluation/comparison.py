@@ -73,7 +73,7 @@ class Comparison:
             page.save(out, self.page())
             return
         generators.save(self.evaluations, out)
-        (out / "table.md").write_text(self.text())
+        (out / "table.md").write_text(self.text(), encoding="utf-8")
         plots.picture_grid(self.prompts, self.pictures, out / "pictures.png")
 
 

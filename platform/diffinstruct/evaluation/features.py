@@ -63,13 +63,15 @@ class AttributeClassifier(nn.Module):
 
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file(self.state_dict(), Path(folder, "model.safetensors"))
-        Path(folder, "config.json").write_text(json.dumps({"classes": self.classes, "pixels": self.pixels}, indent=2) + "\n")
+        Path(folder, "config.json").write_text(
+            json.dumps({"classes": self.classes, "pixels": self.pixels}, indent=2) + "\n", encoding="utf-8"
+        )
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
         """Read what `save` wrote: frozen, in evaluation mode, on the CPU."""
         from safetensors.torch import load_file
 
-        classifier = cls(**json.loads(Path(folder, "config.json").read_text()))
+        classifier = cls(**json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
         classifier.load_state_dict(load_file(Path(folder, "model.safetensors")))
         return classifier.eval().requires_grad_(False)

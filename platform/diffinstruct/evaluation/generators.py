@@ -125,7 +125,7 @@ def report(evaluations: Mapping[str, Evaluation]) -> str:
 def save(evaluations: Mapping[str, Evaluation], folder: Path) -> None:
     """`table.md`, and for each generator one row a prompt in `<name>.csv`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(report(evaluations))
+    (folder / "table.md").write_text(report(evaluations), encoding="utf-8")
     for name, evaluation in evaluations.items():
         evaluation.table.to_csv(folder / f"{name}.csv", index=False)
 

@@ -72,7 +72,9 @@ class Embeddings:
 
     def add(self, made: Iterable[tuple[str | None, Conditions]]) -> None:
         """Add prompts with their conditions, batch size 1. Raises UserError where the folder cannot be written."""
-        self._write(self.folder / SOURCE, lambda path: path.write_text(json.dumps(self.source, indent=2) + "\n"))
+        self._write(
+            self.folder / SOURCE, lambda path: path.write_text(json.dumps(self.source, indent=2) + "\n", encoding="utf-8")
+        )
         for prompt, conditions in made:
             self._write(self._file(prompt), partial(save_file, _without_padding(conditions)))
 

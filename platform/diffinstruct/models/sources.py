@@ -142,7 +142,9 @@ def _read_of_text_part(folder: Path, kind: str) -> list[Path]:
     elif (folder / SAFE_WEIGHTS_NAME).exists():
         names = {CONFIG_NAME, SAFE_WEIGHTS_NAME}
     elif (folder / SAFE_WEIGHTS_INDEX_NAME).exists():  # it is several files
-        index = read_source(lambda path: json.loads(Path(path).read_text()), str(folder / SAFE_WEIGHTS_INDEX_NAME))
+        index = read_source(
+            lambda path: json.loads(Path(path).read_text(encoding="utf-8")), str(folder / SAFE_WEIGHTS_INDEX_NAME)
+        )
         names = {CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, *index["weight_map"].values()}
     else:  # half-precision ones alone
         names = {CONFIG_NAME, *(file.name for file in folder.glob("model.*.safetensors"))}

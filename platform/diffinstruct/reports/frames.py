@@ -360,7 +360,7 @@ def _run(folder: Path) -> dict[str, Any]:
     for name in ("metrics.json", "examination.json", "evaluation.json"):  # the second is what version 0.1 wrote
         if (file := folder / name).exists():
             try:
-                found = json.loads(file.read_text())
+                found = json.loads(file.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise UserError(f"{file}: not JSON: {error}") from None
             if not isinstance(found, dict):

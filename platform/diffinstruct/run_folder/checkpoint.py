@@ -114,7 +114,7 @@ class CheckpointStore:
 
         def write() -> None:
             save_file(tensors, own_file)
-            own_file.with_suffix(".json").write_text(json.dumps(_fingerprint(own_file)))
+            own_file.with_suffix(".json").write_text(json.dumps(_fingerprint(own_file)), encoding="utf-8")
             flush(own_file)
 
         def end() -> None:
@@ -174,7 +174,7 @@ class CheckpointStore:
                 os.link(source / name, file)
             except OSError:  # another disk, or one without links
                 shutil.copyfile(source / name, file)
-            file.with_suffix(".json").write_text(json.dumps(written))
+            file.with_suffix(".json").write_text(json.dumps(written), encoding="utf-8")
             flush(file)
 
     def _temporary(self, step: int) -> Path:
@@ -190,11 +190,11 @@ class CheckpointStore:
     def _rename_into_place(self, step: int, tree: Any, files: list[str], best: int | None) -> None:
         final, temporary = self.folder / f"step-{step:08d}", self._temporary(step)
         replaced = final.with_suffix(".old")
-        (temporary / TREE).write_text(json.dumps({"step": step, "files": len(files), "state": tree}))
+        (temporary / TREE).write_text(json.dumps({"step": step, "files": len(files), "state": tree}), encoding="utf-8")
         manifest = {TREE: _fingerprint(temporary / TREE)}
         for name in files:  # as each has seen its own: to read them all again would take long
             fingerprint = (temporary / name).with_suffix(".json")
-            manifest[name] = json.loads(fingerprint.read_text())
+            manifest[name] = json.loads(fingerprint.read_text(encoding="utf-8"))
             fingerprint.unlink()
         (temporary / MANIFEST).write_bytes(_manifest_bytes(manifest))
         for path in (temporary / TREE, temporary / MANIFEST, temporary):

@@ -45,7 +45,7 @@ class StudyResult:
     def say(self, text: str) -> None:
         """Print, and write below what was said before."""
         print(text)
-        with self.text.open("a") as file:
+        with self.text.open("a", encoding="utf-8") as file:
             file.write(f"{text}\n")
 
     def differences(self, recipe: str, measures: Mapping[str, str]) -> None:

@@ -147,7 +147,7 @@ class Trials:
         self._write({"trial": i, "point": dict(point), "run": run})
 
     def _write(self, line: dict[str, Any]) -> None:
-        with self.ledger.open("a") as file:
+        with self.ledger.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def number(self, tune_id: str, config: Mapping[str, Any]) -> int:
@@ -155,8 +155,8 @@ class Trials:
         known = self.folder / "ray" / f"{tune_id}.number"
         if not known.exists():
             known.parent.mkdir(parents=True, exist_ok=True)
-            known.write_text(str(config["trial"]))
-        return int(known.read_text())
+            known.write_text(str(config["trial"]), encoding="utf-8")
+        return int(known.read_text(encoding="utf-8"))
 
     def point(self, i: int) -> Point:
         return self.known[i][0]
@@ -178,7 +178,7 @@ class Trials:
         row: dict[str, Any] = {**self.point(i), "run": str(self.run_folder(i))}
         for file in (self.run_folder(i) / "metrics.json", evaluation_file(self.run_folder(i))):
             if file.exists():
-                row |= json.loads(file.read_text())
+                row |= json.loads(file.read_text(encoding="utf-8"))
         return row
 
     def table(self) -> pd.DataFrame:
@@ -224,7 +224,7 @@ class Trial:
             values = {key: value for key, value in evaluation.items() if key.rpartition(".")[2] not in ("low", "high", "n")}
             step = self.trials.row(i)["step"]
             add_evaluation(self.folder, experiment.tracking.uri, step, values, experiment.tracking.also)
-            file.with_suffix(".tmp").write_text(json.dumps(evaluation, indent=2) + "\n")
+            file.with_suffix(".tmp").write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
             file.with_suffix(".tmp").replace(file)
         metrics = report | {k: v for k, v in self.trials.row(i).items() if isinstance(v, int | float)}
         if report or not self.population:  # weights that were taken over at the last step were not looked at again
@@ -268,7 +268,9 @@ class Trial:
             return
         with tempfile.TemporaryDirectory() as folder:
             if self.population:  # whoever takes over this trial's weights finds them by this; Tune only passes it on
-                (Path(folder) / "run.json").write_text(json.dumps({"trial": self.number, "run": self.folder.name}))
+                (Path(folder) / "run.json").write_text(
+                    json.dumps({"trial": self.number, "run": self.folder.name}), encoding="utf-8"
+                )
             checkpoint = tune.Checkpoint.from_directory(folder) if self.population else None
             tune.report({**metrics, "score": criterion.score(metrics)}, checkpoint=checkpoint)
 
@@ -279,7 +281,7 @@ class Trial:
         if (told := tune.get_checkpoint()) is None:
             return
         with told.as_directory() as folder:
-            donor = json.loads((Path(folder) / "run.json").read_text())
+            donor = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
         if donor["trial"] == i and dict(self.trials.point(i)) == point:
             return
         before, experiment = self.trials.run_folder(i), changed(self.trials.base, point)

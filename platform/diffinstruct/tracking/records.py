@@ -194,5 +194,5 @@ def read_json(path: Path) -> dict[str, Any]:
 def replace_json(path: Path, content: dict[str, Any]) -> None:
     """Replaces a file by a JSON object. At no moment is it half written."""
     temporary = path.with_name(f"{path.name}.{threading.get_native_id()}.tmp")  # two may deliver the same journal
-    temporary.write_text(json.dumps(content))
+    temporary.write_text(json.dumps(content), encoding="utf-8")
     temporary.replace(path)

@@ -156,6 +156,6 @@ def change(experiment: Experiment, folder: Path, keys: Collection[str]) -> int |
 def keep_configuration(experiment: Experiment, folder: Path) -> None:
     """Write the run's experiment.yaml, whole or not at all."""
     passing = folder / "experiment.yaml.tmp"
-    passing.write_text(experiment.without_secrets().to_yaml())
+    passing.write_text(experiment.without_secrets().to_yaml(), encoding="utf-8")
     flush(passing)  # or a power cut leaves an empty one
     passing.replace(folder / "experiment.yaml")

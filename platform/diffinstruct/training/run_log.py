@@ -129,7 +129,7 @@ class RunLog:
 
         folder = export(self.experiment.reference.model, ema, self.folder / "export")
         table = self.folder / "metrics.json"
-        table.write_text(json.dumps({"step": step, **metrics}, indent=2) + "\n")
+        table.write_text(json.dumps({"step": step, **metrics}, indent=2) + "\n", encoding="utf-8")
         self.tracker.artifact(table)
         self.tracker.finish("FINISHED")
         if best_step < step:
