@@ -69,7 +69,8 @@ def test_a_run_looks_at_the_cluster_and_prints(monkeypatch, capsys):
     monkeypatch.setattr(waiting, "LOOK_EVERY_S", 0.001)
     monkeypatch.setattr("ray.available_resources", dict)
     monkeypatch.setattr("ray.cluster_resources", has)
-    with waiting.waits_said(ClusterConfig(workers=4), 1):
+    with waiting.waits_said(ClusterConfig(workers=4), 1) as begun:
+        begun()
         assert over.wait(60)
     first, last = capsys.readouterr().out.splitlines()
     assert first == "waiting for machines: asks for 5 CPU; Ray has 1 CPU, free 0 CPU" and last.startswith("the machines are")
