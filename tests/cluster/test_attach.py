@@ -141,7 +141,7 @@ def test_a_job_has_the_hubs_folder_of_its_runtime_environment_and_its_machines_t
     (tmp_path / "env.yaml").write_text(re.sub(r"^  # (?=HF_HOME)", "  ", text, flags=re.MULTILINE))
     ask = "import os; print('has', os.environ['HF_HOME'], os.environ['HF_TOKEN'])"
     shell = {**cluster, "HF_TOKEN": "hf_of_the_shell"}
-    done = ray(shell, "job", "submit", "--runtime-env", str(tmp_path / "env.yaml"), "--", "python", "-c", shlex.quote(ask))
+    done = ray(shell, "job", "submit", "--runtime-env", str(tmp_path / "env.yaml"), "--", "python", "-c", ask)
     assert "has /mnt/shared/huggingface hf_of_the_machine" in done.stdout, done.stdout + done.stderr
 
 
