@@ -65,7 +65,8 @@ def test_what_a_training_process_was_lost_by_is_told_and_too_much_memory_ends_th
     """Train polls its workers, and says that a poll has failed."""
     killed = OutOfMemoryError("Task was killed due to the node running low on memory.\nMemory on the node (IP: 10.0.0.7) ...")
     lost = WorkerHealthCheckFailedError("A worker health check failed.", killed)
-    assert ray_private.failure_of_poll(lost) is killed and ray_private.failure_of_poll(killed) is None
+    assert ray_private.failure_of_poll(lost) is killed
+    assert ray_private.failure_of_poll(WorkerCrashedError()) is None
     with pytest.raises(
         UserError, match=r"^out of memory on a machine, [^\n]*IP: 10.0.0.7[^\n]*; fewer cluster.workers [^\n]*$"
     ):
