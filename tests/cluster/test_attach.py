@@ -58,6 +58,7 @@ def cluster():
         # where `ray job` looks; by default that is port 8265
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "RAY_worker_niceness": "0",
+        "HF_TOKEN": "hf_of_the_machine",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         **BUSY,
     }
@@ -133,6 +134,15 @@ def test_a_job_from_the_working_directory_works_as_the_readme_says(cluster, tmp_
     first = next(line for line in done.stdout.splitlines() if line.startswith(f"run {run} "))
     # The job's copy of the code, not this checkout.
     assert re.search(rf"  ray {described(cluster)}  code \S*/working_dir_files/\S*/platform/diffinstruct$", first), first
+
+
+def test_a_job_has_the_hubs_folder_of_its_runtime_environment_and_its_machines_token(cluster, tmp_path):
+    text = (ROOT / "runtime_env.yaml").read_text()
+    (tmp_path / "env.yaml").write_text(re.sub(r"^  # (?=HF_HOME)", "  ", text, flags=re.MULTILINE))
+    ask = "import os; print('has', os.environ['HF_HOME'], os.environ['HF_TOKEN'])"
+    shell = {**cluster, "HF_TOKEN": "hf_of_the_shell"}
+    done = ray(shell, "job", "submit", "--runtime-env", str(tmp_path / "env.yaml"), "--", "python", "-c", ask)
+    assert "has /mnt/shared/huggingface hf_of_the_machine" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_stopped_job_is_given_the_time_to_save(cluster, tmp_path):

@@ -4,8 +4,10 @@ cloud."""
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
+import pathspec
 import pytest
 import yaml
 from tiny.autoscaler import prepare_config, started_nodes, validate_config
@@ -46,6 +48,24 @@ def test_a_cluster_asks_for_the_token_shows_nothing_outside_and_gives_a_stopped_
     assert content["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
     mounted = [local for local in content["file_mounts"].values() if not local.startswith("~")]
     assert mounted and all((ROOT / local).is_file() for local in mounted)
+
+
+def test_no_weights_but_the_pocket_worlds_travel_with_a_job():
+    """Ray takes 512 MiB at most."""
+    excludes = yaml.safe_load((ROOT / "runtime_env.yaml").read_text())["excludes"]
+    spec = pathspec.PathSpec.from_lines("gitwildmatch", excludes)
+    heavy = ["models/a.safetensors", "b.ckpt", "deep/down/c.bin", "embeddings/x/0a.safetensors", "runs/r/journal.jsonl", "d.pt"]
+    assert [path for path in heavy if not spec.match_file(path)] == []
+    listed = subprocess.run(
+        ["git", "ls-files", "platform", "reward_models", "experiments"], cwd=ROOT, capture_output=True, text=True
+    )
+    needed = listed.stdout.splitlines()
+    assert len(needed) > 100 and [path for path in needed if spec.match_file(path)] == []
+
+
+@pytest.mark.parametrize("file", [AWS, OWN], ids=lambda file: file.stem)
+def test_each_machine_has_the_hubs_downloads_and_token_in_the_shared_folder(file):
+    assert any("HF_HOME=/mnt/shared/huggingface" in command for command in yaml.safe_load(file.read_text())["setup_commands"])
 
 
 IMAGES = {

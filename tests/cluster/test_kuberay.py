@@ -72,7 +72,8 @@ SHARED = ["-s", "cluster.rewards.gpus=0.25", "-s", "cluster.rewards.replicas=6",
         GPUS,
         [*GPUS, *SHARED],
         ["-s", "cluster.rewards.placement=process"],
-        ["--resume", "/mnt/runs/r"],
+        [*GPUS, "--workers-per-pod", "2"],
+        ["--resume", "/mnt/shared/runs/r"],
         ["-s", "tracking.uri=http://tracking.example:5000"],
         ["-s", "tracking.uri=databricks"],
     ],
@@ -105,16 +106,55 @@ def test_a_planted_mistake_is_caught_by_the_schema(schema, capsys, path, value):
 
 
 def test_pods_are_what_the_cluster_section_asks_for(capsys):
-    """Four GPU workers with a pod each; four reward actors share a GPU, so six of them are two pods."""
+    """Four GPU workers in a pod; four reward actors share a GPU, so six of them are two pods."""
     config_map, job = rendered(capsys, *GPUS, *SHARED)
     head, trainers, rewards = pods(job)
     assert head == (1, {"cpu": "2"}, {"num-cpus": "0"})
-    assert trainers[:2] == (4, {"cpu": "6", "nvidia.com/gpu": "1"})
+    assert trainers[:2] == (1, {"cpu": "24", "nvidia.com/gpu": "4"})
     assert rewards[:2] == (2, {"cpu": "4", "nvidia.com/gpu": "1"})
     told = [json.loads(*shlex.split(start["resources"])) for _, _, start in (trainers, rewards)]  # as a shell reads it
-    assert told == [{"trainer": 1}, {"judge": 2}]
+    assert told == [{"trainer": 4}, {"judge": 2}]
     asked = yaml.safe_load(config_map["data"]["experiment.yaml"])["cluster"]
     assert (asked["worker_resources"], asked["rewards"]["resources"]) == ({"trainer": 1}, {"judge": 0.5})
+
+
+SHARDED = ["cluster.workers=16", "global_batch_size=48", "cluster.fully_shard=true"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "trainers"),
+    [
+        (["-s", "cluster.workers=16"], (2, {"cpu": "8", "nvidia.com/gpu": "8"}, 8)),
+        (["-s", "cluster.workers=12", "-s", "global_batch_size=12"], (2, {"cpu": "6", "nvidia.com/gpu": "6"}, 6)),
+        (["-s", "cluster.workers=16", "--workers-per-pod", "1"], (16, {"cpu": "1", "nvidia.com/gpu": "1"}, 1)),
+        (["-s", "cluster.workers=16", "--workers-per-pod", "16"], (1, {"cpu": "16", "nvidia.com/gpu": "16"}, 16)),
+        (
+            [*(part for key in SHARDED for part in ("-s", key)), "-s", "cluster.shard_degree=4"],
+            (4, {"cpu": "4", "nvidia.com/gpu": "4"}, 4),
+        ),
+    ],
+)
+def test_a_pod_has_as_many_training_processes_as_gpus_so_that_they_share_its_nvlink(capsys, arguments, trainers):
+    _, job = rendered(capsys, "-s", "cluster.use_gpu=true", *arguments)
+    _, (replicas, limits, start), *_ = pods(job)
+    assert (replicas, limits, json.loads(*shlex.split(start["resources"]))["trainer"]) == trainers
+
+
+def test_without_gpus_a_pod_has_one_training_process(capsys):
+    _, job = rendered(capsys, "-s", "cluster.workers=4")
+    assert pods(job)[1][:2] == (4, {"cpu": "1"})
+
+
+def test_downloads_lie_in_the_claim_and_the_hubs_token_is_a_reference_to_the_secret(capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_hidden")
+    for arguments, folder in ([[], "/mnt/shared"], [["-s", "output_dir=/data"], "/data"]):
+        documents = rendered(capsys, *arguments)
+        assert "hf_hidden" not in yaml.safe_dump_all(documents)
+        for group in spec_groups(documents[1]):
+            (container,) = group["template"]["spec"]["containers"]
+            assert {"name": "HF_HOME", "value": f"{folder}/huggingface"} in container["env"]
+            assert "HF_TOKEN" not in {entry["name"] for entry in container["env"]}  # it would hide the secret's
+            assert container["envFrom"] == [{"secretRef": {"name": SECRET, "optional": True}}]
 
 
 def test_without_reward_actors_there_is_no_group_for_them(capsys):
@@ -123,9 +163,9 @@ def test_without_reward_actors_there_is_no_group_for_them(capsys):
 
 
 def test_the_job_is_the_train_command_on_the_recipe_and_its_runs_lie_in_the_claim(capsys, tmp_path):
-    config_map, job = rendered(capsys, "-s", "name=a.B", "--claim", "team.runs", "--resume", "/mnt/runs/it's")
+    config_map, job = rendered(capsys, "-s", "name=a.B", "--claim", "team.runs", "--resume", "/mnt/shared/runs/it's")
     command = shlex.split(job["spec"]["entrypoint"])
-    assert command[:4] == ["python", "-m", "diffinstruct", "train"] and command[5:] == ["--resume", "/mnt/runs/it's"]
+    assert command[:4] == ["python", "-m", "diffinstruct", "train"] and command[5:] == ["--resume", "/mnt/shared/runs/it's"]
     (tmp_path / "experiment.yaml").write_text(config_map["data"]["experiment.yaml"])
     experiment = load(tmp_path / "experiment.yaml")
     assert experiment.config_hash == load(RECIPE, ["name=a.B"]).config_hash
@@ -135,11 +175,11 @@ def test_the_job_is_the_train_command_on_the_recipe_and_its_runs_lie_in_the_clai
         volumes = {volume.pop("name"): volume for volume in copy.deepcopy(template["volumes"])}
         assert command[4] == f"{mounts['experiment']}/experiment.yaml"
         assert volumes["experiment"] == {"configMap": {"name": config_map["metadata"]["name"]}}
-        assert mounts["runs"] == experiment.output_dir == "/mnt/runs"
-        assert volumes["runs"] == {"persistentVolumeClaim": {"claimName": "team.runs"}}
+        assert (mounts["shared"], experiment.output_dir) == ("/mnt/shared", "/mnt/shared/runs")
+        assert volumes["shared"] == {"persistentVolumeClaim": {"claimName": "team.runs"}}
     _, job = rendered(capsys, "-s", "output_dir=/data/runs")
     (container,) = spec_groups(job)[0]["template"]["spec"]["containers"]
-    assert {"name": "runs", "mountPath": "/data/runs"} in container["volumeMounts"]
+    assert {"name": "shared", "mountPath": "/data/runs"} in container["volumeMounts"]
 
 
 def spec_groups(job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -176,7 +216,18 @@ def test_names_are_such_as_kubernetes_takes(name):
     [
         (["--image", "two words"], r"--image: should be as .*, got 'two words'"),
         (["--image", "UPPER:bad:tag/"], r"--image: should be as registry\.example/diffinstruct:1, got 'UPPER:bad:tag/'"),
-        (["--resume", "runs/one"], r"--resume: should lie in /mnt/runs, where the claim is mounted, got 'runs/one'"),
+        (["--resume", "runs/one"], r"--resume: should lie in /mnt/shared, where the claim is mounted, got 'runs/one'"),
+        (["-s", "prompts.embeddings=/tmp/e"], r"prompts\.embeddings: should lie in /mnt/shared, .*'/tmp/e'"),
+        (["-s", "prompts.embeddings=e"], r"prompts\.embeddings: should be an absolute path, of the claim .*, got 'e'"),
+        (
+            ["-s", "reference.model=a/b", "-s", "generator.init_from=m/a.safetensors"],
+            r"generator\.init_from: should be an absolute path, of the claim .*, got 'm/a\.safetensors'",
+        ),
+        (["-s", "prompts.train=t.txt"], r"prompts\.train: should be an absolute path, .*, got 't\.txt'"),
+        (
+            ["-s", "cluster.workers=4", "--workers-per-pod", "3"],
+            r"--workers-per-pod: should divide cluster\.workers \(4\), got 3",
+        ),
         (
             ["-s", "output_dir=/data", "-s", "tracking.uri=sqlite:////tmp/m.db"],
             r"tracking\.uri: should lie in /data, .*'/tmp/m\.db'",

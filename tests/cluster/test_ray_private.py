@@ -12,9 +12,14 @@ from types import SimpleNamespace
 import pytest
 from ray import tune
 from ray._private.state import GlobalState  # this file says what ray_private.py may rely on
+from ray.exceptions import OutOfMemoryError, WorkerCrashedError
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 
 from diffinstruct.cluster import ray_private
+from diffinstruct.cluster.failures import NoSecondTry, final_error
+from diffinstruct.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / "platform" / "diffinstruct" / "cluster" / "ray_private.py"
@@ -54,6 +59,20 @@ def test_functions_take_what_they_are_given(function, arguments, keywords):
 
 def test_the_state_is_of_the_class_whose_methods_are_called():
     assert isinstance(ray_private.state, GlobalState)
+
+
+def test_what_a_training_process_was_lost_by_is_told_and_too_much_memory_ends_the_run():
+    """Train polls its workers, and says that a poll has failed."""
+    killed = OutOfMemoryError("Task was killed due to the node running low on memory.\nMemory on the node (IP: 10.0.0.7) ...")
+    lost = WorkerHealthCheckFailedError("A worker health check failed.", killed)
+    assert ray_private.failure_of_poll(lost) is killed
+    assert ray_private.failure_of_poll(WorkerCrashedError()) is None
+    with pytest.raises(
+        UserError, match=r"^out of memory on a machine, [^\n]*IP: 10.0.0.7[^\n]*; fewer cluster.workers [^\n]*$"
+    ):
+        NoSecondTry().after_exception(None, {1: lost})
+    assert isinstance(final_error(WorkerGroupError("", {1: lost})), UserError)
+    NoSecondTry().after_exception(None, {1: WorkerHealthCheckFailedError("", WorkerCrashedError())})
 
 
 def test_schedulers_say_what_they_count_and_change():

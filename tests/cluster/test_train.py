@@ -52,16 +52,19 @@ def test_one_worker_gives_the_numbers_of_local(pool, world, tmp_path):
     [
         pytest.param({}, {"micro_batch_size": 3}, marks=pytest.mark.long),
         ({}, {"cluster__fully_shard": True}),
+        pytest.param(
+            {}, {"cluster__fully_shard": True, "cluster__workers": 4, "cluster__shard_degree": 2}, marks=pytest.mark.long
+        ),
         pytest.param({"generator__lora_rank": 4, "score_network__lora_rank": 2}, {}, marks=pytest.mark.long),
     ],
-    ids=["micro-batches", "sharded", "adapters"],
+    ids=["micro-batches", "sharded", "copies", "adapters"],
 )
 def test_two_workers_with_half_the_batch_each_have_the_gradient_of_one(pool, world, tmp_path, adapters, more):
     """beta_1 is 0: the first moment that Adam keeps is the gradient itself. The networks stand still, because Adam makes
     a whole step of a gradient that is 0 but for rounding, and the order of sums is another with two workers."""
     still = {"generator__learning_rate": 1e-12, "score_network__learning_rate": 1e-12, **adapters}
     local.run(world[1](**still), tmp_path / "local")
-    fit(world[1](**still, **more, cluster__workers=2), tmp_path / "ray", pool, "")
+    fit(world[1](**still, **{"cluster__workers": 2, **more}), tmp_path / "ray", pool, "")
     agree(tmp_path / "ray", tmp_path / "local", rel=1e-4)  # a worker counted twice or not at all would show at 0.5
     (_, one), (_, two) = (CheckpointStore(tmp_path / run / "checkpoints").latest() for run in ("local", "ray"))
     for optimizer in ("generator_optimizer", "score_optimizer"):

@@ -163,6 +163,20 @@ def test_a_run_moves_to_other_machines_and_is_the_same(tmp_path):
     assert here.changes(there) == {"cluster.use_gpu": (True, False)}
 
 
+def test_how_many_processes_share_a_copy_is_placement(tmp_path):
+    sharded = {"workers": 8, "fully_shard": True}
+    ours, theirs = (Experiment.model_validate({"cluster": sharded | more}) for more in ({}, {"shard_degree": 4}))
+    assert ours.config_hash == theirs.config_hash and not theirs.changes(ours)
+    for wrong, said in (
+        ({"fully_shard": False}, r"shard_degree: should be none where fully_shard is false, got 4"),
+        ({"workers": 2}, r"shard_degree: should divide cluster.workers \(2\), got 4"),
+        ({"shard_degree": 1}, r"shard_degree: .*2, got 1"),
+    ):
+        text = yaml.safe_dump({"cluster": sharded | {"shard_degree": 4} | wrong})
+        with pytest.raises(ConfigErrors, match=said):
+            load(written(tmp_path, text))
+
+
 # ---------------------------------------------------------------------------------------------------- its mistakes
 def test_all_mistakes_at_once_in_the_order_of_the_lines(tmp_path):
     text = """\

@@ -21,6 +21,7 @@ from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore
 from diffinstruct.run_folder.state_tree import TensorShard
 
 WORLD = 2
+ROLES = ("generator", "ema", "score_network")
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +46,8 @@ def test_two_processes_equal_one_over_ten_alternating_rounds(spread_out) -> None
     said = go(experiment, reference, train_state, range(ROUNDS))
     result = torch.load(folder / "result.pt", weights_only=True)
     for ours, theirs in zip(result["said"], said, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-8)
-    for role in ("generator", "ema", "score_network"):
+        assert ours == pytest.approx(theirs, rel=1e-7)
+    for role in ROLES:
         module = getattr(train_state, role)
         exact = getattr(module, "denoiser", module).network.state_dict()
         ours = result["networks"][f"straight/{role}"]
@@ -62,7 +63,7 @@ def test_two_processes_equal_one_over_ten_alternating_rounds(spread_out) -> None
 def test_a_checkpoint_of_rows_goes_on_to_the_bit(spread_out) -> None:
     _, folder = spread_out
     networks = torch.load(folder / "result.pt", weights_only=True)["networks"]
-    for role in ("generator", "ema", "score_network"):
+    for role in ROLES:
         straight, resumed = (networks[f"{how}/{role}"] for how in ("straight", "resumed"))
         assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
@@ -82,6 +83,59 @@ def test_rows_are_dealt_out_to_however_many_read_them(spread_out, tmp_path) -> N
     (_, again) = CheckpointStore(tmp_path, ranks=Ranks(1, 2)).latest()  # type: ignore[misc]
     (_, once) = CheckpointStore(folder / "checkpoints", ranks=Ranks(1, 2)).latest()  # type: ignore[misc]
     assert all(torch.equal(again["ema"][name].own, rows.own) for name, rows in once["ema"].items())
+
+
+@pytest.fixture(scope="module")
+def copies(spread_out, tmp_path_factory) -> Path:
+    """The folder in which four processes, two copies of two shards each, have left what came of it."""
+    folder = tmp_path_factory.mktemp("copies")
+    torch.multiprocessing.spawn(tiny_sharding.process, (2 * WORLD, spread_out[0], folder, WORLD), 2 * WORLD)
+    return folder
+
+
+def agree(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours.keys() == theirs.keys() and all((ours[name] - value).abs().max() < 1e-6 for name, value in theirs.items())
+
+
+@pytest.mark.long
+def test_two_copies_of_two_shards_equal_one_copy(spread_out, copies) -> None:
+    one, two = (torch.load(folder / "result.pt", weights_only=True) for folder in (spread_out[1], copies))
+    for ours, theirs in zip(two["said"], one["said"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-7)
+    for role in ROLES:
+        agree(two["networks"][f"straight/{role}"], one["networks"][f"straight/{role}"])
+        resumed = two["networks"][f"resumed/{role}"]
+        assert all(torch.equal(resumed[name], value) for name, value in two["networks"][f"straight/{role}"].items())
+    for rank in range(2 * WORLD):  # a shard of a copy, not of all processes
+        assert torch.load(copies / f"rank-{rank}.pt", weights_only=True)["held"] == pytest.approx(1 / WORLD, abs=0.05)
+
+
+@pytest.mark.long
+def test_a_checkpoint_of_copies_has_one_of_them_and_goes_on_with_any_number(spread_out, copies, tmp_path) -> None:
+    experiment, folder = spread_out
+    names = {path.name for path in (copies / "checkpoints/step-00000005").iterdir()}
+    assert names == {path.name for path in (folder / "checkpoints/step-00000005").iterdir()}
+    straight = torch.load(copies / "result.pt", weights_only=True)["networks"]
+    torch.multiprocessing.spawn(tiny_sharding.go_on, (WORLD, experiment, tmp_path, copies / "checkpoints"), WORLD)
+    for role, weights in torch.load(tmp_path / "result.pt", weights_only=True).items():
+        agree(weights, straight[f"straight/{role}"])
+    reference = opened(experiment)
+    train_state = make_state(experiment, reference)
+    _, state = CheckpointStore(copies / "checkpoints").latest()  # type: ignore[misc]
+    train_state.load_state_dict(_whole(state))
+    go(experiment, reference, train_state, range(ROUNDS // 2, ROUNDS))
+    for role in ROLES:
+        module = getattr(train_state, role)
+        agree(getattr(module, "denoiser", module).network.state_dict(), straight[f"straight/{role}"])
+
+
+def _whole(state: Any) -> Any:
+    """A state that one process has read, with full tensors in the place of their only shard."""
+    if isinstance(state, TensorShard):
+        return state.own
+    if isinstance(state, dict):
+        return {key: _whole(value) for key, value in state.items()}
+    return type(state)(map(_whole, state)) if isinstance(state, list | tuple) else state
 
 
 def test_what_one_process_cannot_write_is_nobodys_checkpoint(tmp_path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from math import prod
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from diffinstruct.errors import UserError
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.sharding import blocks
 from diffinstruct.planning import footprint
-from diffinstruct.planning.check import SHAPES, largest_block, make_plan, report, shapes
+from diffinstruct.planning.check import SHAPES, Plan, largest_block, make_plan, report, shapes
 from diffinstruct.training.build import rounding_remark
 
 VAE, CLIP_L = 83_653_863, 123_060_480
@@ -175,3 +177,13 @@ def test_a_table_without_network_weights_or_start(monkeypatch) -> None:
     text, problem = report(Experiment.model_validate(values))
     assert problem == "generator.init_from: no such file or folder: /nowhere.safetensors"
     assert "2567.46" in text and "694.66" in text and "generator's adapter" in text
+
+
+def test_a_sharded_network_is_counted_by_the_processes_that_share_a_copy() -> None:
+    for cluster, shares in (
+        ({"workers": 8}, 1),
+        ({"workers": 8, "fully_shard": True}, 8),
+        ({"workers": 8, "fully_shard": True, "shard_degree": 4}, 4),
+    ):
+        plan: Any = SimpleNamespace(experiment=Experiment.model_validate({"cluster": cluster}))
+        assert Plan.shares.fget(plan) == shares  # type: ignore[attr-defined]

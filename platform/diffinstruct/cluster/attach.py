@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,12 @@ import yaml
 
 import diffinstruct
 from diffinstruct.cluster import ray_private
+from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.inputs import SHARED_PATH, relative_paths
 from diffinstruct.config.sections import ClusterConfig
 from diffinstruct.errors import UserError, did_you_mean
 
 HEAD = "node:__internal_head__"  # a resource that the head has, and no other node
-
-
-def warn_of_passing_copy(path: Path) -> None:
-    """A job's working directory is a copy that Ray clears away."""
-    if "working_dir_files" in path.parts:
-        print(f"{path} lies in Ray's passing copy of the code and will be lost; an absolute path stays", file=sys.stderr)
 
 
 @contextmanager
@@ -92,8 +87,13 @@ def check_fits(asked: ClusterConfig, actors: int) -> None:
             )
     for process, each in (("training worker", asked.per_worker), ("reward actor", asked.per_reward_actor if actors else {})):
         if not any(all(resources.get(kind, 0) >= amount for kind, amount in each.items()) for resources, _ in nodes):
-            of_one = ", ".join(f"{amount:g} {kind}" for kind, amount in each.items() if amount)
+            of_one = listed({kind: amount for kind, amount in each.items() if amount})
             raise UserError(f"cluster: no node has all that one {process} asks for ({of_one})")
+
+
+def listed(resources: Mapping[str, float]) -> str:
+    """Amounts of resources in words."""
+    return ", ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
 
 
 def most_nodes() -> list[tuple[Mapping[str, float], int]] | None:
@@ -101,7 +101,9 @@ def most_nodes() -> list[tuple[Mapping[str, float], int]] | None:
     there = [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
     file = Path("~/ray_bootstrap_config.yaml").expanduser()  # the head of a cluster that `ray up` has made has it
     if file.exists():
-        types = [t for t in yaml.safe_load(file.read_text())["available_node_types"].values() if t["max_workers"]]
+        types = [
+            t for t in yaml.safe_load(file.read_text(encoding="utf-8"))["available_node_types"].values() if t["max_workers"]
+        ]
         if not all(t["resources"] for t in types):
             return None  # machines that one has already: what they declare is known when they have joined
         return [node for node in there if HEAD in node[0]] + [(t["resources"], t["max_workers"]) for t in types]
@@ -109,25 +111,15 @@ def most_nodes() -> list[tuple[Mapping[str, float], int]] | None:
     return [*there, (most, 1)] if most else there
 
 
-def stand_in(folder: str) -> None:
-    """Make relative paths mean what they meant to the driver, where this machine has its folder."""
-    with suppress(FileNotFoundError):
+def stand_in(folder: str, experiment: Experiment | None = None) -> None:
+    """Make relative paths mean what they meant to the driver, where this machine has its folder. Raises UserError where
+    it has not, and the experiment names a file by such a path."""
+    try:
         os.chdir(folder)
-
-
-def worker_task(function: Callable[[], Any], asked: ClusterConfig, folder: str) -> ray.ObjectRef:
-    """Run `function` as in `folder`, in a Ray task of a training process's size; the reference to what it returns."""
-
-    def task() -> Any:
-        import torch
-
-        stand_in(folder)
-        torch.set_num_threads(asked.cpus_per_worker)
-        return function()
-
-    # By default a task inside a trial of Tune's would be put into the trial's own resources
-    options = {**ray_options(asked.per_worker), "scheduling_strategy": "DEFAULT", "max_retries": 3}
-    return ray.remote(task).options(**options).remote()
+    except FileNotFoundError:
+        for key, path in (relative_paths(experiment) if experiment else {}).items():
+            machine = ray.util.get_node_ip_address()
+            raise UserError(f"{key}: {path} is relative to {folder}, which {machine} does not have; {SHARED_PATH}") from None
 
 
 def ray_options(asked: Mapping[str, float]) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError, RayTaskError
 from ray.train import ControllerError, FailureConfig, UserCallback, WorkerGroupError
 
+from diffinstruct.cluster import ray_private
 from diffinstruct.config.addresses import one_line
 from diffinstruct.config.sections import TrackingConfig
 from diffinstruct.errors import UserError
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 FINAL = (UserError, RewardError, NonFiniteGradient, CheckpointError, Paused)  # errors that a second try would raise again
 RESTARTS = FailureConfig(max_failures=3)  # any other error restarts the workers, so many times
 MEMORY_ADVICE = "a smaller micro_batch_size or activation_checkpointing takes less; `diffinstruct check` counts it"
+NODE_ADVICE = (
+    "fewer cluster.workers or cluster.rewards.replicas to a machine, a smaller micro_batch_size or a machine with more takes "
+    "less of it; `diffinstruct check` counts it"
+)
 
 
 class NoSecondTry(UserCallback):
@@ -45,6 +50,12 @@ def final_error(error: BaseException | None) -> Exception | None:
             return final_error(error.controller_failure)
         case WorkerGroupError():
             return next((found for e in error.worker_failures.values() if (found := final_error(e))), None)
+        case OutOfMemoryError():
+            return UserError(
+                f"out of memory on a machine, where Ray ended a process of this run: {one_line(error)}; {NODE_ADVICE}"
+            )
+        case Exception() if (failure := ray_private.failure_of_poll(error)) is not None:
+            return final_error(failure)
         case Exception() if out_of_memory(error):
             return UserError(f"out of memory in a training process: {one_line(error)}; {MEMORY_ADVICE}")
     return None

@@ -1,8 +1,9 @@
 """A run as a manifest for KubeRay: the experiment, and a RayJob whose pods are what its cluster section asks for.
 
-A pod holds one process, or as many as share one GPU. The two groups of pods declare a resource each, so that no reward
-actor takes a training process's place. Nothing secret stands in the manifest: KubeRay makes the cluster's token, and a
-Secret that need not exist holds variables like MLFLOW_TRACKING_URI and HF_TOKEN.
+A pod holds as many training processes as a machine has GPUs, which then speak through NVLink; or one reward actor, or as
+many as share one GPU. The two groups of pods declare a resource each, so that no reward actor takes a training process's
+place. Nothing secret stands in the manifest: KubeRay makes the cluster's token, and a Secret that need not exist holds
+variables like MLFLOW_TRACKING_URI and HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ from typing import Any
 import yaml
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.inputs import relative_paths
+from diffinstruct.config.sections import ClusterConfig
 from diffinstruct.errors import UserError
 
 SECRET = "diffinstruct"  # the Secret whose keys become environment variables of every pod
 MOUNT = PurePosixPath("/etc/diffinstruct")  # where the experiment lies in every pod
-RUNS = "/mnt/runs"  # where the claim is mounted if `output_dir` is a relative path, which means nothing in a pod
+SHARED = "/mnt/shared"  # where the claim is mounted, as the shared folder of other clusters; or at an `output_dir` elsewhere
+RUNS = f"{SHARED}/runs"  # the `output_dir` of a recipe with a relative one, which means nothing in a pod
+DOWNLOADS = "huggingface"  # the folder of the claim that is HF_HOME: what one pod has downloaded all have
+GPUS = 8  # that a machine has at most, for all that is known here
 STOP_WAIT_S = 300  # seconds that a job which is told to stop has for its step and its checkpoint; Ray's default is 3
 IMAGE = r"[a-z0-9][a-z0-9._-]*(:\d+)?(/[a-z0-9][a-z0-9._-]*)*(:[\w.-]{1,128})?(@sha256:[0-9a-f]{64})?"
 """An image's name: host, port, path, tag, digest."""
@@ -31,19 +37,26 @@ LONGEST_NAME = 47  # letters that KubeRay allows a RayJob
 HEAD_CPUS = 2  # for the driver, Ray's own processes and the dashboard; the head offers none to training
 
 
-def manifest(experiment: Experiment, image: str, claim: str, resume: str | None = None) -> str:
+def manifest(
+    experiment: Experiment, image: str, claim: str, resume: str | None = None, workers_per_pod: int | None = None
+) -> str:
     """YAML for `kubectl apply`: a ConfigMap and a RayJob.
 
     Args:
-        image: has this project, whatever the recipe names by path, and this Ray.
-        claim: a PersistentVolumeClaim that many pods may write to; the runs lie in it.
+        image: has this project and this Ray.
+        claim: a PersistentVolumeClaim that many pods may write to; the runs lie in it, and what the recipe names by path
+            lies in it or in the image.
         resume: folder of a run in it that goes on.
+        workers_per_pod: training processes of one pod; None: cluster.shard_degree, else, where they have GPUs, as many as
+            make equal pods of at most GPUS, else 1.
 
     Raises UserError for what Kubernetes would refuse.
     """
     uri = experiment.tracking.uri or ""
+    _check_paths(experiment)
     experiment = placed(experiment)
-    _check(image, claim, experiment.output_dir, uri, resume)
+    mount = SHARED if PurePosixPath(experiment.output_dir).is_relative_to(SHARED) else experiment.output_dir
+    _check(image, claim, mount, uri, experiment.prompts.embeddings, resume)
     name, cluster = job_name(experiment.name, experiment.config_hash), experiment.cluster
     file = MOUNT / "experiment.yaml"
     config_map = {
@@ -52,12 +65,13 @@ def manifest(experiment: Experiment, image: str, claim: str, resume: str | None 
         "metadata": {"name": name},
         "data": {file.name: experiment.to_yaml()},
     }
-    pods = Pods(name, image, claim, experiment.output_dir)
+    pods = Pods(name, image, claim, mount)
     head = pods.of("head", HEAD_CPUS, 0, {}, RAY_JOB_STOP_WAIT_TIME_S=str(STOP_WAIT_S))
     head["rayStartParams"] = {"num-cpus": "0"}
-    groups = [pods.group("trainer", cluster.workers, cluster.per_worker)]
+    groups = [pods.group("trainer", cluster.workers, cluster.per_worker, workers_of_pod(cluster, workers_per_pod))]
     if experiment.reward_actors:
-        groups.append(pods.group("reward", experiment.reward_actors, cluster.per_reward_actor))
+        share = 1 / cluster.rewards.gpus if 0 < cluster.rewards.gpus < 1 else 1
+        groups.append(pods.group("reward", experiment.reward_actors, cluster.per_reward_actor, int(share + 1e-9)))
     command = ["python", "-m", "diffinstruct", "train", str(file), *(["--resume", resume] if resume else [])]
     job = {
         "apiVersion": "ray.io/v1",
@@ -77,16 +91,30 @@ def manifest(experiment: Experiment, image: str, claim: str, resume: str | None 
     return yaml.dump_all([config_map, job], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def _check(image: str, claim: str, output_dir: str, uri: str, resume: str | None) -> None:
+def workers_of_pod(cluster: ClusterConfig, asked: int | None) -> int:
+    """Training processes of one pod. Raises UserError where `asked` makes no equal pods."""
+    if asked is not None and (asked < 1 or cluster.workers % asked):
+        raise UserError(f"--workers-per-pod: should divide cluster.workers ({cluster.workers}), got {asked}")
+    most = GPUS if cluster.use_gpu else 1
+    return asked or cluster.shard_degree or max(n for n in range(1, most + 1) if cluster.workers % n == 0)
+
+
+def _check_paths(experiment: Experiment) -> None:
+    """Raises UserError for a relative path, which means nothing in a pod."""
+    for key, path in relative_paths(experiment).items():
+        raise UserError(f"{key}: should be an absolute path, of the claim (as {SHARED}/...) or of the image, got {path!r}")
+
+
+def _check(image: str, claim: str, mount: str, uri: str, embeddings: str | None, resume: str | None) -> None:
     """Raises UserError for names that Kubernetes would refuse, and for paths that lie in no claim."""
     if not re.fullmatch(IMAGE, image):
         raise UserError(f"--image: should be as registry.example/diffinstruct:1, got {image!r}")
     if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", claim) or len(claim) > 253:
         raise UserError(f"--claim: should be small letters, digits, '-' and '.', got {claim!r}")
     database = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
-    for key, path in {"tracking.uri": database, "--resume": resume}.items():
-        if path is not None and not PurePosixPath(path).is_relative_to(output_dir):
-            raise UserError(f"{key}: should lie in {output_dir}, where the claim is mounted, got {path!r}")
+    for key, path in {"tracking.uri": database, "prompts.embeddings": embeddings, "--resume": resume}.items():
+        if path is not None and not PurePosixPath(path).is_relative_to(mount):
+            raise UserError(f"{key}: should lie in {mount}, where the claim is mounted, got {path!r}")
 
 
 @dataclass(frozen=True)
@@ -96,38 +124,38 @@ class Pods:
     name: str
     image: str
     claim: str
-    output_dir: str
+    mount: str  # of the claim
 
     def of(self, kind: str, cpus: int, gpus: int, resources: dict[str, float], **variables: str) -> dict[str, Any]:
         """One group of pods: what `ray start` is told, and the template."""
         limits = {"cpu": str(cpus)} | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
-        mounts = {"experiment": str(MOUNT), "runs": self.output_dir}
+        mounts = {"experiment": str(MOUNT), "shared": self.mount}
+        variables = {"OMP_NUM_THREADS": "1", "HF_HOME": f"{self.mount}/{DOWNLOADS}", **variables}
         container = {
             "name": kind,
             "image": self.image,
             "resources": {"requests": limits, "limits": limits},
-            "env": [{"name": key, "value": value} for key, value in {"OMP_NUM_THREADS": "1", **variables}.items()],
+            "env": [{"name": key, "value": value} for key, value in variables.items()],
             "envFrom": [{"secretRef": {"name": SECRET, "optional": True}}],
             "volumeMounts": [{"name": volume, "mountPath": path} for volume, path in mounts.items()],
         }
         volumes = [
             {"name": "experiment", "configMap": {"name": self.name}},
-            {"name": "runs", "persistentVolumeClaim": {"claimName": self.claim}},
+            {"name": "shared", "persistentVolumeClaim": {"claimName": self.claim}},
         ]
         template = {"terminationGracePeriodSeconds": STOP_WAIT_S, "containers": [container], "volumes": volumes}
         # KubeRay puts the value into a shell's command line as it is.
         start = {"resources": shlex.quote(json.dumps(resources))} if resources else {}
         return {"rayStartParams": start, "template": {"spec": template}}
 
-    def group(self, kind: str, processes: int, each: dict[str, float]) -> dict[str, Any]:
-        """A group with as many pods as the processes need; processes that share a GPU share a pod."""
-        gpu = each.get("GPU", 0)
-        per_pod = min(processes, int(1 / gpu + 1e-9)) if 0 < gpu < 1 else 1
+    def group(self, kind: str, processes: int, each: dict[str, float], per_pod: int) -> dict[str, Any]:
+        """A group with as many pods as the processes need, so many of them in each."""
+        per_pod = min(processes, per_pod)
         resources = {key: round(per_pod * amount, 4) for key, amount in each.items() if key not in ("CPU", "GPU")}
         count = ceil(processes / per_pod)
         cpus = max(1, ceil(per_pod * each["CPU"]))  # a process that is not counted works all the same
         replicas = dict.fromkeys(("replicas", "minReplicas", "maxReplicas"), count)
-        return {"groupName": kind, **replicas, **self.of(kind, cpus, ceil(per_pod * gpu - 1e-9), resources)}
+        return {"groupName": kind, **replicas, **self.of(kind, cpus, ceil(per_pod * each.get("GPU", 0) - 1e-9), resources)}
 
 
 def placed(experiment: Experiment) -> Experiment:

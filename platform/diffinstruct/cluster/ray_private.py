@@ -23,6 +23,13 @@ def actor_process(actor: ActorHandle) -> tuple[str, int]:
     return table["State"], table["NumRestarts"]
 
 
+def failure_of_poll(error: Exception) -> Exception | None:
+    """What a training process was lost by, where `error` is Train's word for one that does not answer any more."""
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError  # takes seconds, which reward actors save
+
+    return error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else None
+
+
 def autoscaler_limits() -> dict[str, float] | None:
     """The most of each resource that the cluster's autoscaler may bring; None where there is no autoscaler."""
     return state.get_max_resources_from_cluster_config()

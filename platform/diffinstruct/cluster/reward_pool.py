@@ -223,7 +223,7 @@ def runtime_env(file: str) -> dict[str, Any]:
     """A Ray runtime environment from its YAML file, its local folders uploaded: relative paths mean what they mean to
     `ray job submit`. Raises UserError, one line."""
     try:
-        content = yaml.safe_load(Path(file).read_text())
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"should be a mapping, got {type(content).__name__}")
         known = RuntimeEnv.known_fields

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import replace
 from functools import partial
@@ -25,18 +25,20 @@ import ray
 import ray.train
 import torch
 import torch.distributed
-from ray.exceptions import RayTaskError
 from ray.train import LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from diffinstruct.cluster.attach import attached, check_fits, stand_in, warn_of_passing_copy, worker_task
+from diffinstruct.cluster.attach import attached, check_fits, stand_in
 from diffinstruct.cluster.collectives import collective_device, distributed_ranks, preempted
 from diffinstruct.cluster.failures import RESTARTS, NoSecondTry, close, final_error
 from diffinstruct.cluster.reward_pool import RewardPool, reward_pool
+from diffinstruct.cluster.tasks import in_tasks
+from diffinstruct.cluster.waiting import waits_said
 from diffinstruct.config.addresses import tracking_uri
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.inputs import SHARED_PATH, refuse_passing_copy
+from diffinstruct.errors import UserError
 from diffinstruct.locks import Busy
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.signals import Signal
@@ -56,14 +58,16 @@ data_parallel = partial(DistributedDataParallel, gradient_as_bucket_view=True)
 def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> Result:
     """Train `experiment` in `folder`, or go on with what is there; as `local.run`, on a cluster."""
     folder = folder.absolute()
-    warn_of_passing_copy(folder)
+    refuse_passing_copy("output_dir", folder)
     uri = tracking_uri(experiment.tracking.uri, folder.parent)
     experiment = experiment.tracked_at(uri).with_absolute_embeddings()
     with attached() as where:
         check_fits(experiment.cluster, experiment.reward_actors)
-        embed(experiment)
-        with reward_pool(experiment) if experiment.reward_actors else nullcontext() as pool, shown(folder / OUTPUT):
-            return fit(experiment, folder, pool, where, parent)
+        with waits_said(experiment.cluster, experiment.reward_actors) as begun:
+            embed(experiment)
+            pooled = reward_pool(experiment) if experiment.reward_actors else nullcontext()
+            with pooled as pool, shown(folder / OUTPUT, begun):
+                return fit(experiment, folder, pool, where, parent)
 
 
 def fit(experiment: Experiment, folder: Path, pool: RewardBackend | None, where: str, parent: Parent | None = None) -> Result:
@@ -89,6 +93,10 @@ def fit(experiment: Experiment, folder: Path, pool: RewardBackend | None, where:
     )
     in_main_thread, interrupt = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
     signals.clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / OUTPUT).open(
+        "a", encoding="utf-8"
+    ).close()  # for a training process to look for; to touch it would be to say that one runs
     try:
         with signals.on_sigterm(lambda: signals.request(folder, Signal.PAUSE)):
             result: Result = trainer.fit().return_value
@@ -117,17 +125,12 @@ def embed(experiment: Experiment) -> None:
         return
     from diffinstruct.training.build import missing_embeddings, store_embeddings
 
-    asked, started_in = experiment.cluster, os.getcwd()
-    try:
-        missing, line = ray.get(worker_task(partial(missing_embeddings, experiment), asked, started_in))
-        if not missing:
-            return
-        parts = min(asked.workers, -(-len(missing) // PROMPTS_A_TASK))
-        print(f"{line}, {parts} tasks", flush=True)
-        stores = [partial(store_embeddings, experiment, missing[i::parts]) for i in range(parts)]
-        ray.get([worker_task(store, asked, started_in) for store in stores])
-    except RayTaskError as error:
-        raise final_error(error) or error from None
+    ((missing, line),) = in_tasks([partial(missing_embeddings, experiment)], experiment, os.getcwd())
+    if not missing:
+        return
+    parts = min(experiment.cluster.workers, -(-len(missing) // PROMPTS_A_TASK))
+    print(f"{line}, {parts} tasks", flush=True)
+    in_tasks([partial(store_embeddings, experiment, missing[i::parts]) for i in range(parts)], experiment, os.getcwd())
 
 
 def train_loop(
@@ -140,10 +143,12 @@ def train_loop(
     watched: bool,
 ) -> Result | None:
     """Train in one worker of Ray Train; returns the result on rank 0."""
+    from diffinstruct.models.sharding import shard_mesh
     from diffinstruct.training.loop import train
     from diffinstruct.training.worker import Worker
 
-    stand_in(started_in)
+    stand_in(started_in, experiment)
+    _begin(folder)
     logging.getLogger().setLevel(logging.WARNING)  # Ray says each report at INFO
     torch.set_num_threads(experiment.cluster.cpus_per_worker)
     context = ray.train.get_context()
@@ -151,28 +156,41 @@ def train_loop(
     worker = Worker(distributed_ranks(rank, world), where=where, preempted=preempted if watched else lambda: False)
     if world > 1:
         if experiment.cluster.fully_shard:
-            worker = replace(worker, mesh=init_device_mesh(collective_device(), (world,)))
+            worker = replace(worker, mesh=shard_mesh(collective_device(), world, experiment.cluster.shard_degree))
         else:
             worker = replace(worker, wrap=data_parallel)
-    with (folder / OUTPUT).open("a", buffering=1) if rank == 0 else nullcontext(sys.stdout) as output, redirect_stdout(output):
+    with (
+        (folder / OUTPUT).open("a", buffering=1, encoding="utf-8") if rank == 0 else nullcontext(sys.stdout) as output,
+        redirect_stdout(output),
+    ):
         if isinstance(pool, RewardPool):
             pool = replace(pool, first=rank)  # workers do not all queue for the same actor
         return train(experiment, folder, pool, worker, parent)
 
 
+def _begin(folder: Path) -> None:
+    """Tell the driver that a training process runs. Raises UserError on a machine that does not see the run's folder."""
+    if not (folder / OUTPUT).is_file():
+        raise UserError(f"output_dir: {folder} is not seen by {ray.util.get_node_ip_address()}; {SHARED_PATH}")
+    (folder / OUTPUT).touch()
+
+
 @contextmanager
-def shown(path: Path) -> Iterator[None]:
-    """Print what is appended to `path` during the block; on a terminal a line of progress replaces the one before."""
+def shown(path: Path, begun: Callable[[], None]) -> Iterator[None]:
+    """Print what is appended to `path` during the block; on a terminal a line of progress replaces the one before. Calls
+    `begun` when a training process has touched the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
-    ended = threading.Event()
+    untouched, ended = path.stat().st_mtime_ns, threading.Event()
 
     def follow() -> None:
         live = False
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             file.seek(0, os.SEEK_END)
             line = ""
             while True:
+                if path.stat().st_mtime_ns != untouched:
+                    begun()
                 last = ended.is_set()
                 while (piece := file.readline()) and (line := line + piece).endswith("\n"):
                     progress = sys.stdout.isatty() and line.startswith("step ")

@@ -160,6 +160,10 @@ class Experiment(Section):
         adapted = [name for name in ("generator", "score_network") if name in info.data and info.data[name].lora_rank]
         if value.fully_shard and value.workers == 1:
             raise mistake_at("fully_shard", True, "should be false with one worker: there is nobody to share with")
+        if value.shard_degree and not value.fully_shard:
+            raise mistake_at("shard_degree", value.shard_degree, "should be none where fully_shard is false")
+        if value.shard_degree and value.workers % value.shard_degree:
+            raise mistake_at("shard_degree", value.shard_degree, f"should divide cluster.workers ({value.workers})")
         if value.fully_shard and adapted:
             raise mistake_at("fully_shard", True, f"should be false with {adapted[0]}.lora_rank: adapters fit every GPU")
         return value

@@ -6,16 +6,23 @@ import importlib
 import importlib.util
 import os
 from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 from diffinstruct.config.addresses import redact
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.fields import POCKET
 from diffinstruct.config.prompts import read_prompt_set
 from diffinstruct.errors import UserError, did_you_mean
 
+WEIGHT_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+SHARED_PATH = "give an absolute path that all machines see, as /mnt/shared/..."
+
 
 def check_inputs(experiment: Experiment) -> None:
-    """Raises UserError for prompts that cannot be read, and modules of rewards or stores that are not there."""
+    """Raises UserError for prompts that cannot be read, modules of rewards or stores that are not there, and paths that
+    mean nothing in a job."""
+    _check_job(experiment)
     for key in ("train", "grid"):
         try:
             read_prompt_set(getattr(experiment.prompts, key), experiment.prompts.column)
@@ -29,6 +36,48 @@ def check_inputs(experiment: Experiment) -> None:
     for name in experiment.rewards.names:
         if ":" in name and name not in apart and (missing := _missing_module(name.partition(":")[0])):
             raise UserError(f"rewards: {name!r}: there is no module {missing!r}, neither in this folder nor installed")
+
+
+def names_a_file(name: str) -> bool:
+    """Whether a model's name can only be a file's or a folder's, not a hub id."""
+    return Path(name).suffix in WEIGHT_FILES or name.startswith((".", "~", "/")) or name.count("/") > 1
+
+
+def relative_paths(experiment: Experiment) -> dict[str, str]:
+    """Keys that name a file or a folder which is read, by a relative path -> that path."""
+    prompts, paths = experiment.prompts, dict[str, str]()
+    for key, name in (("reference.model", experiment.reference.model), ("generator.init_from", experiment.generator.init_from)):
+        if names_a_file(name) or ("/" in name and Path(name).exists()):
+            paths[key] = name
+    for key, source in (("prompts.train", prompts.train), ("prompts.grid", prompts.grid)):
+        if source.partition(":")[0] not in (POCKET, "datasets"):
+            paths[key] = source
+    if prompts.embeddings:
+        paths["prompts.embeddings"] = prompts.embeddings
+    return {key: path for key, path in paths.items() if not Path(path).is_absolute()}
+
+
+def refuse_passing_copy(key: str, path: Path) -> None:
+    """Raises UserError for what would be written into a job's working directory: a copy that Ray clears away, one on
+    each machine."""
+    if _in_passing_copy(path):
+        raise UserError(f"{key}: {path} lies in Ray's passing copy of the job's folder and would be lost; {SHARED_PATH}")
+
+
+def _in_passing_copy(path: Path) -> bool:
+    return "working_dir_files" in path.parts
+
+
+def _check_job(experiment: Experiment) -> None:
+    """Raises UserError for a relative path that is to be written in a job's copy of its folder, or has not come with it."""
+    if not _in_passing_copy(Path.cwd()):
+        return
+    for key, path in relative_paths(experiment).items():
+        if key == "prompts.embeddings":
+            refuse_passing_copy(key, Path(path).absolute())
+        if not Path(path).exists():
+            why = "has not come with the job: it was not there, or runtime_env.yaml or .gitignore excludes it"
+            raise UserError(f"{key}: {path} {why}; {SHARED_PATH}")
 
 
 def import_named(key: str, path: str) -> Any:

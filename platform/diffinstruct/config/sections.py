@@ -364,6 +364,12 @@ class ClusterConfig(Section):
         "FSDP2: weights, gradients, Adam states and average are spread over the training processes, for "
         "full fine-tuning of what one GPU does not hold (ours)",
     )
+    shard_degree: Annotated[int, Field(ge=2)] | None = key(
+        None,
+        "with fully_shard: each so many training processes hold all of it together (HSDP), as many as a machine has GPUs, "
+        "so that weights do not travel between machines; none: all processes together (ours)",
+        identity=False,
+    )
     cpus_per_worker: Count = key(1, "CPUs per training process (ours)", resume=True)
     rewards: RewardActorsConfig = RewardActorsConfig()
     worker_resources: Resources = key(

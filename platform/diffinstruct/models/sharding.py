@@ -3,6 +3,7 @@
 Each process keeps its rows of every weight, gradient, Adam state and of the EMA; a block's weights are whole for as long
 as the block computes. A forward pass is a collective call: all processes make it, also for pictures that one looks at.
 One process reads a file's weights, into main memory, and deals them out; the others never hold a whole network.
+With a shard degree (HSDP) each group of so many processes holds all of it, so that only gradients leave a machine.
 """
 
 from collections.abc import Callable
@@ -11,11 +12,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from diffinstruct.ranks import Ranks
 from diffinstruct.run_folder.state_tree import TensorShard
+
+
+def shard_mesh(device: str, world: int, degree: int | None = None) -> DeviceMesh:
+    """The mesh of all processes over which networks are sharded; with a degree below their number, two-dimensional:
+    copies by shards. Ray Train numbers processes machine by machine, so a group of neighbours lies on one machine."""
+    if degree is None or degree == world:
+        return init_device_mesh(device, (world,))
+    return init_device_mesh(device, (world // degree, degree), mesh_dim_names=("replicate", "shard"))
+
+
+def shard_ranks(mesh: DeviceMesh, ranks: Ranks) -> tuple[Ranks, bool]:
+    """A process among those that hold one copy of the networks, as a CheckpointStore numbers them, and whether that copy
+    is the first, which is written."""
+    copy, shard = divmod(ranks.rank, mesh.shape[-1])
+    return replace(ranks, rank=shard, world=mesh.shape[-1]), copy == 0
 
 
 def sharded(load: Callable[[str], nn.Module], mesh: DeviceMesh, precision: str) -> nn.Module:
@@ -72,7 +89,8 @@ def to_dtensors(state: Any, mesh: DeviceMesh) -> Any:
 
     def of_all(shard: TensorShard) -> DTensor:
         stride, own = torch.empty(shard.shape, device="meta").stride(), shard.own.to(mesh.device_type)
-        return DTensor.from_local(own, mesh, [Shard(0)], shape=torch.Size(shard.shape), stride=stride, run_check=False)
+        placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+        return DTensor.from_local(own, mesh, placements, shape=torch.Size(shard.shape), stride=stride, run_check=False)
 
     return _replaced(state, TensorShard, of_all)
 

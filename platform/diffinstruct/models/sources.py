@@ -28,6 +28,7 @@ from transformers import tokenization_utils_base as tokenization
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
+from diffinstruct.config.inputs import names_a_file
 from diffinstruct.errors import UserError, nearest_file
 from diffinstruct.locks import exclusive
 from diffinstruct.method.diffusion import Conditions
@@ -230,8 +231,7 @@ def refuse_missing(key: str, source: str) -> None:
     path = Path(name)
     if commit and path.exists():
         raise UserError(f"{key}: {source} names a commit of the hub, but {name} lies here; './{name}' is what lies here")
-    local = path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth") or name.startswith((".", "~", "/"))
-    if not path.exists() and (local or name.count("/") > 1 or ("/" in name and path.parent.is_dir())):
+    if not path.exists() and (names_a_file(name) or ("/" in name and path.parent.is_dir())):
         raise UserError(f"{key}: no such file or folder: {name}{nearest_file(path, '*')}")
 
 

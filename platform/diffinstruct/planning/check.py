@@ -97,7 +97,8 @@ class Plan:
 
     @property
     def shares(self) -> int:
-        return self.experiment.cluster.workers if self.experiment.cluster.fully_shard else 1
+        cluster = self.experiment.cluster
+        return (cluster.shard_degree or cluster.workers) if cluster.fully_shard else 1
 
     @property
     def held(self) -> float:

@@ -82,12 +82,16 @@ def _in_thread(*phases: Callable[[], None]) -> Future[None]:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. `folder` holds the `step-...` folders and nothing else; only `ranks` write to it."""
+    """The checkpoints of one run. `folder` holds the `step-...` folders and nothing else; only `ranks` write to it.
 
-    def __init__(self, folder: Path | str, keep: int = 2, ranks: Ranks = SINGLE_PROCESS) -> None:
+    writes: False for a rank that has the same state as another one with its number. It makes the same collective calls.
+    """
+
+    def __init__(self, folder: Path | str, keep: int = 2, ranks: Ranks = SINGLE_PROCESS, writes: bool = True) -> None:
         self.folder = Path(folder).absolute()
         self.keep = max(1, keep)
-        self.ranks = ranks
+        self.ranks, self.writes = ranks, writes
+        self.leads = writes and ranks.rank == 0
         self._pending: _Pending | None = None
         self._copies: dict[str, Tensor] = {}  # of the last state: fresh memory takes five times as long to fill
 
@@ -106,19 +110,21 @@ class CheckpointStore:
         CheckpointError when the disk does not take it, TypeError for a value that has no place in a checkpoint.
         """
         self.finish_save(wait=True)
-        tree, self._copies = encode(state, self._copies)
+        tree, self._copies = encode(state if self.writes else {}, self._copies)
         tensors = self._copies
         need = sum(tensor.nbytes for tensor in tensors.values())
         files = tensor_files(self.ranks.world)
         own_file = self._temporary(step) / files[self.ranks.rank]
 
         def write() -> None:
+            if not self.writes:
+                return
             save_file(tensors, own_file)
             own_file.with_suffix(".json").write_text(json.dumps(_fingerprint(own_file)), encoding="utf-8")
             flush(own_file)
 
         def end() -> None:
-            if self.ranks.rank == 0:
+            if self.leads:
                 self._rename_into_place(step, tree, files, best)
 
         self._together(step, need, lambda: self._begin(step))
@@ -181,7 +187,7 @@ class CheckpointStore:
         return self.folder / f"step-{step:08d}.tmp"
 
     def _begin(self, step: int) -> None:
-        if self.ranks.rank == 0:
+        if self.leads:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left_over in self.folder.glob("step-*.tmp"):
                 shutil.rmtree(left_over)
@@ -218,7 +224,7 @@ class CheckpointStore:
             failure = error
         if self.ranks.min(int(failure is None)):
             return
-        if self.ranks.rank == 0:
+        if self.leads:
             shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
         if failure and not isinstance(failure, OSError | ValueError | SafetensorError):
             raise failure

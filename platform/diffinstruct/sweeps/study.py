@@ -18,9 +18,9 @@ from typing import Any
 
 import pandas as pd
 
-from diffinstruct.cluster.attach import warn_of_passing_copy
 from diffinstruct.config.addresses import tracking_uri
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.inputs import refuse_passing_copy
 from diffinstruct.config.reading import load
 from diffinstruct.errors import UserError
 from diffinstruct.reports.frames import KEY, TrialRows, markdown, measures, points, ran_with, swept
@@ -180,7 +180,7 @@ def run_missing_trials(
         code = ran_with(read_journal(row["run"]))
         rows.add(todo[i], {"commit": code, **{key: value for key, value in row.items() if key != "run"}})
 
-    warn_of_passing_copy(rows.path.absolute())
+    refuse_passing_copy("rows", rows.path.absolute())
     print(f"{rows.path}: {len(points) - len(missing)} of {len(points)} trials are there", flush=True)
     if todo:
         sweep(base, [points[trial] for trial in todo], folder, evaluate, add)

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import ray
 from ray import tune
 
-from diffinstruct.cluster.attach import worker_task
 from diffinstruct.cluster.failures import close
 from diffinstruct.cluster.reward_pool import RewardPool
+from diffinstruct.cluster.tasks import in_tasks
 from diffinstruct.cluster.train import fit
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import nearest_key
@@ -220,7 +219,7 @@ class Trial:
             self._report(report)
         if self.trials.evaluate and not (file := evaluation_file(self.folder)).exists():
             evaluate = partial(self.trials.evaluate, experiment, self.folder)
-            evaluation = dict(ray.get(worker_task(evaluate, experiment.cluster, self.started_in)))
+            (evaluation,) = map(dict, in_tasks([evaluate], experiment, self.started_in))
             values = {key: value for key, value in evaluation.items() if key.rpartition(".")[2] not in ("low", "high", "n")}
             step = self.trials.row(i)["step"]
             add_evaluation(self.folder, experiment.tracking.uri, step, values, experiment.tracking.also)

@@ -29,13 +29,14 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
 from diffinstruct.cluster import ray_private
-from diffinstruct.cluster.attach import HEAD, attached, check_fits, most_nodes, stand_in, warn_of_passing_copy
+from diffinstruct.cluster.attach import HEAD, attached, check_fits, listed, most_nodes, stand_in
 from diffinstruct.cluster.failures import close, final_error
 from diffinstruct.cluster.reward_pool import reward_pool
 from diffinstruct.cluster.train import embed
+from diffinstruct.cluster.waiting import waits_said
 from diffinstruct.config.addresses import tracking_uri
 from diffinstruct.config.experiment import Experiment
-from diffinstruct.config.inputs import check_inputs
+from diffinstruct.config.inputs import check_inputs, refuse_passing_copy
 from diffinstruct.config.sections import ClusterConfig
 from diffinstruct.errors import UserError, did_you_mean
 from diffinstruct.reward_service.monitor import PROBE_METRICS
@@ -88,7 +89,7 @@ def sweep(
         criterion = criterion or SelectionCriterion()
         _check_search(trials, criterion, scheduler)
     _check_trials(trials)
-    with attached() as where:
+    with attached() as where, waits_said(base.cluster, base.reward_actors) as begun:
         check_fits(base.cluster, base.reward_actors)
         for experiment in _distinct(trials, {"prompts"}):
             embed(experiment)
@@ -106,6 +107,7 @@ def sweep(
                 reward_pool(base) if base.reward_actors else nullcontext() as pool,
                 signals.on_sigterm(lambda: signals.request(folder, Signal.PAUSE)),
             ):
+                begun()  # of trials that others leave no room for Tune tells
                 failures = _run_trials(trials, Shared(pool, where, parent.run_id, criterion), scheduler, on_row)
             end = _close_unfinished(trials, failures)
             table = _kept_table(trials, parent)
@@ -126,7 +128,7 @@ def _check_trials(trials: Trials) -> None:
         raise UserError("mirror: is for single runs; what a sweep's trials leave lies in the sweep's folder")
     for experiment in _distinct(trials, {"prompts", "rewards"}):
         check_inputs(experiment)
-    warn_of_passing_copy(trials.folder)
+    refuse_passing_copy("sweep", trials.folder)
 
 
 def _distinct(trials: Trials, sections: set[str]) -> Iterable[Experiment]:
@@ -184,7 +186,7 @@ def _run_trials(trials: Trials, shared: Shared, scheduler: TrialScheduler | None
     uri = trials.base.tracking.uri
 
     def trial(config: dict[str, Any]) -> None:
-        stand_in(started_in)
+        stand_in(started_in, trials.base)
         trials.base = trials.base.tracked_at(uri)
         Trial(trials, config, shared, population, started_in).run()
 
@@ -331,16 +333,12 @@ def at_once(asked: ClusterConfig, actors: int) -> int:
 def placement(asked: ClusterConfig, actors: int) -> str:
     """What the sweep asks of the cluster, in a line."""
     total = _total()
-
-    def said(resources: Mapping[str, float]) -> str:
-        return ", ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
-
     kinds = {**asked.per_worker, **asked.per_reward_actor}
     return (
         f"placement  {at_once(asked, actors)} trials at once, {asked.workers} workers each, "
-        f"{said(asked.per_worker)} a worker; "
-        f"for all of them {actors} reward actors, {said(asked.per_reward_actor)} an actor; "
-        f"Ray has {said({kind: total.get(kind, 0) for kind in kinds})}"
+        f"{listed(asked.per_worker)} a worker; "
+        f"for all of them {actors} reward actors, {listed(asked.per_reward_actor)} an actor; "
+        f"Ray has {listed({kind: total.get(kind, 0) for kind in kinds})}"
     )
 
 

@@ -7,12 +7,15 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffinstruct.config.experiment import Experiment
@@ -26,6 +29,8 @@ from diffinstruct.training.guards import MAX_SKIPS_IN_A_ROW
 from diffinstruct.training.resume import keep_configuration
 
 GRID_NOISES = 3
+GRID_PIXELS = 2**22
+"""The most pixels of a sample grid, 32 pictures of 362 pixels a side: its PNG stays below 13 MB."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +125,8 @@ class RunLog:
     @torch.no_grad()
     def grid(self, step: int, columns: Sequence[Tensor]) -> None:
         """Show a SampleGrid's columns, decoded one sample at a time, which takes no more memory than a round."""
-        decode = self.reference.decode
-        self.tracker.image("grid", step, tile([[decode(latent)[0].cpu() for latent in column.split(1)] for column in columns]))
+        pictures = (self.reference.decode(latent)[0] for column in columns for latent in column.split(1))
+        self.tracker.image("grid", step, tile(pictures, len(columns[0]), len(columns)))
 
     def finish(self, step: int, ema: OneStepGenerator, best_step: int, metrics: Metrics) -> Result:
         """Export the generator's EMA as a stock pipeline; hand the last metrics to the tracker."""
@@ -162,7 +167,17 @@ class SilentRunLog:
     def fail(self, error: BaseException) -> None: ...
 
 
-def tile(columns: Sequence[Sequence[Tensor]]) -> Any:
-    """Columns of pictures, each [3, H, W] in [0, 1] -> one uint8 array [rows * H, columns * W, 3]."""
-    rows = torch.cat([torch.cat(list(column), dim=1) for column in columns], dim=2)
-    return (rows.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+def tile(pictures: Iterable[Tensor], rows: int, columns: int) -> np.ndarray:
+    """Pictures, each [3, H, W] in [0, 1], column by column -> one array of uint8 [rows * H, columns * W, 3]. Where that
+    is more than GRID_PIXELS, each is shrunk by the same whole number before the next one is asked for."""
+    grid = np.empty((0, 0, 3), np.uint8)
+    for i, picture in enumerate(pictures):
+        pixels = rows * columns * picture[0].numel()
+        small = F.avg_pool2d(picture, min(ceil(sqrt(pixels / GRID_PIXELS)), *picture.shape[1:]))
+        height, width = small.shape[1:]
+        if i == 0:
+            grid = np.empty((rows * height, columns * width, 3), np.uint8)
+        column, row = divmod(i, rows)
+        cell = grid[row * height : (row + 1) * height, column * width : (column + 1) * width]
+        cell[:] = (small.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return grid

@@ -25,7 +25,7 @@ from diffinstruct.method.step import Metrics
 from diffinstruct.models.denoiser import OneStepGenerator
 from diffinstruct.models.roles import make_roles, unsharded
 from diffinstruct.models.sampling import EVALUATION_SEED, LatentSampler, probe_inputs
-from diffinstruct.models.sharding import gathered, sharded
+from diffinstruct.models.sharding import gathered, shard_ranks, sharded
 from diffinstruct.ranks import SINGLE_PROCESS
 from diffinstruct.reward_service.client import LocalRewards, RewardBackend, RewardClient, make_rewards
 from diffinstruct.reward_service.monitor import NO_HELD_OUT, OveroptimizationMonitor, ProbeResult
@@ -78,7 +78,8 @@ class Trainer:
         self.state = self._build_state(pool)
         grid = read_prompt_set(experiment.prompts.grid, experiment.prompts.column)[: experiment.logging.grid_prompts]
         self.grid = SampleGrid(grid, self.sample, self.state.train_state.ema)
-        self.store = CheckpointStore(folder / "checkpoints", ranks=self.ranks if self.mesh else SINGLE_PROCESS)
+        ranks, writes = shard_ranks(self.mesh, self.ranks) if self.mesh else (SINGLE_PROCESS, True)
+        self.store = CheckpointStore(folder / "checkpoints", ranks=ranks, writes=writes)
         self.run_log: RunLog | SilentRunLog = SilentRunLog()
         self.preempted = self.pausing = False
         self.next_noise: NoiseStreams | None = None
