@@ -6,6 +6,7 @@ Ray as conftest.py starts it, one pair of reward actors for most of it.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from contextlib import suppress
@@ -127,6 +128,12 @@ def test_what_does_not_fit_the_cluster_is_said_in_one_line(session, world):
     ("address", "said"),
     [
         ("http://127.0.0.1:8265", r"^RAY_ADDRESS: http://127.0.0.1:8265 is for `ray job submit`; [^\n]*$"),
+        (
+            "ray://10.0.0.5:10001",
+            r"^RAY_ADDRESS: ray://10.0.0.5:10001 is for Ray Client, [^\n]*; give the cluster's own, [^\n]*$",
+        ),
+        ("127.0.0.1", r"^RAY_ADDRESS: 127.0.0.1 should be HOST:PORT; give the cluster's own, like 127.0.0.1:6379$"),
+        (":6379", r"^RAY_ADDRESS: :6379 should be HOST:PORT; [^\n]*$"),
         ("127.0.0.1:9", r"^RAY_ADDRESS: no Ray at 127.0.0.1:9: [^\n]*refused$"),
     ],
 )
@@ -135,6 +142,20 @@ def test_a_ray_address_that_is_none_is_said_at_once(address, said, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match=said), attached():
         pass
+
+
+def test_rays_sockets_find_room_where_the_temporary_folder_is_deep(monkeypatch):
+    """As Slurm's; the path of a socket ends at 107 bytes. Ray itself is not started here."""
+    monkeypatch.setattr("ray.init", lambda **options: None)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr("diffinstruct.cluster.attach.described", lambda: "")
+    for variable in ("RAY_ADDRESS", "RAY_TMPDIR"):
+        monkeypatch.delenv(variable, raising=False)
+    for depth, moved in (("/tmp", None), ("/scratch/slurm_jobdir/1355700_partition_gpu/tmp.node0016", "/tmp")):
+        monkeypatch.setattr("tempfile.tempdir", depth)
+        with attached():
+            assert os.environ.get("RAY_TMPDIR") == moved
+    monkeypatch.delenv("RAY_TMPDIR")
 
 
 def test_the_buckets_of_data_parallelism_are_the_gradients(tmp_path):

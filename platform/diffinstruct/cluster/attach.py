@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from diffinstruct.config.inputs import SHARED_PATH, relative_paths
 from diffinstruct.config.sections import ClusterConfig
 from diffinstruct.errors import UserError, did_you_mean
 
+LONGEST_TMPDIR = 38
+"""Characters of a temporary folder in which Ray's sockets find room: a path of theirs has 69 more, and 107 at most."""
 HEAD = "node:__internal_head__"  # a resource that the head has, and no other node
 
 
@@ -29,16 +32,14 @@ def attached() -> Iterator[str]:
     if ray.is_initialized():
         yield described()
         return
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    if address.startswith("http"):
-        raise UserError(
-            f"RAY_ADDRESS: {address} is for `ray job submit`; to run from here give the cluster's own, like 127.0.0.1:6379"
-        )
+    address = _address()
     # A worker without a GPU sees none, so that `device: auto` is the CPU there.
     hidden = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
     os.environ.update(hidden)
     if address == "local":
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
+        if len(tempfile.gettempdir()) > LONGEST_TMPDIR:
+            os.environ.setdefault("RAY_TMPDIR", "/tmp")
 
         def found() -> None:  # Ray's own helpers look for their cluster, and are lost where this machine has another
             os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
@@ -58,6 +59,20 @@ def attached() -> Iterator[str]:
         yield described()
     finally:
         ray.shutdown()
+
+
+def _address() -> str:
+    """RAY_ADDRESS as `ray.init` takes it; "local" where there is none. Raises UserError for another form."""
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    host, colon, port = address.rpartition(":")
+    own = "give the cluster's own, like 127.0.0.1:6379"
+    if address.startswith("http"):
+        raise UserError(f"RAY_ADDRESS: {address} is for `ray job submit`; to run from here {own}")
+    if "://" in address:
+        raise UserError(f"RAY_ADDRESS: {address} is for Ray Client, through which no run can be started; {own}")
+    if address not in ("local", "auto") and not (colon and host and port.isdecimal()):
+        raise UserError(f"RAY_ADDRESS: {address} should be HOST:PORT; {own}")
+    return address
 
 
 def described() -> str:
