@@ -1,16 +1,18 @@
-"""What a round costs on a GPU: the package's own round on networks of real size with random weights, nothing
+"""What only a GPU can show, measured on the package's own round: networks of real size with random weights, nothing
 downloaded.
 
-    PYTHONPATH=platform:. python benchmarks/gpu.py              # one GPU, under 9 minutes; needs neither ray nor mlflow
-    PYTHONPATH=platform:. python benchmarks/gpu.py --smoke      # the same rows, tiny networks on the CPU: no figures
+    PYTHONPATH=platform:. python benchmarks/gpu.py --count     # anywhere, before: work and memory as `check` counts them
+    PYTHONPATH=platform:. python benchmarks/gpu.py             # one GPU, under 10 minutes; needs neither ray nor mlflow
+    PYTHONPATH=platform:. python benchmarks/gpu.py --smoke     # the same rows, tiny networks on the CPU: no figures
 
-SD 1.5 at 512 px and SDXL at 1024 px, arithmetic in bf16; the reward is the decoder and a mean of pixels, so that it
-costs what a decoder costs. Batch sizes double until memory ends. What is compiled, compared or KL takes the batch that
-was fastest.
+Each row is written to --results as it ends, and a second call goes on with what is not there, or has failed for another
+reason than memory. Every call prints tables for RESULTS.md; it exits with 1 where a floor is missed or something failed.
 
-A round's work is counted on the meta device without checkpointing: what is computed again does not count. MFU is that
-work, decoder included, per second over the device's dense bf16 peak. Prints tables for RESULTS.md; exits with 1 where a
-floor is missed or anything but memory fails.
+All families train, SD 1.5 and PixArt at 512 px, SDXL and SD3 at 1024 px, in bf16; the reward is the decoder and a mean of
+pixels, so that it costs what a decoder costs. Batch sizes double until memory ends or the rate stands still. What is
+compiled, compared or KL takes the batch that was fastest. MFU is the work of a round without checkpointing, with the
+decoder and with what flash attention computes again, per second over the device's dense bf16 peak. "idle" is the share of
+a round in which the GPU computes nothing, "waits" how often the program waits for it.
 """
 
 from __future__ import annotations
@@ -19,36 +21,38 @@ import argparse
 import gc
 import json
 import signal
-import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import date
-from functools import cache, partial
-from itertools import count, pairwise
+from functools import partial, partialmethod
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import diffusers
 import torch
+from gpu_results import COUNTED, COUNTED_BATCH, OUT_OF_MEMORY, PHASES, PLAN, RESUME, Results, Setting, report
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import diffinstruct
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.method.memory import out_of_memory
 from diffinstruct.method.noise import NoiseStreams
-from diffinstruct.method.precision import frozen_dtype
-from diffinstruct.method.rewards import Collect, LatentRewards, Scores, Send
+from diffinstruct.method.precision import frozen_dtype, use_deterministic_kernels, use_precision
+from diffinstruct.method.rewards import Collect, LatentRewards, Scores
 from diffinstruct.method.step import Metrics, alternating_round
 from diffinstruct.models.lora import Role
-from diffinstruct.models.pipeline import load_reference
+from diffinstruct.models.pipeline import Reference, load_reference
 from diffinstruct.models.roles import make_roles
 from diffinstruct.models.sources import RandomWeights
+from diffinstruct.planning.footprint import training_footprint
 from diffinstruct.reward_service.client import LocalRewards, RewardClient
 from diffinstruct.training.build import make_step_config, make_train_state
 
@@ -56,53 +60,22 @@ SHAPES = Path(diffinstruct.__file__).parent / "models" / "hub_configs"  # config
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # folder in SHAPES, what its one-step generator is fed
     "SD1.5": ("stable-diffusion-v1-5--stable-diffusion-v1-5", {"timestep": 625, "input_scale": "sigma"}),
     "SDXL": ("stabilityai--stable-diffusion-xl-base-1.0", {"timestep": 399, "input_scale": "unit"}),
+    "PixArt": ("PixArt-alpha--PixArt-XL-2-512x512", {"timestep": 440, "input_scale": "sigma"}),
+    "SD3": ("stabilityai--stable-diffusion-3-medium-diffusers", {"timestep": 999, "input_scale": "unit"}),
 }
 OBJECTIVES = {"DI*": "di_star", "KL": "diff_instruct_pp", "plain": "di_star"}  # KL: Diff-Instruct with the same reward
 RANK, REWARD = 64, "gpu:brightness"
-PEAKS = {  # dense bf16 FLOP/s by the beginning of the device's name, the first that fits
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100": 312e12,
-}
-PHASES = ("forward", "reward", "score network", "regulariser", "backward")  # the last with Adam and the average
 WARM_UP, ROUNDS = 1, 3
-BEFORE = 20.0  # seconds that imports take before the clock runs, and the last words after it
-SMOKE_BATCH = 1
-OUT_OF_MEMORY = "out of memory"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is measured. `loop`: a key of OBJECTIVES; "plain" is the hand-written loop and ours, taking turns."""
-
-    model: str
-    lora: bool = False
-    checkpointing: bool = False
-    compiled: bool = False
-    loop: str = "DI*"
-
-    @property
-    def one_batch(self) -> bool:
-        return self.compiled or self.loop != "DI*"
-
-
-PLAN = (  # what the aims need first, what may take the rest of the time last
-    Setting("SD1.5"),
-    Setting("SD1.5", loop="plain"),
-    Setting("SD1.5", loop="KL"),
-    Setting("SDXL", lora=True, checkpointing=True),
-    Setting("SD1.5", lora=True),
-    Setting("SD1.5", checkpointing=True),
-    Setting("SD1.5", lora=True, checkpointing=True),
-    Setting("SD1.5", compiled=True),
-    Setting("SD1.5", lora=True, compiled=True),
-)
+BEFORE = 25.0  # seconds that imports take before the clock runs, and the last words after it
+RESUMED_BATCH = 2
 
 
 class TimeUp(BaseException):
     """No Exception: torch.compile swallows those."""
+
+    @classmethod
+    def now(cls, *_: Any) -> None:
+        raise cls
 
 
 # ---------------------------------------------------------------------------------------------------- what is measured
@@ -110,29 +83,40 @@ def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images.flatten(1).mean(1)
 
 
+def experiment_of(setting: Setting, folder: Path, batch: int = 1, precision: str = "bf16") -> Experiment:
+    return Experiment.model_validate(
+        {
+            "precision": precision,
+            "global_batch_size": batch,
+            "reference": {"model": str(folder)},
+            "generator": {"init_from": "reference", "lora_rank": RANK * setting.lora, **MODELS[setting.model][1]},
+            "score_network": {"lora_rank": RANK * setting.lora},
+            "objective": {"name": OBJECTIVES[setting.loop]},
+            "rewards": {"trained": [{"name": REWARD}], "held_out": []},
+            "activation_checkpointing": setting.checkpointing,
+            "compile": setting.compiled,
+        }
+    )
+
+
+def reference_of(experiment: Experiment, device: torch.device) -> Reference:
+    """As a run opens it, but for its weights."""
+    return load_reference(
+        experiment.reference.model,
+        device=device,
+        activation_checkpointing=experiment.activation_checkpointing,
+        decoder_dtype=frozen_dtype(experiment.precision),
+        weights=RandomWeights(),
+    )
+
+
 class World:
     """The roles of a setting, and their reward, as a run has them."""
 
     def __init__(self, setting: Setting, folder: Path, device: torch.device, precision: str = "bf16") -> None:
-        rank = RANK if setting.lora else 0
-        self.device = device
-        self.experiment = Experiment.model_validate(
-            {
-                "precision": precision,
-                "reference": {"model": str(folder)},
-                "generator": {"init_from": "reference", "lora_rank": rank, **MODELS[setting.model][1]},
-                "score_network": {"lora_rank": rank},
-                "objective": {"name": OBJECTIVES[setting.loop]},
-                "rewards": {"trained": [{"name": REWARD}], "held_out": []},
-                "activation_checkpointing": setting.checkpointing,
-            }
-        )
-        decoder = frozen_dtype(precision)  # as in a run
-        self.reference = load_reference(
-            str(folder), torch.float32, device, setting.checkpointing, decoder_dtype=decoder, weights=RandomWeights()
-        )
-        with device:  # else adapters are made on the CPU, and do not follow their layers to "meta"
-            self.roles = make_roles(self.experiment, self.reference)
+        self.device, self.experiment = device, experiment_of(setting, folder, precision=precision)
+        self.reference = reference_of(self.experiment, device)
+        self.roles = make_roles(self.experiment, self.reference)
         self.train_state = make_train_state(
             self.experiment, self.roles, self.reference.null_conditions(), lambda module: module
         )
@@ -141,22 +125,25 @@ class World:
         self.reward_client = RewardClient(
             self.experiment.rewards, self.experiment.cluster.rewards, None, lambda: LocalRewards(rewards)
         )
-        if setting.compiled:
-            backend = "inductor" if device.type == "cuda" else "eager"  # a CPU's compiler takes minutes
-            for network in {id(network): network for network in self.networks}.values():
-                network.compile(dynamic=False, backend=backend)  # adapters share a network that sees two batch sizes
 
     @property
     def networks(self) -> list[Any]:
-        """diffusers' own, of generator, score network and reference: one and the same where they are adapters over
-        it."""
-        train_state: list[Any] = [self.roles.generator.denoiser, self.roles.score_network, self.roles.reference]
-        networks = (role.network for role in train_state)
+        """diffusers' own, of generator, score network and reference: the same one where they are adapters over it."""
+        roles: list[Any] = [self.roles.generator.denoiser, self.roles.score_network, self.roles.reference]
+        networks = (role.network for role in roles)
         return [network.base.network if isinstance(network, Role) else network for network in networks]
 
     def draws(self, batch: int, step: int) -> tuple[NoiseStreams, list[str]]:
         draws = NoiseStreams(0, step, self.reference.latent_shape, slice(0, batch), self.device)
         return draws, [f"prompt {i}" for i in range(batch)]
+
+    def devices(self) -> dict[str, int]:
+        """How many tensors of weights, optimizers and conditions are on which device."""
+        modules = [*self.networks, self.train_state.ema, self.reference.vae]
+        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        tensors += [leaf for leaf in tree_leaves(self.train_state.state_dict()) if isinstance(leaf, Tensor)]
+        tensors += self.reference.null_conditions().values()
+        return Counter(str(tensor.device) for tensor in tensors)
 
 
 @dataclass
@@ -189,14 +176,14 @@ Loop = Callable[[World, int, int, Clock], Metrics]
 """(world, batch, step, clock): one round."""
 
 
-def ours(world: World, batch: int, step: int, clock: Clock, ask: Send | None = None) -> Metrics:
+def ours(world: World, batch: int, step: int, clock: Clock) -> Metrics:
     """The package's round; it tells the clock by the calls that it makes."""
     draws, prompts = world.draws(batch, step)
     c = world.reference.encode_prompts(prompts)
 
     def send(latents: Tensor, prompts: Sequence[str]) -> Collect:
         clock.begin("reward")
-        collect = (ask or world.reward_client.send)(latents, prompts)
+        collect = world.reward_client.send(latents, prompts)
         clock.begin("score network")
 
         def collected() -> Scores:
@@ -291,142 +278,89 @@ def plain(world: World, batch: int, step: int, clock: Clock) -> Metrics:
     return metrics
 
 
-@cache
-def flops(setting: Setting, folder: Path) -> float:
-    """Of a setting's round, for each sample, counted without weights."""
-    world = World(setting, folder, torch.device("meta"), precision="fp32")  # meta knows no autocast; the work is the same
-
-    def decoded(latents: Tensor, prompts: Sequence[str]) -> Collect:
-        """LatentRewards would not trust a score without a value."""
-        leaf = latents.clone().requires_grad_()
-        scores = brightness(world.reference.decode(leaf), prompts)
-        gradient = torch.autograd.grad(scores.sum(), leaf)[0]
-        return lambda: Scores({REWARD: scores.detach()}, gradient, 0.0, 1)
-
-    without_values = mock.patch.multiple(Tensor, item=lambda self: 1.0, cpu=lambda self: self)
-    with FlopCounterMode(display=False) as counter, without_values:
-        ours(world, 1, 0, Clock(torch.device("cpu")), decoded)
-    return float(counter.get_total_flops())
-
-
 # ----------------------------------------------------------------------------------------------------------- measuring
-@dataclass(frozen=True)
-class Row:
-    """A line of the table. `taken`: each measured round's seconds by phase; without any, `said` is why."""
-
-    setting: Setting
-    batch: int
-    loop: str
-    taken: Sequence[dict[str, float]] = ()
-    memory: int = 0
-    said: str = ""
-    flops: float = 0.0
-
-    @property
-    def rounds(self) -> list[float]:
-        return [sum(phases.values()) for phases in self.taken]
-
-    @property
-    def images_per_second(self) -> float:
-        return self.batch / statistics.median(self.rounds) if self.taken else 0.0
-
-    @property
-    def flop_per_second(self) -> float:
-        return self.flops * self.images_per_second
-
-    def line(self, peak: float | None) -> str:
-        of = self.setting
-        cells = [of.model, "LoRA" if of.lora else "full", *("yes" if on else "no" for on in (of.checkpointing, of.compiled))]
-        cells += [self.loop, str(self.batch)]
-        if self.taken:
-            cells += [f"{self.images_per_second:.3g}", f"{self.flop_per_second / 1e12:.3g}"]
-            cells += [f"{self.flop_per_second / peak:.1%}" if peak else "-", f"{self.memory / 1e9:.1f}" if self.memory else "-"]
-            whole = sum(self.rounds)
-            cells += [f"{sum(phases[phase] for phases in self.taken) / whole:.1%}" for phase in PHASES]
-        else:
-            cells += [self.said] + [""] * (3 + len(PHASES))
-        return f"| {' | '.join(cells)} |"
-
-
-def heading() -> str:
-    texts = ["model", "trained", "checkpointing", "compile", "loop"]
-    figures = ["batch", "images/s", "TFLOP/s", "MFU", "peak GB", *PHASES]
-    return f"| {' | '.join(texts + figures)} |\n|{'---|' * len(texts)}{'--:|' * len(figures)}"
-
-
-def measured(world: World, setting: Setting, batch: int, folder: Path) -> list[Row]:
+def measured(world: World, setting: Setting, batch: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Rounds of the setting's loop, or of both loops in turns: ours, plain, plain, ours."""
     loops: dict[str, Loop] = {"ours": ours, "plain": plain} if setting.loop == "plain" else {setting.loop: ours}
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in loops}
     memory = dict.fromkeys(loops, 0)
-    for step in range(WARM_UP + ROUNDS):
+    on_gpu = world.device.type == "cuda"
+    for step in range(WARM_UP + rounds):
         for name in list(loops)[:: -1 if step % 2 else 1]:
-            if world.device.type == "cuda":
+            if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
             clock = Clock(world.device)
             loops[name](world, batch, step, clock)
             phases = clock.seconds()
-            if world.device.type == "cuda":
+            if on_gpu:
                 memory[name] = max(memory[name], torch.cuda.max_memory_allocated())
             if step >= WARM_UP:
                 taken[name].append(phases)
-    counted = flops(Setting(setting.model, setting.lora, loop="KL" if setting.loop == "KL" else "DI*"), folder)
-    return [Row(setting, batch, name, taken[name], memory[name], flops=counted) for name in loops]
+    for name, loop in loops.items():
+        row = {"loop": name, "batch": batch, "memory": memory[name], "devices": world.devices(), "taken": taken[name]}
+        if on_gpu and (setting.one_batch or batch == COUNTED_BATCH):
+            one_more = partial(loop, world, batch, WARM_UP + rounds, Clock(world.device))
+            row |= {"busy": busy(one_more), "waits": waits(one_more)}
+        yield row
 
 
-def fastest(setting: Setting, table: Sequence[Row]) -> int:
-    """The batch that was, of the same training without checkpointing or compilation."""
-    tried = [row for row in table if row.setting == Setting(setting.model, setting.lora)]
-    return max(tried, key=lambda row: row.images_per_second).batch if tried else 1
+def busy(one_round: Callable[[], Any]) -> float:
+    """Seconds of a round in which the GPU computes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        one_round()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
 
 
-def rows(setting: Setting, best: int, folder: Path, device: torch.device) -> Iterator[Row]:
-    """The setting at the batch that is best, or at 1, 2, 4, ... until memory ends."""
-    world = None
-    for batch in [best] if setting.one_batch else (2**i for i in count()):
-        said = ""
+def waits(one_round: Callable[[], Any]) -> dict[str, int]:
+    """How often a round waits for the GPU, by the line of Python that it waits in."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
         try:
-            if device.type == "cpu" and batch > SMOKE_BATCH:
-                raise torch.OutOfMemoryError("as if")
-            world = world or World(setting, folder, device)
-            yield from measured(world, setting, batch, folder)
-        except RuntimeError as error:  # whatever it is, the other rows are wanted: GPUs are rare
-            said = OUT_OF_MEMORY if out_of_memory(error.__cause__ or error) else type(error).__name__
-            if said != OUT_OF_MEMORY:
-                traceback.print_exc()
-        if said:
-            yield Row(setting, batch, setting.loop, said=said)
-            return
+            one_round()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return Counter(f"{Path(each.filename).name}:{each.lineno}" for each in caught if "synchroniz" in str(each.message))
 
 
-def verdicts(table: Sequence[Row], peak: float | None, on_gpu: bool) -> tuple[str, bool]:
-    """The aims as a table; whether every floor is kept that can be judged here."""
-    product = [row for row in table if row.loop == "DI*"]
-    sd15 = [row for row in product if row.setting.model == "SD1.5"]
-    sdxl = [row for row in product if row.setting.model == "SDXL" and row.memory <= 80e9]
-    lines, good = ["| what | seen | floor | aim |", "|---|--:|--:|--:|"], True
-    for name, of, floor, aim in (("SD1.5 at 512 px", sd15, 0.20, 0.40), ("SDXL LoRA at 1024 px, in 80 GB", sdxl, None, 0.25)):
-        if peak:
-            mfu = max((row.flop_per_second for row in of), default=0.0) / peak
-            good &= floor is None or mfu >= floor
-            bounds = [f"{bound:.0%} {'ok' if mfu >= bound else 'missed'}" if bound else "" for bound in (floor, aim)]
-            lines.append(f"| {name}: MFU | {mfu:.1%} | {' | '.join(bounds)} |")
-        else:
-            lines.append(f"| {name}: MFU | not judged here | {f'{floor:.0%}' if floor else ''} | {aim:.0%} |")
-    rate = max((row.images_per_second for row in sdxl), default=0.0)
-    good &= not on_gpu or rate >= 0.23
-    verdict = f"{rate:.3g} | 0.23 {'ok' if rate >= 0.23 else 'missed'}" if on_gpu else "not judged here | 0.23"
-    return "\n".join([*lines, f"| SDXL LoRA at 1024 px, in 80 GB: images/s | {verdict} | |"]), good
+def resumed(folder: Path, device: torch.device) -> dict[str, Any]:
+    """Two rounds in one go against other networks that get the state in between, with deterministic kernels."""
+    use_deterministic_kernels()
+    straight, other = World(Setting("SD1.5"), folder, device), World(Setting("SD1.5"), folder, device)
+    for world in (straight, other):  # conditions are random, and kept
+        torch.manual_seed(1)
+        world.reference.encode_prompts(world.draws(RESUMED_BATCH, 0)[1])
+    one_round = partial(ours, batch=RESUMED_BATCH, clock=Clock(device))
+    one_round(straight, step=0)
+    between = tree_map_only(Tensor, Tensor.clone, straight.train_state.state_dict())
+    one_round(other, step=7)  # whatever it did before is forgotten
+    other.train_state.load_state_dict(between)
+    metrics, again = one_round(straight, step=1), one_round(other, step=1)
+    same = all(again[key] == value for key, value in metrics.items() if not key.startswith("time/"))
+    states = [tree_leaves(world.train_state.state_dict()) for world in (straight, other)]
+    pairs = [pair for pair in zip(*states, strict=True) if isinstance(pair[0], Tensor)]
+    return {"tensors": len(pairs), "equal": sum(torch.equal(*pair) for pair in pairs), "metrics": same}
 
 
+def counted(setting: Setting, folder: Path, batch: int = COUNTED_BATCH) -> dict[str, float]:
+    """Work of a sample's round, and the bytes of a process at its most, as `check` counts them."""
+    experiment = experiment_of(setting, folder, batch)
+    footprint = training_footprint(experiment, reference_of(experiment, torch.device("cpu")), {REWARD: brightness})
+    return {"flops": footprint.flops / batch, "memory": footprint.peak}
+
+
+# ----------------------------------------------------------------------------------------------------------- the plan
 def shrunk(folder: Path, into: Path) -> Path:
     """The same pipeline with networks that a CPU runs in no time."""
-    tiny = {"layers_per_block": 1, "sample_size": 8, "attention_head_dim": 4, "norm_num_groups": 8, "cross_attention_dim": 16}
+    tiny = {"layers_per_block": 1, "sample_size": 8, "norm_num_groups": 8, "cross_attention_dim": 16}
+    tiny |= {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16}
     two = {"down_block_types": slice(-2, None), "up_block_types": slice(2)}  # levels; the ones that have attention
     for path in (folder / "model_index.json", *folder.glob("*/*.json")):
         content = json.loads(path.read_text())
-        if "block_out_channels" in content:
+        if path.parent.name in ("unet", "transformer", "vae"):
             content |= {key: value for key, value in tiny.items() if key in content}
+        if "block_out_channels" in content:
             content |= {key: content[key][levels] for key, levels in two.items()} | {"block_out_channels": [16, 16]}
         if "transformer_layers_per_block" in content:
             content["transformer_layers_per_block"] = 1
@@ -436,57 +370,79 @@ def shrunk(folder: Path, into: Path) -> Path:
     return into / folder.name
 
 
-def main() -> int:
+def measure(results: Results, setting: Setting, folder: Path, device: torch.device) -> bool:
+    """Measure what the setting lacks; returns whether nothing failed but memory."""
+    world = None
+    while (batch := results.next_batch(setting)) is not None:
+        try:
+            if device.type == "cpu" and batch > 1:
+                raise torch.OutOfMemoryError("as if")
+            world = world or World(setting, folder, device)
+            for row in measured(world, setting, batch, ROUNDS if device.type == "cuda" else 1):
+                results.add(results.rows, f"{setting}, {row['loop']} {batch}", row)
+        except RuntimeError as error:  # whatever it is, the other rows are wanted: GPUs are rare
+            if not out_of_memory(error.__cause__ or error):
+                traceback.print_exc()
+                return False
+            row = {"loop": setting.loop, "batch": batch, "said": OUT_OF_MEMORY}
+            results.add(results.rows, f"{setting}, {setting.loop} {batch}", row)
+    return True
+
+
+def go_on(results: Results, args: argparse.Namespace, where: dict[str, Path], device: torch.device) -> bool:
+    """Measure what is not there; returns whether nothing failed."""
+    good = True
+    for task in PLAN:
+        if isinstance(task, Setting):
+            good &= measure(results, task, where[task.model], device)
+        elif task not in results.rows:
+            command = [sys.executable, __file__, "--results", str(results.path), "--resume", *["--smoke"] * args.smoke]
+            good &= subprocess.run(command).returncode == 0
+            results = Results(results.path, results.machine)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return good
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9, help="after which what remains is printed as not reached")
+    parser.add_argument("--results", type=Path, default=Path("gpu.json"), help="the file that has the rows")
+    parser.add_argument("--count", action="store_true", help="work and memory as `check` counts them, which takes no GPU")
+    parser.add_argument("--resume", action="store_true", help="that row alone, which changes the kernels of a process")
     parser.add_argument("--smoke", action="store_true", help="tiny networks on the CPU, in a minute or two")
     args = parser.parse_args()
-    if not args.smoke and not torch.cuda.is_available():
-        parser.error("torch sees no GPU here; --smoke goes without")
-    device = torch.device("cpu" if args.smoke else "cuda")
-    name = "CPU, tiny networks: no figures" if args.smoke else torch.cuda.get_device_name()
-    peak = next((peak for start, peak in PEAKS.items() if name.startswith(start)), None)
-    stated = f"{peak / 1e12:.0f} TFLOP/s dense bf16" if peak else "no peak known, no MFU"
-    print(f"### {name} ({stated}), torch {torch.__version__}, diffusers {diffusers.__version__}, {date.today()}\n")
-    print(heading(), flush=True)
+    if not (args.smoke or args.count or torch.cuda.is_available()):
+        parser.error("torch sees no GPU here; --count and --smoke go without")
+    return args
 
-    def time_up(*_: Any) -> None:
-        raise TimeUp
 
-    table: list[Row] = []
-    remaining = list(PLAN)
+def main() -> int:
+    args, good = parsed(), True
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.smoke else "cpu")
+    use_precision("bf16")
+    where = {model: SHAPES / of for model, (of, _) in MODELS.items()}
     with tempfile.TemporaryDirectory() as folder:
-        where = {model: SHAPES / of for model, (of, _) in MODELS.items()}
         if args.smoke:
             where = {model: shrunk(of, Path(folder)) for model, of in where.items()}
-        signal.signal(signal.SIGALRM, time_up)
-        try:
-            # Again and again: an exception that a destructor raises is lost.
-            signal.setitimer(signal.ITIMER_REAL, max(60 * args.minutes - BEFORE, 1e-3), 1)
-            while remaining:
-                setting = remaining[0]
-                for row in rows(setting, fastest(setting, table), where[setting.model], device):
-                    table.append(row)
-                    print(row.line(peak), flush=True)
-                remaining.pop(0)
-                gc.collect()
-                torch.cuda.empty_cache()
-        except TimeUp:
-            pass
+            eager: Any = partialmethod(nn.Module.compile, backend="eager")  # a CPU's compiler takes minutes
+            nn.Module.compile = eager  # type: ignore[method-assign]
+        machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, tiny networks: no figures" * args.smoke
+        results = Results(args.results, machine)
+        if args.resume:
+            results.add(results.rows, RESUME, resumed(where["SD1.5"], device))
+            return 0
+        signal.signal(signal.SIGALRM, TimeUp.now)  # each second: an exception that a destructor raises is lost
+        with suppress(TimeUp):
+            signal.setitimer(signal.ITIMER_REAL, max(60 * args.minutes - BEFORE, 1e-3) * (not args.count), 1)
+            if args.count or args.smoke:
+                for setting in COUNTED[:1] if args.smoke else COUNTED:  # without content some seconds each, or minutes
+                    if str(setting) not in results.counted:
+                        results.add(results.counted, str(setting), counted(setting, where[setting.model]))
+            if not args.count:
+                good = go_on(results, args, where, device)
         signal.setitimer(signal.ITIMER_REAL, 0)
-    for setting in remaining:
-        last = max((row.batch for row in table if row.setting == setting), default=0)
-        batch = fastest(setting, table) if setting.one_batch else 2 * last or 1
-        print(Row(setting, batch, setting.loop, said="not reached").line(peak))
-
-    turns = {row.loop: row for row in table if row.setting.loop == "plain" and row.taken}
-    if turns:
-        pairs = [a / b for a, b in zip(turns["ours"].rounds, turns["plain"].rounds, strict=True)]
-        low, middle, high = min(pairs), statistics.median(pairs), max(pairs)
-        print(f"\nours / plain, {len(pairs)} pairs in turns: {middle:.3f} [{low:.3f}, {high:.3f}]")
-    said, good = verdicts(table, peak, device.type == "cuda")
-    print(f"\n{said}")
-    return int(not good or any(row.said not in ("", OUT_OF_MEMORY) for row in table))
+    return int(not (report(Results(args.results, machine), device.type == "cuda") and good))
 
 
 if __name__ == "__main__":

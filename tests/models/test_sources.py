@@ -14,7 +14,7 @@ from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.sources import NoWeights, RandomWeights, WeightSource
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+@pytest.fixture(scope="module", params=["sd15", "sdxl", "pixart"])
 def bare(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline's configurations alone."""
     whole = pipelines.build(tmp_path_factory.mktemp("whole"), family=request.param)
@@ -32,7 +32,8 @@ def test_random_weights_are_the_same_at_every_call(bare: Path) -> None:
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     c = reference.encode_prompts(["a red hat", "a blue hat"])
     blank = reference.blank_conditions()
-    assert {key: value.shape[1:] for key, value in c.items()} == {key: value.shape[1:] for key, value in blank.items()}
+    of_each = [{key: (value.shape[1:], value.dtype) for key, value in each.items()} for each in (c, blank)]
+    assert of_each[0] == of_each[1]  # a mask stays one
     images = reference.sampler(reference.generator(399))(["a red hat"], torch.zeros(1, *reference.latent_shape))
     assert images.shape == (1, 3, 32, 32) and images.isfinite().all()
 

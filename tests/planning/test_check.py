@@ -27,9 +27,18 @@ PUBLISHED = {
         "unet": 2_567_463_684, "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": 694_659_840,
     },
     "PixArt-alpha/PixArt-XL-2-512x512": {"transformer": 610_856_096, "vae": VAE, "text_encoder": 4_762_310_656},
+    "stabilityai/stable-diffusion-3-medium-diffusers": {
+        "transformer": 2_028_328_000, "vae": 83_819_683, "text_encoder": 123_650_304, "text_encoder_2": 694_659_840,
+        "text_encoder_3": 4_762_310_656,
+    },
 }  # fmt: skip
 """Parameters of each part."""
-PIXELS = {"stable-diffusion-v1-5": 512, "stable-diffusion-xl-base-1.0": 1024, "PixArt-XL-2-512x512": 512}
+LATENTS = {
+    "stable-diffusion-v1-5": (4, 64, 64),
+    "stable-diffusion-xl-base-1.0": (4, 128, 128),
+    "PixArt-XL-2-512x512": (4, 64, 64),
+    "stable-diffusion-3-medium-diffusers": (16, 128, 128),
+}
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
@@ -41,9 +50,9 @@ def test_the_shipped_configurations_are_the_published_models(model: str) -> None
         if not name.startswith("tokenizer")
     }
     assert {name: sum(prod(p.shape) for p in part.parameters()) for name, part in parts.items()} == PUBLISHED[model]
-    edge = PIXELS[model.rpartition("/")[2]] // 8
-    assert reference.latent_shape == (4, edge, edge)
-    assert len(reference.schedule.alphas) == 1000 and reference.prediction == "epsilon"
+    assert reference.latent_shape == LATENTS[model.rpartition("/")[2]]
+    assert len(reference.schedule.alphas) == 1000
+    assert reference.prediction == ("flow_prediction" if reference.family.flow else "epsilon")
 
 
 def test_the_schedules_are_the_published_ones() -> None:

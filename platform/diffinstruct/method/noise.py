@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffinstruct.method.diffusion import TimestepDistribution
+from diffinstruct.method.memory import to_device
 
 
 class Stream(IntEnum):
@@ -55,19 +56,20 @@ class NoiseStreams:
             yield generator
 
     def _normal(self, stream: int) -> Tensor:
-        """On the CPU, and for a GPU in page-locked memory, from which a copy waits for no other work."""
+        """On the CPU, and for a GPU in page-locked memory."""
         samples = [generator.standard_normal(self.shape, np.float32) for generator in self._generators(stream)]
-        return torch.tensor(np.stack(samples), pin_memory=self.device.type == "cuda")
+        noise = torch.from_numpy(np.stack(samples))
+        return noise.pin_memory() if self.device.type == "cuda" else noise
 
     def normal(self, stream: int) -> Tensor:
         """N(0, I) noise [B, *shape]."""
         noise = self.ahead[stream].result() if stream in self.ahead else self._normal(stream)
-        return noise.to(self.device, non_blocking=True)
+        return to_device(noise, self.device)
 
     def t(self, stream: int, distribution: TimestepDistribution) -> Tensor:
         """Timesteps [B] of this distribution."""
         fractions = [generator.random(dtype=np.float32) for generator in self._generators(stream)]
-        return distribution(torch.tensor(fractions)).to(self.device)
+        return to_device(distribution(torch.tensor(fractions)), self.device)
 
     def prompts(self, count: int) -> list[int]:
         """Indices of this worker's prompts, into `count` of them."""

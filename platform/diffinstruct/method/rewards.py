@@ -5,7 +5,6 @@ better. `LatentRewards` is that, moved to where the generator's samples live. It
 reward actor; both are asked through `Send`, so the step cannot tell which.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +88,9 @@ class LatentRewards:
                 raise
             raise RewardError(f"rewards {', '.join(self.models)}: out of memory with one sample") from error
         scores = {name: torch.cat([p[0][name] for p in parts]) for name in self.models}
-        return Scores(scores, torch.cat([p[1] for p in parts]), time.perf_counter() - started, micro_batch)
+        gradient = torch.cat([p[1] for p in parts])
+        _refuse_non_finite(scores, gradient, f"the gradient of {' + '.join(request.weights)} at the latents")
+        return Scores(scores, gradient, time.perf_counter() - started, micro_batch)
 
     def _score(self, latents: Tensor, prompts: Sequence[str], weights: Mapping[str, float]) -> tuple[dict[str, Tensor], Tensor]:
         leaf = latents.detach().requires_grad_(bool(weights))
@@ -99,33 +100,36 @@ class LatentRewards:
         with torch.set_grad_enabled(bool(weights)):
             images = self.decode(leaf)
             for name, weight in weights.items():
-                score = scored(name, self.models[name], images, prompts, seen)
+                score = _unchecked(name, self.models[name], images, prompts, seen)
                 if not score.requires_grad:
                     raise RewardError(f"reward {name}: its scores carry no gradient to the images, so it can only be held out")
                 total = total + weight * score.float().sum()
                 scores[name] = score.detach()
             gradient = torch.autograd.grad(total, leaf)[0] if weights else torch.zeros_like(leaf)
-        if not math.isfinite(gradient.abs().sum().item()):
-            raise NonFiniteScore(f"the gradient of {' + '.join(weights)} at the latents is not finite")
         seen = {tower: features.detach() for tower, features in seen.items()}
         with torch.no_grad():
             for name in (name for name in self.models if name not in weights):
-                scores[name] = scored(name, self.models[name], images.detach(), prompts, seen)
+                scores[name] = _unchecked(name, self.models[name], images.detach(), prompts, seen)
         return scores, gradient
 
 
-def scored(
-    name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str], seen: dict[int, Tensor] | None = None
-) -> Tensor:
+def scored(name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str], seen: dict[int, Tensor]) -> Tensor:
     """The reward's scores [B], finite. It gets images of its own: what it writes into them no other reward sees. One
     that errs is refused by name and never becomes a 0.
 
     seen: features of the same images by their tower's id; those of this reward's tower are used, or added.
     """
+    score = _unchecked(name, reward, images, prompts, seen)
+    _refuse_non_finite({name: score})
+    return score
+
+
+def _unchecked(name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str], seen: dict[int, Tensor]) -> Tensor:
+    """`scored`, but for the look whether they are finite, which waits for a GPU."""
     batch = len(prompts)
     try:
         tower = getattr(reward, "tower", None)
-        if tower is None or seen is None:
+        if tower is None:
             score = reward(images.clone(), prompts)
         else:
             if id(tower) not in seen:
@@ -143,6 +147,18 @@ def scored(
         raise RewardError(f"reward {name}: its scores are on the meta device, they have no values")
     if not score.is_floating_point():
         raise RewardError(f"reward {name}: scores of {score.dtype}, expected floating point")
-    if not torch.isfinite(score).all():
-        raise NonFiniteScore(f"reward {name}: {int((~torch.isfinite(score)).sum())} of {batch} scores are not finite")
     return score
+
+
+def _refuse_non_finite(scores: Mapping[str, Tensor], gradient: Tensor | None = None, title: str = "") -> None:
+    """Raises NonFiniteScore. All are looked at once: each look waits for a GPU."""
+    finite = {f"reward {name}": score.isfinite() for name, score in scores.items()}
+    all_finite = [each.all() for each in finite.values()]
+    if gradient is not None:
+        all_finite.append(gradient.abs().sum().isfinite())
+    if torch.stack([each.to(all_finite[-1].device) for each in all_finite]).all():
+        return
+    for name, each in finite.items():
+        if not each.all():
+            raise NonFiniteScore(f"{name}: {int((~each).sum())} of {len(each)} scores are not finite")
+    raise NonFiniteScore(f"{title} is not finite")

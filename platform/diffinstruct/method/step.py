@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from diffinstruct.method.diffusion import Conditions, GuidedReference, Schedule, TimestepDistribution, denoising_loss
+from diffinstruct.method.memory import to_device
 from diffinstruct.method.noise import SCORE_STREAMS, NoiseStreams, Stream
 from diffinstruct.method.nonfinite import FiniteCheck, NonFiniteGradient
 from diffinstruct.method.objectives import Objective
@@ -245,7 +246,7 @@ class Round:
         gradient = torch.zeros_like(sample)
         if scores:
             metrics["time/reward"] = scores.seconds
-            gradient = self.config.reward_scale * scores.gradient.to(sample)
+            gradient = self.config.reward_scale * to_device(scores.gradient, sample.device).to(sample)
             metrics |= {f"reward/{name}": score.mean() for name, score in scores.scores.items()}
         self.finite.check("reward_scale times the rewards' gradient", gradient)
         return gradient, metrics

@@ -92,7 +92,7 @@ class StableDiffusionXL(StableDiffusion):
 
     @staticmethod
     def output(network: nn.Module, xt: Tensor, t: Tensor, c: Conditions, pixels: tuple[int, int]) -> Tensor:
-        sizes = xt.new_tensor([*pixels, 0, 0, *pixels]).expand(len(xt), -1)
+        sizes = _row(xt, *pixels, 0, 0, *pixels)
         added = {"text_embeds": c["pooled_prompt_embeds"], "time_ids": sizes}
         return network(xt, t, c["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
 
@@ -137,10 +137,7 @@ class PixArtAlpha(StableDiffusion):
         config: Any = network.config
         sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if config.sample_size == 128:  # the 1024 px model is told the picture's size
-            sizes = {
-                "resolution": xt.new_tensor(pixels).expand(len(xt), -1),
-                "aspect_ratio": xt.new_tensor([pixels[0] / pixels[1]]).expand(len(xt), -1),
-            }
+            sizes = {"resolution": _row(xt, *pixels), "aspect_ratio": _row(xt, pixels[0] / pixels[1])}
         text = {"encoder_hidden_states": c["prompt_embeds"], "encoder_attention_mask": c["prompt_attention_mask"]}
         output = network(xt, timestep=t, added_cond_kwargs=sizes, return_dict=False, **text)[0]
         return output.chunk(2, dim=1)[0] if config.out_channels == 2 * config.in_channels else output
@@ -187,6 +184,11 @@ class StableDiffusion3(StableDiffusion):
     @staticmethod
     def unscaled(latents: Tensor, decoder: Any) -> Tensor:
         return latents / decoder.scaling_factor + decoder.shift_factor
+
+
+def _row(xt: Tensor, *values: float) -> Tensor:
+    """These values for each sample [B, n]. They are written where xt is: a copy would make the CPU wait for a GPU."""
+    return torch.stack([xt.new_full((), value) for value in values]).expand(len(xt), -1)
 
 
 def _families(family: type[StableDiffusion]) -> Iterator[type[StableDiffusion]]:

@@ -68,7 +68,10 @@ class RandomWeights(WeightSource):
         return nn.Module.to(without_weights(kind, source, subfolder, device), dtype).eval()
 
     def conditions(self, blank: Callable[[], Conditions], device: torch.device | str) -> Conditions | None:
-        return {key: torch.randn(value.shape, device=device) for key, value in blank().items()}
+        return {
+            key: torch.randn(value.shape, device=device) if value.is_floating_point() else value.to(device)  # a mask stays one
+            for key, value in blank().items()
+        }
 
 
 class NoWeights(WeightSource):

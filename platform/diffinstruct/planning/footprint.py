@@ -8,7 +8,7 @@ where they happen, at each role's network.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,12 +26,13 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.sections import RewardsConfig
 from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.rewards import Collect, LatentRewards, RewardModel, RewardRequest, Scores, Send
-from diffinstruct.method.step import alternating_round
+from diffinstruct.method.step import Metrics, StepConfig, alternating_round
 from diffinstruct.models.lora import Role
 from diffinstruct.models.pipeline import Reference
 from diffinstruct.models.roles import Roles, make_roles
 from diffinstruct.training.build import make_step_config, make_train_state
 
+CPU = torch.device("cpu")
 aten = torch.ops.aten
 FORMULAS = {  # torch knows the GPUs' kernels alone
     **flop_registry,
@@ -78,39 +79,52 @@ def training_footprint(
     per_worker = experiment.global_batch_size // experiment.cluster.workers
     # One micro-batch after another takes what two take, but for latents
     samples = min(per_worker, 2 * experiment.micro_batch_size) if experiment.micro_batch_size else per_worker
-    config = make_step_config(experiment, reference.schedule)
-    with _Count(), torch.device("meta"):  # not yet among tensors without content: peft cannot move those
-        roles = make_roles(experiment, reference, lambda load: load("meta"))
+    config, roles = make_step_config(experiment, reference.schedule), roles_without_content(experiment, reference)
     decoder = reference.empty("vae")
     with _counting() as count:
+        one_round = round_without_content(experiment, reference, roles, config, samples)
+        send = scoring(experiment.rewards, reference, decoder, rewards) if rewards is not None else _no_rewards
+        networks = {"generator": roles.generator.denoiser, "score network": roles.score_network, "reference": roles.reference}
+        counters = {role: PassCounter(network) for role, network in networks.items() if network is not None}
+        count.peak, count.flops = count.live, 0
+        one_round(send)
+        passes = {role: counter.passes(samples) for role, counter in counters.items()}
+        return Footprint(count.live, count.peak, count.flops * per_worker // samples, passes)
+
+
+def roles_without_content(experiment: Experiment, reference: Reference) -> Roles:
+    """The roles on the meta device. To be made before FakeTensorMode begins: peft cannot move its tensors."""
+    with _Count(), torch.device("meta"):
+        return make_roles(experiment, reference, lambda load: load("meta"))
+
+
+def round_without_content(
+    experiment: Experiment, reference: Reference, roles: Roles, config: StepConfig, samples: int, device: torch.device = CPU
+) -> Callable[[Send], Metrics]:
+    """The round of these roles on a device that need not be there, with gradients and Adam states as a round before has
+    left them. To be called in FakeTensorMode; `config` is to be made outside, since it computes with numbers."""
+    with torch.device(device):
         null = reference.blank_conditions()
         # Sharded networks are gathered in the arithmetic's precision, so autocast makes no copies of them
         sharded_bf16 = experiment.cluster.fully_shard and experiment.precision == "bf16"
         _fill_roles(roles, torch.bfloat16 if sharded_bf16 else None)
-        train_state = make_train_state(experiment, roles, null, lambda module: module)
-        send = _scoring(experiment.rewards, reference, decoder, rewards) if rewards is not None else _no_rewards
-        networks = {"generator": roles.generator.denoiser, "score network": roles.score_network, "reference": roles.reference}
-        counters = {role: PassCounter(network) for role, network in networks.items() if network is not None}
-        # Of the round's samples that are not gone through, too
-        whole = {key: value.expand(per_worker, *value.shape[1:]).clone() for key, value in null.items()}
-        c = {key: value[:samples] for key, value in whole.items()}
-        # Gradients and Adam states as a round before has left them
-        for optimizer in filter(None, (train_state.generator_optimizer, train_state.score_optimizer)):
-            for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
-                weight.grad = torch.empty_like(weight)
-            optimizer.step()
-        count.peak, count.flops = count.live, 0
-        noise = NoiseStreams(0, 1, reference.latent_shape, slice(0, samples), torch.device("cpu"))
-        alternating_round(train_state, config, reference.schedule, noise, [""] * samples, c, send)
-        passes = {role: counter.passes(samples) for role, counter in counters.items()}
-        return Footprint(count.live, count.peak, count.flops * per_worker // samples, passes)
+    train_state = make_train_state(experiment, roles, null, lambda module: module)
+    # Of the round's samples that are not gone through, too
+    whole = max(samples, experiment.global_batch_size // experiment.cluster.workers)
+    c = {key: value.expand(whole, *value.shape[1:]).clone()[:samples] for key, value in null.items()}
+    for optimizer in filter(None, (train_state.generator_optimizer, train_state.score_optimizer)):
+        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+            weight.grad = torch.empty_like(weight)
+        optimizer.step()
+    noise = NoiseStreams(0, 1, reference.latent_shape, slice(0, samples), device)
+    return partial(alternating_round, train_state, config, reference.schedule, noise, [""] * samples, c)
 
 
 def rewards_footprint(config: RewardsConfig, reference: Reference, rewards: Mapping[str, RewardModel]) -> Footprint:
     """The footprint of a reward actor without its rewards' own weights; `flops` are those of a micro-batch."""
     decoder = reference.empty("vae")
     with _counting() as count:
-        send = _scoring(config, reference, decoder, rewards)
+        send = scoring(config, reference, decoder, rewards)
         held, samples = count.live, config.micro_batch_size
         counter = PassCounter(decoder.decoder)
         send(torch.empty(samples, *reference.latent_shape), [""] * samples)
@@ -151,7 +165,8 @@ def _fill_roles(roles: Roles, gathered: torch.dtype | None) -> None:
         _fill(role.network, filled, gathered)
 
 
-def _scoring(config: RewardsConfig, reference: Reference, decoder: nn.Module, rewards: Mapping[str, RewardModel]) -> Send:
+def scoring(config: RewardsConfig, reference: Reference, decoder: nn.Module, rewards: Mapping[str, RewardModel]) -> Send:
+    """The rewards in this process, behind a decoder that gets tensors without content on torch's default device."""
     reference.vae = _fill(decoder.requires_grad_(False), {})
     if reference.activation_checkpointing:
         reference.vae.enable_gradient_checkpointing()

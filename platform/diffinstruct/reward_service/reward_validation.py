@@ -235,7 +235,7 @@ class _Validation:
         """Neither pictures nor prompts are written to; and a tower and a head say what the reward itself says."""
         images, texts = self.images.clone(), list(self.texts)
         with torch.no_grad():  # `scored` would give it a copy
-            itself = scored(self.name, lambda *_: self.reward(images, texts), self.images, self.texts)
+            itself = scored(self.name, lambda *_: self.reward(images, texts), self.images, self.texts, {})
         if not torch.equal(images, self.images):
             raise self._fault("it writes into the pictures that it is given")
         if texts != self.texts:
