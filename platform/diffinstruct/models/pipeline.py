@@ -78,6 +78,8 @@ class Reference:
             self.scheduler = ddim = DDIMScheduler.from_config(scheduler, **DDIM | _even_steps(scheduler))
             self.betas, self.prediction = ddim.betas.tolist(), ddim.config.prediction_type
             self.schedule = Schedule(ddim.alphas_cumprod.sqrt(), (1 - ddim.alphas_cumprod).sqrt())
+        # Zero terminal SNR: at the last t there is nothing of the picture in x_t, and epsilon says nothing of it
+        self.blind_at_last = self.prediction == "epsilon" and self.schedule.alphas[-1].item() == 0
         self._config = sources.read_source(self._network_class.load_config, source, subfolder=self.family.part)
         if (size := self._config.get("sample_size")) is None:
             mend = "its edge in latents, 64 for 512 px, say, belongs into that file"
@@ -245,7 +247,7 @@ class Reference:
             raise UserError(
                 f"generator.timestep: should be {last} for a flow, whose stock pipelines begin at pure noise, got {timestep}"
             )
-        if self.prediction == "epsilon" and self.schedule.alphas[timestep] == 0:
+        if timestep == last and self.blind_at_last:
             why = "alpha is 0 there (zero terminal SNR), and a network that predicts epsilon says nothing of the picture"
             raise UserError(f"generator.timestep: should be below {timestep}: {why}")
         if input_scale == "sigma" and timestep == 0:

@@ -104,7 +104,7 @@ def round_without_content(
     """The round of these roles on a device that need not be there, with gradients and Adam states as a round before has
     left them. To be called in FakeTensorMode; `config` is to be made outside, since it computes with numbers."""
     with torch.device(device):
-        null = reference.blank_conditions()
+        null = {key: torch.empty_like(value, device=device) for key, value in reference.blank_conditions().items()}
         # Sharded networks are gathered in the arithmetic's precision, so autocast makes no copies of them
         sharded_bf16 = experiment.cluster.fully_shard and experiment.precision == "bf16"
         _fill_roles(roles, torch.bfloat16 if sharded_bf16 else None)

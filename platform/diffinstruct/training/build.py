@@ -51,7 +51,7 @@ def check_reference(experiment: Experiment, reference: Reference) -> None:
     generator, schedule = experiment.generator, reference.schedule
     validate_export(reference, generator.timestep, generator.input_scale)
     t_max, last = experiment.objective.t_max, len(schedule.alphas) - 1
-    if t_max > last and reference.prediction == "epsilon" and schedule.alphas[last] == 0:
+    if t_max > last and reference.blind_at_last:
         why = "alpha is 0 at the last t (zero terminal SNR), and a network that predicts epsilon says nothing of the picture"
         raise UserError(f"objective.t_max: should be at most {last}, got {t_max}: {why}")
 
