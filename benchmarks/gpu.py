@@ -250,6 +250,7 @@ def plain(world: World, batch: int, step: int, clock: Clock) -> Metrics:
         alpha, sigma = at(t)
         error = (alpha / sigma) * (x0_hat(score_network, xt, t, c) - sample)
         score_loss = error.pow(2).flatten(1).mean(1).mean()
+    assert train_state.score_optimizer is not None  # DI* has one
     train_state.score_optimizer.zero_grad()
     score_loss.backward()
     metrics = {"loss/score_network": score_loss.item()}

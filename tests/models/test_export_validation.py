@@ -170,7 +170,7 @@ def test_a_pipeline_that_draws_otherwise_is_refused(folders, monkeypatch) -> Non
         with pytest.raises(UserError, match="would export draws another picture"):
             validate_export(reference, 399, "unit")
     with monkeypatch.context() as patch:
-        output = StableDiffusionXL.output
+        output: Any = StableDiffusionXL.output
         patch.setattr(StableDiffusionXL, "output", staticmethod(lambda *inputs: output(*inputs[:-1], (8, 8))))
         with pytest.raises(UserError, match="feeds its network another added_cond_kwargs"):
             validate_export(reference, 399, "unit")

@@ -65,7 +65,7 @@ def test_a_round_costs_what_the_arithmetic_says(reference, monkeypatch, name, gu
     c = reference.encode_prompts(PROMPTS)
     sample = draws.normal(0)
     with torch.no_grad():
-        one = counted(lambda: unwrapped(train_state.score_network)(sample, torch.tensor([5, 500]), c))
+        one = counted(lambda: unwrapped(train_state.generator).denoiser(sample, torch.tensor([5, 500]), c))
     this = Round(train_state, settings, reference.schedule, draws, c, FiniteCheck(PROMPTS))
     update = partial(this.update_score_network, sample, 0)
     score = counted(update) if settings.objective else 0

@@ -15,6 +15,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -51,7 +52,7 @@ def test_a_grid_takes_numpys_values():
     assert points[-1] == {"objective.reward_scale": 1.0, "seed": 1} and len(points) == 6
     assert all(type(value) in (int, float) for point in points for value in point.values())
     with pytest.raises(UserError, match="seed: a grid takes a list of values, got 3"):
-        grid({"seed": 3})
+        grid(cast(Any, {"seed": 3}))
 
 
 def test_a_sweep_is_a_table_of_child_runs_and_tells_of_a_failed_one(session, world, tmp_path, capfd):
