@@ -30,6 +30,7 @@ from diffinstruct.config.fields import (
 )
 from diffinstruct.config.sections import (
     ClusterConfig,
+    ExportConfig,
     GeneratorConfig,
     LoggingConfig,
     ObjectiveConfig,
@@ -94,6 +95,7 @@ class Experiment(Section):
     logging: LoggingConfig = LoggingConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+    export: ExportConfig = ExportConfig()
     output_dir: Text = key("runs", "folder of run folders, relative to where the command is typed (ours)", identity=False)
     mirror: Text | None = key(
         None,

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 def use_deterministic_kernels() -> None:
     """Compute the same bits on a GPU, too; an operation that cannot raises RuntimeError. To be called before the first

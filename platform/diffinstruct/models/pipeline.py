@@ -97,7 +97,7 @@ class Reference:
 
     @cached_property
     def vae(self) -> Any:
-        vae = self._load("vae", self.decoder_dtype).requires_grad_(False)
+        vae = self.part("vae")
         if self.activation_checkpointing:
             vae.enable_gradient_checkpointing()
         return vae
@@ -105,15 +105,14 @@ class Reference:
     @cached_property
     def texts(self) -> dict[str, Any]:
         """Tokenizers and text encoders, by their names in the pipeline."""
-        return {
-            name: sources.read_source(self._class(name).from_pretrained, self.source, subfolder=name)
-            if name.startswith("tokenizer")
-            else self._load(name, self.dtype).requires_grad_(False)
-            for name in self.family.texts
-        }
+        return {name: self.part(name) for name in self.family.texts}
 
-    def _load(self, part: str, dtype: torch.dtype) -> Any:
-        return self.weights.load(self._class(part), self.source, part, dtype, self.device)
+    def part(self, name: str) -> Any:
+        """The decoder ("vae"), a text encoder or a tokenizer, by its name in the pipeline, read anew; frozen."""
+        if name.startswith("tokenizer"):
+            return sources.read_source(self._class(name).from_pretrained, self.source, subfolder=name)
+        dtype = self.decoder_dtype if name == "vae" else self.dtype
+        return self.weights.load(self._class(name), self.source, name, dtype, self.device).requires_grad_(False)
 
     @cached_property
     def _pixels_per_latent(self) -> int:
@@ -136,13 +135,15 @@ class Reference:
         return NoWeights().load(self._class(part), self.source, part, dtype, "meta")
 
     def pipeline(self, **parts: Any) -> Any:
-        """diffusers' own pipeline with the text encoders and these parts, and nothing in the place of others."""
+        """diffusers' own pipeline with these parts, its text encoders, if they are not among them, and nothing in the place
+        of others."""
         with sources.quiet():
             kind = getattr(diffusers, self.family.pipeline)
             known = inspect.signature(kind).parameters
             options = {key: value for key, value in self.index.items() if key in known and not isinstance(value, list)}
             nothing = {key: None for key, parameter in known.items() if parameter.default is parameter.empty}
-            return kind(**nothing | options | self.texts | parts)
+            texts = {} if self.family.texts.keys() <= parts.keys() else self.texts
+            return kind(**nothing | options | texts | parts)
 
     def network(
         self, start: str = "reference", dtype: torch.dtype | None = None, device: torch.device | str | None = None

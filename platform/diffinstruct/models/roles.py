@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.models.denoiser import NetworkDenoiser, OneStepGenerator
-from diffinstruct.models.lora import SharedBase
+from diffinstruct.models.lora import Role, SharedBase
 from diffinstruct.models.pipeline import Reference
 
 GENERATOR, EMA, SCORE, START = "generator", "average", "score", "start"
@@ -44,39 +44,67 @@ def unsharded(load: Callable[[str | None], nn.Module]) -> nn.Module:
     return load(None)
 
 
-def make_roles(experiment: Experiment, reference: Reference, materialize: Materialize = unsharded) -> Roles:
-    """The roles of a configuration. `lora_rank` 0 is a full copy in fp32; what is frozen is in `precision`."""
-    generator, score_network, error = experiment.generator, experiment.score_network, None
-    frozen = frozen_dtype(experiment.precision)
+@dataclass(frozen=True)
+class _Networks:
+    """Makes the networks of a configuration: whole ones in fp32, frozen ones in its `precision`."""
 
-    def network(start: str = "reference", dtype: torch.dtype | None = None) -> nn.Module:
-        loaded = materialize(lambda device: reference.network(start, dtype, device))
-        if experiment.compile:
+    experiment: Experiment
+    reference: Reference
+    materialize: Materialize
+
+    def network(self, start: str = "reference", dtype: torch.dtype | None = None) -> nn.Module:
+        loaded = self.materialize(lambda device: self.reference.network(start, dtype, device))
+        if self.experiment.compile:
             loaded.compile()
         return loaded
 
-    def base_of(start: str) -> SharedBase:
-        exact = partial(reference.network, start, torch.float32, "cpu")
-        return SharedBase(network(start, frozen), reference.family.adapted, experiment.activation_checkpointing, exact)
+    def base(self, start: str = "reference") -> SharedBase:
+        network = self.network(start, frozen_dtype(self.experiment.precision))
+        exact = partial(self.reference.network, start, torch.float32, "cpu")
+        return SharedBase(network, self.reference.family.adapted, self.experiment.activation_checkpointing, exact)
 
-    base = base_of("reference")
+    def adapted(self, adapters: tuple[str, ...], base: SharedBase | None = None) -> tuple[list[Role], float | None]:
+        """The generator's start in roles with these adapters, and what a low-rank start has lost. base: the reference's,
+        if it is there."""
+        generator, error, frozen_adapters = self.experiment.generator, None, tuple[str, ...]()
+        if generator.init_from != "reference" and not generator.init_rank:
+            base = self.base(generator.init_from)
+        base = base or self.base()
+        if generator.init_rank:
+            error = base.add_difference(START, self.network(generator.init_from), generator.init_rank)
+            frozen_adapters = (START,)
+        for adapter in adapters:
+            base.add(adapter, generator.lora_rank, self.experiment.seed)
+        return [base.role(adapter, frozen_adapters) for adapter in adapters], error
+
+
+def trained_generator(experiment: Experiment, reference: Reference, weights: dict[str, Tensor]) -> OneStepGenerator:
+    """The generator's EMA with the weights of a checkpoint; no other role's network is made."""
+    generator = experiment.generator
+    network: nn.Module
+    if generator.lora_rank:
+        (network,), _ = _Networks(experiment, reference, unsharded).adapted((EMA,))
+    else:
+        network = reference.network(device="meta")
+    ema = reference.one_step(network, generator.timestep, generator.input_scale)
+    ema.load_state_dict(weights, assign=not generator.lora_rank)
+    return ema
+
+
+def make_roles(experiment: Experiment, reference: Reference, materialize: Materialize = unsharded) -> Roles:
+    """The roles of a configuration. `lora_rank` 0 is a full copy in fp32; what is frozen is in `precision`."""
+    generator, score_network, error = experiment.generator, experiment.score_network, None
+    networks = _Networks(experiment, reference, materialize)
+    base = networks.base()
     trained: nn.Module
     ema: nn.Module
     if generator.lora_rank:
-        shared, frozen_adapters = base, tuple[str, ...]()
-        if generator.init_from != "reference" and generator.init_rank:
-            error = base.add_difference(START, network(generator.init_from), generator.init_rank)
-            frozen_adapters = (START,)
-        elif generator.init_from != "reference":
-            shared = base_of(generator.init_from)
-        shared.add(GENERATOR, generator.lora_rank, experiment.seed)
-        shared.add(EMA, generator.lora_rank, experiment.seed)
-        trained, ema = shared.role(GENERATOR, frozen_adapters), shared.role(EMA, frozen_adapters)
+        (trained, ema), error = networks.adapted((GENERATOR, EMA), base)
     else:
-        trained, ema = network(generator.init_from), network(generator.init_from)
+        trained, ema = networks.network(generator.init_from), networks.network(generator.init_from)
     if score_network.lora_rank:
         base.add(SCORE, score_network.lora_rank, experiment.seed + 1)
-    score = base.role(SCORE) if score_network.lora_rank else network()
+    score = base.role(SCORE) if score_network.lora_rank else networks.network()
     one_step = partial(reference.one_step, timestep=generator.timestep, input_scale=generator.input_scale)
     return Roles(
         generator=one_step(trained.requires_grad_(True)),
