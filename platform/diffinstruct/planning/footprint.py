@@ -8,16 +8,16 @@ where they happen, at each role's network.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -25,14 +25,18 @@ from torch.utils.flop_counter import flop_registry
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.sections import RewardsConfig
 from diffinstruct.method.noise import NoiseStreams
-from diffinstruct.method.rewards import Collect, LatentRewards, RewardModel, RewardRequest, Scores, Send
+from diffinstruct.method.rewards import Collect, LatentRewards, RewardModel, RewardRequest, Scores, Send, scored
 from diffinstruct.method.step import alternating_round
 from diffinstruct.models.lora import Role
 from diffinstruct.models.pipeline import Reference
-from diffinstruct.models.roles import Roles, make_roles
+from diffinstruct.models.roles import GENERATOR, SCORE, START, Roles, make_roles
+from diffinstruct.planning.repeats import Cost, Repeats
+from diffinstruct.planning.shapes import RememberedShapes
+from diffinstruct.reward_service.reward_validation import BATCH, CANDIDATES, FEW, PICTURES, pictures_for
 from diffinstruct.training.build import make_step_config, make_train_state
 
 aten = torch.ops.aten
+T = TypeVar("T")
 FORMULAS = {  # torch knows the GPUs' kernels alone
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
@@ -57,12 +61,13 @@ class Passes:
 @dataclass(frozen=True)
 class Footprint:
     """The cost of one process. `held`: bytes between two rounds. `peak`: the most bytes at once, those included.
-    `flops`: of a round. `passes`: by role, "decoder" among them."""
+    `flops`: of a round. `passes`: by role, "decoder" among them. `parameters`: of each role's own weights."""
 
     held: int
     peak: int
     flops: int
     passes: Mapping[str, Passes] = field(default_factory=dict)
+    parameters: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def passing(self) -> int:
@@ -75,18 +80,19 @@ def training_footprint(
 ) -> Footprint:
     """The footprint of a process that trains, with whole networks and without text encoders; with rewards, if it
     computes them itself. Their own weights are not counted, the decoder's are."""
+    experiment = experiment.model_copy(update={"compile": False})  # which may take less, and knows no such tensors
     per_worker = experiment.global_batch_size // experiment.cluster.workers
     # One micro-batch after another takes what two take, but for latents
     samples = min(per_worker, 2 * experiment.micro_batch_size) if experiment.micro_batch_size else per_worker
     config = make_step_config(experiment, reference.schedule)
-    with _Count(), torch.device("meta"):  # not yet among tensors without content: peft cannot move those
-        roles = make_roles(experiment, reference, lambda load: load("meta"))
+    roles = make_roles(experiment, reference, lambda load: load("meta"))
     decoder = reference.empty("vae")
-    with _counting() as count:
+    with _counting() as count, (repeats := Repeats(count)).counted():
         null = reference.blank_conditions()
         # Sharded networks are gathered in the arithmetic's precision, so autocast makes no copies of them
         sharded_bf16 = experiment.cluster.fully_shard and experiment.precision == "bf16"
-        _fill_roles(roles, torch.bfloat16 if sharded_bf16 else None)
+        for network in _filled(roles, torch.bfloat16 if sharded_bf16 else None):
+            repeats.put_into(network)
         train_state = make_train_state(experiment, roles, null, lambda module: module)
         send = _scoring(experiment.rewards, reference, decoder, rewards) if rewards is not None else _no_rewards
         counters = {
@@ -99,12 +105,19 @@ def training_footprint(
         for optimizer in (train_state.generator_optimizer, train_state.score_optimizer):
             for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
                 weight.grad = torch.empty_like(weight)
+            for group in optimizer.param_groups:
+                group["fused"] = True  # as on a GPU: one operation, and no copies on the way
             optimizer.step()
         count.peak, count.flops = count.live, 0
         noise = NoiseStreams(0, 1, reference.latent_shape, slice(0, samples), torch.device("cpu"))
         alternating_round(train_state, config, reference.schedule, noise, [""] * samples, c, send)
         passes = {role: counter.passes(samples) for role, counter in counters.items()}
-        return Footprint(count.live, count.peak, count.flops * per_worker // samples, passes)
+        parameters = {
+            "generator": _parameters(roles.generator, f".{GENERATOR}."),
+            "score network": _parameters(roles.score_network, f".{SCORE}."),
+            "start": _parameters(roles.generator, f".{START}."),
+        }
+        return Footprint(count.live, count.peak, count.flops * per_worker // samples, passes, parameters)
 
 
 def rewards_footprint(config: RewardsConfig, reference: Reference, rewards: Mapping[str, RewardModel]) -> Footprint:
@@ -116,6 +129,30 @@ def rewards_footprint(config: RewardsConfig, reference: Reference, rewards: Mapp
         counter = PassCounter(decoder.decoder)
         send(torch.empty(samples, *reference.latent_shape), [""] * samples)
         return Footprint(held, count.peak, count.flops, {"decoder": counter.passes(samples)})
+
+
+def validation_footprint(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel]) -> Footprint:
+    """The footprint of what a process does that validates rewards, without their own weights: it decodes the pictures,
+    scores them in batches, and asks a few for gradients and along directions."""
+    pictures = PICTURES if experiment.rewards.normalize == "std" else pictures_for(experiment.global_batch_size)
+    decoder = reference.empty("vae")
+    with _counting() as count:
+        reference.vae = _fill(decoder.requires_grad_(False), {})
+        held = count.live
+        with torch.no_grad():
+            shape = reference.decode(torch.empty(1, *reference.latent_shape)).shape[1:]
+        decoded = torch.empty(pictures, *shape)
+        images = torch.empty_like(decoded)  # put together of those
+        del decoded
+        for name, reward in rewards.items():
+            with torch.no_grad():
+                scored(name, reward, images[:BATCH], [""] * len(images[:BATCH]))
+            leaf = images[:FEW].clone().requires_grad_(name in {each.name for each in experiment.rewards.trained})
+            scores = scored(name, reward, leaf, [""] * len(leaf))
+            if scores.requires_grad:
+                torch.autograd.grad(scores.sum(), leaf)
+                torch.empty(CANDIDATES * 2, *leaf.shape)  # directions, and their products with the gradient
+        return Footprint(held, count.peak, count.flops)
 
 
 class PassCounter:
@@ -141,15 +178,26 @@ class PassCounter:
 
     def _accumulated(self, weight: Tensor) -> None:
         self.to_weights += self._last
+        self._last = 0  # a block that is tried by itself has had no backward pass of the network's
 
 
-def _fill_roles(roles: Roles, gathered: torch.dtype | None) -> None:
-    """Tensors without content for every role's weights; roles over one base share its."""
+def _filled(roles: Roles, gathered: torch.dtype | None) -> Iterator[nn.Module]:
+    """Put tensors without content in the place of every role's weights; gives each network. Roles over one base share
+    its."""
     filled = dict[nn.Parameter, nn.Parameter]()
     for role in (roles.generator.denoiser, roles.score_network, roles.ema.denoiser, roles.reference):
         if isinstance(role.network, Role):
-            _fill(role.network.base.network, filled, gathered)
-        _fill(role.network, filled, gathered)
+            yield _fill(role.network.base.network, filled, gathered)
+            _fill(role.network, filled, gathered)
+        else:
+            yield _fill(role.network, filled, gathered)
+
+
+def _parameters(role: nn.Module, adapter: str) -> int:
+    """How many of its own a role has; of a role over a shared network those of this adapter."""
+    network: Any = next((module for module in role.modules() if isinstance(module, Role)), None)
+    named = network.base.network.named_parameters() if network else role.named_parameters()
+    return sum(weight.numel() for name, weight in named if not network or adapter in name)
 
 
 def _scoring(config: RewardsConfig, reference: Reference, decoder: nn.Module, rewards: Mapping[str, RewardModel]) -> Send:
@@ -184,29 +232,63 @@ def _no_rewards(latents: Tensor, prompts: Sequence[str]) -> Collect:
 
 
 @contextmanager
-def _counting() -> Iterator[_Count]:
-    with FakeTensorMode(allow_non_fake_inputs=True), _AsOnGpu(), _Count() as count:
+def _counting() -> Iterator[Count]:
+    with FakeTensorMode(allow_non_fake_inputs=True), norms_as_on_gpu(), Count() as count:
         yield count
 
 
-class _Count(TorchDispatchMode):
+class Count(TorchDispatchMode):
     """The bytes of all tensors that are there, and the work done. A number that the program asks a tensor for is 1/2:
-    finite, positive, below 1."""
+    finite, positive, below 1.
+
+    casts: bytes of copies in another type of the tensors whose ids are in `cast_from`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = 0
+        self.live = self.peak = self.flops = self.casts = 0
+        self.cast_from: set[int] = set()
         self._known: set[int] = set()
+        self._paused = False
+        self._shapes = RememberedShapes()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled, and what keeps the compiler out takes longer than an operation
+
+    def measured(self, run: Callable[[], T]) -> tuple[T, Cost]:
+        """Run something that is no part of what is counted; returns its result and its cost."""
+        live, peak, flops = self.live, self.peak, self.flops
+        self.peak, self.flops = live, 0
+        result = run()
+        cost = Cost(self.peak - live, self.flops)
+        self.peak, self.flops = peak, flops
+        return result, cost
+
+    def spend(self, cost: Cost) -> None:
+        """Count what has been measured as if it were done here."""
+        self.peak, self.flops = max(self.peak, self.live + cost.peak), self.flops + cost.flops
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """In the block, what there is at once is not looked at."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # more than half of all calls
             return args[0].fake_device
         if func is aten._local_scalar_dense.default:
             return 0.5
-        result = func(*args, **(kwargs or {}))
+        result = self._shapes(func, args, kwargs or {})
         for made in result if isinstance(result, tuple | list) else (result,):
             if isinstance(made, Tensor):
                 self._see(made)
+        if self.cast_from and func is aten._to_copy.default and id(args[0]) in self.cast_from:
+            self.casts += result.untyped_storage().nbytes()
         if formula := FORMULAS.get(func._overloadpacket):
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result
@@ -220,7 +302,8 @@ class _Count(TorchDispatchMode):
             return
         self._known.add(place)
         self.live += size
-        self.peak = max(self.peak, self.live)
+        if not self._paused:
+            self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._gone, place, size)
 
     def _gone(self, place: int, size: int) -> None:
@@ -228,10 +311,18 @@ class _Count(TorchDispatchMode):
         self.live -= size
 
 
-class _AsOnGpu(TorchFunctionMode):
-    """Under autocast a GPU computes norms in fp32, and keeps their fp32 inputs; a CPU does not."""
+@contextmanager
+def norms_as_on_gpu() -> Iterator[None]:
+    """In the block, norms under autocast are computed in fp32 and keep their fp32 inputs, as a GPU's; a CPU's are not."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.group_norm, torch.layer_norm) and torch.is_autocast_enabled("cpu"):
-            args = tree_map_only(Tensor, Tensor.float, args)
-        return func(*args, **(kwargs or {}))
+    def in_fp32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def computed(*args: Any, **kwargs: Any) -> Tensor:
+            if torch.is_autocast_enabled("cpu"):
+                args = tree_map_only(Tensor, Tensor.float, args)
+            return norm(*args, **kwargs)
+
+        return computed
+
+    names = ("group_norm", "layer_norm")
+    with mock.patch.multiple(torch, **{name: in_fp32(getattr(torch, name)) for name in names}):
+        yield
