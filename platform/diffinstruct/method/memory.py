@@ -1,11 +1,20 @@
-"""Batches that memory holds: their size is halved where it ends."""
+"""Batches that memory holds: their size is halved where it ends. And how a GPU's memory is handed out."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+
+def allocator_settings() -> dict[str, str]:
+    """The environment of processes that use a GPU, for before torch first does: its allocator lets segments grow, which
+    leaves fewer holes that nothing fits into. What the user has set stays."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the name of older versions
+    chosen = {name: os.environ[name] for name in names if name in os.environ}
+    return chosen or {names[0]: "expandable_segments:True"}
 
 
 def out_of_memory(error: BaseException) -> bool:
