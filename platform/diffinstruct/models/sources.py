@@ -42,8 +42,15 @@ class WeightSource:
 
     def load(self, kind: Any, source: str, subfolder: str, dtype: torch.dtype, device: torch.device | str) -> Any:
         """A module of class `kind`, of diffusers or transformers, in evaluation mode."""
+        read = partial(read_source, kind.from_pretrained, source, subfolder=subfolder, use_safetensors=True, dtype=dtype)
         with quiet() if Path(source).is_dir() else nullcontext():  # a download keeps its progress bar
-            part = read_source(kind.from_pretrained, source, subfolder=subfolder, use_safetensors=True, dtype=dtype)
+            try:
+                part = read()
+            except UserError as error:
+                try:
+                    part = read(variant="fp16")  # a download of that variant brings nothing else
+                except UserError:
+                    raise error from error.__cause__
         return part.to(device).eval()
 
     def conditions(self, blank: Callable[[], Conditions], device: torch.device | str) -> Conditions | None:
