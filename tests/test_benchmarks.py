@@ -1,6 +1,7 @@
 """benchmarks/gpu.py as far as a CPU goes: its rows, its count of the work, and that the loop beside ours does the
 same."""
 
+import json
 import os
 import subprocess
 import sys
@@ -78,3 +79,16 @@ def test_work_is_counted_as_it_is_done(folder):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's own has no formula
         gpu.ours(world, 2, 0, gpu.Clock(CPU))
     assert gpu.flops(setting, folder) == pytest.approx(counter.get_total_flops() / 2, rel=1e-3)
+
+
+@pytest.mark.long
+def test_the_rehearsal_goes_through_all_stages(tmp_path):
+    """At a tiny size, where libraries take most memory; each stage is a process that imports them."""
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT / "platform"), str(ROOT)])}
+    command = [sys.executable, "benchmarks/rehearse.py", "--tiny", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | paths, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "stages.json").read_text())
+    assert [row["stage"] for row in rows][-3:] == ["export", "generate", "stock diffusers"]
+    again = subprocess.run(command, cwd=ROOT, env=os.environ | paths, capture_output=True, text=True)
+    assert again.stdout == done.stdout  # nothing was done twice
