@@ -39,7 +39,9 @@ from diffinstruct.training.build import make_step_config
 from reward_models import NAMES
 
 SHAPES = Path(__file__).parents[1] / "models" / "hub_configs"
-TRACKING = 0  # bytes of what a run imports beside what is here: MLflow and its database; measured
+TRACKING = 160 * 2**20
+"""What a run loads beside the libraries that are here, MLflow and its database above all: 100 to 140 MiB between
+`check`'s figure without it and the tiny runs of `benchmarks/rehearse.py --tiny` (torch 2.13, mlflow 3.17)."""
 KEPT = 4  # checkpoints on disk: the two newest, the best, and one that is being written
 HEADER = f"{'role':<24}" + "".join(
     f"{title:>12}" for title in ("parameters/M", "weights", "gradients", "Adam", "average", "forwards", "backwards")

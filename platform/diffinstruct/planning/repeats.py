@@ -62,6 +62,7 @@ class _Record:
     outputs: of its tensors; `answer` makes of them what the block returns.
     saved: bytes that its graph keeps, beside the inputs and outputs that it keeps (`kept`) and the `casts`, copies of
         its weights that autocast makes and keeps until it ends.
+    recomputation: the forward pass up to the last tensor that is saved, where a checkpoint breaks off.
     to_inputs, to_weights: its backward pass that ends at the inputs, and one that reaches the weights of which
         `trained` says that they get a gradient.
     """
@@ -69,6 +70,7 @@ class _Record:
     outputs: list[_Like]
     answer: Callable[[Sequence[Tensor]], Any]
     forward: Cost
+    recomputation: Cost
     casts: int
     saved: int = 0
     kept: tuple[bool, ...] = ()
@@ -132,7 +134,8 @@ class Repeats:
         if key not in self._records:
             self._records[key] = self._recorded(block, leaves, spec, graph)
         record = self._records[key]
-        self.count.spend(record.forward)
+        recomputed = torch._C._current_graph_task_id() != -1  # a checkpointed block, within a backward pass
+        self.count.spend(record.recomputation if recomputed else record.forward)
         casts = self._cast(block, record)
         if record.differentiable:
             outputs = _Replay.apply(self.count, record, casts, block.weights, len(inputs), *inputs, *block.weights)
@@ -175,11 +178,18 @@ class _Trial:
                 self.inputs[i] = self.roots[i].requires_grad_().clone()
         before, count.casts = count.live, 0
         count.cast_from = {id(weight) for weight in block.weights}
-        (outputs, answer), forward = count.measured(partial(self._forward, spec))
+        saves = [Cost()]
+
+        def save(tensor: Tensor) -> Tensor:
+            saves.append(Cost(count.peak - before, count.flops))
+            return tensor.detach()  # the tensor itself may be what its own graph has made, which would keep it for ever
+
+        with saved_tensors_hooks(save, lambda tensor: tensor):
+            (outputs, answer), forward = count.measured(partial(self._forward, spec))
         count.cast_from = set()
         likes, casts = [_Like.of(output) for output in outputs], count.casts
         saved = count.live - before - sum(like.nbytes for like in likes)
-        self.record = _Record(likes, answer, forward, casts, max(0, saved - casts))
+        self.record = _Record(likes, answer, forward, saves[-1], casts, max(0, saved - casts))
         self.outputs = outputs
         self.source = (
             _Source.apply(*(output for output in outputs if output.requires_grad)) if torch.is_grad_enabled() else None
@@ -282,7 +292,7 @@ def _apart(graph: bool) -> Iterator[None]:
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with torch.set_grad_enabled(graph), saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
+        with torch.set_grad_enabled(graph):
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
