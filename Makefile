@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart check lint types pure test docs long chaos
+.PHONY: help quickstart check lint types pure test docs long rehearse chaos
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ docs: $(READY)  ## the documentation's site, in build/site
 
 long: $(READY)  ## the tests that take minutes each
 	$(BIN)/pytest -m long
+
+rehearse: $(READY)  ## an SD1.5-shaped pipeline with random weights, through every command: an hour, 20 GB of disk
+	$(BIN)/python benchmarks/rehearse.py
 
 # Kills, full disks, damage and whatever else takes too long for `make test`; needs strace. Its parts take four hours
 # one after the other and know nothing of each other: `make -k -j2 chaos` runs two at a time, in two hours

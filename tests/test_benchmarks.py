@@ -109,3 +109,16 @@ def test_work_is_counted_as_it_is_done(folder):
         counter.flop_registry.update(FORMULAS)
         gpu.ours(world, 2, 0, gpu.Clock(CPU))
     assert gpu.counted(setting, folder)["flops"] == pytest.approx(counter.get_total_flops() / 2, rel=1e-3)
+
+
+@pytest.mark.long
+def test_the_rehearsal_goes_through_all_stages(tmp_path):
+    """At a tiny size, where libraries take most memory; each stage is a process that imports them."""
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT / "platform"), str(ROOT)])}
+    command = [sys.executable, "benchmarks/rehearse.py", "--tiny", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | paths, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "stages.json").read_text())
+    assert [row["stage"] for row in rows][-3:] == ["export", "generate", "stock diffusers"]
+    again = subprocess.run(command, cwd=ROOT, env=os.environ | paths, capture_output=True, text=True)
+    assert again.stdout == done.stdout  # nothing was done twice

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 from tiny import pipelines
 
+from diffinstruct.method.precision import DTYPES
 from diffinstruct.models.denoiser import OneStepGenerator
 from diffinstruct.models.export import export, load_export, tidy_configs
-from diffinstruct.models.pipeline import load_reference
+from diffinstruct.models.pipeline import Reference, load_reference
 from diffinstruct.models.world import POCKET
 
 PROMPTS = ["a red hat", "something else"]
@@ -183,3 +187,43 @@ def test_files_of_any_type_open_in_stock_diffusers_without_arguments(tmp_path: P
     command = [sys.executable, "-I", "-c", OPENS, *map(str, folders)]
     answer = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert answer.returncode == 0, answer.stderr
+
+
+HALF = {"sd15": "fp16", "sdxl": "bf16", "pixart": "bf16", "sd3": "fp16"}
+
+
+def test_an_export_in_half_precision_opens_without_arguments_and_draws_the_picture(tmp_path: Path) -> None:
+    z = torch.randn(len(PROMPTS), *pipelines.LATENT, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "z.npy", z.numpy())
+    ours, folders = [], []
+    for family, dtype in HALF.items():
+        reference = load_reference(str(pipelines.build(tmp_path / family, family=family)))
+        generator = trained(tmp_path / family, pipelines.FAMILIES[family].timestep, "unit")
+        folders.append(export(reference.source, generator, tmp_path / f"{family}-export", DTYPES[dtype]))
+        network = next((folders[-1] / reference.family.part).glob("*.safetensors"))
+        assert {weight.dtype for weight in load_file(network).values()} == {DTYPES[dtype]}
+        assert next(generator.parameters()).dtype == torch.float32  # the trainer's own stay
+        ours.append(torch.cat([reference.sampler(generator)([p], z[i : i + 1]) for i, p in enumerate(PROMPTS)]))
+    command = [sys.executable, "-I", "-c", STRANGER, str(tmp_path / "z.npy"), json.dumps(PROMPTS), *map(str, folders)]
+    answer = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert answer.returncode == 0, answer.stderr
+    for folder, images in zip(folders, ours, strict=True):
+        gap = np.abs(np.load(f"{folder}.npy") - images.permute(0, 2, 3, 1).numpy())
+        assert 0 < gap.mean() < 0.02 and images.std() > 0.05
+
+
+def test_an_export_reads_one_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = trained(pipelines.build(tmp_path / "sdxl", family="sdxl"), 399, "unit")
+    read, part = list[weakref.ref[Any]](), Reference.part
+
+    def alone(self: Reference, name: str) -> Any:
+        gc.collect()
+        assert [reference() for reference in read if reference() is not None] == []
+        made = part(self, name)
+        if isinstance(made, torch.nn.Module):
+            read.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(Reference, "part", alone)
+    export(str(tmp_path / "sdxl"), generator, tmp_path / "export")
+    assert len(read) == 3  # the decoder and two text encoders

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import pipelines
 
+from benchmarks.layouts import write_half_variant
 from diffinstruct.errors import UserError
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.sources import NoWeights, RandomWeights, WeightSource
@@ -24,6 +25,15 @@ def bare(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_a_pipeline_without_weights_is_refused(bare: Path) -> None:
     with pytest.raises(UserError, match="cannot read"):
         load_reference(str(bare)).network()
+
+
+def test_a_pipeline_may_lie_here_in_its_fp16_variant_alone(tmp_path: Path) -> None:
+    whole = pipelines.build(tmp_path / "whole", family="sdxl")
+    write_half_variant(whole, tmp_path / "half")
+    one, other = (load_reference(str(folder)) for folder in (whole, tmp_path / "half"))
+    for name, weight in one.network().state_dict().items():
+        assert torch.equal(other.network().state_dict()[name], weight.half().float())
+    assert one.encode_prompts(["a red hat"]).keys() == other.encode_prompts(["a red hat"]).keys()
 
 
 def test_random_weights_are_the_same_at_every_call(bare: Path) -> None:

@@ -17,7 +17,8 @@ from diffinstruct.errors import UserError
 from diffinstruct.models.pipeline import load_reference
 from diffinstruct.models.sharding import blocks
 from diffinstruct.planning import footprint
-from diffinstruct.planning.check import SHAPES, Plan, largest_block, make_plan, report, shapes
+from diffinstruct.planning.check import SHAPES, largest_block, make_plan, report, shapes
+from diffinstruct.planning.life import Life
 from diffinstruct.training.build import rounding_remark
 
 VAE, CLIP_L = 83_653_863, 123_060_480
@@ -146,12 +147,13 @@ def test_prompts_that_are_kept_or_read_are_counted_in_main_memory(tmp_path, monk
     experiment = pipelines.experiment(tmp_path)
     reference = load_reference(experiment.reference.model)
     each, plan = reference.blank_conditions()["prompt_embeds"].nbytes, make_plan(experiment, reference)
-    assert plan.conditions == 2 * 4 * each and plan.in_ram - replace(plan, conditions=0).in_ram == plan.conditions
+    without = replace(plan, life=replace(plan.life, conditions=0))
+    assert plan.life.conditions == 2 * 4 * each == plan.in_ram - without.in_ram
     assert f"{8 * each / 2**20:.2f} MiB of prompts' conditions a training process" in report(experiment)[0]
     monkeypatch.setattr("diffinstruct.planning.check.CACHED_BYTES", 3 * each)
-    assert make_plan(experiment, reference).conditions == 3 * each  # it keeps no more
+    assert make_plan(experiment, reference).life.conditions == 3 * each  # it keeps no more
     stored = experiment.prompts.model_copy(update={"embeddings": "there"})
-    assert make_plan(experiment.model_copy(update={"prompts": stored}), reference).conditions == 2 * 8 * each
+    assert make_plan(experiment.model_copy(update={"prompts": stored}), reference).life.conditions == 2 * 8 * each
 
 
 def test_a_sharded_networks_largest_block() -> None:
@@ -195,4 +197,4 @@ def test_a_sharded_network_is_counted_by_the_processes_that_share_a_copy() -> No
         ({"workers": 8, "fully_shard": True, "shard_degree": 4}, 4),
     ):
         plan: Any = SimpleNamespace(experiment=Experiment.model_validate({"cluster": cluster}))
-        assert Plan.shares.fget(plan) == shares  # type: ignore[attr-defined]
+        assert Life.shares.fget(plan) == shares  # type: ignore[attr-defined]

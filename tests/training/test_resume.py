@@ -14,6 +14,7 @@ from tiny.runs import same
 
 from diffinstruct.cli.main import main
 from diffinstruct.errors import UserError
+from diffinstruct.models.pipeline import Reference
 from diffinstruct.run_folder import checkpoint
 from diffinstruct.run_folder.checkpoint import CheckpointStore
 from diffinstruct.training import local, trainer
@@ -101,6 +102,15 @@ def test_the_best_checkpoint_of_another_configuration_is_not_exported(run, tmp_p
     other = experiment.model_copy(update={"seed": 5})
     with pytest.raises(UserError, match="belongs to another configuration"):
         export_checkpoint(other, folder, "last", tmp_path / "out")
+
+
+def test_the_export_of_a_checkpoint_reads_no_network_but_the_generators(run, tmp_path, monkeypatch):
+    experiment, folder = run
+    made, network = [], Reference.network
+    monkeypatch.setattr(Reference, "network", lambda self, *a, **more: made.append((a, more)) or network(self, *a, **more))
+    export_checkpoint(experiment, folder, "last", tmp_path / "out")
+    assert made == [((), {"device": "meta"})]  # whose weights are the checkpoint's
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (folder / "export" / WEIGHTS).read_bytes()
 
 
 def test_a_saved_state_moves_to_another_configuration(run):

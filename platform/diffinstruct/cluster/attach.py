@@ -19,6 +19,7 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.inputs import SHARED_PATH, relative_paths
 from diffinstruct.config.sections import ClusterConfig
 from diffinstruct.errors import UserError, did_you_mean
+from diffinstruct.method.memory import allocator_settings
 
 LONGEST_TMPDIR = 38
 """Characters of a temporary folder in which Ray's sockets find room: a path of theirs has 69 more, and 107 at most."""
@@ -34,8 +35,8 @@ def attached() -> Iterator[str]:
         return
     address = _address()
     # A worker without a GPU sees none, so that `device: auto` is the CPU there.
-    hidden = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
-    os.environ.update(hidden)
+    environment = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1", **allocator_settings()}
+    os.environ.update(environment)
     if address == "local":
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
         if len(tempfile.gettempdir()) > LONGEST_TMPDIR:
@@ -50,7 +51,7 @@ def attached() -> Iterator[str]:
         try:  # Ray itself would try for many minutes
             if port.isdecimal():
                 socket.create_connection((host, int(port)), timeout=10).close()
-            ray.init(address=address, runtime_env={"env_vars": {**hidden, "RAY_ADDRESS": address}})
+            ray.init(address=address, runtime_env={"env_vars": {**environment, "RAY_ADDRESS": address}})
         except (OSError, ValueError) as error:  # Ray's ConnectionError is an OSError, without a number
             refused = isinstance(error, ConnectionError) and error.errno is None
             hint = "; if it asks for a token, RAY_AUTH_MODE=token and its token are needed here" if refused else ""

@@ -31,6 +31,7 @@ from diffinstruct.config.fields import (
 )
 from diffinstruct.config.sections import (
     ClusterConfig,
+    ExportConfig,
     GeneratorConfig,
     LoggingConfig,
     ObjectiveConfig,
@@ -95,6 +96,7 @@ class Experiment(Section):
     logging: LoggingConfig = LoggingConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+    export: ExportConfig = ExportConfig()
     output_dir: Location = key("runs", "folder of run folders, relative to where the command is typed (ours)", identity=False)
     mirror: Location | None = key(
         None,

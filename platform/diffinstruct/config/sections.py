@@ -387,6 +387,17 @@ class ClusterConfig(Section):
         return {"CPU": self.rewards.cpus, "GPU": self.rewards.gpus} | self.rewards.resources
 
 
+class ExportConfig(Section):
+    """The stock pipeline that a run ends with."""
+
+    dtype: Literal["fp32", "fp16", "bf16"] = key(
+        "fp32",
+        "in which all weights are stored; half as large, fp16 and bf16 round them, and stock diffusers opens all three "
+        "without arguments (ours)",
+        identity=False,
+    )
+
+
 TRACKERS = {"tensorboard": "diffinstruct.tracking.tensorboard:TensorBoardDelivery"}
 """Short names of trackers besides MLflow -> `module:attribute`."""
 

@@ -1,5 +1,7 @@
-"""Batches that memory holds, whose size is halved where it ends, and copies to a GPU that wait for none of its work."""
+"""Batches that memory holds, whose size is halved where it ends; copies to a GPU that wait for none of its work; and how
+a GPU's memory is handed out."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -15,6 +17,14 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def allocator_settings() -> dict[str, str]:
+    """The environment of processes that use a GPU, for before torch first does: its allocator lets segments grow, which
+    leaves fewer holes that nothing fits into. What the user has set stays."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the name of older versions
+    chosen = {name: os.environ[name] for name in names if name in os.environ}
+    return chosen or {names[0]: "expandable_segments:True"}
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ BF16_ERROR = 0.0042
 """Rms error of the output, of size 1, that a transformer of PixArt's width and depth computes in bf16 (LOG.md)."""
 MAX_BF16_ERROR = 0.1
 """From here on bf16's error, where an objective measures differences of size 1, is worth a remark."""
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def use_deterministic_kernels() -> None:

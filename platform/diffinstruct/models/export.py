@@ -51,27 +51,33 @@ pipe("a prompt", num_inference_steps=1, guidance_scale=0.0).images[0]
 """
 
 
-def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
+def export(model: str, generator: OneStepGenerator, folder: Path | str, dtype: torch.dtype = torch.float32) -> Path:
     """Write `generator` with the other parts of the reference `model` as a folder of its stock pipeline; returns it.
 
-    Everything is stored in the generator's own dtype, so that the pictures are the trainer's. Adapters are merged into
-    their network, in fp32, and lie beside it in `lora/` where the pipeline knows `load_lora_weights`. The folder appears
-    whole or not at all, and replaces one that is already there.
+    All weights are stored in `dtype`: in fp32 the pictures are the trainer's to the bit. Adapters are merged into their
+    network, in fp32, and lie beside it in `lora/` where the pipeline knows `load_lora_weights`. Parts are read and
+    written one after another: it takes the memory of one. The folder appears whole or not at all, and replaces one that
+    is already there.
     """
     folder = Path(folder).absolute()
     trained: Any = generator.denoiser.network
-    network: Any = trained.merged() if isinstance(trained, Role) else trained
-    reference = load_reference(model, network.dtype)
-    pipeline = reference.pipeline(
-        **{reference.family.part: network}, vae=reference.vae, scheduler=one_step_scheduler(reference, generator)
-    )
+    reference = load_reference(model, dtype)
+    family = reference.family
+    empty = {part: reference.empty(part) for part in (family.part, "vae", *family.texts) if not part.startswith("tokenizer")}
+    tokenizers = {part: reference.part(part) for part in family.texts if part not in empty}
+    pipeline = reference.pipeline(**empty, **tokenizers, scheduler=one_step_scheduler(reference, generator))
     partial, previous = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "previous"))
     try:
         with quiet():
-            pipeline.save_pretrained(partial)
+            pipeline.save_config(partial)
+            for name in pipeline.components.keys() - empty.keys():
+                if (part := getattr(pipeline, name)) is not None:
+                    part.save_pretrained(partial / name)
+            _stored(trained, empty.pop(family.part), dtype).save_pretrained(partial / family.part)
+            for name in empty:
+                reference.part(name).save_pretrained(partial / name)
             if isinstance(trained, Role) and not trained.frozen_adapters and hasattr(pipeline, "save_lora_weights"):
-                layers = {f"{reference.family.part}_lora_layers": trained.lora_weights()}
-                pipeline.save_lora_weights(partial / "lora", **layers)
+                pipeline.save_lora_weights(partial / "lora", **{f"{family.part}_lora_layers": trained.lora_weights()})
         tidy_configs(partial)
         origin = Path(model).name if Path(model).exists() else model
         otherwise = "any other step count raises an error" if reference.betas else "it was trained for no other step count"
@@ -84,6 +90,14 @@ def export(model: str, generator: OneStepGenerator, folder: Path | str) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)
     return folder
+
+
+def _stored(trained: Any, empty: Any, dtype: torch.dtype) -> Any:
+    """The network as its file has it: `empty`, which is without weights, with those of the trained one, on the CPU.
+    Weights that are stored as they are held are not copied."""
+    weights = trained.merged() if isinstance(trained, Role) else trained.state_dict().items()
+    empty.load_state_dict({name: weight.to("cpu", dtype) for name, weight in weights}, assign=True)
+    return empty
 
 
 def tidy_configs(pipeline: Path) -> None:

@@ -13,8 +13,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffinstruct.models.sources import network_without_weights
-
 
 class SharedBase:
     """A frozen network that several roles share.
@@ -39,12 +37,18 @@ class SharedBase:
         if activation_checkpointing:
             network.enable_gradient_checkpointing(self._checkpoint)
 
+    @property
+    def without_weights(self) -> bool:
+        """Whether it is there for counting: on the meta device."""
+        return bool(next(self.network.parameters()).is_meta)
+
     def add(self, adapter: str, rank: int, seed: int) -> None:
         """An adapter that changes nothing yet: B is 0, A is drawn by `seed`."""
         with torch.random.fork_rng(), warnings.catch_warnings():
             torch.manual_seed(seed)
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
-            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=self.adapted), self.network, adapter)
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=self.adapted)
+            inject_adapter_in_model(config, self.network, adapter, low_cpu_mem_usage=self.without_weights)
         self.layers = {name: module for name, module in self.network.named_modules() if isinstance(module, LoraLayer)}
         for name, parameter in self.network.named_parameters():
             if f".{adapter}." in name:
@@ -56,6 +60,9 @@ class SharedBase:
     def add_difference(self, adapter: str, other: nn.Module, rank: int) -> float:
         """An adapter that makes this network as much like `other` as its rank allows. Returns the share of the
         difference, in the Frobenius norm over all weights, that it does not hold."""
+        if self.without_weights:
+            self.add(adapter, rank, 0)
+            return 0.0
         whole, target = 0.0, dict(other.named_parameters())
         for name, parameter in _own(dict(self.network.named_parameters())):
             whole += (target[name].float() - parameter.float()).square().sum().item()
@@ -118,18 +125,16 @@ class Role(nn.Module):
     def config(self) -> Any:
         return self.base.network.config
 
-    def merged(self) -> nn.Module:
-        """The network with the adapters added to its weights as the files have them; on the CPU, in fp32. To be read:
-        weights without adapters may be the base's own."""
+    @torch.no_grad()
+    def merged(self) -> Iterator[tuple[str, Tensor]]:
+        """The network's weights as the files have them with the adapters added, in fp32, one after another: all at once
+        would be a second network. To be read: weights without adapters may be the base's own."""
         held = self.base.exact() if self.base.exact and self.dtype != torch.float32 else self.base.network
-        weights = {name: value.float().cpu() for name, value in _own(held.state_dict())}
-        for name, layer in self.base.layers.items():
-            for adapter in (*self.frozen_adapters, self.adapter):
-                added = layer.get_delta_weight(adapter).detach().float().cpu()
-                weights[f"{name}.weight"] = weights[f"{name}.weight"] + added  # a new tensor: the base's own stays
-        network: nn.Module = network_without_weights(type(self.base.network), self.config)
-        network.load_state_dict(weights, assign=True)
-        return network
+        for name, value in _own(held.state_dict()):
+            layer, weight = self.base.layers.get(name.removesuffix(".weight")), value.float()
+            for adapter in (*self.frozen_adapters, self.adapter) if layer else ():
+                weight = weight + layer.get_delta_weight(adapter).to(weight)  # a new tensor: the base's own stays
+            yield name, weight
 
     def lora_weights(self) -> Mapping[str, Tensor]:
         """Its own adapter as diffusers' `save_lora_weights` wants it: "<layer>.lora_A.weight" -> weight."""

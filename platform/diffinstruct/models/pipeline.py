@@ -102,7 +102,7 @@ class Reference:
 
     @cached_property
     def vae(self) -> Any:
-        vae = self._load("vae", self.decoder_dtype).requires_grad_(False)
+        vae = self.part("vae")
         if self.activation_checkpointing:
             vae.enable_gradient_checkpointing()
         return vae
@@ -111,16 +111,12 @@ class Reference:
     def texts(self) -> dict[str, Any]:
         """Tokenizers and text encoders, by their names in the pipeline."""
         encoders = (name for name in self.family.texts if not name.startswith("tokenizer"))
-        return self.tokenizers | {name: self._load(name, self.dtype).requires_grad_(False) for name in encoders}
+        return self.tokenizers | {name: self.part(name) for name in encoders}
 
     @cached_property
     def tokenizers(self) -> dict[str, Any]:
         """By their names in the pipeline."""
-        return {
-            name: sources.read_source(self._class(name).from_pretrained, self.source, subfolder=name)
-            for name in self.family.texts
-            if name.startswith("tokenizer")
-        }
+        return {name: self.part(name) for name in self.family.texts if name.startswith("tokenizer")}
 
     def cut(self, prompts: Iterable[str]) -> list[str]:
         """Those of the prompts, each once, of which no text encoder sees the end."""
@@ -131,8 +127,12 @@ class Reference:
             cut = [prompt for prompt, ids in zip(cut, tokens, strict=True) if len(ids) > limit]
         return cut
 
-    def _load(self, part: str, dtype: torch.dtype) -> Any:
-        return self.weights.load(self._class(part), self.source, part, dtype, self.device)
+    def part(self, name: str) -> Any:
+        """The decoder ("vae"), a text encoder or a tokenizer, by its name in the pipeline, read anew; frozen."""
+        if name.startswith("tokenizer"):
+            return sources.read_source(self._class(name).from_pretrained, self.source, subfolder=name)
+        dtype = self.decoder_dtype if name == "vae" else self.dtype
+        return self.weights.load(self._class(name), self.source, name, dtype, self.device).requires_grad_(False)
 
     def configured(self, part: str) -> tuple[Any, dict[str, Any]]:
         """The class of the network or the decoder, of diffusers, and its configuration as it lies there."""
@@ -160,9 +160,11 @@ class Reference:
         return NoWeights().load(self._class(part), self.source, part, dtype, "meta")
 
     def pipeline(self, **parts: Any) -> Any:
-        """diffusers' own pipeline with the text encoders and these parts, and nothing in the place of others."""
+        """diffusers' own pipeline with these parts, its text encoders, if they are not among them, and nothing in the place
+        of others."""
         with sources.quiet():
-            return self.stock_pipeline(self.texts | parts)
+            texts = {} if self.family.texts.keys() <= parts.keys() else self.texts
+            return self.stock_pipeline(texts | parts)
 
     def stock_pipeline(self, parts: Mapping[str, Any]) -> Any:
         """diffusers' own pipeline with these parts alone."""

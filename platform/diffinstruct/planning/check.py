@@ -2,7 +2,7 @@
 
 Counted on the pipeline's configuration files, without its weights: those of the usual hub models lie in
 `models/hub_configs/`, as published, for that needs no network. Rewards are counted on the models themselves. What a
-round holds and does beside is counted by `footprint`.
+round holds and does beside is counted by `footprint`, and `life` puts it together with what comes before and after.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from textwrap import shorten
@@ -29,45 +29,22 @@ from diffinstruct.method.distances import DISTANCES
 from diffinstruct.method.objectives import OBJECTIVES, facts
 from diffinstruct.method.precision import frozen_dtype
 from diffinstruct.method.rewards import RewardModel
-from diffinstruct.models.lora import SharedBase
 from diffinstruct.models.pipeline import Reference, load_reference
 from diffinstruct.models.prompt_conditions import CACHED_BYTES
 from diffinstruct.models.sharding import blocks
 from diffinstruct.models.sources import pinned
 from diffinstruct.planning import footprint
 from diffinstruct.planning.footprint import Footprint, Passes
+from diffinstruct.planning.life import CUDA_CONTEXT, FRAGMENTATION, Life, ModelMemory, on_gpu
 from diffinstruct.reward_service.client import load_reward
 from diffinstruct.training.build import check_reference, make_step_config, prompts_remark, rounding_remark
 from reward_models import NAMES
 
 SHAPES = Path(__file__).parents[1] / "models" / "hub_configs"
+TRACKING = 160 * 2**20
+"""What a run loads beside the libraries that are here, MLflow and its database above all: 100 to 140 MiB between
+`check`'s figure without it and the tiny runs of `benchmarks/rehearse.py --tiny` (torch 2.13, mlflow 3.17)."""
 KEPT = 4  # checkpoints on disk: the two newest, the best, and one that is being written
-SHARDED = ("generator", "score network", "reference")
-
-
-@dataclass(frozen=True)
-class ModelMemory:
-    """One model of a training process or of a reward actor: parameters, bytes, and passes per sample and step."""
-
-    name: str
-    parameters: int
-    weights: int
-    trained: bool = False  # then it has gradients and two Adam states beside its weights
-    averaged: bool = False
-    passes: Passes = field(default_factory=Passes)
-
-    @property
-    def memory(self) -> int:
-        return self.weights * (1 + 3 * self.trained + self.averaged)
-
-    @property
-    def row(self) -> str:
-        sizes = [self.weights, self.weights * self.trained, 2 * self.weights * self.trained, self.weights * self.averaged]
-        cells = [f"{self.parameters / 1e6:.2f}", *(_mib(size) if size else "-" for size in sizes)]
-        cells += [str(passes) if passes else "-" for passes in (self.passes.forwards, self.passes.backwards)]
-        return f"{self.name:<24}" + "".join(f"{cell:>12}" for cell in cells)
-
-
 HEADER = f"{'role':<24}" + "".join(
     f"{title:>12}" for title in ("parameters/M", "weights", "gradients", "Adam", "average", "forwards", "backwards")
 )
@@ -85,50 +62,34 @@ class Plan:
 
     experiment: Experiment
     latent_bytes: int  # of one sample
-    worker: list[ModelMemory]  # of each training process, with the rewards that it computes itself
+    life: Life  # of each training process, with the rewards that it computes itself
     actor: list[ModelMemory]  # of each reward actor
     apart: tuple[str, ...]  # rewards in an environment of their own
     uncounted: dict[str, str]  # what could not be counted -> why
-    training: Footprint
     scoring: Footprint
+    validation: Footprint
     libraries: int  # bytes that a process takes before it loads anything
-    conditions: int  # bytes of prompts' conditions in a training process's main memory
-    block: int  # weights of the largest block that a sharded network gathers
 
     @property
-    def shares(self) -> int:
-        cluster = self.experiment.cluster
-        return (cluster.shard_degree or cluster.workers) if cluster.fully_shard else 1
+    def training(self) -> Footprint:
+        return self.life.training
 
     @property
-    def held(self) -> float:
-        """Bytes of a training process's models; the networks of the three roles are sharded."""
-        return sum(role.memory / (self.shares if role.name in SHARDED else 1) for role in self.worker)
-
-    @property
-    def gathered(self) -> int:
-        """Of the largest block: its weights, the next one's, its gradient, in the arithmetic's precision and in fp32."""
-        return self.block * (10 if self.experiment.precision == "bf16" else 16) * (self.shares > 1)
-
-    @property
-    def per_worker(self) -> float:
-        return self.held + self.gathered + self.training.passing
-
-    @property
-    def per_actor(self) -> int:
-        return sum(role.memory for role in self.actor) + self.scoring.passing
+    def per_actor(self) -> float:
+        passing = max(self.scoring.passing, self.validation.passing)
+        size = sum(role.memory for role in self.actor) + passing
+        return on_gpu(size) if self.experiment.cluster.rewards.gpus else size
 
     @property
     def checkpoint(self) -> int:
-        return sum(role.weights * (3 * role.trained + role.averaged) for role in self.worker)
+        return sum(role.weights * (3 * role.trained + role.averaged) for role in self.life.models)
 
     @property
     def in_ram(self) -> float:
-        """Main memory of all processes here, with the copy of a checkpoint that is written while training goes on."""
-        cluster, actors = self.experiment.cluster, self.experiment.reward_actors
-        workers = cluster.workers * (self.per_worker + self.libraries) * (not cluster.use_gpu)
-        scoring = actors * (self.per_actor + self.libraries) * (cluster.rewards.gpus == 0)
-        return workers + cluster.workers * self.conditions + scoring + self.checkpoint
+        """Main memory of all processes here."""
+        actors, in_ram = self.experiment.reward_actors, self.experiment.cluster.rewards.gpus == 0
+        processes = self.experiment.cluster.workers + actors
+        return self.life.in_ram + actors * self.per_actor * in_ram + processes * self.libraries
 
     @property
     def flops(self) -> float:
@@ -202,24 +163,31 @@ def make_plan(experiment: Experiment, reference: Reference) -> Plan:
     apart = experiment.cluster.rewards.apart
     rewards, models, uncounted = _rewards(experiment.rewards, apart)
     # Nothing else is loaded yet
-    libraries = psutil.Process().memory_info().rss - sum(reward.weights for reward in rewards)
+    libraries = psutil.Process().memory_info().rss - sum(reward.weights for reward in rewards) + TRACKING
     try:
         scoring = footprint.rewards_footprint(experiment.rewards, reference, models)
+        validation = footprint.validation_footprint(experiment, reference, models)
     except Exception as error:  # they may be anybody's, and do with numbers what cannot be done without
         uncounted["rewards' activations"] = shorten(str(error), 96, placeholder=" ...")
         models = dict.fromkeys(trained, _brightness)
         scoring = footprint.rewards_footprint(experiment.rewards, reference, models)
+        validation = footprint.validation_footprint(experiment, reference, models)
     decoder = ModelMemory("decoder", *_count(reference.empty("vae")), passes=scoring.passes.get("decoder", Passes()))
     network = reference.empty(reference.family.part)
-    if _count(network)[0] > 10**8:  # operation by operation, as python goes
-        print("check: going through a round without content, some minutes", file=sys.stderr, flush=True)
-    training = _training(experiment, reference, None if experiment.reward_actors else models, uncounted)
-    worker, actor = _roles(experiment, reference, training), [decoder, *rewards]
-    if not experiment.reward_actors:  # each training process has the rewards itself
-        worker, actor = [*worker, *actor], []
-    latent_bytes, block = 4 * prod(reference.latent_shape), largest_block(network)
-    conditions = _conditions(experiment, reference)
-    return Plan(experiment, latent_bytes, worker, actor, apart, uncounted, training, scoring, libraries, conditions, block)
+    in_process = not experiment.reward_actors
+    training = _training(experiment, reference, models if in_process else None, uncounted)
+    # The first training process decodes what it shows, wherever rewards are computed
+    worker = [*_roles(experiment, reference, training), decoder, *(rewards if in_process else [])]
+    others = max(_count(reference.empty(part))[0] for part in ("vae", *_encoders(reference)))
+    block = largest_block(network)
+    conditions, validating = _conditions(experiment, reference), validation if in_process else None
+    life = Life(experiment, worker, _count(network)[0], block, others, conditions, training, validating)
+    actor, latent_bytes = [] if in_process else [decoder, *rewards], 4 * prod(reference.latent_shape)
+    return Plan(experiment, latent_bytes, life, actor, apart, uncounted, scoring, validation, libraries)
+
+
+def _encoders(reference: Reference) -> list[str]:
+    return [part for part in reference.family.texts if not part.startswith("tokenizer")]
 
 
 def _conditions(experiment: Experiment, reference: Reference) -> int:
@@ -257,13 +225,9 @@ def _roles(experiment: Experiment, reference: Reference, training: Footprint) ->
     frozen = frozen_dtype(experiment.precision).itemsize * network
 
     def role(name: str, rank: int, **more: Any) -> ModelMemory:
-        more["passes"] = training.passes.get(name, Passes())
-        if not rank:
-            return ModelMemory(name, network, 4 * network, **more)
-        base = SharedBase(reference.empty(reference.family.part), reference.family.adapted)
-        base.add("it", rank, 0)
-        adapter = sum(weight.numel() for weight in base.role("it").parameters())
-        return ModelMemory(f"{name}'s adapter", adapter, 4 * adapter, **more)
+        own = training.parameters.get(name, 0) if rank else network
+        passes = training.passes.get(name, Passes())
+        return ModelMemory(f"{name}'s adapter" if rank else name, own, 4 * own, passes=passes, **more)
 
     models = [role("generator", generator.lora_rank, trained=True, averaged=True)]
     own_base = generator.lora_rank > 0 and generator.init_from != "reference" and not generator.init_rank
@@ -276,8 +240,7 @@ def _roles(experiment: Experiment, reference: Reference, training: Footprint) ->
     elif generator.init_rank:
         models.append(role("start", generator.init_rank))
     if experiment.prompts.embeddings is None:
-        encoders = [part for part in reference.family.texts if not part.startswith("tokenizer")]
-        models += [ModelMemory(name.replace("_", " "), *_count(reference.empty(name))) for name in encoders]
+        models += [ModelMemory(name.replace("_", " "), *_count(reference.empty(name))) for name in _encoders(reference)]
     return models
 
 
@@ -301,13 +264,13 @@ def _rewards(config: RewardsConfig, apart: Sequence[str]) -> tuple[list[ModelMem
 def _table(plan: Plan) -> list[str]:
     """The models, a line each."""
     actors = plan.experiment.reward_actors
-    worker, actor = (_mib(sum(role.memory for role in models)) for models in (plan.worker, plan.actor))
+    worker, actor = (_mib(sum(role.memory for role in models)) for models in (plan.life.models, plan.actor))
     return [
         HEADER,
         f"each of {plan.experiment.cluster.workers} training processes, {worker}",
-        *(role.row for role in plan.worker),
+        *map(_row, plan.life.models),
         *([f"each of {actors} reward actors, {actor}"] if actors else []),
-        *(role.row for role in plan.actor),
+        *map(_row, plan.actor),
         *(f"{name:<24}in an environment of its own: not counted" for name in plan.apart),
         *(f"{name:<24}not counted: {reason}" for name, reason in plan.uncounted.items()),
     ]
@@ -318,7 +281,8 @@ def _lines(plan: Plan, machine: Machine) -> list[str]:
     experiment, cluster = plan.experiment, plan.experiment.cluster
     samples, actors = experiment.global_batch_size, experiment.reward_actors
     resources = ((cluster.workers, cluster.worker_resources), (actors, cluster.rewards.resources))
-    work, scoring = sum(passes.work for passes in plan.training.passes.values()), plan.scoring.passing
+    work, life = sum(passes.work for passes in plan.training.passes.values()), plan.life
+    passing = max(plan.scoring.passing, plan.validation.passing)
     return [
         f"work       {work} forwards' worth of one network per sample and step, {samples} samples a step; "
         f"in all {_flop(plan.flops)}, {_flop(plan.flops / samples)} a sample",
@@ -330,17 +294,18 @@ def _lines(plan: Plan, machine: Machine) -> list[str]:
             for count, declared in resources
             for name, amount in declared.items()
         ),
-        f"memory     training process {_mib(plan.per_worker)}: {_mib(plan.held)} held"
-        + (f" (networks by {plan.shares})" if plan.shares > 1 else "")
-        + (f", {_mib(plan.gathered)} of a block that is whole" if plan.gathered else "")
-        + f", {_mib(plan.training.passing)} that comes and goes in a round",
+        f"memory     training process {_mib(life.most)}: {_mib(life.held)} held"
+        + (f" (networks by {life.shares})" if life.shares > 1 else "")
+        + (f", {_mib(life.gathered)} of a block that is whole" if life.gathered else "")
+        + f", {_mib(life.training.passing)} that comes and goes in a round",
+        f"{'':<11}by the parts of its life: {', '.join(f'{part} {_mib(size)}' for part, size in life.parts.items())}"
+        + (f"; with {_mib(CUDA_CONTEXT)} of CUDA's own and {FRAGMENTATION:.0%} in reserve" if cluster.use_gpu else ""),
         *(
-            [f"{'':<11}reward actor {_mib(plan.per_actor)}: {_mib(plan.per_actor - scoring)} and {_mib(scoring)}"]
+            [f"{'':<11}reward actor {_mib(plan.per_actor)}: {_mib(plan.per_actor - passing)} and {_mib(passing)}"]
             * (actors > 0)
         ),
-        f"{'':<11}in main memory {_mib(plan.in_ram)}, with {_mib(plan.libraries)} of libraries a process, "
-        f"{_mib(plan.conditions)} of prompts' conditions a training process and "
-        f"{_mib(plan.checkpoint)} of a checkpoint's copy; this machine has {_mib(machine.ram)}",
+        f"{'':<11}in main memory {_mib(plan.in_ram)}, with {_mib(plan.libraries)} of libraries a process and "
+        f"{_mib(life.conditions)} of prompts' conditions a training process; this machine has {_mib(machine.ram)}",
         f"disk       a checkpoint {_mib(plan.checkpoint)}, {KEPT} at a time; {_mib(machine.disk)} free for "
         f"{experiment.output_dir}",
     ]
@@ -358,10 +323,17 @@ def _problem(plan: Plan, machine: Machine) -> str | None:
         return f"memory: takes {_mib(plan.in_ram)}, this machine has {_mib(machine.ram)}"
     if (size := KEPT * plan.checkpoint) > machine.disk:
         return f"output_dir: {KEPT} checkpoints take {_mib(size)}, {output_dir} has {_mib(machine.disk)} free"
-    on_gpu = max(plan.per_worker * cluster.use_gpu, plan.per_actor * (cluster.rewards.gpus > 0))
-    if machine.gpus and on_gpu > machine.gpu_memory:
-        return f"memory: one process takes {_mib(on_gpu)}, a GPU here has {_mib(machine.gpu_memory)}"
+    most = max(plan.life.most * cluster.use_gpu, plan.per_actor * (cluster.rewards.gpus > 0))
+    if machine.gpus and most > machine.gpu_memory:
+        return f"memory: one process takes {_mib(most)}, a GPU here has {_mib(machine.gpu_memory)}"
     return None
+
+
+def _row(model: ModelMemory) -> str:
+    size, trained = model.weights, model.weights * model.trained
+    sizes = [_mib(size) if size else "-" for size in (size, trained, 2 * trained, size * model.averaged)]
+    passes = [str(number or "-") for number in (model.passes.forwards, model.passes.backwards)]
+    return f"{model.name:<24}" + "".join(f"{cell:>12}" for cell in (f"{model.parameters / 1e6:.2f}", *sizes, *passes))
 
 
 def largest_block(network: nn.Module) -> int:

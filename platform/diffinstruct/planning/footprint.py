@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -25,11 +25,13 @@ from torch.utils.flop_counter import flop_registry
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.sections import RewardsConfig
 from diffinstruct.method.noise import NoiseStreams
-from diffinstruct.method.rewards import Collect, LatentRewards, RewardModel, RewardRequest, Scores, Send
+from diffinstruct.method.rewards import Collect, LatentRewards, RewardModel, RewardRequest, Scores, Send, scored
 from diffinstruct.method.step import Metrics, StepConfig, alternating_round
 from diffinstruct.models.lora import Role
 from diffinstruct.models.pipeline import Reference
-from diffinstruct.models.roles import Roles, make_roles
+from diffinstruct.models.roles import GENERATOR, SCORE, START, Roles, make_roles
+from diffinstruct.planning.shapes import RememberedShapes
+from diffinstruct.reward_service.reward_validation import BATCH, CANDIDATES, FEW, PICTURES, pictures_for
 from diffinstruct.training.build import make_step_config, make_train_state
 
 CPU = torch.device("cpu")
@@ -58,12 +60,13 @@ class Passes:
 @dataclass(frozen=True)
 class Footprint:
     """The cost of one process. `held`: bytes between two rounds. `peak`: the most bytes at once, those included.
-    `flops`: of a round. `passes`: by role, "decoder" among them."""
+    `flops`: of a round. `passes`: by role, "decoder" among them. `parameters`: of each role's own weights."""
 
     held: int
     peak: int
     flops: int
     passes: Mapping[str, Passes] = field(default_factory=dict)
+    parameters: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def passing(self) -> int:
@@ -76,6 +79,7 @@ def training_footprint(
 ) -> Footprint:
     """The footprint of a process that trains, with whole networks and without text encoders; with rewards, if it
     computes them itself. Their own weights are not counted, the decoder's are."""
+    experiment = experiment.model_copy(update={"compile": False})  # which may take less, and knows no such tensors
     per_worker = experiment.global_batch_size // experiment.cluster.workers
     # One micro-batch after another takes what two take, but for latents
     samples = min(per_worker, 2 * experiment.micro_batch_size) if experiment.micro_batch_size else per_worker
@@ -89,13 +93,17 @@ def training_footprint(
         count.peak, count.flops = count.live, 0
         one_round(send)
         passes = {role: counter.passes(samples) for role, counter in counters.items()}
-        return Footprint(count.live, count.peak, count.flops * per_worker // samples, passes)
+        parameters = {
+            "generator": _parameters(roles.generator, f".{GENERATOR}."),
+            "score network": _parameters(roles.score_network, f".{SCORE}."),
+            "start": _parameters(roles.generator, f".{START}."),
+        }
+        return Footprint(count.live, count.peak, count.flops * per_worker // samples, passes, parameters)
 
 
 def roles_without_content(experiment: Experiment, reference: Reference) -> Roles:
     """The roles on the meta device. To be made before FakeTensorMode begins: peft cannot move its tensors."""
-    with _Count(), torch.device("meta"):
-        return make_roles(experiment, reference, lambda load: load("meta"))
+    return make_roles(experiment, reference, lambda load: load("meta"))
 
 
 def round_without_content(
@@ -115,6 +123,8 @@ def round_without_content(
     for optimizer in filter(None, (train_state.generator_optimizer, train_state.score_optimizer)):
         for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
             weight.grad = torch.empty_like(weight)
+        for group in optimizer.param_groups:
+            group["fused"] = True  # as on a GPU: one operation, and no copies on the way
         optimizer.step()
     noise = NoiseStreams(0, 1, reference.latent_shape, slice(0, samples), device)
     return partial(alternating_round, train_state, config, reference.schedule, noise, [""] * samples, c)
@@ -129,6 +139,30 @@ def rewards_footprint(config: RewardsConfig, reference: Reference, rewards: Mapp
         counter = PassCounter(decoder.decoder)
         send(torch.empty(samples, *reference.latent_shape), [""] * samples)
         return Footprint(held, count.peak, count.flops, {"decoder": counter.passes(samples)})
+
+
+def validation_footprint(experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel]) -> Footprint:
+    """The footprint of what a process does that validates rewards, without their own weights: it decodes the pictures,
+    scores them in batches, and asks a few for gradients and along directions."""
+    pictures = PICTURES if experiment.rewards.normalize == "std" else pictures_for(experiment.global_batch_size)
+    decoder = reference.empty("vae")
+    with _counting() as count:
+        reference.vae = _fill(decoder.requires_grad_(False), {})
+        held = count.live
+        with torch.no_grad():
+            shape = reference.decode(torch.empty(1, *reference.latent_shape)).shape[1:]
+        decoded = torch.empty(pictures, *shape)
+        images = torch.empty_like(decoded)  # put together of those
+        del decoded
+        for name, reward in rewards.items():
+            with torch.no_grad():
+                scored(name, reward, images[:BATCH], [""] * len(images[:BATCH]), {})
+            leaf = images[:FEW].clone().requires_grad_(name in {each.name for each in experiment.rewards.trained})
+            scores = scored(name, reward, leaf, [""] * len(leaf), {})
+            if scores.requires_grad:
+                torch.autograd.grad(scores.sum(), leaf)
+                torch.empty(CANDIDATES * 2, *leaf.shape)  # directions, and their products with the gradient
+        return Footprint(held, count.peak, count.flops)
 
 
 class PassCounter:
@@ -165,6 +199,15 @@ def _fill_roles(roles: Roles, gathered: torch.dtype | None) -> None:
         _fill(role.network, filled, gathered)
 
 
+def _parameters(role: nn.Module | None, adapter: str) -> int:
+    """How many of its own a role has; of a role over a shared network those of this adapter."""
+    if role is None:
+        return 0
+    network: Any = next((module for module in role.modules() if isinstance(module, Role)), None)
+    named = network.base.network.named_parameters() if network else role.named_parameters()
+    return sum(weight.numel() for name, weight in named if not network or adapter in name)
+
+
 def scoring(config: RewardsConfig, reference: Reference, decoder: nn.Module, rewards: Mapping[str, RewardModel]) -> Send:
     """The rewards in this process, behind a decoder that gets tensors without content on torch's default device."""
     reference.vae = _fill(decoder.requires_grad_(False), {})
@@ -199,7 +242,7 @@ def _no_rewards(latents: Tensor, prompts: Sequence[str]) -> Collect:
 
 @contextmanager
 def _counting() -> Iterator[_Count]:
-    with FakeTensorMode(allow_non_fake_inputs=True), _AsOnGpu(), _Count() as count:
+    with FakeTensorMode(allow_non_fake_inputs=True), norms_as_on_gpu(), _Count() as count:
         yield count
 
 
@@ -211,13 +254,18 @@ class _Count(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = self.flops = 0
         self._known: set[int] = set()
+        self._shapes = RememberedShapes()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled, and what keeps the compiler out takes longer than an operation
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # more than half of all calls
             return args[0].fake_device
         if func is aten._local_scalar_dense.default:
             return 0.5
-        result = func(*args, **(kwargs or {}))
+        result = self._shapes(func, args, kwargs or {})
         for made in result if isinstance(result, tuple | list) else (result,):
             if isinstance(made, Tensor):
                 self._see(made)
@@ -242,10 +290,18 @@ class _Count(TorchDispatchMode):
         self.live -= size
 
 
-class _AsOnGpu(TorchFunctionMode):
-    """Under autocast a GPU computes norms in fp32, and keeps their fp32 inputs; a CPU does not."""
+@contextmanager
+def norms_as_on_gpu() -> Iterator[None]:
+    """In the block, norms under autocast are computed in fp32 and keep their fp32 inputs, as a GPU's; a CPU's are not."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.group_norm, torch.layer_norm) and torch.is_autocast_enabled("cpu"):
-            args = tree_map_only(Tensor, Tensor.float, args)
-        return func(*args, **(kwargs or {}))
+    def in_fp32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def computed(*args: Any, **kwargs: Any) -> Tensor:
+            if torch.is_autocast_enabled("cpu"):
+                args = tree_map_only(Tensor, Tensor.float, args)
+            return norm(*args, **kwargs)
+
+        return computed
+
+    names = ("group_norm", "layer_norm")
+    with mock.patch.multiple(torch, **{name: in_fp32(getattr(torch, name)) for name in names}):
+        yield

@@ -32,6 +32,7 @@ STEPS = (0.01, 0.04, 0.0025, 0.0006)
 """Of the difference quotients, in a picture's units: small ones for rewards that bend, large ones for noisy rewards."""
 MAX_GRADIENT_ERROR = 0.1
 """The share of a change in score by which the gradient may miss it (a wrong sign gives 2, a doubled gradient 1/2)."""
+CANDIDATES = 8  # random directions of which each picture gets one
 HALF = 1e-4  # relative rounding above this is half precision's
 COARSE = 8  # cells a side of the coarse directions: a reward that looks at shapes hardly feels noise of single pixels
 
@@ -395,7 +396,7 @@ class _Validation:
         batch, channels, height, width = gradient.shape
 
         def most_telling(rows: int, columns: int) -> Tensor:
-            signs = torch.randint(0, 2, (8, batch, channels, rows, columns), generator=draws).to(gradient) * 2 - 1
+            signs = torch.randint(0, 2, (CANDIDATES, batch, channels, rows, columns), generator=draws).to(gradient) * 2 - 1
             candidates = torch.stack([F.interpolate(sign, (height, width), mode="nearest") for sign in signs])
             best = (candidates * gradient).flatten(2).sum(2).abs().argmax(0)
             return candidates[best, torch.arange(batch, device=best.device)]

@@ -1,8 +1,10 @@
 """A run without Ray: one process, rewards in it. For a debugger, for GPU machines without Ray, for tests."""
 
+import os
 from pathlib import Path
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.method.memory import allocator_settings
 from diffinstruct.run_folder import signals
 from diffinstruct.run_folder.signals import Signal
 from diffinstruct.tracking.journal import Parent, deliver_rest
@@ -12,6 +14,7 @@ from diffinstruct.training.loop import Result, train
 
 def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> Result:
     """Train `experiment` in `folder` (absolute), or go on with what is there."""
+    os.environ.update(allocator_settings())
     signals.clear(folder)
     missing, line = missing_embeddings(experiment)
     if missing:

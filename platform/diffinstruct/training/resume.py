@@ -10,7 +10,8 @@ import torch
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.prompts import read_prompt_set
 from diffinstruct.errors import UserError, did_you_mean
-from diffinstruct.models.roles import make_roles
+from diffinstruct.method.precision import DTYPES
+from diffinstruct.models.roles import trained_generator
 from diffinstruct.ranks import Ranks
 from diffinstruct.run_folder.checkpoint import CheckpointError, CheckpointStore, flush
 from diffinstruct.run_folder.state_tree import TensorShard
@@ -85,9 +86,8 @@ def export_checkpoint(experiment: Experiment, folder: Path, which: str, out: Pat
             if step == named[which][-1]:
                 raise
             print(error, file=sys.stderr)
-    ema = make_roles(experiment, open_reference(experiment, torch.device("cpu"))).ema
-    ema.load_state_dict(weights)
-    export(experiment.reference.model, ema, out)
+    ema = trained_generator(experiment, open_reference(experiment, torch.device("cpu")), weights)
+    export(experiment.reference.model, ema, out, DTYPES[experiment.export.dtype])
     return step, step == best
 
 

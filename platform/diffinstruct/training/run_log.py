@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.method.precision import DTYPES
 from diffinstruct.method.step import Metrics
 from diffinstruct.models.denoiser import OneStepGenerator
 from diffinstruct.models.pipeline import Reference
@@ -132,7 +133,8 @@ class RunLog:
         """Export the generator's EMA as a stock pipeline; hand the last metrics to the tracker."""
         from diffinstruct.models.export import export
 
-        folder = export(self.experiment.reference.model, ema, self.folder / "export")
+        experiment = self.experiment
+        folder = export(experiment.reference.model, ema, self.folder / "export", DTYPES[experiment.export.dtype])
         table = self.folder / "metrics.json"
         table.write_text(json.dumps({"step": step, **metrics}, indent=2) + "\n", encoding="utf-8")
         self.tracker.artifact(table)
