@@ -146,6 +146,7 @@ def test_a_ray_address_that_is_none_is_said_at_once(address, said, monkeypatch):
 
 def test_rays_sockets_find_room_where_the_temporary_folder_is_deep(monkeypatch):
     """As Slurm's; the path of a socket ends at 107 bytes. Ray itself is not started here."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", lambda **options: None)
     monkeypatch.setattr("ray.shutdown", lambda: None)
     monkeypatch.setattr("diffinstruct.cluster.attach.described", lambda: "")

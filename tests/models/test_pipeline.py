@@ -210,7 +210,7 @@ def _flow_matching(folder: Path) -> None:
         (lambda folder: _index(folder, vae=["diffusers", "VQModel"]), ["VQModel", "AutoencoderTiny"]),
         (lambda folder: (folder / "model_index.json").unlink(), ["model_index.json"]),
         (_pickled, ["unet", "safetensors"]),
-        (_flow_matching, ["FlowMatchEulerDiscreteScheduler", "beta schedule"]),
+        (_flow_matching, ["FlowMatchEulerDiscreteScheduler", "beta_schedule"]),
     ],
 )
 def test_what_is_not_supported_is_refused_in_one_line(spoil, names: list[str], folder: Path, tmp_path: Path) -> None:

@@ -115,8 +115,8 @@ def test_passes_are_counted_as_the_arithmetic_says(tiny, name, guidance_scale, w
     fresh = updates if more else 0
     passes = passes_of(tiny, name, guidance_scale, where, **more)
     assert passes["generator"] == Passes(1 + fresh, 1, 1)
-    assert passes["score network"] == Passes(updates + (updates > 0), updates + through, updates)
-    assert passes["reference"] == Passes(prompts, prompts * through, 0)
+    assert passes.get("score network", Passes()) == Passes(updates + (updates > 0), updates + through, updates)
+    assert passes.get("reference", Passes()) == Passes(prompts, prompts * through, 0)
     assert sum(each.work for each in passes.values()) == forwards + 3 * updates + fresh
 
 

@@ -88,6 +88,7 @@ def test_a_run_names_the_commits_of_its_code_and_rows_alone_do_not_make_one_dirt
     code.parent.mkdir()
     code.write_text("1")
     monkeypatch.setattr("diffinstruct.tracking.journal.__file__", str(code))
+    monkeypatch.chdir(tmp_path)
     assert started() == "unknown"
     rows.add("first", {})
     git("init")

@@ -347,7 +347,7 @@ def test_full_disk_is_one_clear_error_when_the_save_is_settled(of, name, tmp_pat
     store = CheckpointStore(tmp_path)
     store.save(50, state())
 
-    def no_space(*args: object) -> None:
+    def no_space(*args: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:

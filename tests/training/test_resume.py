@@ -180,7 +180,7 @@ def test_the_driver_delivers_what_its_workers_had_no_time_for(run, tmp_path, mon
         def __init__(self, *_, **__): ...
 
         def fit(self):
-            shutil.copytree(folder, tmp_path / "run")
+            shutil.copytree(folder, tmp_path / "run", dirs_exist_ok=True)
             for name in ("journal.ack", "mlflow.json"):
                 (tmp_path / "run" / name).unlink()
             return SimpleNamespace(return_value=SimpleNamespace(export=tmp_path / "run/export"))

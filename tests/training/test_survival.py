@@ -157,7 +157,7 @@ def test_a_look_without_finite_scores_is_no_look(experiment, tmp_path, monkeypat
 
     monkeypatch.setattr(tiny_rewards.Calm, "forward", blind_in_round_4)
     local.run(experiment(overoptimization__every=2), tmp_path / "run")
-    told = [(4, "no probe: reward tiny.rewards:Calm: 16 of 16 scores are not finite")]
+    told = [(4, "no probe: reward tiny.rewards:Calm: 64 of 64 scores are not finite")]
     assert events(tmp_path / "run", "overoptimization.probe_skipped") == told and events(tmp_path / "run", "skipped") == []
     rows, ends = journal(tmp_path / "run")
     assert ends == ["FINISHED"] and [step for step in rows if "overoptimization/held_out" in rows[step]] == [0, 2, 6, 8, 9]

@@ -82,7 +82,7 @@ def export(model: str, generator: OneStepGenerator, folder: Path | str, dtype: t
         origin = Path(model).name if Path(model).exists() else model
         otherwise = "any other step count raises an error" if reference.betas else "it was trained for no other step count"
         card = CARD.format(name=folder.name, reference=origin, timestep=generator.timestep, otherwise=otherwise)
-        (partial / "README.md").write_text(card)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         if folder.exists():
             folder.rename(previous)
         partial.rename(folder)
@@ -105,11 +105,11 @@ def tidy_configs(pipeline: Path) -> None:
     files hold: diffusers makes float32 of its parts, transformers what "dtype" says. Where this machine keeps the
     reference is nobody's business."""
     for config in pipeline.glob("*/config.json"):
-        values = json.loads(config.read_text())
+        values = json.loads(config.read_text(encoding="utf-8"))
         values.pop("_name_or_path", None)
         if "dtype" in values:
             values["dtype"] = "float32"
-        config.write_text(json.dumps(values, indent=2) + "\n")
+        config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def load_export(
@@ -121,7 +121,7 @@ def load_export(
     Raises UserError for a pipeline that is no one-step generator of ours.
     """
     reference = load_reference(str(folder), device=device, decoder_dtype=decoder_dtype)
-    scheduler = json.loads(Path(folder, "scheduler", "scheduler_config.json").read_text())
+    scheduler = json.loads(Path(folder, "scheduler", "scheduler_config.json").read_text(encoding="utf-8"))
     name, timestep = scheduler["_class_name"], scheduler["num_train_timesteps"] - 1
     scales: dict[str, InputScale] = {"LCMScheduler": "unit", "EulerDiscreteScheduler": "sigma", FLOW: "unit"}
     if name not in scales or not (scheduler.get("trained_betas") or name == FLOW):
