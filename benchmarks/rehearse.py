@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,9 @@ class Rehearsal:
         self.stages: dict[str, Callable[[], Done]] = {"write": self.write, "layouts": self.layouts}
         for precision in ("fp32", "bf16"):
             self.stages |= {
-                f"{precision} check": lambda precision=precision: self.check(precision),
-                f"{precision} train, killed": lambda precision=precision: self.train(precision, kill=True),
-                f"{precision} resume": lambda precision=precision: self.train(precision, kill=False),
+                f"{precision} check": partial(self.check, precision),
+                f"{precision} train, killed": partial(self.train, precision, kill=True),
+                f"{precision} resume": partial(self.train, precision, kill=False),
             }
         exported, picture = self.folder / "exported", self.folder / "picture.png"
         self.stages |= {
@@ -253,7 +254,7 @@ def write_all(folder: Path, tiny: bool, pixels: int) -> None:
     write_half_variant(made, folder / "fp16")
     write_one_file(made, folder / "original.safetensors")
     shutil.rmtree(made)
-    clip = TINY_CLIP if tiny else VIT_H
+    clip: dict[str, Any] = TINY_CLIP if tiny else VIT_H
     clip["text_config"] |= VOCABULARY
     defaults = pickscore.__defaults__ or ()
     commits = [str(name).partition("@")[2] for name in (defaults[0], CLIP_H)]

@@ -128,8 +128,8 @@ def test_rewards_alone_take_neither_score_network_nor_reference(world) -> None:
     weights = footprint.training_footprint(experiment, reference).held - footprint.training_footprint(alone, reference).held
     network = sum(p.numel() for p in reference.empty("unet").parameters())
     assert weights >= 4 * (2 + 3) * network  # two networks in fp32; gradients and two Adam states of one
-    assert {role.name for role in make_plan(alone, reference).worker} >= {"generator"}
-    assert not {"score network", "reference"} & {role.name for role in make_plan(alone, reference).worker}
+    assert {role.name for role in make_plan(alone, reference).life.models} >= {"generator"}
+    assert not {"score network", "reference"} & {role.name for role in make_plan(alone, reference).life.models}
 
 
 def test_conditions_of_all_of_a_rounds_prompts_are_counted(world) -> None:

@@ -131,9 +131,10 @@ class Role(nn.Module):
         would be a second network. To be read: weights without adapters may be the base's own."""
         held = self.base.exact() if self.base.exact and self.dtype != torch.float32 else self.base.network
         for name, value in _own(held.state_dict()):
-            layer, weight = self.base.layers.get(name.removesuffix(".weight")), value.float()
-            for adapter in (*self.frozen_adapters, self.adapter) if layer else ():
-                weight = weight + layer.get_delta_weight(adapter).to(weight)  # a new tensor: the base's own stays
+            weight = value.float()
+            if layer := self.base.layers.get(name.removesuffix(".weight")):
+                for adapter in (*self.frozen_adapters, self.adapter):
+                    weight = weight + layer.get_delta_weight(adapter).to(weight)  # a new tensor: the base's own stays
             yield name, weight
 
     def lora_weights(self) -> Mapping[str, Tensor]:

@@ -302,6 +302,6 @@ def norms_as_on_gpu() -> Iterator[None]:
 
         return computed
 
-    names = ("group_norm", "layer_norm")
-    with mock.patch.multiple(torch, **{name: in_fp32(getattr(torch, name)) for name in names}):
+    group_norm, layer_norm = in_fp32(torch.group_norm), in_fp32(torch.layer_norm)
+    with mock.patch.object(torch, "group_norm", group_norm), mock.patch.object(torch, "layer_norm", layer_norm):
         yield

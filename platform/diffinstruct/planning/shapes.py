@@ -66,14 +66,14 @@ class RememberedShapes:
 def _described(result: Any, tensors: Sequence[FakeTensor]) -> list[Any] | None:
     """The kind of sequence that a result is (None: it is a tensor), and its items; None where that is not all."""
     storages = {tensor.untyped_storage()._cdata: i for i, tensor in enumerate(tensors)}
-    items = [None]
+    items: list[Any] = [None]
     for item in result if isinstance(result, tuple | list) else (result,):
         if isinstance(item, Tensor):
             if not isinstance(item, FakeTensor) or item.constant is not None or any(item is tensor for tensor in tensors):
                 return None
             place = storages.get(item.untyped_storage()._cdata)
-            look = (tuple(item.shape), item.stride(), item.storage_offset(), item.dtype, item.fake_device)
-            items.append(_Output(*look, dict(item.__dict__), place))
+            offset, state = int(item.storage_offset()), dict(item.__dict__)
+            items.append(_Output(tuple(item.shape), item.stride(), offset, item.dtype, item.fake_device, state, place))
         elif isinstance(item, tuple | list):
             return None
         else:
