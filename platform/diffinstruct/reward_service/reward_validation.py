@@ -7,13 +7,13 @@ other. What breaks the contract is a fault and ends the run; what is merely unus
 """
 
 import random
+import reprlib
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,9 @@ from torch import Tensor, nn
 from diffinstruct.method.memory import out_of_memory
 from diffinstruct.method.rewards import RewardError, RewardModel, scored
 
-PICTURES, LEAST, FEW = 64, 16, 4
-"""Pictures that are scored, at most and at least; and those of every other check: a reward may be a ViT-H, the machine
-a laptop."""
+PICTURES, LEAST, FEW = 64, 16, 4  # pictures that are scored, at most and at least; and those of every other check
 BATCH = 16  # pictures at once, halved where memory ends
-MARGIN = 0.1
-"""Difference quotients are taken on pictures in [MARGIN, 1 - MARGIN]: beyond black and white a reward may clamp."""
+MARGIN = 0.1  # difference quotients stay within [MARGIN, 1 - MARGIN]: beyond black and white a reward may clamp
 STEPS = (0.01, 0.04, 0.0025, 0.0006)
 """Of the difference quotients, in a picture's units: small ones for rewards that bend, large ones for noisy rewards."""
 MAX_GRADIENT_ERROR = 0.1
@@ -149,13 +146,12 @@ class _Validation:
     def _note_cut_prompts(self) -> None:
         """A remark on prompts of which the reward does not see the end, where it, or its tower, says how it reads them."""
         reader = getattr(self.reward, "tower", self.reward)
-        tokenizer, longest = getattr(reader, "tokenizer", None), getattr(reader, "longest", None)
+        tokenizer, longest = (getattr(reader, name, None) for name in ("tokenizer", "longest"))
         if callable(tokenizer) and isinstance(longest, int):
             texts = list(dict.fromkeys(self.all_texts))
-            cut = [text for text in texts if len(tokenizer(text).input_ids) > longest]
-            if cut:
-                first = shorten(cut[0], 60, placeholder=" ...")
-                self.remarks.append(f"{len(cut)} of {len(texts)} prompts are cut after {longest} tokens, such as {first!r}")
+            if cut := [text for text in texts if len(tokenizer(text).input_ids) > longest]:
+                first = reprlib.repr(cut[0])
+                self.remarks.append(f"{len(cut)} of {len(texts)} prompts are cut after {longest} tokens, such as {first}")
 
     def _passes(self, check: Callable[[], str]) -> bool:
         try:

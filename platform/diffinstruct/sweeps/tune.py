@@ -95,10 +95,9 @@ def sweep(
             embed(experiment)
         trials.open(keeps=isinstance(points, Optuna) or isinstance(scheduler, PopulationBasedTraining))
         signals.clear(folder)
-        tags = {"sweep": folder, "trials": trials.count}
-        parent = Journal(
-            *(base.tracking.uri, base.tracking.experiment, folder.name, folder, trials.varied, tags), also=base.tracking.also
-        )
+        tracking, tags = base.tracking, {"sweep": folder, "trials": trials.count}
+        where_to = (tracking.uri, tracking.experiment, folder.name, folder)
+        parent = Journal(*where_to, trials.varied, tags, also=tracking.also)
         print(f"sweep {folder}  {trials.count} trials  tracking {parent.url}  {where}", flush=True)
         print(placement(base.cluster, base.reward_actors), flush=True)
         end = Outcome("KILLED")
