@@ -67,7 +67,7 @@ def test_a_run_reads_what_was_made_once(family: str, precision: str, tmp_path: P
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
     monkeypatch.setattr(Reference, "texts", property(no_encoder))
-    monkeypatch.setattr("diffinstruct.models.export.export", lambda model, average, folder: folder)  # it packs one, too
+    monkeypatch.setattr("diffinstruct.models.export.export", lambda model, average, folder, dtype: folder)  # it packs one, too
     local.run(load(tmp_path / "recipe.yaml", [*given, "seed=7"]), tmp_path / "again")
     assert len(made) == 4
 
