@@ -45,16 +45,15 @@ import diffinstruct
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.method.memory import out_of_memory
 from diffinstruct.method.noise import NoiseStreams
-from diffinstruct.method.precision import frozen_dtype, use_deterministic_kernels, use_precision
+from diffinstruct.method.precision import use_deterministic_kernels, use_precision
 from diffinstruct.method.rewards import Collect, LatentRewards, Scores
 from diffinstruct.method.step import Metrics, alternating_round
 from diffinstruct.models.lora import Role
-from diffinstruct.models.pipeline import Reference, load_reference
 from diffinstruct.models.roles import make_roles
 from diffinstruct.models.sources import RandomWeights
 from diffinstruct.planning.footprint import training_footprint
 from diffinstruct.reward_service.client import LocalRewards, RewardClient
-from diffinstruct.training.build import make_step_config, make_train_state
+from diffinstruct.training.build import make_step_config, make_train_state, open_reference
 
 SHAPES = Path(diffinstruct.__file__).parent / "models" / "hub_configs"  # configurations as published, no weights
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # folder in SHAPES, what its one-step generator is fed
@@ -99,23 +98,12 @@ def experiment_of(setting: Setting, folder: Path, batch: int = 1, precision: str
     )
 
 
-def reference_of(experiment: Experiment, device: torch.device) -> Reference:
-    """As a run opens it, but for its weights."""
-    return load_reference(
-        experiment.reference.model,
-        device=device,
-        activation_checkpointing=experiment.activation_checkpointing,
-        decoder_dtype=frozen_dtype(experiment.precision),
-        weights=RandomWeights(),
-    )
-
-
 class World:
     """The roles of a setting, and their reward, as a run has them."""
 
     def __init__(self, setting: Setting, folder: Path, device: torch.device, precision: str = "bf16") -> None:
         self.device, self.experiment = device, experiment_of(setting, folder, precision=precision)
-        self.reference = reference_of(self.experiment, device)
+        self.reference = open_reference(self.experiment, device, RandomWeights())
         self.roles = make_roles(self.experiment, self.reference)
         self.train_state = make_train_state(
             self.experiment, self.roles, self.reference.null_conditions(), lambda module: module
@@ -347,7 +335,9 @@ def resumed(folder: Path, device: torch.device) -> dict[str, Any]:
 def counted(setting: Setting, folder: Path, batch: int = COUNTED_BATCH) -> dict[str, float]:
     """Work of a sample's round, and the bytes of a process at its most, as `check` counts them."""
     experiment = experiment_of(setting, folder, batch)
-    footprint = training_footprint(experiment, reference_of(experiment, torch.device("cpu")), {REWARD: brightness})
+    footprint = training_footprint(
+        experiment, open_reference(experiment, torch.device("cpu"), RandomWeights()), {REWARD: brightness}
+    )
     return {"flops": footprint.flops / batch, "memory": footprint.peak}
 
 

@@ -33,4 +33,4 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 def frozen_dtype(precision: str) -> torch.dtype:
     """The type in which a run holds the networks and the decoder that it does not train."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    return DTYPES[precision]

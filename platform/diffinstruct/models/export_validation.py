@@ -2,7 +2,7 @@
 
 Configurations of schedulers, decoders and networks have more keys than any program reads. So the stock pipeline is run
 once, with the generator's scheduler, on modules that have the configurations and no weights: what it feeds its network,
-and the picture that it makes of the network's answer, are held against ours. It takes less than a second at any size.
+and the picture that it makes of the network's answer, are held against ours. It takes about a second at any size.
 """
 
 import inspect
@@ -11,6 +11,7 @@ from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ def _stock_picture(
     reference: Reference, network: _Network, decoder: _Decoder, scheduler: Any, z: Tensor, c: Mapping[str, Tensor]
 ) -> Tensor:
     """The picture [1, 3, H, W] that diffusers' own pipeline makes of z in one step."""
-    with quiet():
+    with quiet(), np.errstate(divide="ignore"):  # of sigma 0, see `export`
         pipeline = reference.stock_pipeline({reference.family.part: network, "vae": decoder, "scheduler": scheduler})
         pipeline.set_progress_bar_config(disable=True)
         known = inspect.signature(pipeline.__call__).parameters

@@ -21,9 +21,10 @@ from diffinstruct.method.objectives import OBJECTIVES, Objective, facts, objecti
 from diffinstruct.method.precision import BF16_ERROR, MAX_BF16_ERROR, frozen_dtype
 from diffinstruct.method.step import StepConfig, TrainState
 from diffinstruct.models.export_validation import validate_export
-from diffinstruct.models.pipeline import Reference, load_reference
+from diffinstruct.models.pipeline import WEIGHTS_BESIDE, Reference, load_reference
 from diffinstruct.models.prompt_embeddings import NULL
 from diffinstruct.models.roles import Roles
+from diffinstruct.models.sources import WeightSource
 
 
 def resolve_device(name: str) -> torch.device:
@@ -35,13 +36,14 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def open_reference(experiment: Experiment, device: torch.device) -> Reference:
+def open_reference(experiment: Experiment, device: torch.device, weights: WeightSource = WEIGHTS_BESIDE) -> Reference:
     return load_reference(
         experiment.reference.model,
         device=device,
         activation_checkpointing=experiment.activation_checkpointing,
         decoder_dtype=frozen_dtype(experiment.precision),
         embeddings=Path(experiment.prompts.embeddings) if experiment.prompts.embeddings else None,
+        weights=weights,
     )
 
 
