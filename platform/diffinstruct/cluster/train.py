@@ -94,9 +94,8 @@ def fit(experiment: Experiment, folder: Path, pool: RewardBackend | None, where:
     in_main_thread, interrupt = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
     signals.clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / OUTPUT).open(
-        "a", encoding="utf-8"
-    ).close()  # for a training process to look for; to touch it would be to say that one runs
+    # For a training process to look for; to touch it would be to say that one runs
+    (folder / OUTPUT).open("ab").close()
     try:
         with signals.on_sigterm(lambda: signals.request(folder, Signal.PAUSE)):
             result: Result = trainer.fit().return_value
