@@ -1,9 +1,11 @@
 """The import rule: a room imports rooms before it, and a third-party package has its callers; lazy imports included."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -184,3 +186,26 @@ def test_all_text_files_are_utf_8() -> None:
     assert len(files) > 100
     assert not {str(file): lines for file in files if (lines := locale_dependent(file.read_text(encoding="utf-8")))}
     assert locale_dependent("path.read_text()\nopen(path)\nopen(path, 'rb')\npath.open('w', encoding='utf-8')") == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------ programs within strings
+def no_programs(source: str) -> list[int]:
+    """The lines of strings that look like a program and do not compile; no linter looks into them."""
+
+    def compiles(program: str) -> bool:
+        try:
+            compile(dedent(program), "<string>", "exec")
+        except SyntaxError:
+            return False
+        return True
+
+    strings = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [node.lineno for node in strings if re.search(r"^import \w", node.value, re.M) and not compiles(node.value)]
+
+
+def test_programs_within_strings_compile() -> None:
+    """The long tests and the benchmarks hand some to new processes, and would only tell after an hour."""
+    files = [file for room in ("tests", "benchmarks", "experiments") for file in (ROOT / room).rglob("*.py")]
+    assert len(files) > 100
+    assert not {str(file): lines for file in files if (lines := no_programs(file.read_text(encoding="utf-8")))}
+    assert no_programs("x = '''\nimport os\nprint(os) while 1:\n'''\ny = '''\nimport os\n'''") == [1]

@@ -53,9 +53,9 @@ def lose():
         from ray._raylet import GcsClient
         deadline = int(time.time() * 1000) + 60_000
         reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        print("drained", GcsClient(address=cluster.gcs_address).drain_node(node.node_id, reason, "spot", deadline),
-        flush=True) while not any('"preemption"' in line for line in (folder /
-        "journal.jsonl").read_text().splitlines()):
+        drained = GcsClient(address=cluster.gcs_address).drain_node(node.node_id, reason, "spot", deadline)
+        print("drained", drained, flush=True)
+        while '"preemption"' not in (folder / "journal.jsonl").read_text(encoding="utf-8"):
             time.sleep(0.1)
         time.sleep(2)
     cluster.remove_node(node, allow_graceful=False)
