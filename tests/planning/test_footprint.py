@@ -148,3 +148,16 @@ def test_gradient_through_the_networks_is_counted_for_an_own_objective_too(tiny,
 def test_a_micro_batch_sends_the_generator_forward_again(tiny):
     experiment = tiny[0].model_copy(update={"micro_batch_size": 1})
     assert training_footprint(experiment, tiny[1]).passes["generator"] == Passes(2, 1, 1)
+
+
+def test_later_updates_of_the_score_network_cost_what_the_second_does(tiny):
+    """Two are counted, whatever the number; each has a sample of its own here."""
+
+    def of_updates(number):
+        content = tiny[0].model_dump()
+        content["score_network"] |= {"updates_per_step": number, "reuse_sample": False}
+        return training_footprint(Experiment.model_validate(content), tiny[1])
+
+    one, two, five = (of_updates(number) for number in (1, 2, 5))
+    assert two.flops - one.flops == (five.flops - one.flops) / 4 > 0
+    assert one.peak + 8 == two.peak == five.peak  # the first one's loss is kept until the second one's is there

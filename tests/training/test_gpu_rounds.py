@@ -101,7 +101,7 @@ def one_round(folder: Path, timestep: int, bound: Bound, rewards: Any = None) ->
     config, roles = make_step_config(experiment, reference.schedule), roles_without_content(experiment, reference)
     decoder = reference.empty("vae")
     with absent_gpu() as gpu:
-        a_round = round_without_content(experiment, reference, roles, config, SAMPLES, GPU)
+        _, a_round = round_without_content(experiment, reference, roles, config, SAMPLES, GPU)
         with torch.device(GPU):
             here = scoring(experiment.rewards, reference, decoder, rewards or {RED: Red(), CALM: Calm()})
             reference.schedule.fed(torch.zeros(1, dtype=torch.long))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -26,7 +26,7 @@ from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.sections import RewardsConfig
 from diffinstruct.method.noise import NoiseStreams
 from diffinstruct.method.rewards import Collect, LatentRewards, RewardModel, RewardRequest, Scores, Send, scored
-from diffinstruct.method.step import Metrics, StepConfig, alternating_round
+from diffinstruct.method.step import Metrics, StepConfig, TrainState, alternating_round
 from diffinstruct.models.lora import Role
 from diffinstruct.models.pipeline import Reference
 from diffinstruct.models.roles import GENERATOR, SCORE, START, Roles, make_roles
@@ -50,6 +50,11 @@ class Passes:
     forwards: int = 0
     backwards: int = 0
     to_weights: int = 0
+
+    def repeated(self, times: int, first: Passes, second: Passes) -> Passes:
+        """These passes, and so many times those that lie between two earlier counts."""
+        counts = zip(astuple(self), astuple(first), astuple(second), strict=True)
+        return Passes(*(total + times * (after - before) for total, before, after in counts))
 
     @property
     def work(self) -> int:
@@ -84,21 +89,34 @@ def training_footprint(
     # One micro-batch after another takes what two take, but for latents
     samples = min(per_worker, 2 * experiment.micro_batch_size) if experiment.micro_batch_size else per_worker
     config, roles = make_step_config(experiment, reference.schedule), roles_without_content(experiment, reference)
+    # Later updates of the score network take what the second takes
+    more, config = max(config.score_updates - 2, 0), replace(config, score_updates=min(config.score_updates, 2))
     decoder = reference.empty("vae")
     with _counting() as count:
-        one_round = round_without_content(experiment, reference, roles, config, samples)
+        train_state, one_round = round_without_content(experiment, reference, roles, config, samples)
         send = scoring(experiment.rewards, reference, decoder, rewards) if rewards is not None else _no_rewards
         networks = {"generator": roles.generator.denoiser, "score network": roles.score_network, "reference": roles.reference}
         counters = {role: PassCounter(network) for role, network in networks.items() if network is not None}
         count.peak, count.flops = count.live, 0
+
+        def work() -> tuple[int, dict[str, Passes]]:
+            return count.flops, {role: counter.passes(samples) for role, counter in counters.items()}
+
+        updates = list[tuple[int, dict[str, Passes]]]()
+        if optimizer := train_state.score_optimizer:
+            optimizer.register_step_post_hook(lambda *_: updates.append(work()))
         one_round(send)
-        passes = {role: counter.passes(samples) for role, counter in counters.items()}
+        flops, passes = work()
+        if more:
+            (flops_before, before), (flops_after, after) = updates
+            flops += more * (flops_after - flops_before)
+            passes = {role: seen.repeated(more, before[role], after[role]) for role, seen in passes.items()}
         parameters = {
             "generator": _parameters(roles.generator, f".{GENERATOR}."),
             "score network": _parameters(roles.score_network, f".{SCORE}."),
             "start": _parameters(roles.generator, f".{START}."),
         }
-        return Footprint(count.live, count.peak, count.flops * per_worker // samples, passes, parameters)
+        return Footprint(count.live, count.peak, flops * per_worker // samples, passes, parameters)
 
 
 def roles_without_content(experiment: Experiment, reference: Reference) -> Roles:
@@ -108,9 +126,9 @@ def roles_without_content(experiment: Experiment, reference: Reference) -> Roles
 
 def round_without_content(
     experiment: Experiment, reference: Reference, roles: Roles, config: StepConfig, samples: int, device: torch.device = CPU
-) -> Callable[[Send], Metrics]:
+) -> tuple[TrainState, Callable[[Send], Metrics]]:
     """The round of these roles on a device that need not be there, with gradients and Adam states as a round before has
-    left them. To be called in FakeTensorMode; `config` is to be made outside, since it computes with numbers."""
+    left them, and its state. To be called in FakeTensorMode; `config` is to be made outside, since it computes with numbers."""
     with torch.device(device):
         null = {key: torch.empty_like(value, device=device) for key, value in reference.blank_conditions().items()}
         # Sharded networks are gathered in the arithmetic's precision, so autocast makes no copies of them
@@ -127,7 +145,7 @@ def round_without_content(
             group["fused"] = True  # as on a GPU: one operation, and no copies on the way
         optimizer.step()
     noise = NoiseStreams(0, 1, reference.latent_shape, slice(0, samples), device)
-    return partial(alternating_round, train_state, config, reference.schedule, noise, [""] * samples, c)
+    return train_state, partial(alternating_round, train_state, config, reference.schedule, noise, [""] * samples, c)
 
 
 def rewards_footprint(config: RewardsConfig, reference: Reference, rewards: Mapping[str, RewardModel]) -> Footprint:
@@ -274,7 +292,7 @@ class _Count(TorchDispatchMode):
         return result
 
     def _see(self, tensor: Tensor) -> None:
-        if tensor.is_meta and not isinstance(tensor, FakeTensor):
+        if not isinstance(tensor, FakeTensor) and tensor.is_meta:  # in this order: a fake one's device is an operation
             return
         storage = tensor.untyped_storage()
         place, size = storage._cdata, storage.nbytes()

@@ -45,7 +45,7 @@ class RememberedShapes:
 
     def __call__(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         tensors = list(_tensors((args, tuple(kwargs.values()))))
-        if not tensors or not all(isinstance(tensor, FakeTensor) and tensor.constant is None for tensor in tensors):
+        if not all(isinstance(tensor, FakeTensor) and tensor.constant is None for tensor in tensors):
             return func(*args, **kwargs)
         if func._schema.is_mutable:
             name = func._schema.name.rpartition("::")[2]
