@@ -66,7 +66,7 @@ def parameters():
 def per_score(level, space):
     """m_t / k_t: what a difference of scores is in a space. Also the weight w_t of the objectives."""
     alpha, sigma = level
-    return {"score": 1.0, "eps": sigma, "x0": sigma**2 / alpha, "v": sigma / alpha}[space]
+    return {"score": 1.0, "eps": sigma, "x0": sigma**2 / alpha, "v": sigma / alpha, "dmd2": (sigma / alpha) ** 2}[space]
 
 
 def score_divergence(level, name, space, reference, law_moves=False):
@@ -197,6 +197,28 @@ def test_sid_is_the_squared_distance_at_alpha_1_and_fisher_at_one_half(level):
 def test_dmd_without_its_normaliser_is_diff_instruct(level):
     got = by_code(level, "x0", PLAIN, unnormalised(configured("dmd", level, "x0")))
     close(got, kullback_leibler(level, "x0", PLAIN))
+
+
+@pytest.mark.parametrize(("space", "factor"), [("x0", lambda alpha: alpha), ("dmd2", lambda alpha: 1.0)])
+@pytest.mark.parametrize("level", LEVELS)
+def test_dmd_has_the_size_of_the_published_gradient(level, space, factor):
+    """DMD2's loss: half the squared distance to the sample moved by (f - r) / mean|x0 - r|, mean over all numbers. The
+    paper of DMD has alpha_t besides."""
+    batch, dimensions = 3, 20
+    x0, eps = torch.randn(2, batch, dimensions, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x0.requires_grad_()
+    score_network, plain = posterior_mean(0.3, 0.9, *level), posterior_mean(0.0, 1.0, *level)
+    t = torch.zeros(batch, dtype=torch.long)
+    xt = level[0] * x0 + level[1] * eps
+    with torch.no_grad():
+        to_fake, to_real = x0 - score_network(xt, t, {}), x0 - plain(xt, t, {})
+        moved = x0 - (to_real - to_fake) / to_real.abs().mean(1, keepdim=True)
+    theirs = torch.autograd.grad(0.5 * torch.nn.functional.mse_loss(x0, moved), x0)[0]
+
+    chosen = configured("dmd", level, space)
+    loss, _ = chosen(x0, t, eps, {}, score_network=score_network, reference=lambda *of: (plain(*of), None))
+    ours = torch.autograd.grad(loss.mean() / dimensions, x0)[0]
+    torch.testing.assert_close(ours, factor(level[0]) * theirs, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("name", ["sid", "dmd"])

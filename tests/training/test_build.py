@@ -145,6 +145,20 @@ def test_what_is_refused_is_one_line_with_its_key(of_mine, objective, said):
         make_step_config(Experiment.model_validate({"objective": objective}), SCHEDULE)
 
 
+def test_a_weighting_that_is_infinite_at_a_drawn_t_is_refused():
+    schedule = Schedule(torch.tensor([1.0, 0.6, 0.0]), torch.tensor([0.0, 0.8, 1.0]))
+
+    def made(weighting, t_min, t_max):
+        objective = {"name": "dmd", "weighting": weighting, "t_min": t_min, "t_max": t_max}
+        return make_step_config(Experiment.model_validate({"objective": objective}), schedule)
+
+    assert made("dmd2", 0, 2) and made("eps", 1, 3)
+    with pytest.raises(UserError, match=r"^objective\.weighting: 'dmd2' is infinite at t = 2, where alpha is 0 and sigma 1; "):
+        made("dmd2", 0, 3)
+    with pytest.raises(UserError, match=r"^objective\.weighting: 'eps' is infinite at t = 0, where alpha is 1 and sigma 0; "):
+        made("eps", 0, 3)
+
+
 def test_a_gradient_of_the_wrong_sign_ends_check_and_run_before_the_first_step(of_mine, tmp_path):
     experiment = of_mine(distance="of_mine:flipped")
     said = "objective.distance: 'of_mine:flipped' is refused: d' is not the gradient of d: differences of d are -1 times"

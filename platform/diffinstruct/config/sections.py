@@ -158,10 +158,10 @@ class ObjectiveConfig(Section):
         "parameters of the distance, name -> value; of pseudo_huber 'c', per square root of a dimension, "
         "in the units of `weighting` (left open; ours, kept by open_choices: neither 0.03 nor 0.3 is better)",
     )
-    weighting: Literal["x0", "eps", "v", "score"] = key(
+    weighting: Literal["x0", "eps", "v", "score", "dmd2"] = key(
         "x0",
-        "in which differences of predictions are measured: w(t) (left open; ours, kept by open_choices: "
-        "eps and v are not better)",
+        "in which differences of predictions are measured: w(t); 'dmd2' is for dmd, as its authors' programs have it "
+        "(left open; ours, kept by open_choices: eps and v are not better)",
     )
     regularization_weight: NotNegative = key(
         1.0, "of the divergence: sum over a sample's dimensions, mean over the batch (ours)", resume=True

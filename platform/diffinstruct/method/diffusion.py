@@ -32,10 +32,11 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "eps": lambda alpha, sigma: alpha / sigma,
     "v": lambda alpha, sigma: 1 / sigma,
     "score": lambda alpha, sigma: alpha / sigma**2,
+    "dmd2": lambda alpha, sigma: 1 / alpha,
 }
 """Where a difference is measured: m_t(alpha, sigma) turns one of x0 predictions into one of x0, of eps (up to sign), of
-v (a flow's velocity eps - x0 as well), of scores. Choosing it is choosing a weight of t: see `objectives`,
-`denoising_loss`."""
+v (a flow's velocity eps - x0 as well), of scores. "dmd2" is no quantity: it takes the factor alpha_t = d x_t / d x0 out
+of `objectives.dmd`. Choosing it is choosing a weight of t: see `objectives`, `denoising_loss`."""
 
 
 @dataclass(frozen=True)

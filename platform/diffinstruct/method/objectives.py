@@ -114,7 +114,12 @@ def dmd(
     schedule: Schedule,
     weighting: str,
 ) -> Loss:
-    """DMD without its GAN and regression losses (arXiv 2311.18828): Diff-Instruct, divided by a sample's mean|x0 - r|."""
+    """DMD without its GAN and regression losses (arXiv 2311.18828): Diff-Instruct, divided by a sample's mean|x0 - r|.
+
+    With "x0" its gradient at the sample is the paper's, w_t alpha_t (s_psi - s_ref) for w_t = sigma_t^2 / alpha_t over
+    mean|x0 - r|: that is alpha_t (f - r) / mean|x0 - r|. The program of DMD2 (arXiv 2405.14867) has no alpha_t there:
+    that is "dmd2". It takes the mean over dimensions, where all objectives here take the sum.
+    """
     loss, record = diff_instruct(
         x0, t, eps, c, score_network=score_network, reference=reference, schedule=schedule, weighting=weighting
     )

@@ -107,6 +107,7 @@ def make_step_config(experiment: Experiment, schedule: Schedule) -> StepConfig:
     e = experiment.objective
     if e.t_max > len(schedule.alphas):
         raise UserError(f"objective.t_max: got {e.t_max}, the reference's schedule has {len(schedule.alphas)} steps")
+    _refuse_infinite_weighting(e, schedule)
     if e.t_law == "uniform":
         timestep_distribution = uniform_t(e.t_min, e.t_max)
     else:
@@ -125,6 +126,18 @@ def make_step_config(experiment: Experiment, schedule: Schedule) -> StepConfig:
         precision=experiment.precision,
         micro_batch_size=experiment.micro_batch_size,
     )
+
+
+def _refuse_infinite_weighting(e: ObjectiveConfig, schedule: Schedule) -> None:
+    """Raises UserError where differences are measured by what some t that may be drawn has no number for."""
+    t = torch.arange(e.t_min, e.t_max)
+    infinite = ~schedule.scale(e.weighting, t, schedule.alphas[t]).expand(len(t)).isfinite()
+    if facts(e.name).divergence and infinite.any():
+        first = int(t[infinite][0])
+        alpha, sigma = float(schedule.alphas[first]), float(schedule.sigmas[first])
+        where = f"t = {first}, where alpha is {alpha:g} and sigma {sigma:g}"
+        mend = "objective.t_min and objective.t_max bound the t that are drawn"
+        raise UserError(f"objective.weighting: {e.weighting!r} is infinite at {where}; {mend}")
 
 
 def prompts_remark(prompts: PromptSet, reference: Reference) -> str:
