@@ -16,8 +16,9 @@ from test_reward_validation import honest, wrong_sign
 from tiny.commands import complaint, imported
 
 from diffinstruct.cli.main import main
+from diffinstruct.errors import UserError
 from diffinstruct.reward_service.client import load_reward
-from diffinstruct.reward_service.score_folder import read_picture
+from diffinstruct.reward_service.score_folder import pictures_with_prompts, read_picture
 from reward_models import NAMES
 
 RED = "tiny.rewards:Red"
@@ -361,3 +362,24 @@ def test_test_says_what_is_wrong(folder, prompts, tmp_path, capsys):
     )
     shutil.rmtree(folder)
     assert complaint(capsys, "rewards", "validate", RED, "--images", folder).startswith(f"{folder}: no such folder")
+
+
+def test_captions_of_a_folder_belong_to_the_pictures_of_their_names(tmp_path, capsys):
+    """In the order of either side's names alone, 10 would come before 2 and every score would be of another's prompt."""
+    for name in ("1", "2", "10"):
+        paint(tmp_path / f"{name}.png", 100)
+        (tmp_path / f"{name}.txt").write_text(f"picture {name}")
+    table = pictures_with_prompts(tmp_path, tmp_path)
+    assert dict(zip(table["image"], table["prompt"], strict=True)) == {f"{n}.png": f"picture {n}" for n in (1, 2, 10)}
+    (tmp_path / "2.txt").unlink()
+    assert pictures_with_prompts(tmp_path, tmp_path)["image"].tolist() == ["1.png", "10.png"]
+    assert "1 of 3 pictures" in capsys.readouterr().out
+    (tmp_path / "3.txt").write_text("picture 3")
+    with pytest.raises(UserError, match=r"no picture '3.txt' in "):
+        pictures_with_prompts(tmp_path, tmp_path)
+
+
+def test_a_pointer_in_a_pictures_place_is_said(tmp_path):
+    (tmp_path / "1.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match=r"1.png: is a pointer of Git LFS and not the file itself"):
+        read_picture(tmp_path / "1.png")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.files import natural_order, refuse_stand_in
 from diffinstruct.config.prompts import read_prompts
 from diffinstruct.errors import UserError, did_you_mean, nearest_file
 from diffinstruct.method.rewards import LatentRewards, RewardRequest
@@ -37,9 +37,12 @@ def pictures_with_prompts(folder: Path, prompts: str | Path) -> pd.DataFrame:
     """The prompts' table with a first column `image`, file names in `folder`.
 
     Without such a column in the table there has to be one prompt for each picture, in the order of names, numbers by
-    value: 2.png comes before 10.png. Raises UserError where they do not match.
+    value: 2.png comes before 10.png. A folder's captions belong to the pictures of the same names. Raises UserError where
+    they do not match.
     """
     names, table, everything = _names(folder), read_prompts(prompts), read_prompts(prompts, empty=True)
+    if Path(prompts).is_dir():
+        table, everything = _paired(table, names), _paired(everything, names)
     if "image" in table:
         for name in table["image"]:
             if not (isinstance(name, str) and os.path.isfile(folder / name)):  # which has no error for a name that is too long
@@ -63,6 +66,14 @@ def pictures_with_prompts(folder: Path, prompts: str | Path) -> pd.DataFrame:
         )
     table.insert(0, "image", names)
     return table
+
+
+def _paired(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """A folder's captions with the pictures that are called as they are; by their order where none is."""
+    by_stem = {Path(name).stem: name for name in names}
+    if not any(Path(file).stem in by_stem for file in table["file"]):
+        return table
+    return table.assign(image=[by_stem.get(Path(file).stem, file) for file in table["file"]])
 
 
 def score(folder: Path, table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
@@ -148,6 +159,7 @@ def _size(path: Path) -> tuple[int, int]:
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     try:
+        refuse_stand_in(path)
         with Image.open(path) as file:
             yield file
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them Pillow's
@@ -164,11 +176,7 @@ def _names(folder: Path) -> list[str]:
         hint = f", but in {', '.join(inside)} below it: score each with its own prompts" if inside else ""
         raise UserError(f"{folder}: no pictures in it ({', '.join(SUFFIXES)}){hint}")
 
-    def natural(name: str) -> tuple[list[tuple[int, str]], str]:
-        parts = re.split(r"(\d+)", name)
-        return [(int(part), "") if part.isdecimal() else (0, part.lower()) for part in parts], name
-
-    return sorted(found, key=natural)
+    return sorted(found, key=natural_order)
 
 
 def _pictures_of_the_start(texts: list[str], device: torch.device) -> Tensor:
