@@ -60,7 +60,8 @@ def test_a_file_is_read_as_it_is_meant(tmp_path, name):
         ("twice.json", '[{"prompt": "a cat", "prompt": "a dog"}]', "key 'prompt' is there twice in one object"),
         *((name, POINTER, "is a pointer of Git LFS and not the file itself; `git lfs pull` brings that")
           for name in ("pointer.txt", "pointer.csv", "pointer.parquet")),
-        *((name, PAGE, "is a web page, as a link to one gives it, and not the file itself") for name in ("page.txt", "page.csv")),
+        *((name, PAGE, "is a web page, as a link to one gives it, and not the file itself")
+          for name in ("page.txt", "page.csv")),
         ("half.jsonl", r'{"prompt": "a \ud83d cat"}',
          r"holds '\ud83d', half of a character outside of UTF-16's first plane; save it with whole characters"),
         ("empty.jsonl", "", "no prompts in it"),

@@ -28,7 +28,7 @@ from diffinstruct.statistics import bootstrap_mean
 if TYPE_CHECKING:
     import pandas as pd
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 BATCH = 16  # pictures of one size that are scored at once, fewer where memory ends
 SEED = 0  # of the resamples behind the intervals
 
@@ -71,9 +71,10 @@ def pictures_with_prompts(folder: Path, prompts: str | Path) -> pd.DataFrame:
 def _paired(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """A folder's captions with the pictures that are called as they are; by their order where none is."""
     by_stem = {Path(name).stem: name for name in names}
-    if not any(Path(file).stem in by_stem for file in table["file"]):
+    stems = [Path(file).stem for file in table["file"]]
+    if not by_stem.keys() & set(stems):
         return table
-    return table.assign(image=[by_stem.get(Path(file).stem, file) for file in table["file"]])
+    return table.assign(image=[by_stem.get(stem, stem) for stem in stems])
 
 
 def score(folder: Path, table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
@@ -135,11 +136,15 @@ def validate_on_folder(
 def read_picture(path: Path) -> Tensor:
     """[3, H, W] in [0, 1], turned as its camera meant it, on white where it is transparent. Raises UserError."""
     with _opened(path) as file:
+        if (frames := getattr(file, "n_frames", 1)) > 1 and file.format != "MPO":  # a phone's, with a preview
+            raise UserError(f"{path}: is {frames} pictures in one file; save the one that is meant")
         picture = ImageOps.exif_transpose(file)
         if picture.mode.startswith("I"):  # 16 bits of grey
             grey = torch.from_numpy(np.array(picture, np.float32)) / (2**16 - 1)
             if not 0 <= grey.min() <= grey.max() <= 1:
                 raise UserError(f"{path}: has more than 16 bits a channel ({picture.mode}); save it with 16 or 8")
+            if isinstance(glass := picture.info.get("transparency"), int):
+                grey = torch.where(grey == glass / (2**16 - 1), 1.0, grey)
             return grey.expand(3, -1, -1)
         if picture.mode == "F":
             raise UserError(f"{path}: has floating-point pixels, of which nobody knows the range; save it with 16 or 8 bits")
@@ -170,7 +175,8 @@ def _names(folder: Path) -> list[str]:
     """Of the pictures in `folder`, in natural order."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder{nearest_file(folder, '*')}")
-    found = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    visible = (path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
+    found = [path.name for path in visible if path.suffix.lower() in SUFFIXES]
     if not found:
         inside = sorted({path.parent.name for path in folder.glob("*/*") if path.suffix.lower() in SUFFIXES})
         hint = f", but in {', '.join(inside)} below it: score each with its own prompts" if inside else ""
