@@ -40,8 +40,9 @@ def read_text(path: Path) -> str:
         content = gzip.decompress(content)
     encoding = next((encoding for mark, encoding in MARKS if content.startswith(mark)), "utf-8-sig")
     if encoding == "utf-8-sig" and len(content) > 3 and len(content) % 2 == 0:
-        zeros = tuple(byte == 0 for byte in content[:4])
-        encoding = {(False, True) * 2: "utf-16-le", (True, False) * 2: "utf-16-be"}.get(zeros, encoding)
+        zeros = [byte == 0 for byte in content[:4]]
+        if zeros in ([False, True] * 2, [True, False] * 2):
+            encoding = "utf-16-le" if zeros[1] else "utf-16-be"
     return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
 
 
