@@ -1,10 +1,11 @@
 # Every target needs Python 3.11 and make, nothing else: whichever comes first creates .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart check lint types pure test docs long rehearse chaos
+.PHONY: help quickstart check lint types pure versions test docs long rehearse chaos
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -23,6 +24,21 @@ types: $(READY)  ## mypy over the package and everything else
 
 pure: $(READY)  ## the tests that neither start Ray nor train
 	$(BIN)/pytest -n 2 --dist loadfile -m pure
+
+# build/versions/highest-3.12.txt and so on, for `make pure PYTHON=python3.12 CONSTRAINTS=build/versions/highest-3.12.txt`
+PYTHONS := 3.11 3.12 3.13 3.14
+VERSIONS := $(foreach python,$(PYTHONS),highest-$(python) lowest-direct-$(python))
+versions: $(VERSIONS:%=build/versions/%.txt)  ## resolve the newest and the lowest packages on each Python
+
+build/uv/bin/uv:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/pip install -q uv
+
+build/versions/%.txt: pyproject.toml build/uv/bin/uv
+	mkdir -p $(@D)
+	build/uv/bin/uv pip compile -q --no-annotate --only-binary :all: --python-platform x86_64-manylinux_2_28 \
+		--python-version $(lastword $(subst -, ,$*)) --resolution $(patsubst %-$(lastword $(subst -, ,$*)),%,$*) \
+		pyproject.toml -o $@
 
 test: lint types  ## all of it but `long`: before each merge
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -54,8 +70,8 @@ chaos-sharded: $(READY)
 chaos-long: long
 
 # torch goes first and alone: whatever build of it pip is set up to find here, CPU or CUDA, stays.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install torch==2.13.0
-	$(BIN)/pip install -c constraints.txt -e '.[dev,docs]'
+	$(BIN)/pip install "$$(grep -m1 '^torch==' $(CONSTRAINTS))"
+	$(BIN)/pip install -c $(CONSTRAINTS) -e '.[dev,docs]'
 	touch $@

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import site
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -62,6 +66,49 @@ def test_the_sdist_has_what_the_tests_and_the_build_need_and_makes_the_same_whee
     again = tmp_path / build.build_wheel(str(tmp_path))
     with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
         assert {info.filename: info.CRC for info in one.infolist()} == {info.filename: info.CRC for info in other.infolist()}
+
+
+PRIVATE = {
+    "torch": ("torch._subclasses", "torch.utils._python_dispatch", "torch.utils._pytree", "torch._C", "torch._foreach_lerp_"),
+    "diffusers": ("._no_split_modules",),
+    "peft": ("._active_adapter",),
+    "ray": ("ray._private", "ray.train.v2._internal"),
+}
+"""Packages whose private names are used -> the names."""
+
+
+def requirements() -> dict[str, str]:
+    """Package -> the versions that pyproject.toml allows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    matches = [re.fullmatch(r"([\w-]+)(?:\[.*\])?(.*)", line) for line in project["dependencies"]]
+    return {match[1]: match[2] for match in matches if match}
+
+
+def test_a_package_whose_private_names_are_used_ends_at_the_next_release():
+    text = "\n".join(path.read_text(encoding="utf-8") for folder in PACKAGES.values() for path in folder.rglob("*.py"))
+    imported = {name.partition(".")[0] for name in re.findall(r"(?:from|import) (\w[\w.]*\._\w+)", text)}
+    assert imported <= PRIVATE.keys(), "say so in PRIVATE, and bound its version"
+    for package, names in PRIVATE.items():
+        assert [name for name in names if name not in text] == [], package
+        low, high = (tuple(map(int, part.split("."))) for part in re.findall(r"[\d.]+", requirements()[package]))
+        installed = tuple(map(int, version(package).partition("+")[0].split(".")))
+        assert low <= installed < high == (installed[0], installed[1] + 1), package
+
+
+def test_what_is_installed_is_what_is_allowed_and_each_package_has_a_lowest_version():
+    for package, allowed in requirements().items():
+        low, *high = (tuple(map(int, part.split("."))) for part in re.findall(r"[\d.]+", allowed))
+        installed = tuple(int(part) for part in re.findall(r"\d+", version(package).partition("+")[0]))
+        assert low <= installed and all(installed < limit for limit in high), package
+
+
+def test_every_supported_python_is_named_once():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    low, high = (int(minor) for minor in re.findall(r"3\.(\d+)", project["requires-python"]))
+    expected = [f"3.{minor}" for minor in range(low, high)]
+    assert [line.rsplit(" ", 1)[1] for line in project["classifiers"] if ":: Python :: 3." in line] == expected
+    assert re.search(r"^PYTHONS := (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split() == expected
+    assert f"python: {json.dumps(expected)}" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
 
 
 @pytest.mark.long

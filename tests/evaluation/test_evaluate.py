@@ -13,6 +13,8 @@ from torch import nn
 from diffinstruct.evaluation.comparison import Comparison
 from diffinstruct.evaluation.evaluate import compare, evaluate, image_features
 from diffinstruct.evaluation.features import AttributeClassifier
+from diffinstruct.method import transient
+from diffinstruct.method.rewards import RewardError
 from diffinstruct.metrics import METRICS, Metric, find_metric, kid, kid_replicates, mean_pairwise_distance
 from diffinstruct.models.sampling import pictures_at_once
 from diffinstruct.models.world import OpenAttribute
@@ -182,12 +184,12 @@ def prompts():
     return frame
 
 
-def run(sample, prompts, batch_size=7, diversity_prompts=5, **settings):
+def run(sample, prompts, batch_size=7, diversity_prompts=5, reward=None, **settings):
     reference = image_features(ByBrightness(), torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
     settings |= {"noise_shape": (1, 1, 2), "batch_size": batch_size, "diversity_prompts": diversity_prompts}
     smiling = OpenAttribute(preferred="smiling", metric="smiling", title="smiling, where open")
     settings |= {"open_attributes": {"mouth": smiling}, "metrics": METRICS | {"smiling": SMILING}}
-    return evaluate(sample, prompts, {"red": Red()}, ByBrightness(), reference, **settings)
+    return evaluate(sample, prompts, {"red": reward or Red()}, ByBrightness(), reference, **settings)
 
 
 def test_every_figure_of_a_known_generator(prompts):
@@ -292,8 +294,32 @@ def test_an_unknown_attribute_value_is_named_before_anything_is_sampled(prompts)
 
 
 def test_a_score_that_is_not_finite_is_an_error(prompts):
-    with pytest.raises(ValueError, match="reward 'red': a score is not finite"):
+    with pytest.raises(RewardError, match=r"reward red: \d+ of \d+ scores are not finite"):
         run(lambda texts, noise: paint(texts, noise) / 0, prompts)
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        (lambda images, texts: images.mean(), r"reward red: 7 images got scores of shape \[\], expected \[7\]"),
+        (lambda images, texts: texts["a"], "reward red: TypeError: "),
+    ],
+)
+def test_a_reward_that_breaks_its_contract_is_named(prompts, reward, words):
+    with pytest.raises(RewardError, match=words):
+        run(paint, prompts, reward=reward)
+
+
+def test_a_reward_whose_server_is_away_for_a_moment_is_asked_again(prompts, monkeypatch):
+    monkeypatch.setattr(transient.time, "sleep", lambda seconds: None)
+    failures = [ConnectionResetError(104, "reset by peer")]
+
+    def reward(images, texts):
+        if failures:
+            raise failures.pop()
+        return images.mean((1, 2, 3))
+
+    assert "reward/red" in run(paint, prompts, reward=reward).summary()
 
 
 def test_compare_pairs_everything(prompts):

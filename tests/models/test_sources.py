@@ -7,6 +7,7 @@ from shutil import copytree, ignore_patterns
 
 import pytest
 import torch
+from diffusers import ConfigMixin
 from tiny import pipelines
 
 from benchmarks.layouts import write_half_variant
@@ -74,7 +75,11 @@ def test_a_pipeline_of_which_only_a_variant_was_downloaded(tmp_path: Path, varia
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
 
-    class Kind:
+    class Kind(ConfigMixin):
+        @staticmethod
+        def load_config(source: str, **options: object) -> dict[str, object]:
+            return {}
+
         @staticmethod
         def from_pretrained(source: str, variant: str | None, **options: object) -> None:
             asked.append(variant)

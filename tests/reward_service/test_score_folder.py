@@ -16,8 +16,9 @@ from test_reward_validation import honest, wrong_sign
 from tiny.commands import complaint, imported
 
 from diffinstruct.cli.main import main
+from diffinstruct.errors import UserError
 from diffinstruct.reward_service.client import load_reward
-from diffinstruct.reward_service.score_folder import read_picture
+from diffinstruct.reward_service.score_folder import pictures_with_prompts, read_picture
 from reward_models import NAMES
 
 RED = "tiny.rewards:Red"
@@ -168,7 +169,7 @@ def test_pictures_below_the_folder_are_pointed_at(tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "model" / "anime" / "00000.jpg")
     (tmp_path / "anime.json").write_text('["a hat"]')
     said = complaint(capsys, "rewards", "score", tmp_path / "model", tmp_path / "anime.json", "--reward", RED)
-    assert said.endswith("no pictures in it (.png, .jpg, .jpeg, .webp), but in anime below it: score each with its own prompts")
+    assert said.endswith(", .tif, .tiff), but in anime below it: score each with its own prompts")
     assert main(["rewards", "score", f"{tmp_path}/model/anime", f"{tmp_path}/anime.json", "--reward", RED]) == 0
 
 
@@ -212,7 +213,7 @@ def test_a_camera_note_that_means_nothing_is_ignored(tmp_path, kind, note):
             ["{folder}", "{folder}/../promts.txt", "--reward", RED],
             r"\S*promts.txt: no such file, did you mean '\S*prompts.txt'\?",
         ),
-        (["{empty}", "{prompts}", "--reward", RED], r"\S*/empty: no pictures in it \(.png, .jpg, .jpeg, .webp\)"),
+        (["{empty}", "{prompts}", "--reward", RED], r"\S*/empty: no pictures in it \(.png, .jpg, .jpeg, .*\)"),
         (["{folder}", "{empty}/number.jsonl", "--reward", RED], r"\S*/number.jsonl: no picture 1 in \S*/pictures"),
         (["{folder}", "{empty}/long.jsonl", "--reward", RED], r"\S*/long.jsonl: no picture 'a{300}' in \S*/pictures"),
     ],
@@ -361,3 +362,48 @@ def test_test_says_what_is_wrong(folder, prompts, tmp_path, capsys):
     )
     shutil.rmtree(folder)
     assert complaint(capsys, "rewards", "validate", RED, "--images", folder).startswith(f"{folder}: no such folder")
+
+
+def test_captions_of_a_folder_belong_to_the_pictures_of_their_names(tmp_path, capsys):
+    """In the order of either side's names alone, 10 would come before 2 and every score would be of another's prompt."""
+    for name in ("1", "2", "10"):
+        paint(tmp_path / f"{name}.png", 100)
+        (tmp_path / f"{name}.txt").write_text(f"picture {name}")
+    table = pictures_with_prompts(tmp_path, tmp_path)
+    assert dict(zip(table["image"], table["prompt"], strict=True)) == {f"{n}.png": f"picture {n}" for n in (1, 2, 10)}
+    (tmp_path / "2.txt").unlink()
+    assert pictures_with_prompts(tmp_path, tmp_path)["image"].tolist() == ["1.png", "10.png"]
+    assert "1 of 3 pictures" in capsys.readouterr().out
+    (tmp_path / "3.txt").write_text("picture 3")
+    with pytest.raises(UserError, match=r"no picture '3' in "):
+        pictures_with_prompts(tmp_path, tmp_path)
+
+
+def test_a_pointer_in_a_pictures_place_is_said(tmp_path):
+    (tmp_path / "1.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match=r"1.png: is a pointer of Git LFS and not the file itself"):
+        read_picture(tmp_path / "1.png")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tiff"])
+def test_several_pictures_in_one_file_are_not_taken_for_the_first(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 6), (red, 0, 0)) for red in (200, 100)]
+    frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:])
+    with pytest.raises(UserError, match=f"a{suffix}: is 2 pictures in one file; save the one that is meant"):
+        read_picture(tmp_path / f"a{suffix}")
+
+
+def test_pictures_of_other_kinds_count_and_folders_do_not(tmp_path):
+    names = ["1.bmp", "2.TIFF", "3.jfif", "4.avif"]
+    for name in names:
+        Image.new("RGB", (8, 6), (200, 0, 0)).save(tmp_path / name, format="JPEG" if name == "3.jfif" else None)
+    (tmp_path / "5.png").mkdir()
+    (tmp_path / "prompts.csv").write_text("prompt\n" + "a picture\n" * 4)
+    table = pictures_with_prompts(tmp_path, tmp_path / "prompts.csv")
+    assert table["image"].tolist() == names
+    assert all(abs(read_picture(tmp_path / name)[0].mean() - 200 / 255) < 0.02 for name in names)
+
+
+def test_a_grey_of_16_bits_is_white_where_it_is_transparent(tmp_path):
+    Image.new("I;16", (4, 4), 13_107).save(tmp_path / "grey.png", transparency=13_107)
+    assert read_picture(tmp_path / "grey.png").unique().tolist() == [1.0]

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import codecs
-import csv
 import hashlib
-import io
-import json
 import reprlib
-import shlex
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -18,7 +12,8 @@ from typing import Any, overload
 import pandas as pd
 
 from diffinstruct.config.fields import POCKET, POCKET_PROMPTS
-from diffinstruct.errors import UserError, did_you_mean, nearest_file
+from diffinstruct.config.prompt_files import read_table
+from diffinstruct.errors import UserError, did_you_mean
 
 POCKET_CSV = Path(__file__).parents[1] / "pocket" / "prompts.csv"
 
@@ -54,6 +49,8 @@ class PromptSet(Sequence[str]):
         """One line on how many there are, and on what one would not expect of them."""
         again, said = len(self.texts) - len(set(self.texts)), [f"{len(self.texts)} prompts of {self.source}"]
         said += [f"{again} of them repeat an earlier one"] * (again > 0)
+        long = sum("\n" in text for text in self.texts)
+        said += [f"{long} of several lines"] * (long > 0)
         return ", ".join([*said, *[f"{self.empty} empty ones left out"] * (self.empty > 0)])
 
 
@@ -77,8 +74,8 @@ def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt"
     """The prompts of "pocket:<split>", of a table (.csv, .tsv, .json, .jsonl, .parquet), of a .txt with one prompt a
     line, of a folder of .txt files with one prompt each, or of "datasets:<hub id, maybe @commit, or folder>:<split>".
 
-    A .json file is a list of prompts, a list of objects, or lists of prompts by their style, as HPSv2's. Text is UTF-8,
-    or UTF-16 with a byte order mark.
+    A .json file is a list of prompts or of objects, such a list in an object, prompts by their style, as HPSv2's, or by
+    their pictures' names. Text is UTF-8 or UTF-16, and may be packed by gzip.
 
     column: which one holds the prompts, "a.b" for b in an object a; it is called `prompt` in what is returned, the
         others stay as they are ("datasets:" gives no others).
@@ -93,7 +90,10 @@ def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt"
         path, column = (POCKET_CSV, "prompt") if name == POCKET else (Path(source), column)
         if name == POCKET and str(source) not in POCKET_PROMPTS:
             raise UserError(f"{source}: unknown split{did_you_mean(source, POCKET_PROMPTS)}")
-        table = _read(path, column, str(source))
+        table = read_table(path, column, str(source))
+    outer, dot, inner = column.partition(".")
+    if dot and column not in table and outer in table:
+        table[column] = [_inside(value, inner) for value in table[outer]]
     if column not in table:
         hint = did_you_mean(column, map(str, table.columns))
         raise UserError(f"{source}: no column {column!r}, columns are {', '.join(map(str, table.columns))}{hint}")
@@ -117,111 +117,6 @@ def read_prompts(source: str | Path, empty: bool = False, column: str = "prompt"
     return table.reset_index(drop=True) if empty else filled
 
 
-def _filled(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that have a prompt, numbered from 0."""
-    return table[table["prompt"].str.strip() != ""].reset_index(drop=True)
-
-
-def _read(path: Path, column: str, source: str) -> pd.DataFrame:
-    """The table of a file or a folder. Raises UserError in one line."""
-    reader = _of_folder if path.is_dir() else READERS.get(path.suffix.lower())
-    if reader is None:
-        if not path.suffix and not path.exists():
-            raise UserError(f"{path}: no such file or folder{nearest_file(path, '*')}")
-        files = f"a file ({', '.join(READERS)}), a folder of .txt files"
-        raise UserError(f"{source}: prompts are '{POCKET}:<split>', {files} or 'datasets:<hub id or folder>:<split>'")
-    try:
-        return reader(path, column)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file{nearest_file(path, '*')}") from None
-    except UnicodeDecodeError as error:
-        name = shlex.quote(str(path))
-        mend = f"if it is in GBK, say, `iconv -f GBK -t UTF-8 {name} > FILE` converts it"
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); {mend}") from None
-    except pd.errors.ParserWarning:
-        raise UserError(f"{path}: a row has more fields than the header; a prompt with a comma wants quotes") from None
-    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-
-
-def _text(path: Path) -> str:
-    """A file's text, with the ends of lines of this system. Windows writes a byte order mark, and some of its programs
-    UTF-16."""
-    with path.open("rb") as file:
-        encoding = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-    return path.read_text(encoding=encoding)
-
-
-def _of_txt(path: Path, column: str) -> pd.DataFrame:
-    # `splitlines` would also cut at form feeds and at U+2028.
-    return pd.DataFrame({column: _text(path).removesuffix("\n").split("\n")}, dtype=str)
-
-
-def _of_folder(path: Path, column: str) -> pd.DataFrame:
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".txt")
-    return pd.DataFrame({column: [_text(file).strip() for file in files], "file": [file.name for file in files]}, dtype=str)
-
-
-def _of_csv(path: Path, column: str) -> pd.DataFrame:
-    text = _text(path)
-    first = text.partition("\n")[0]
-    # As some locales' spreadsheets write it, or with another ending than its content's: told by the header alone
-    separators = [s for s in (",", "\t", ";") if column in (name.strip('"') for name in first.split(s))]
-    return _separated(text, column, separators[0] if separators else "," if "," in first or "\t" not in first else "\t")
-
-
-def _of_tsv(path: Path, column: str) -> pd.DataFrame:
-    return _separated(_text(path), column, "\t")
-
-
-def _separated(text: str, column: str, separator: str) -> pd.DataFrame:
-    form: dict[str, Any] = {"sep": separator, "dtype": str, "keep_default_na": False}  # "" and "None" are what they look like
-    if separator == "\t" and not text.lstrip().startswith('"'):
-        form["quoting"] = csv.QUOTE_NONE  # as in PartiPrompts, whose prompts have quotes of their own
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the header would lose its end
-        table = pd.read_csv(io.StringIO(text), index_col=False, **form)
-        header = pd.read_csv(io.StringIO(text), header=None, nrows=1, **form)
-    if (header.iloc[0] == column).sum() > 1:  # pandas would read the first one
-        raise ValueError(f"column {column!r} is there twice")
-    return table
-
-
-def _of_json(path: Path, column: str) -> pd.DataFrame:
-    try:
-        content = json.loads(_text(path))
-    except RecursionError as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if isinstance(content, dict) and all(isinstance(value, list) for value in content.values()):
-        if column in content:  # a table by columns
-            return pd.DataFrame(content)
-        content = [{"style": style, column: prompt} for style, prompts in content.items() for prompt in prompts]
-    if not isinstance(content, list):
-        raise ValueError("should be a list of prompts or of objects, or lists of prompts by style")
-    return _of_rows([{column: row} if isinstance(row, str) else row for row in content], column, "item")
-
-
-def _of_jsonl(path: Path, column: str) -> pd.DataFrame:
-    rows = []
-    for i, line in enumerate(_text(path).split("\n"), start=1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {i}: not JSON: {error}") from None
-    return _of_rows(rows, column, "line")
-
-
-def _of_rows(rows: list[Any], column: str, unit: str) -> pd.DataFrame:
-    for i, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{unit} {i}: should be an object, got {reprlib.repr(row)}")
-    table = pd.DataFrame(rows)
-    outer, dot, inner = column.partition(".")
-    if dot and column not in table and outer in table:
-        table[column] = [_inside(row.get(outer), inner) for row in rows]
-    return table
-
-
 def _inside(value: Any, path: str) -> Any:
     """The value at "a.b" in an object, None where there is none."""
     for key in path.split("."):
@@ -229,23 +124,14 @@ def _inside(value: Any, path: str) -> Any:
     return value
 
 
-def _of_parquet(path: Path, column: str) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(path)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged one raises whatever it leads to
-        raise ValueError(f"{type(error).__name__}: {error}") from None
+def _filled(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that have a prompt, numbered from 0."""
+    return table[table["prompt"].map(_is_text)].reset_index(drop=True)
 
 
-READERS: dict[str, Callable[[Path, str], pd.DataFrame]] = {
-    ".csv": _of_csv,
-    ".tsv": _of_tsv,
-    ".json": _of_json,
-    ".jsonl": _of_jsonl,
-    ".parquet": _of_parquet,
-    ".txt": _of_txt,
-}
+def _is_text(prompt: str) -> bool:
+    """Whether there is something to see in it: not spaces alone, nor marks without width, nor ends of files."""
+    return any(character.isprintable() and not character.isspace() for character in prompt)
 
 
 def _of_datasets(source: str, column: str) -> pd.DataFrame:
@@ -255,11 +141,14 @@ def _of_datasets(source: str, column: str) -> pd.DataFrame:
         raise UserError(f"{source}: should be 'datasets:<hub id, maybe @commit, or folder>:<split>'")
     name, commit = (name, "") if Path(name).exists() else name.partition("@")[::2]
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset, load_from_disk
     except ImportError:
         raise UserError(f"{source}: takes the package datasets (pip install 'diffinstruct[datasets]')") from None
     try:
-        found = load_dataset(name, split=split, revision=commit or None)
+        if (Path(name) / "state.json").is_file():  # what `save_to_disk` wrote of one split
+            found = load_from_disk(name)
+        else:
+            found = load_dataset(name, split=split, revision=commit or None)
     except Exception as error:  # hub, disk, script or split: all that can be wrong with somebody's data
         raise UserError(f"{source}: {' '.join(str(error).split())}") from None
     kept = [column] if column in found.column_names else found.column_names  # pictures beside the captions stay where they are

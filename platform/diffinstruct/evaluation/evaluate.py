@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffinstruct.evaluation.features import FeatureExtractor
 from diffinstruct.method.memory import Batches
+from diffinstruct.method.rewards import RewardModel, scored
 from diffinstruct.metrics import ACCURACY, METRICS, REWARD, Metric, find_metric, mean_pairwise_distance
 from diffinstruct.models.sampling import pictures_at_once
 from diffinstruct.models.world import OpenAttribute
@@ -102,7 +103,7 @@ def compare(a: Evaluation, b: Evaluation) -> Summary:
 def evaluate(
     sample: Sampler,
     prompts: pd.DataFrame,
-    rewards: Mapping[str, Callable[[Tensor, list[str]], Tensor]],
+    rewards: Mapping[str, RewardModel],
     extractor: FeatureExtractor,
     reference: Array | None,
     *,
@@ -150,7 +151,7 @@ def _score(
     table: pd.DataFrame,
     sample: Sampler,
     noise: Tensor,
-    rewards: Mapping[str, Callable[[Tensor, list[str]], Tensor]],
+    rewards: Mapping[str, RewardModel],
     extractor: FeatureExtractor,
     metrics: Mapping[str, Metric],
     batches: Batches,
@@ -166,15 +167,14 @@ def _score(
         images = sample(texts[rows], noise[rows])
         features, logits = extractor(images)
         seen = {attribute: logits[attribute].argmax(1).cpu().numpy() for attribute in extractor.classes}
-        values = {f"{REWARD}{name}": _numpy(reward(images, texts[rows])) for name, reward in rewards.items()}
+        values = {f"{REWARD}{name}": _numpy(scored(name, reward, images, texts[rows], {})) for name, reward in rewards.items()}
         return _numpy(features), seen, values | {name: _numpy(function(images)) for name, function in functions.items()}
 
     features, seen, values = zip(*batches.map(scores_of, len(texts)), strict=True)
     for name in values[0]:
         table[name] = np.concatenate([batch[name] for batch in values])
         if not np.isfinite(table[name]).all():
-            family, _, reward_name = name.partition("/")
-            raise ValueError(f"{family} {reward_name!r}: a score is not finite" if reward_name else f"{name}: not finite")
+            raise ValueError(f"{name}: not finite")
     classes = {
         attribute: [names[i] for i in np.concatenate([batch[attribute] for batch in seen])]
         for attribute, names in extractor.classes.items()

@@ -24,7 +24,7 @@ from diffinstruct.evaluation.features import AttributeClassifier, FeatureExtract
 from diffinstruct.evaluation.world import world_prompts
 from diffinstruct.method.memory import Batches, out_of_memory
 from diffinstruct.method.precision import autocast, frozen_dtype, use_precision
-from diffinstruct.method.rewards import RewardModel
+from diffinstruct.method.rewards import RewardError, RewardModel
 from diffinstruct.metrics import METRICS, Metric, find_metric
 from diffinstruct.models.export import load_export
 from diffinstruct.models.pipeline import load_reference
@@ -106,7 +106,7 @@ def sampler(export: Path, precision: str, device: torch.device) -> tuple[Sampler
 def _one_line(model: Path | str) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:  # a prompt table's attributes, or a reward that is not finite
+    except (ValueError, RewardError) as error:  # a prompt table's attributes, or a reward
         raise UserError(f"{model}: {error}") from None
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

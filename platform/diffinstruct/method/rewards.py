@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffinstruct.method.memory import halving, out_of_memory
+from diffinstruct.method.transient import ATTEMPTS, ask_until_answered
 
 RewardModel = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -79,7 +80,7 @@ class LatentRewards:
 
         def parts_of(size: int) -> list[tuple[dict[str, Tensor], Tensor]]:
             rows = [slice(i, i + size) for i in range(0, len(latents), size)]
-            return [self._score(latents[part], prompts[part], request.weights) for part in rows]
+            return [self._graded(latents[part], prompts[part], request.weights) for part in rows]
 
         try:
             parts, micro_batch = halving(parts_of, request.micro_batch, len(latents))
@@ -91,6 +92,21 @@ class LatentRewards:
         gradient = torch.cat([p[1] for p in parts])
         _refuse_non_finite(scores, gradient, f"the gradient of {' + '.join(request.weights)} at the latents")
         return Scores(scores, gradient, time.perf_counter() - started, micro_batch)
+
+    def _graded(
+        self, latents: Tensor, prompts: Sequence[str], weights: Mapping[str, float]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """`_score`, done again where a reward's service fails in the backward pass."""
+        title = f"the gradient of {' + '.join(weights)}"
+        attempts = min((_attempts(self.models[name]) for name in weights), default=1)
+        try:
+            return ask_until_answered(title, attempts, lambda: self._score(latents, prompts, weights), final=RewardError)
+        except RewardError:
+            raise
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise RewardError(f"{title}: {_words(error)}") from error
 
     def _score(self, latents: Tensor, prompts: Sequence[str], weights: Mapping[str, float]) -> tuple[dict[str, Tensor], Tensor]:
         leaf = latents.detach().requires_grad_(bool(weights))
@@ -127,18 +143,21 @@ def scored(name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str
 def _unchecked(name: str, reward: RewardModel, images: Tensor, prompts: Sequence[str], seen: dict[int, Tensor]) -> Tensor:
     """`scored`, but for the look whether they are finite, which waits for a GPU."""
     batch = len(prompts)
-    try:
+
+    def ask() -> Tensor:
         tower = getattr(reward, "tower", None)
         if tower is None:
-            score = reward(images.clone(), prompts)
-        else:
-            if id(tower) not in seen:
-                seen[id(tower)] = tower.features(images.clone())
-            score = reward.head(seen[id(tower)].clone(), prompts)  # type: ignore[attr-defined]
+            return reward(images.clone(), prompts)
+        if id(tower) not in seen:
+            seen[id(tower)] = tower.features(images.clone())
+        return reward.head(seen[id(tower)].clone(), prompts)  # type: ignore[attr-defined]
+
+    try:
+        score = ask_until_answered(f"reward {name}", _attempts(reward), ask)
     except (Exception, SystemExit) as error:  # a reward that ends the program must not end it as if all were well
         if out_of_memory(error):
             raise
-        raise RewardError(f"reward {name}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise RewardError(f"reward {name}: {_words(error)}") from error
     if not isinstance(score, Tensor):
         raise RewardError(f"reward {name}: returned a {type(score).__name__}, expected a tensor [{batch}]")
     if score.shape != (batch,):
@@ -148,6 +167,17 @@ def _unchecked(name: str, reward: RewardModel, images: Tensor, prompts: Sequence
     if not score.is_floating_point():
         raise RewardError(f"reward {name}: scores of {score.dtype}, expected floating point")
     return score
+
+
+def _attempts(reward: RewardModel) -> int:
+    """How often the reward is asked where its service fails for a while: what it says itself, as `attempts`."""
+    return getattr(reward, "attempts", ATTEMPTS)
+
+
+def _words(error: BaseException) -> str:
+    """The error in one line, with how often was asked."""
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{notes}"
 
 
 def _refuse_non_finite(scores: Mapping[str, Tensor], gradient: Tensor | None = None, title: str = "") -> None:

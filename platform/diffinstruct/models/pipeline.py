@@ -28,6 +28,7 @@ from diffinstruct.method.precision import autocast
 from diffinstruct.models import sources
 from diffinstruct.models.denoiser import InputScale, NetworkDenoiser, OneStepGenerator
 from diffinstruct.models.families import FAMILIES
+from diffinstruct.models.parts import read_tokenizer, refuse_no_pipeline
 from diffinstruct.models.prompt_conditions import ENCODED_AT_ONCE, PromptConditions
 from diffinstruct.models.prompt_embeddings import NULL, Embeddings
 from diffinstruct.models.sources import NoWeights, WeightSource
@@ -130,7 +131,9 @@ class Reference:
     def part(self, name: str) -> Any:
         """The decoder ("vae"), a text encoder or a tokenizer, by its name in the pipeline, read anew; frozen."""
         if name.startswith("tokenizer"):
-            return sources.read_source(self._class(name).from_pretrained, self.source, subfolder=name)
+            longest = None if name in self.family.limits else self._longest(name.replace("tokenizer", "text_encoder"))
+            read = partial(read_tokenizer, self._class(name), longest=longest)
+            return sources.read_source(read, self.source, subfolder=name)
         dtype = self.decoder_dtype if name == "vae" else self.dtype
         return self.weights.load(self._class(name), self.source, name, dtype, self.device).requires_grad_(False)
 
@@ -293,9 +296,12 @@ class Reference:
 
     def blank_conditions(self) -> Conditions:
         """Conditions of one prompt as to their shapes and types; no text encoder is read."""
-        encoder = getattr(transformers, self.family.texts["text_encoder"]).config_class
-        config = sources.read_source(encoder.from_pretrained, self.source, subfolder="text_encoder")
-        return self._kept(self.family.blank(FrozenDict(self._config), getattr(config, "max_position_embeddings", 0)))
+        return self._kept(self.family.blank(FrozenDict(self._config), self._longest("text_encoder")))
+
+    def _longest(self, part: str) -> int:
+        """The tokens that a text encoder takes at most; 0 where its configuration does not say."""
+        read = getattr(transformers, self.family.texts[part]).config_class.from_pretrained
+        return getattr(sources.read_source(read, self.source, subfolder=part), "max_position_embeddings", 0)
 
     def read_ahead(self, prompts: list[str], executor: Executor) -> None:
         """Let `executor` read what `encode_prompts` will be asked for next, where that lies on disk."""
@@ -406,8 +412,9 @@ def load_reference(
     sources.refuse_missing("reference.model", source)
     if Path(source).is_file():
         source = str(sources.unpacked(Path(source)))
+    refuse_no_pipeline(source)
     index = sources.read_source(sources.PipelineIndex.load_config, source, key="reference.model")
-    name = index.get("_class_name")
+    name = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"reference.model: {model} is a {name}; {sources.SUPPORTED}")
     family = FAMILIES[name]

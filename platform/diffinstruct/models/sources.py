@@ -28,15 +28,15 @@ from transformers import tokenization_utils_base as tokenization
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
+from diffinstruct.config.files import refuse_stand_in
 from diffinstruct.config.inputs import names_a_file
 from diffinstruct.errors import UserError, nearest_file
 from diffinstruct.locks import exclusive
 from diffinstruct.method.diffusion import Conditions
 from diffinstruct.models.families import FAMILIES, StableDiffusion
+from diffinstruct.models.parts import read_module
 from diffinstruct.models.prompt_embeddings import digest
 
-VARIANTS = (None, "fp16", "bf16")
-"""What stands in the names of a pipeline's files of weights, in the order in which they are looked for."""
 SUPPORTED = f"supported are pipelines of class {', '.join(FAMILIES)}"
 
 
@@ -50,7 +50,7 @@ class WeightSource:
 
     def load(self, kind: Any, source: str, subfolder: str, dtype: torch.dtype, device: torch.device | str) -> Any:
         """A module of class `kind`, of diffusers or transformers, in evaluation mode."""
-        load = partial(_load_variant, kind)
+        load = partial(read_module, kind)
         with quiet() if Path(source).is_dir() else nullcontext():  # a download keeps its progress bar
             part = read_source(load, source, subfolder=subfolder, use_safetensors=True, dtype=dtype)
         return part.to(device).eval()
@@ -82,21 +82,6 @@ class NoWeights(WeightSource):
 
     def conditions(self, blank: Callable[[], Conditions], device: torch.device | str) -> Conditions | None:
         return blank()
-
-
-def _load_variant(kind: Any, source: str, **options: Any) -> Any:
-    """`kind.from_pretrained`, of the files without a variant in their names, or of the half-precision ones where people
-    have downloaded those alone."""
-    first: OSError | None = None
-    for variant in VARIANTS:
-        try:
-            return kind.from_pretrained(source, variant=variant, **options)
-        except OSError as error:
-            first = first or error
-            if "file named" not in str(error):  # not what is missing, but a hub that does not answer
-                break
-    assert first is not None
-    raise first
 
 
 def without_weights(kind: Any, source: str, subfolder: str, device: torch.device | str) -> Any:
@@ -241,6 +226,10 @@ def refuse_missing(key: str, source: str) -> None:
 def only_safetensors(key: str, file: Path) -> None:
     if file.suffix != ".safetensors":
         raise UserError(f"{key}: {file} is no .safetensors file, and files of other kinds are not opened")
+    try:
+        refuse_stand_in(file)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def message_lines(error: Exception) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from diffinstruct.config.experiment import Experiment
+from diffinstruct.config.files import natural_order, refuse_stand_in
 from diffinstruct.config.prompts import read_prompts
 from diffinstruct.errors import UserError, did_you_mean, nearest_file
 from diffinstruct.method.rewards import LatentRewards, RewardRequest
@@ -28,7 +28,7 @@ from diffinstruct.statistics import bootstrap_mean
 if TYPE_CHECKING:
     import pandas as pd
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 BATCH = 16  # pictures of one size that are scored at once, fewer where memory ends
 SEED = 0  # of the resamples behind the intervals
 
@@ -37,9 +37,12 @@ def pictures_with_prompts(folder: Path, prompts: str | Path) -> pd.DataFrame:
     """The prompts' table with a first column `image`, file names in `folder`.
 
     Without such a column in the table there has to be one prompt for each picture, in the order of names, numbers by
-    value: 2.png comes before 10.png. Raises UserError where they do not match.
+    value: 2.png comes before 10.png. A folder's captions belong to the pictures of the same names. Raises UserError where
+    they do not match.
     """
     names, table, everything = _names(folder), read_prompts(prompts), read_prompts(prompts, empty=True)
+    if Path(prompts).is_dir():
+        table, everything = _paired(table, names), _paired(everything, names)
     if "image" in table:
         for name in table["image"]:
             if not (isinstance(name, str) and os.path.isfile(folder / name)):  # which has no error for a name that is too long
@@ -63,6 +66,15 @@ def pictures_with_prompts(folder: Path, prompts: str | Path) -> pd.DataFrame:
         )
     table.insert(0, "image", names)
     return table
+
+
+def _paired(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """A folder's captions with the pictures that are called as they are; by their order where none is."""
+    by_stem = {Path(name).stem: name for name in names}
+    stems = [Path(file).stem for file in table["file"]]
+    if not by_stem.keys() & set(stems):
+        return table
+    return table.assign(image=[by_stem.get(stem, stem) for stem in stems])
 
 
 def score(folder: Path, table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
@@ -124,11 +136,15 @@ def validate_on_folder(
 def read_picture(path: Path) -> Tensor:
     """[3, H, W] in [0, 1], turned as its camera meant it, on white where it is transparent. Raises UserError."""
     with _opened(path) as file:
+        if (frames := getattr(file, "n_frames", 1)) > 1 and file.format != "MPO":  # a phone's, with a preview
+            raise UserError(f"{path}: is {frames} pictures in one file; save the one that is meant")
         picture = ImageOps.exif_transpose(file)
         if picture.mode.startswith("I"):  # 16 bits of grey
             grey = torch.from_numpy(np.array(picture, np.float32)) / (2**16 - 1)
             if not 0 <= grey.min() <= grey.max() <= 1:
                 raise UserError(f"{path}: has more than 16 bits a channel ({picture.mode}); save it with 16 or 8")
+            if isinstance(glass := picture.info.get("transparency"), int):
+                grey = torch.where(grey == glass / (2**16 - 1), 1.0, grey)
             return grey.expand(3, -1, -1)
         if picture.mode == "F":
             raise UserError(f"{path}: has floating-point pixels, of which nobody knows the range; save it with 16 or 8 bits")
@@ -148,6 +164,7 @@ def _size(path: Path) -> tuple[int, int]:
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     try:
+        refuse_stand_in(path)
         with Image.open(path) as file:
             yield file
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them Pillow's
@@ -158,17 +175,14 @@ def _names(folder: Path) -> list[str]:
     """Of the pictures in `folder`, in natural order."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder{nearest_file(folder, '*')}")
-    found = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    visible = (path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
+    found = [path.name for path in visible if path.suffix.lower() in SUFFIXES]
     if not found:
         inside = sorted({path.parent.name for path in folder.glob("*/*") if path.suffix.lower() in SUFFIXES})
         hint = f", but in {', '.join(inside)} below it: score each with its own prompts" if inside else ""
         raise UserError(f"{folder}: no pictures in it ({', '.join(SUFFIXES)}){hint}")
 
-    def natural(name: str) -> tuple[list[tuple[int, str]], str]:
-        parts = re.split(r"(\d+)", name)
-        return [(int(part), "") if part.isdecimal() else (0, part.lower()) for part in parts], name
-
-    return sorted(found, key=natural)
+    return sorted(found, key=natural_order)
 
 
 def _pictures_of_the_start(texts: list[str], device: torch.device) -> Tensor:
