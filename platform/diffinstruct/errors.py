@@ -22,6 +22,11 @@ class ConfigErrors(UserError):
         return ConfigErrors, (self.errors,)
 
 
+class ClusterError(Exception):
+    """Ray has lost a run's processes, machines or data, and could not begin them again; one line. The same command goes
+    on from the run's last checkpoint."""
+
+
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Ends a message: `, did you mean 'x'?` where a known name is near to `word`, else nothing."""
     near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.7)

@@ -1,5 +1,6 @@
 """The face: answers at once, says in one line what the user can mend, and hands the rest to the runners."""
 
+import getpass
 import io
 import os
 import re
@@ -211,6 +212,16 @@ def test_a_terminal_that_lacks_a_character_is_no_failure(tmp_path, monkeypatch):
     assert main(["report", f"{ROOT}/docs/results/pocket_study.csv", "-o", str(page)]) == 0 and page.is_file()
     terminal.flush()
     assert terminal.buffer.getvalue().decode() == f"{tmp_path}/\\U0001f431.html\n"
+
+
+def test_a_user_whom_the_system_does_not_know_has_a_home_and_a_name(monkeypatch):
+    """As in a container that runs under a number."""
+    for variable in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(variable, "x")  # so that what is set here is unset afterwards
+        monkeypatch.delenv(variable)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    assert main(["--nothing"]) == 2
+    assert Path.home() == Path("/") and getpass.getuser() == f"uid{os.getuid()}"
 
 
 def test_a_folder_that_cannot_be_made_is_said(file, tmp_path, runners, capsys):
