@@ -22,7 +22,7 @@ from tiny.commands import complaint, imported
 from diffinstruct.cli.main import main
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import load
-from diffinstruct.errors import UserError
+from diffinstruct.errors import ClusterError, UserError
 from diffinstruct.locks import COMMAND, LOCK, only_writer
 from diffinstruct.method.rewards import RewardError
 from diffinstruct.planning.footprint import Footprint
@@ -180,6 +180,7 @@ def test_keys_that_may_change_do_so_one_by_one(file, tmp_path, runners, capsys):
     ("error", "code", "said"),
     [
         (RewardError("reward x: 1 of 4 scores are not finite"), 1, "reward x: 1 of 4 scores are not finite\n"),
+        (ClusterError("a process of the run was lost: ..."), 1, "a process of the run was lost: ...\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted\n"),
     ],
 )

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from tiny.runs import journal
 
 ROOT = Path(__file__).parents[2]
 WHERE = "from diffinstruct.cluster.train import attached\nwith attached() as where: print(where)"
+HIDES = shutil.which("unshare") and subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode == 0
 SLOW_TO_SAVE = """\
 import pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
@@ -120,6 +122,44 @@ def test_without_the_token_a_run_is_turned_away_in_one_line(cluster, tmp_path):
     assert done.returncode == 2, done.stderr
     assert re.search(rf"^RAY_ADDRESS: no Ray at {cluster['CLUSTER']}: .*; if it asks for a token, ", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
+
+
+def test_another_ray_on_the_cluster_is_said_in_one_line_with_both_versions(cluster):
+    other = f"import ray\nray.__version__ = '2.59.1'\n{WHERE}"
+    shell = cluster | {"RAY_ADDRESS": cluster["CLUSTER"]}
+    done = subprocess.run([sys.executable, "-c", other], env=shell, capture_output=True, text=True)
+    *_, line = done.stderr.splitlines()
+    python = re.escape(sys.version.split()[0])
+    assert re.fullmatch(
+        rf"\S*UserError: RAY_ADDRESS: the cluster at {cluster['CLUSTER']} has Ray {version('ray')} and Python {python}, "
+        rf"here are Ray 2.59.1 and Python {python}; both have to be the same",
+        line,
+    ), done.stderr
+    assert "RuntimeError" not in done.stderr
+
+
+@pytest.mark.skipif(not HIDES, reason="a folder can be hidden from a process in a mount namespace, which this user cannot make")
+@pytest.mark.long
+def test_a_machine_that_does_not_see_the_folder_is_named_before_anything_begins(cluster, tmp_path):
+    """A second node, for which another disk lies over the folder."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    join = f"ray start --block --address={cluster['CLUSTER']} --num-cpus=1 --object-store-memory={10**8} --disable-usage-stats"
+    hidden = ["unshare", "-Urm", "sh", "-c", f"mount -t tmpfs none {shlex.quote(str(tmp_path))} && exec {join}"]
+    shell = cluster | {"RAY_ADDRESS": cluster["CLUSTER"]}
+    node = subprocess.Popen(hidden, env=cluster, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: ray(shell, "status").stdout.count("1 node_") > 1 or node.poll() is not None)
+        assert node.poll() is None
+        asked = [sys.executable, "-m", "diffinstruct", "train", str(ROOT / "experiments/recipes/pocket.yaml")]
+        done = subprocess.run([*asked, "-s", f"output_dir={runs}"], env=shell, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        *_, line = done.stderr.splitlines()
+        assert re.match(rf"output_dir: {runs}/\S+ is not seen by \d+\.\S+( \(\S+\))?, where training processes may run; ", line)
+        assert "Traceback" not in done.stderr and not any(runs.iterdir())
+    finally:
+        node.send_signal(signal.SIGTERM)
+        node.wait(60)
 
 
 @pytest.mark.long

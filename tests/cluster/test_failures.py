@@ -23,12 +23,13 @@ from ray.exceptions import (
 )
 from ray.train import ControllerError, WorkerGroupError
 
-from diffinstruct.cluster import tasks
+from diffinstruct.cluster import reward_call, tasks
 from diffinstruct.cluster.attach import start_error
 from diffinstruct.cluster.failures import RESTARTS, NoSecondTry, cluster_error, final_error
 from diffinstruct.cluster.ray_private import silence, start_failures
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.errors import ClusterError, UserError
+from diffinstruct.method.rewards import RewardError
 
 KILLED = OutOfMemoryError(
     "Task was killed due to the node running low on memory.\nMemory on the node (IP: 10.0.0.7) was 15.3GB"
@@ -141,6 +142,30 @@ def test_an_error_of_somebodys_code_keeps_its_traceback():
     in_constructor = ActorDiedError(RayTaskError("__init__", "Traceback ...", bug))
     for error in (bug, in_constructor, ControllerError(bug), WorkerGroupError("", {0: WorkerCrashedError(), 1: bug})):
         assert cluster_error(error) is None
+
+
+def test_a_reward_actor_that_was_killed_for_memory_is_not_asked_again(monkeypatch):
+    """Ray says of it only that it was restarted."""
+    detail = (
+        "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: ab) was "
+        "15.2GB used / 16.0GB limit (0.95)\nOOM kill reason: ..."
+    )
+
+    def lost(reference):
+        raise ActorUnavailableError("The actor was restarted.", b"1" * 16)
+
+    sent = []
+    monkeypatch.setattr(reward_call.ray, "wait", lambda references, timeout: (references, []))
+    monkeypatch.setattr(reward_call.ray, "get", lost)
+    monkeypatch.setattr(reward_call.ray_private, "killed_for_memory", lambda actor: detail)
+    call = reward_call.Call(None, "reward actor 0", "score 4 samples", 60.0, sent.append, lambda answer: None, 1)
+    with pytest.raises(RewardError) as error:
+        call.answer()
+    assert str(error.value) == (
+        "reward actor 0 was killed for memory, asked to score 4 samples: Memory on the node (IP: 10.0.0.7, ID: ab) was 15.2GB "
+        f"used / 16.0GB limit (0.95); {reward_call.MEMORY_ADVICE}"
+    )
+    assert len(sent) == 1 and "rewards.micro_batch_size" in str(error.value)
 
 
 @pytest.fixture
