@@ -50,11 +50,9 @@ def check_seen(key: str, folder: Path, asked: ClusterConfig) -> None:
 
 def _answers(nodes: list[dict[str, Any]], token: Path) -> list[bool | None]:
     """Whether each node sees the token; None: it has not answered, or was lost."""
-    look = ray.remote(sees).options(num_cpus=0, max_retries=0)
-    asked = [
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(token)
-        for node in nodes
-    ]
+    look = ray.remote(sees)
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    asked = [look.options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote(token) for place in places]
     ready, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWERED_WITHIN_S)
 
     def answer(reference: ray.ObjectRef) -> bool | None:
