@@ -74,8 +74,8 @@ def train(experiment: Experiment, folder: Path | str | None = None, local: bool 
         folder: the run's folder; None: the one that `diffinstruct train` would take, <output_dir>/<name>-<hash>.
         local: train in this process; otherwise on Ray, on the cluster of RAY_ADDRESS or on this machine.
 
-    Raises UserError for a mistake that the user can mend, RewardError, NonFiniteGradient or CheckpointError where the run
-    broke off, and Paused after SIGTERM; in all cases the same call goes on from the last checkpoint.
+    Raises UserError for a mistake that the user can mend, RewardError, NonFiniteGradient, CheckpointError or ClusterError where
+    the run broke off, and Paused after SIGTERM; in all cases the same call goes on from the last checkpoint.
     """
     from diffinstruct.run_folder.location import folder_of_run
 

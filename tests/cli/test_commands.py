@@ -1,5 +1,6 @@
 """The face: answers at once, says in one line what the user can mend, and hands the rest to the runners."""
 
+import getpass
 import io
 import os
 import re
@@ -21,7 +22,7 @@ from tiny.commands import complaint, imported
 from diffinstruct.cli.main import main
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.reading import load
-from diffinstruct.errors import UserError
+from diffinstruct.errors import ClusterError, UserError
 from diffinstruct.locks import COMMAND, LOCK, only_writer
 from diffinstruct.method.rewards import RewardError
 from diffinstruct.planning.footprint import Footprint
@@ -179,6 +180,7 @@ def test_keys_that_may_change_do_so_one_by_one(file, tmp_path, runners, capsys):
     ("error", "code", "said"),
     [
         (RewardError("reward x: 1 of 4 scores are not finite"), 1, "reward x: 1 of 4 scores are not finite\n"),
+        (ClusterError("a process of the run was lost: ..."), 1, "a process of the run was lost: ...\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted\n"),
     ],
 )
@@ -211,6 +213,16 @@ def test_a_terminal_that_lacks_a_character_is_no_failure(tmp_path, monkeypatch):
     assert main(["report", f"{ROOT}/docs/results/pocket_study.csv", "-o", str(page)]) == 0 and page.is_file()
     terminal.flush()
     assert terminal.buffer.getvalue().decode() == f"{tmp_path}/\\U0001f431.html\n"
+
+
+def test_a_user_whom_the_system_does_not_know_has_a_home_and_a_name(monkeypatch):
+    """As in a container that runs under a number."""
+    for variable in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(variable, "x")  # so that what is set here is unset afterwards
+        monkeypatch.delenv(variable)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    assert main(["--nothing"]) == 2
+    assert Path.home() == Path("/") and getpass.getuser() == f"uid{os.getuid()}"
 
 
 def test_a_folder_that_cannot_be_made_is_said(file, tmp_path, runners, capsys):

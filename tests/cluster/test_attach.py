@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,20 @@ def test_without_the_token_a_run_is_turned_away_in_one_line(cluster, tmp_path):
     assert done.returncode == 2, done.stderr
     assert re.search(rf"^RAY_ADDRESS: no Ray at {cluster['CLUSTER']}: .*; if it asks for a token, ", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
+
+
+def test_another_ray_on_the_cluster_is_said_in_one_line_with_both_versions(cluster):
+    other = f"import ray\nray.__version__ = '2.59.1'\n{WHERE}"
+    shell = cluster | {"RAY_ADDRESS": cluster["CLUSTER"]}
+    done = subprocess.run([sys.executable, "-c", other], env=shell, capture_output=True, text=True)
+    *_, line = done.stderr.splitlines()
+    python = re.escape(sys.version.split()[0])
+    assert re.fullmatch(
+        rf"\S*UserError: RAY_ADDRESS: the cluster at {cluster['CLUSTER']} has Ray {version('ray')} and Python {python}, "
+        rf"here are Ray 2.59.1 and Python {python}; both have to be the same",
+        line,
+    ), done.stderr
+    assert "RuntimeError" not in done.stderr
 
 
 @pytest.mark.long

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +48,7 @@ def test_ray_is_the_version_that_its_private_api_was_read_in():
     [
         (GlobalState.actor_table, (None, "id", None, None), {}),
         (GlobalState.actor_table, (None, None), {}),
+        (GlobalState._connect_and_get_accessor, (None,), {}),
         (GlobalState.get_max_resources_from_cluster_config, (None,), {}),
         (ray_private.get_dashboard_url, (), {}),
         *(
@@ -73,6 +77,31 @@ def test_what_a_training_process_was_lost_by_is_told_and_too_much_memory_ends_th
         NoSecondTry().after_exception(None, {1: lost})
     assert isinstance(final_error(WorkerGroupError("", {1: lost})), UserError)
     NoSecondTry().after_exception(None, {1: WorkerHealthCheckFailedError("", WorkerCrashedError())})
+
+
+KILLED = """\
+import time
+import ray
+from diffinstruct.cluster.ray_private import killed_for_memory
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
+class Actor:
+    def work(self):
+        time.sleep(120)
+actor = ray.remote(max_restarts=-1, max_task_retries=0)(Actor).remote()
+assert killed_for_memory(actor) is None
+try:
+    ray.get(actor.work.remote())
+except ray.exceptions.RayActorError as error:
+    assert "memory" not in str(error)  # else Ray has come to say it itself
+print(killed_for_memory(actor))
+"""
+
+
+def test_an_actor_that_the_memory_monitor_has_ended_is_told(ray_environment):
+    """Of a Ray to which any use of memory is too much."""
+    limits = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "100"}
+    done = subprocess.run([sys.executable, "-c", KILLED], env=os.environ | limits, capture_output=True, text=True)
+    assert re.search(r"[Mm]emory on the node \(IP: .*\) was [\d.]+GB used / [\d.]+GB limit", done.stdout), done.stderr
 
 
 def test_schedulers_say_what_they_count_and_change():

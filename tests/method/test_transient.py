@@ -11,6 +11,7 @@ import urllib.request
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from diffinstruct.method.rewards import LatentRewards, RewardError, RewardReques
 
 class Judge(BaseHTTPRequestHandler):
     """Answers as the server's list of failures says, one after the other, and then with a score a prompt."""
+
+    server: Any  # a QuietServer
 
     def do_POST(self) -> None:
         prompts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -45,17 +48,19 @@ class Judge(BaseHTTPRequestHandler):
 
 
 class QuietServer(ThreadingHTTPServer):
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Judge)
+        self.failures: list[Any] = []
+        self.asked, self.retry_after, self.released, self.pauses = 0, "", threading.Event(), list[float]()
+
     def handle_error(self, *_) -> None:  # a connection that the test itself cuts
         pass
 
 
 @pytest.fixture
 def server(monkeypatch):
-    server = QuietServer(("127.0.0.1", 0), Judge)
-    server.failures, server.asked, server.retry_after, server.released = [], 0, "", threading.Event()
-    pauses: list[float] = []
-    monkeypatch.setattr(transient.time, "sleep", pauses.append)
-    server.pauses = pauses
+    server = QuietServer()
+    monkeypatch.setattr(transient.time, "sleep", server.pauses.append)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.released.set()
@@ -79,6 +84,8 @@ def post_by_requests(url: str, prompts: list[str]) -> list[float]:
 
 class Remote:
     """A judge behind HTTP, as somebody writes it in five minutes."""
+
+    attempts: int
 
     def __init__(self, server, post=post) -> None:
         self.url, self.post = f"http://127.0.0.1:{server.server_address[1]}/", post

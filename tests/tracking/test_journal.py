@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from tiny.server import Server, free_port
 
-from diffinstruct.config.addresses import tracking_uri
+from diffinstruct.config.addresses import sqlite_path, tracking_uri
 from diffinstruct.errors import UserError
 from diffinstruct.tracking import delivery, journal
 from diffinstruct.tracking.journal import Journal, add_evaluation, attach, deliver, publish
@@ -574,6 +574,22 @@ def test_where_a_run_is_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: should begin with one of http://, .*; a file is sqlite:"):
             tracking_uri(None, "runs")
+
+
+def test_a_folder_may_be_called_as_it_likes(raced: tuple[Path, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A ? would end the database's path, and %41 would be an A in it."""
+    folder = tmp_path / "a?b=c 100%41#;'x"
+    folder.mkdir()
+    shutil.copy(raced[0], folder / "mlflow.db")
+    uri = tracking_uri(None, folder)
+    assert sqlite_path(uri) == folder / "mlflow.db"
+    tracker = journal_of(folder, None)
+    tracker.metrics(1, {"loss": 1.0})
+    tracker.image("grid", 1, GRID)
+    assert tracker.finish() and not warnings(caplog)
+    assert history(uri, tracker.run_id) == [(1, 1.0)] and pictures(uri, tracker.run_id).count(".png") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]  # and no folder of the undecoded name
+    assert json.loads((folder / "run" / "mlflow.json").read_text())["uri"] == uri
 
 
 # ---------------------------------------------------------------------------------- what MLflow refuses for good

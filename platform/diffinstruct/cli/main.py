@@ -6,10 +6,12 @@ Heavy packages are imported inside the commands: `--help` and a mistake in the c
 from __future__ import annotations
 
 import errno
+import getpass
 import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import typer
 
@@ -38,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append(here)  # where a reward of one's own may lie; `python -m diffinstruct` has it there already
     from diffinstruct.locks import FULL
 
+    _complete_environment()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack what stands in a prompt or a name
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -52,9 +55,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        avoidable = error.errno in (errno.ENAMETOOLONG, errno.EACCES) and error.filename
+        avoidable = error.errno in (errno.ENAMETOOLONG, errno.EACCES, errno.EROFS) and error.filename
         if error.errno not in FULL and not avoidable:
             raise
         print(f"{error.filename or arguments[0]}: {error.strerror}", file=sys.stderr)
         return 2 if avoidable else 1
     return status or 0
+
+
+def _complete_environment() -> None:
+    """Set HOME and USER where the system knows neither for the number of this user, as in a container: MLflow, Ray and
+    torch ask for them, and fail without an answer."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = "/"  # as container runtimes do
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # the second since Python 3.13
+        os.environ["USER"] = f"uid{os.getuid()}"

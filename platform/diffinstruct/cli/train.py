@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from diffinstruct.cli.arguments import Overrides, Recipe, existing_run, read_experiment
-from diffinstruct.errors import UserError, did_you_mean
+from diffinstruct.errors import ClusterError, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from diffinstruct.config.experiment import Experiment
@@ -66,7 +66,7 @@ def _run(experiment: Experiment, folder: Path, local: bool) -> None:
     command = f"diffinstruct train {shlex.quote(str(file))} --resume {shlex.quote(str(folder))}{' --local' * local}"
     try:
         diffinstruct.train(experiment, folder, local)
-    except (RewardError, NonFiniteGradient, CheckpointError, Paused, KeyboardInterrupt) as error:
+    except (RewardError, NonFiniteGradient, CheckpointError, ClusterError, Paused, KeyboardInterrupt) as error:
         print(error if str(error) else "\ninterrupted", file=sys.stderr)
         if any((folder / "checkpoints").glob("step-*")):
             print(f"from its last checkpoint the run goes on with: {command}", file=sys.stderr)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,6 +14,7 @@ from typing import Any
 
 import ray
 import yaml
+from ray.exceptions import AuthenticationError, RayError
 
 import diffinstruct
 from diffinstruct.cluster import ray_private
@@ -23,6 +26,10 @@ from diffinstruct.method.memory import allocator_settings
 
 LONGEST_TMPDIR = 38
 """Characters of a temporary folder in which Ray's sockets find room: a path of theirs has 69 more, and 107 at most."""
+TOKEN_ADVICE = "if it asks for a token, RAY_AUTH_MODE=token and its token are needed here"
+PATCH_ADVICE = "; RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL=minor lets another patch of Python pass"
+VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
+"""The cluster's and then ours, in what Ray says where they are not the same."""
 HEAD = "node:__internal_head__"  # a resource that the head has, and no other node
 
 
@@ -39,27 +46,60 @@ def attached() -> Iterator[str]:
     os.environ.update(environment)
     if address == "local":
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
+        if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}.isdisjoint(os.environ) and not _keeps_a_token(Path.home() / ".ray"):
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         if len(tempfile.gettempdir()) > LONGEST_TMPDIR:
             os.environ.setdefault("RAY_TMPDIR", "/tmp")
 
         def found() -> None:  # Ray's own helpers look for their cluster, and are lost where this machine has another
             os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
 
-        ray.init(address="local", runtime_env={"worker_process_setup_hook": found})
+        options: dict[str, Any] = {"worker_process_setup_hook": found}
     else:
-        host, _, port = address.rpartition(":")
-        try:  # Ray itself would try for many minutes
-            if port.isdecimal():
-                socket.create_connection((host, int(port)), timeout=10).close()
-            ray.init(address=address, runtime_env={"env_vars": {**environment, "RAY_ADDRESS": address}})
-        except (OSError, ValueError) as error:  # Ray's ConnectionError is an OSError, without a number
-            refused = isinstance(error, ConnectionError) and error.errno is None
-            hint = "; if it asks for a token, RAY_AUTH_MODE=token and its token are needed here" if refused else ""
-            raise UserError(f"RAY_ADDRESS: no Ray at {address}: {str(error).splitlines()[0]}{hint}") from None
+        options = {"env_vars": {**environment, "RAY_ADDRESS": address}}
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdecimal():  # Ray itself would try for many minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address, runtime_env=options)
+    except Exception as error:  # Ray raises what it likes
+        if line := start_error(error, address):
+            raise line from None
+        raise
     try:
         yield described()
     finally:
         ray.shutdown()
+
+
+def start_error(error: Exception, address: str) -> UserError | None:
+    """The line for what `ray.init` has raised, if it is for the user to mend; `address` is a cluster's, or "local"."""
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if "Version mismatch" in str(error) and len(versions := VERSIONS.findall(str(error))) == 2:
+        (ray, python), (our_ray, our_python) = versions
+        of_one_minor = ray == our_ray and python.split(".")[:2] == our_python.split(".")[:2]
+        return UserError(
+            f"RAY_ADDRESS: the cluster at {address} has Ray {ray} and Python {python}, here are Ray {our_ray} and Python "
+            f"{our_python}; both have to be the same{PATCH_ADVICE if of_one_minor else ''}"
+        )
+    if address == "local":
+        if not isinstance(error, (RuntimeError, ConnectionError, RayError)) and type(error) is not Exception:
+            return None
+        return UserError(f"Ray does not start on this machine: {first}; its logs lie in /tmp/ray/session_latest/logs")
+    if not isinstance(error, (OSError, ValueError, RuntimeError, RayError)):
+        return None
+    # Ray's ConnectionError is an OSError without a number: it says neither that nor what was missing
+    untold = isinstance(error, AuthenticationError) or (isinstance(error, ConnectionError) and error.errno is None)
+    return UserError(f"RAY_ADDRESS: no Ray at {address}: {first}{f'; {TOKEN_ADVICE}' if untold else ''}")
+
+
+def _keeps_a_token(folder: Path) -> bool:
+    """Whether Ray can keep the token of a cluster in this folder of the user's home, which it makes where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return (folder / "auth_token").exists() or os.access(folder, os.W_OK)
 
 
 def _address() -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from diffinstruct.config.addresses import sqlite_path
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.inputs import relative_paths
 from diffinstruct.config.sections import ClusterConfig
@@ -111,7 +112,7 @@ def _check(image: str, claim: str, mount: str, uri: str, embeddings: str | None,
         raise UserError(f"--image: should be as registry.example/diffinstruct:1, got {image!r}")
     if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", claim) or len(claim) > 253:
         raise UserError(f"--claim: should be small letters, digits, '-' and '.', got {claim!r}")
-    database = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
+    database = sqlite_path(uri) and str(sqlite_path(uri))
     for key, path in {"tracking.uri": database, "prompts.embeddings": embeddings, "--resume": resume}.items():
         if path is not None and not PurePosixPath(path).is_relative_to(mount):
             raise UserError(f"{key}: should lie in {mount}, where the claim is mounted, got {path!r}")

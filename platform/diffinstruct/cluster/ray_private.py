@@ -13,6 +13,8 @@ from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
 from ray._private.state import state
 from ray._private.worker import get_dashboard_url as get_dashboard_url
 from ray.actor import ActorHandle
+from ray.core.generated.common_pb2 import NODE_OUT_OF_MEMORY
+from ray.core.generated.gcs_pb2 import ActorTableData, WorkerTableData
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +25,40 @@ def actor_process(actor: ActorHandle) -> tuple[str, int]:
     return table["State"], table["NumRestarts"]
 
 
+def killed_for_memory(actor: ActorHandle) -> str | None:
+    """What Ray's memory monitor says of the end of the actor's last process; None where it has not ended that one. (The
+    error of a call says only that the actor was restarted.)"""
+    accessor = state._connect_and_get_accessor()
+    if (record := accessor.get_actor_info(actor._actor_id)) is None:
+        return None
+    info = ActorTableData.FromString(record)
+    ended = info.previous_incarnations[-1].worker_id if info.previous_incarnations else info.address.worker_id
+    for process in map(WorkerTableData.FromString, accessor.get_worker_table()):
+        if process.worker_address.worker_id == ended and process.exit_type == NODE_OUT_OF_MEMORY and not process.is_alive:
+            return str(process.exit_detail)
+    return None
+
+
 def failure_of_poll(error: Exception) -> Exception | None:
     """What a training process was lost by, where `error` is Train's word for one that does not answer any more."""
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError  # takes seconds, which reward actors save
 
     return error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else None
+
+
+def start_failures() -> tuple[type[Exception], ...]:
+    """Train's errors for training processes that do not start."""
+    from ray.train.v2._internal import exceptions
+
+    kinds = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError", "InsufficientClusterResourcesError")
+    return tuple(getattr(exceptions, kind) for kind in kinds)
+
+
+def silence() -> tuple[type[Exception], ...]:
+    """Train's error for a training process that does not answer in time."""
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
+
+    return (WorkerHealthCheckTimeoutError,)
 
 
 def autoscaler_limits() -> dict[str, float] | None:

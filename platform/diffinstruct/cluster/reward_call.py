@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -11,7 +12,15 @@ from typing import Any, NoReturn
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayError, RayTaskError, RuntimeEnvSetupError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
 
 from diffinstruct.cluster import ray_private
 from diffinstruct.cluster.reward_actor import LOADING, ActorReply
@@ -21,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 STARTING = 1800.0  # seconds in which a process starts and loads its models, downloads included
 ATTEMPTS = 5  # so often a question is asked before its caller gives up
+MEMORY_ADVICE = (
+    "a smaller rewards.micro_batch_size, fewer cluster.rewards.replicas to a machine or a machine with more takes less of it"
+)
 GRACE = 10.0  # seconds in which a living process says what it does, however hard it works; at most the deadline
 
 
@@ -76,6 +88,7 @@ class Call:
             except RayTaskError as error:
                 raise error.cause from error  # the reward's own words
             except (Fault, RayError) as error:
+                self._refuse_end_for_memory(error)
                 failure = error if isinstance(error, Fault) else f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 if attempt == ATTEMPTS or isinstance(error, (ActorDiedError, RuntimeEnvSetupError)):  # Ray starts it no more
                     has = ray.cluster_resources()
@@ -84,6 +97,15 @@ class Call:
                         f"(the cluster has {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs)"
                     ) from error
                 logger.warning("%s: %s; asked again (%d of %d) to %s", self.place, failure, attempt + 1, ATTEMPTS, self.what)
+
+    def _refuse_end_for_memory(self, error: Exception) -> None:
+        """Raises RewardError where Ray has killed the process for memory: asked again, it would take as much."""
+        if isinstance(error, RayActorError) and (detail := ray_private.killed_for_memory(self.actor)):
+            used = re.search(r"[Mm]emory on the node .*", detail)
+            raise RewardError(
+                f"{self.place} was killed for memory, asked to {self.what}: {used[0] if used else detail.splitlines()[0]}; "
+                f"{MEMORY_ADVICE}"
+            ) from error
 
     def _look(self) -> float:
         """End the actor if what it does is not to be waited for. Returns seconds until the next look."""

@@ -9,14 +9,15 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from diffinstruct.cluster.attach import ray_options, stand_in
-from diffinstruct.cluster.failures import RESTARTS, final_error
+from diffinstruct.cluster.failures import RESTARTS, cluster_error, final_error
 from diffinstruct.config.experiment import Experiment
 
 
 def in_tasks(functions: Sequence[Callable[[], Any]], experiment: Experiment, folder: str) -> list[Any]:
     """What the functions return, each run as in `folder`, in a Ray task of a training process's size. One that is lost
-    with its machine is run again, as often as training processes are. Raises what a function raised, or UserError where
-    Ray has ended one because a machine's memory was used up: Ray itself would try that for ever."""
+    with its machine is run again, as often as training processes are. Raises what a function raised, UserError where
+    Ray has ended one because a machine's memory was used up (Ray itself would try that for ever), ClusterError where one
+    was lost too often."""
     asked = experiment.cluster
 
     def task(function: Callable[[], Any]) -> Any:
@@ -35,9 +36,9 @@ def in_tasks(functions: Sequence[Callable[[], Any]], experiment: Experiment, fol
             return ray.get(sent)
         except (RayTaskError, OutOfMemoryError) as error:
             raise final_error(error) or error from None
-        except RayError:
+        except RayError as error:
             if not again:
-                raise
+                raise cluster_error(error) or error from None
         return answer(function, remote.remote(function), again - 1)
 
     sent = [remote.remote(function) for function in functions]

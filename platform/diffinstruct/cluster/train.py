@@ -31,8 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffinstruct.cluster.attach import attached, check_fits, stand_in
 from diffinstruct.cluster.collectives import collective_device, distributed_ranks, preempted
-from diffinstruct.cluster.failures import RESTARTS, NoSecondTry, close, final_error
+from diffinstruct.cluster.failures import RESTARTS, NoSecondTry, close, cluster_error, final_error
 from diffinstruct.cluster.reward_pool import RewardPool, reward_pool
+from diffinstruct.cluster.shared_folder import check_seen
 from diffinstruct.cluster.tasks import in_tasks
 from diffinstruct.cluster.waiting import waits_said
 from diffinstruct.config.addresses import tracking_uri
@@ -63,6 +64,7 @@ def run(experiment: Experiment, folder: Path, parent: Parent | None = None) -> R
     experiment = experiment.tracked_at(uri).with_absolute_embeddings()
     with attached() as where:
         check_fits(experiment.cluster, experiment.reward_actors)
+        check_seen("output_dir", folder, experiment.cluster)
         with waits_said(experiment.cluster, experiment.reward_actors) as begun:
             embed(experiment)
             pooled = reward_pool(experiment) if experiment.reward_actors else nullcontext()
@@ -74,7 +76,8 @@ def fit(experiment: Experiment, folder: Path, pool: RewardBackend | None, where:
     """One TorchTrainer; callable from a driver or from a trial. Without a `pool` each worker computes its rewards
     itself. `where` is said in the run's first and last line.
 
-    Raises what the workers raised, if it is one of FINAL, else Ray's own error; either way the run can be resumed.
+    Raises what the workers raised, if it is one of FINAL, ClusterError for an error of Ray's own, else WorkerGroupError;
+    in any case the run can be resumed.
     """
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # what we print is shown once, by `shown`
     asked, started_in = experiment.cluster, os.getcwd()
@@ -101,7 +104,7 @@ def fit(experiment: Experiment, folder: Path, pool: RewardBackend | None, where:
             result: Result = trainer.fit().return_value
     except BaseException as error:
         # Ray answers Ctrl-C by ending the workers and the program, with status 0.
-        reason = KeyboardInterrupt() if isinstance(error, SystemExit) else final_error(error) or error
+        reason = KeyboardInterrupt() if isinstance(error, SystemExit) else final_error(error) or cluster_error(error) or error
         if not isinstance(reason, Busy):  # whose run it is sees to its end
             close(folder, experiment.tracking, reason)
         if reason is error:

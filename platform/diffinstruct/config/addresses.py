@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from diffinstruct.errors import UserError
 
@@ -36,18 +37,34 @@ def keeps_nothing(uri: str) -> bool:
     return re.fullmatch(r"sqlite:/*(:memory:)?", uri) is not None
 
 
+def sqlite_uri(path: Path) -> str:
+    """The URI of an sqlite file. SQLAlchemy takes a ? in it for the path's end and decodes a %, so a path with one of them
+    is encoded: the slashes too, since MLflow makes the folder that is named by what stands before the last one."""
+    plain = str(path.absolute())
+    return f"sqlite:////{quote(plain[1:], safe='')}" if {*"%?"} & {*plain} else f"sqlite:///{plain}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of an sqlite URI, None for another URI: as SQLAlchemy reads it."""
+    path = uri.removeprefix("sqlite:///")
+    return None if path == uri else Path(unquote(path.partition("?")[0]))
+
+
 def tracking_uri(uri: str | None, runs: Path | str) -> str:
     """Where a run is tracked: `uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` in `runs`; sqlite paths made absolute.
 
     Ask in the process the user started: Ray's workers have other folders and another environment.
     """
-    uri = quote_uri(uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(runs).absolute() / 'mlflow.db'}")
+    uri = quote_uri(uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(Path(runs) / "mlflow.db"))
     if uri.partition("://")[0].partition("+")[0] not in TRACKING_SCHEMES:  # a recipe's has been looked at
         known = ", ".join(f"{scheme}://" for scheme in TRACKING_SCHEMES)
         raise UserError(f"MLFLOW_TRACKING_URI: should begin with one of {known}, got {redact(uri)!r}; a file is sqlite:///PATH")
     if keeps_nothing(uri):
         raise UserError(f"tracking.uri: {uri} is in memory and keeps nothing; a file is sqlite:///PATH")
-    return f"sqlite:///{Path(path).absolute()}" if (path := uri.removeprefix("sqlite:///")) != uri else uri
+    if (path := sqlite_path(uri)) is None:
+        return uri
+    _, mark, query = uri.partition("?")
+    return sqlite_uri(path) + mark + query
 
 
 def one_line(error: Exception) -> str:

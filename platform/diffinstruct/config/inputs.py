@@ -13,7 +13,7 @@ from diffinstruct.config.addresses import redact
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.fields import POCKET
 from diffinstruct.config.prompts import read_prompt_set
-from diffinstruct.errors import UserError, did_you_mean
+from diffinstruct.errors import NOT_SENT, UserError, did_you_mean, in_job_copy, left_behind
 
 WEIGHT_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 SHARED_PATH = "give an absolute path that all machines see, as /mnt/shared/..."
@@ -35,7 +35,9 @@ def check_inputs(experiment: Experiment) -> None:
     apart = experiment.cluster.rewards.apart  # their environments may have it, too
     for name in experiment.rewards.names:
         if ":" in name and name not in apart and (missing := _missing_module(name.partition(":")[0])):
-            raise UserError(f"rewards: {name!r}: there is no module {missing!r}, neither in this folder nor installed")
+            raise UserError(
+                f"rewards: {name!r}: there is no module {missing!r}, neither in this folder nor installed{left_behind()}"
+            )
 
 
 def names_a_file(name: str) -> bool:
@@ -60,24 +62,19 @@ def relative_paths(experiment: Experiment) -> dict[str, str]:
 def refuse_passing_copy(key: str, path: Path) -> None:
     """Raises UserError for what would be written into a job's working directory: a copy that Ray clears away, one on
     each machine."""
-    if _in_passing_copy(path):
+    if in_job_copy(path):
         raise UserError(f"{key}: {path} lies in Ray's passing copy of the job's folder and would be lost; {SHARED_PATH}")
-
-
-def _in_passing_copy(path: Path) -> bool:
-    return "working_dir_files" in path.parts
 
 
 def _check_job(experiment: Experiment) -> None:
     """Raises UserError for a relative path that is to be written in a job's copy of its folder, or has not come with it."""
-    if not _in_passing_copy(Path.cwd()):
+    if not in_job_copy(Path.cwd()):
         return
     for key, path in relative_paths(experiment).items():
         if key == "prompts.embeddings":
             refuse_passing_copy(key, Path(path).absolute())
         if not Path(path).exists():
-            why = "has not come with the job: it was not there, or runtime_env.yaml or .gitignore excludes it"
-            raise UserError(f"{key}: {path} {why}; {SHARED_PATH}")
+            raise UserError(f"{key}: {path} {NOT_SENT}; {SHARED_PATH}")
 
 
 def import_named(key: str, path: str) -> Any:
@@ -86,7 +83,8 @@ def import_named(key: str, path: str) -> Any:
     try:
         namespace = importlib.import_module(module)
     except Exception as error:  # whatever stands in somebody's module
-        raise UserError(f"{key}: cannot import {path!r}: {' '.join(str(error).split())}") from None
+        hint = left_behind() if isinstance(error, ModuleNotFoundError) else ""
+        raise UserError(f"{key}: cannot import {path!r}: {' '.join(str(error).split())}{hint}") from None
     if not hasattr(namespace, attribute):
         raise UserError(f"{key}: {path!r}: {module} has no {attribute!r}{did_you_mean(attribute, vars(namespace))}")
     return getattr(namespace, attribute)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffinstruct.config.sections import RewardActorsConfig, RewardsConfig
-from diffinstruct.errors import UserError
+from diffinstruct.errors import UserError, left_behind
 from diffinstruct.method.rewards import Collect, LatentRewards, RewardError, RewardModel, RewardRequest, Scores
 from diffinstruct.models.sources import quiet
 from diffinstruct.ranks import Ranks
@@ -29,7 +29,9 @@ def load_reward(name: str, device: torch.device | str = "cpu") -> RewardModel:
         with quiet():
             reward = reward_models.load(name)
     except (Exception, SystemExit) as error:  # a script that is taken for a reward may end the program
-        raise UserError(f"rewards: cannot load {name!r}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        hint = left_behind() if isinstance(error, ModuleNotFoundError) else ""
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}{hint}"
+        raise UserError(f"rewards: cannot load {name!r}: {what}") from error
     if not callable(reward):
         raise UserError(f"rewards: {name!r} makes a {type(reward).__name__}, which is not callable")
     return reward.to(device) if isinstance(reward, nn.Module) else reward

@@ -32,6 +32,7 @@ from diffinstruct.cluster import ray_private
 from diffinstruct.cluster.attach import HEAD, attached, check_fits, listed, most_nodes, stand_in
 from diffinstruct.cluster.failures import close, final_error
 from diffinstruct.cluster.reward_pool import reward_pool
+from diffinstruct.cluster.shared_folder import check_seen
 from diffinstruct.cluster.train import embed
 from diffinstruct.cluster.waiting import waits_said
 from diffinstruct.config.addresses import tracking_uri
@@ -91,6 +92,7 @@ def sweep(
     _check_trials(trials)
     with attached() as where, waits_said(base.cluster, base.reward_actors) as begun:
         check_fits(base.cluster, base.reward_actors)
+        check_seen("sweep", folder, base.cluster)
         for experiment in _distinct(trials, {"prompts"}):
             embed(experiment)
         trials.open(keeps=isinstance(points, Optuna) or isinstance(scheduler, PopulationBasedTraining))

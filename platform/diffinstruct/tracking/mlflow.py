@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffinstruct.config.addresses import one_line, quote_uri, redact, tracking_uri
+from diffinstruct.config.addresses import one_line, quote_uri, redact, sqlite_path, sqlite_uri, tracking_uri
 from diffinstruct.config.reading import load_run
 from diffinstruct.errors import UserError
 from diffinstruct.locks import exclusive, locked
@@ -326,21 +326,21 @@ def _open(uri: str, experiment_name: str) -> tuple[Any, str]:
 @contextmanager
 def _prepared_database(uri: str) -> Iterator[str | None]:
     """Where artifacts of new experiments go, beside an sqlite file, which is locked. None: the server decides."""
-    if (database := uri.removeprefix("sqlite:///")) == uri:
+    if (database := sqlite_path(uri)) is None:
         yield None
         return
-    Path(database).parent.mkdir(parents=True, exist_ok=True)
+    database.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(Path(f"{database}.lock")):
-        if not Path(database).exists():
+        if not database.exists():
             # MLflow takes seconds to make its tables and never mends a file that it was killed over: make it aside.
             from mlflow import MlflowClient
 
             for left_over in (f"{database}.tmp", f"{database}.tmp-journal"):
                 Path(left_over).unlink(missing_ok=True)
-            MlflowClient(f"sqlite:///{database}.tmp").search_experiments(max_results=1)
+            MlflowClient(sqlite_uri(Path(f"{database}.tmp"))).search_experiments(max_results=1)
             os.replace(f"{database}.tmp", database)
-        artifacts = Path(database).absolute().with_name(ARTIFACTS)
-        _follow(Path(database), artifacts.as_uri())
+        artifacts = database.absolute().with_name(ARTIFACTS)
+        _follow(database, artifacts.as_uri())
         yield artifacts.as_uri()
 
 
