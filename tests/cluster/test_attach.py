@@ -26,6 +26,7 @@ from tiny.runs import journal
 
 ROOT = Path(__file__).parents[2]
 WHERE = "from diffinstruct.cluster.train import attached\nwith attached() as where: print(where)"
+HIDES = shutil.which("unshare") and subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode == 0
 SLOW_TO_SAVE = """\
 import pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
@@ -135,6 +136,30 @@ def test_another_ray_on_the_cluster_is_said_in_one_line_with_both_versions(clust
         line,
     ), done.stderr
     assert "RuntimeError" not in done.stderr
+
+
+@pytest.mark.skipif(not HIDES, reason="a folder can be hidden from a process in a mount namespace, which this user cannot make")
+@pytest.mark.long
+def test_a_machine_that_does_not_see_the_folder_is_named_before_anything_begins(cluster, tmp_path):
+    """A second node, for which another disk lies over the folder."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    join = f"ray start --block --address={cluster['CLUSTER']} --num-cpus=1 --object-store-memory={10**8} --disable-usage-stats"
+    hidden = ["unshare", "-Urm", "sh", "-c", f"mount -t tmpfs none {shlex.quote(str(tmp_path))} && exec {join}"]
+    shell = cluster | {"RAY_ADDRESS": cluster["CLUSTER"]}
+    node = subprocess.Popen(hidden, env=cluster, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: ray(shell, "status").stdout.count("1 node_") > 1 or node.poll() is not None)
+        assert node.poll() is None
+        asked = [sys.executable, "-m", "diffinstruct", "train", str(ROOT / "experiments/recipes/pocket.yaml")]
+        done = subprocess.run([*asked, "-s", f"output_dir={runs}"], env=shell, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        *_, line = done.stderr.splitlines()
+        assert re.match(rf"output_dir: {runs}/\S+ is not seen by \d+\.\S+( \(\S+\))?, where training processes may run; ", line)
+        assert "Traceback" not in done.stderr and not any(runs.iterdir())
+    finally:
+        node.send_signal(signal.SIGTERM)
+        node.wait(60)
 
 
 @pytest.mark.long

@@ -29,7 +29,7 @@ def refuse_stand_in(path: Path) -> None:
         raise UserError(f"{path}: is a web page, as a link to one gives it, and not the file itself")
 
 
-def read_text(path: Path) -> str:
+def file_text(path: Path) -> str:
     """A file's text, packed by gzip or not, with the ends of lines of this system.
 
     It is UTF-8. Windows writes a byte order mark, and some of its programs UTF-16, one that has a mark or begins with an

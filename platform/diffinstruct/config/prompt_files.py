@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from diffinstruct.config.fields import POCKET
-from diffinstruct.config.files import natural_order, read_text, refuse_stand_in
+from diffinstruct.config.files import file_text, natural_order, refuse_stand_in
 from diffinstruct.errors import UserError, nearest_file
 
 UNPACKED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
@@ -57,7 +57,7 @@ def _no_text(path: Path, error: UnicodeDecodeError) -> UserError:
 
 def _of_txt(path: Path, column: str) -> pd.DataFrame:
     # `splitlines` would also cut at form feeds and at U+2028.
-    return pd.DataFrame({column: read_text(path).removesuffix("\n").split("\n")}, dtype=str)
+    return pd.DataFrame({column: file_text(path).removesuffix("\n").split("\n")}, dtype=str)
 
 
 def _of_folder(path: Path, column: str) -> pd.DataFrame:
@@ -69,7 +69,7 @@ def _of_folder(path: Path, column: str) -> pd.DataFrame:
     texts = []
     for file in files:
         try:
-            texts.append(read_text(file).strip())
+            texts.append(file_text(file).strip())
         except UnicodeDecodeError as error:
             raise _no_text(file, error) from None
     return pd.DataFrame({column: texts, "file": [file.name for file in files]}, dtype=str)
@@ -77,7 +77,7 @@ def _of_folder(path: Path, column: str) -> pd.DataFrame:
 
 # ------------------------------------------------------------------------------------------------- separated values
 def _of_csv(path: Path, column: str) -> pd.DataFrame:
-    text = read_text(path)
+    text = file_text(path)
     first, _, rest = text.partition("\n")
     if named := re.fullmatch("sep=(.)", first):  # a spreadsheet's own line
         return _separated(rest, column, named[1])
@@ -87,7 +87,7 @@ def _of_csv(path: Path, column: str) -> pd.DataFrame:
 
 
 def _of_tsv(path: Path, column: str) -> pd.DataFrame:
-    return _separated(read_text(path), column, "\t")
+    return _separated(file_text(path), column, "\t")
 
 
 def _separated(text: str, column: str, separator: str) -> pd.DataFrame:
@@ -113,7 +113,7 @@ def _unquoted(field: Any) -> Any:
 
 # ------------------------------------------------------------------------------------------------- JSON
 def _of_json(path: Path, column: str) -> pd.DataFrame:
-    text = read_text(path)
+    text = file_text(path)
     if not text.strip():
         return pd.DataFrame({column: []}, dtype=str)
     try:
@@ -126,7 +126,7 @@ def _of_json(path: Path, column: str) -> pd.DataFrame:
 
 
 def _of_jsonl(path: Path, column: str) -> pd.DataFrame:
-    text = read_text(path)
+    text = file_text(path)
     try:
         rows = _lines(text)
     except ValueError:
