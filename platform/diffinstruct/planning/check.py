@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from textwrap import shorten
@@ -36,6 +37,7 @@ from diffinstruct.models.sources import pinned
 from diffinstruct.planning import footprint
 from diffinstruct.planning.footprint import Footprint, Passes
 from diffinstruct.planning.life import CUDA_CONTEXT, FRAGMENTATION, Life, ModelMemory, on_gpu
+from diffinstruct.planning.remembered import remembered
 from diffinstruct.reward_service.client import load_reward
 from diffinstruct.training.build import check_reference, make_step_config, prompts_remark, rounding_remark
 from reward_models import NAMES
@@ -165,13 +167,11 @@ def make_plan(experiment: Experiment, reference: Reference) -> Plan:
     # Nothing else is loaded yet
     libraries = psutil.Process().memory_info().rss - sum(reward.weights for reward in rewards) + TRACKING
     try:
-        scoring = footprint.rewards_footprint(experiment.rewards, reference, models)
-        validation = footprint.validation_footprint(experiment, reference, models)
+        scoring, validation = _of_rewards(experiment, reference, models)
     except Exception as error:  # they may be anybody's, and do with numbers what cannot be done without
         uncounted["rewards' activations"] = shorten(str(error), 96, placeholder=" ...")
         models = dict.fromkeys(trained, _brightness)
-        scoring = footprint.rewards_footprint(experiment.rewards, reference, models)
-        validation = footprint.validation_footprint(experiment, reference, models)
+        scoring, validation = _of_rewards(experiment, reference, models)
     decoder = ModelMemory("decoder", *_count(reference.empty("vae")), passes=scoring.passes.get("decoder", Passes()))
     network = reference.empty(reference.family.part)
     in_process = not experiment.reward_actors
@@ -184,6 +184,16 @@ def make_plan(experiment: Experiment, reference: Reference) -> Plan:
     life = Life(experiment, worker, _count(network)[0], block, others, conditions, training, validating)
     actor, latent_bytes = [] if in_process else [decoder, *rewards], 4 * prod(reference.latent_shape)
     return Plan(experiment, latent_bytes, life, actor, apart, uncounted, scoring, validation, libraries)
+
+
+def _of_rewards(
+    experiment: Experiment, reference: Reference, rewards: Mapping[str, RewardModel]
+) -> tuple[Footprint, Footprint]:
+    """The footprints of rewards at work, and of their validation."""
+    scoring = partial(footprint.rewards_footprint, experiment.rewards, reference, rewards)
+    validation = partial(footprint.validation_footprint, experiment, reference, rewards)
+    given = (experiment, reference, rewards)
+    return remembered(scoring, "scoring", *given), remembered(validation, "validation", *given)
 
 
 def _encoders(reference: Reference) -> list[str]:
@@ -205,8 +215,9 @@ def _training(
 ) -> Footprint:
     """A training process's footprint, counted by running the objective; where one of the user's own does not run
     without content, DI* takes its place and `uncounted` says so."""
+    count = partial(footprint.training_footprint, experiment, reference, rewards)
     try:
-        return footprint.training_footprint(experiment, reference, rewards)
+        return remembered(count, "training", experiment, reference, rewards)
     except Exception as error:  # it may do with numbers what cannot be done without
         own = experiment.objective
         if own.name in OBJECTIVES and own.distance in DISTANCES:
