@@ -655,7 +655,8 @@ def test_home_and_variables_are_expanded_in_every_location(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
-        ("mlruns", "should begin with one of"), ("sqlite", "should begin with one of"), ("sqlite+x:///a", "should begin with one of"),
+        ("mlruns", "should begin with one of"), ("sqlite", "should begin with one of"),
+        ("sqlite+x:///a", "should begin with one of"),
         ("sqlite://runs.db", "should name a file: sqlite:///PATH"), ("databricks://", "should be databricks, or databricks://PROFILE"),
         ("http://", "should name a host"), ("http://:5000", "should name a host"), ("http://host:99999", "should name a host"),
         ("https://host:port", "should name a host"), ("http://[::1", "should name a host"),
@@ -670,7 +671,9 @@ def test_an_address_at_which_no_tracker_can_be_is_refused_before_the_run(uri, sa
         tracking_uri(None, "runs")
 
 
-@pytest.mark.parametrize("uri", ["http://host", "https://[::1]:5000/path/", "databricks", "databricks://me", "mysql+pymysql://host/a"])
+@pytest.mark.parametrize(
+    "uri", ["http://host", "https://[::1]:5000/path/", "databricks", "databricks://me", "mysql+pymysql://host/a"]
+)
 def test_an_address_may_name_a_driver_and_leave_out_a_port(uri, tmp_path):
     assert load(written(tmp_path, f"tracking: {{uri: '{uri}'}}")).tracking.uri == uri
 

@@ -41,7 +41,10 @@ def tracking_fault(uri: str) -> tuple[str, str] | None:
     if uri == "databricks":
         return None
     if not mark or name not in TRACKING_SCHEMES or (plus and name not in DRIVERS):
-        return f"should begin with one of {', '.join(f'{known}://' for known in TRACKING_SCHEMES)}", "; a file is sqlite:///PATH"
+        return (
+            f"should begin with one of {', '.join(f'{known}://' for known in TRACKING_SCHEMES)}",
+            "; a file is sqlite:///PATH",
+        )
     if name == "sqlite" and (not rest.startswith("/") or re.fullmatch("/*(:memory:)?", rest)):
         return "should name a file: sqlite:///PATH", ""
     if name == "databricks" and not rest:
