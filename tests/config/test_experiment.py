@@ -16,7 +16,7 @@ import pytest
 import yaml
 from chaos.configurations import chaos
 
-from diffinstruct.config.addresses import redact, tracking_uri
+from diffinstruct.config.addresses import one_line, redact, tracking_uri
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.fields import POCKET_PROMPTS, Section, keys_of, keys_with
 from diffinstruct.config.prompts import read_prompt_set, read_prompts
@@ -676,6 +676,12 @@ def test_an_address_at_which_no_tracker_can_be_is_refused_before_the_run(uri, sa
 )
 def test_an_address_may_name_a_driver_and_leave_out_a_port(uri, tmp_path):
     assert load(written(tmp_path, f"tracking: {{uri: '{uri}'}}")).tracking.uri == uri
+
+
+def test_a_long_error_keeps_its_beginning_and_its_end():
+    """Ray says first how much memory there was, clients of HTTP say last why nobody answers."""
+    line = one_line(OSError(f"a machine had 95% {'x' * 120} of 16 GiB {'y' * 500} Connection refused"))
+    assert "of 16 GiB" in line and line.endswith("Connection refused") and len(line) <= 300
 
 
 def test_passwords_stay_in_the_environment(tmp_path):

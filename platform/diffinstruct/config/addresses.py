@@ -91,6 +91,6 @@ def tracking_uri(uri: str | None, runs: Path | str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """The error in at most 200 characters. A long one keeps its end, too, where clients of HTTP say what has happened."""
+    """The error in about 300 characters. A longer one keeps its end, where clients of HTTP say what has happened."""
     text = redact(f"{type(error).__name__}: {' '.join(str(error).split())}")
-    return text if len(text) <= 200 else f"{text[:100]} ... {text[-95:]}"
+    return text if len(text) <= 300 else f"{text[:200]} ... {text[-95:]}"
