@@ -657,7 +657,8 @@ def test_home_and_variables_are_expanded_in_every_location(tmp_path, monkeypatch
     [
         ("mlruns", "should begin with one of"), ("sqlite", "should begin with one of"),
         ("sqlite+x:///a", "should begin with one of"),
-        ("sqlite://runs.db", "should name a file: sqlite:///PATH"), ("databricks://", "should be databricks, or databricks://PROFILE"),
+        ("sqlite://runs.db", "should name a file: sqlite:///PATH"),
+        ("databricks://", "should be databricks, or databricks://PROFILE"),
         ("http://", "should name a host"), ("http://:5000", "should name a host"), ("http://host:99999", "should name a host"),
         ("https://host:port", "should name a host"), ("http://[::1", "should name a host"),
     ],
