@@ -16,7 +16,7 @@ import pytest
 import yaml
 from chaos.configurations import chaos
 
-from diffinstruct.config.addresses import redact
+from diffinstruct.config.addresses import one_line, redact, tracking_uri
 from diffinstruct.config.experiment import Experiment
 from diffinstruct.config.fields import POCKET_PROMPTS, Section, keys_of, keys_with
 from diffinstruct.config.prompts import read_prompt_set, read_prompts
@@ -590,7 +590,7 @@ def test_prompts_that_cannot_be_read(tmp_path, source, message):
         ("generator: {betas: 3}", "run.yaml:1: generator.betas: should be a list, got 3"),
         ("tracking: {uri: 'foo://bar'}",
          "run.yaml:1: tracking.uri: should begin with one of http://, https://, sqlite://, "
-         "postgresql://, mysql://, mssql://, databricks://, got 'foo://bar'"),
+         "postgresql://, mysql://, mssql://, databricks://, got 'foo://bar'; a file is sqlite:///PATH"),
     ],
 )  # fmt: skip
 def test_strange_files_are_one_line(tmp_path, text, said):
@@ -650,6 +650,39 @@ def test_home_and_variables_are_expanded_in_every_location(tmp_path, monkeypatch
         load(tmp_path / "run.yaml", [f"{key}={LOCATIONS[key]}${{SCRATCH}}/a"])
     with pytest.raises(ConfigErrors, match=rf"{key}: the home directory does not exist on this machine"):
         load(tmp_path / "run.yaml", [f"{key}={LOCATIONS[key]}~nobody-of-this-name/a"])
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("mlruns", "should begin with one of"), ("sqlite", "should begin with one of"),
+        ("sqlite+x:///a", "should begin with one of"),
+        ("sqlite://runs.db", "should name a file: sqlite:///PATH"),
+        ("databricks://", "should be databricks, or databricks://PROFILE"),
+        ("http://", "should name a host"), ("http://:5000", "should name a host"), ("http://host:99999", "should name a host"),
+        ("https://host:port", "should name a host"), ("http://[::1", "should name a host"),
+    ],
+)  # fmt: skip
+def test_an_address_at_which_no_tracker_can_be_is_refused_before_the_run(uri, said, tmp_path, monkeypatch):
+    """MLflow says it when the run is under way, and is asked again to its end; in the environment it is said as well."""
+    (error,) = errors(tmp_path, f"tracking: {{uri: '{uri}'}}")
+    assert error.startswith(f"run.yaml:1: tracking.uri: {said}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match=f"^MLFLOW_TRACKING_URI: {said}"):
+        tracking_uri(None, "runs")
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://host", "https://[::1]:5000/path/", "databricks", "databricks://me", "mysql+pymysql://host/a"]
+)
+def test_an_address_may_name_a_driver_and_leave_out_a_port(uri, tmp_path):
+    assert load(written(tmp_path, f"tracking: {{uri: '{uri}'}}")).tracking.uri == uri
+
+
+def test_a_long_error_keeps_its_beginning_and_its_end():
+    """Ray says first how much memory there was, clients of HTTP say last why nobody answers."""
+    line = one_line(OSError(f"a machine had 95% {'x' * 120} of 16 GiB {'y' * 500} Connection refused"))
+    assert "of 16 GiB" in line and line.endswith("Connection refused") and len(line) <= 300
 
 
 def test_passwords_stay_in_the_environment(tmp_path):

@@ -8,11 +8,13 @@ import logging
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from diffinstruct.config.addresses import sqlite_path, tracking_uri
 from diffinstruct.errors import UserError
 from diffinstruct.tracking import delivery, journal
 from diffinstruct.tracking.journal import Journal, add_evaluation, attach, deliver, publish
-from diffinstruct.tracking.mlflow import ENVIRONMENT, TIMEOUT, MlflowDelivery, _time_for_upload
+from diffinstruct.tracking.mlflow import ENVIRONMENT, TIMEOUT, MlflowDelivery, _prepared_database, _time_for_upload
 from diffinstruct.tracking.records import read_journal
 
 PARAMS = {"seed": 0, "generator.learning_rate": 1e-4}
@@ -646,6 +648,45 @@ def test_a_folder_that_cannot_be_made_is_a_refusal(tmp_path: Path, uri: str, cap
     (tmp_path / "file").write_text("")
     said = refused(journal_of(tmp_path, f"sqlite:///{tmp_path}/file/mlflow.db"), caplog)
     assert f"{tmp_path}/file" in said and "tracking.uri names another place" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("text", "no sqlite database"), ("others", "no tables of MLflow's"), ("folder", "cannot be opened"),
+     ("newer", "newer ones need that MLflow here")],
+)  # fmt: skip
+def test_a_file_that_is_no_database_of_ours_is_a_refusal(
+    kind: str, said: str, raced: tuple[Path, Any], tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "other.db"
+    if kind == "text":
+        file.write_text("hello")
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        if kind == "newer":
+            shutil.copy(raced[0], file)
+        statement = "UPDATE alembic_version SET version_num = 'f'" if kind == "newer" else "CREATE TABLE a (b)"
+        with closing(sqlite3.connect(file)) as connection, connection:
+            connection.execute(statement)
+    assert said in refused(journal_of(tmp_path, f"sqlite:///{file}"), caplog)
+
+
+@pytest.mark.parametrize("address", ["postgresql+no_such_driver://host/db", "mssql+no_such_driver://host/db"])
+def test_a_database_without_its_driver_is_a_refusal(address: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert "no_such_driver" in refused(journal_of(tmp_path, address), caplog)
+
+
+def test_an_experiments_name_that_mlflow_does_not_take_is_a_refusal(
+    tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "exceeds the maximum length" in refused(Journal(uri, "x" * 600, "a run", tmp_path / "run", {}, {}), caplog)
+
+
+def test_an_empty_file_becomes_a_database(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "mlflow.db").touch()
+    with _prepared_database(f"sqlite:///{tmp_path}/mlflow.db"):
+        assert (tmp_path / "mlflow.db").stat().st_size
 
 
 # ------------------------------------------------------------------------------------------------ moved, elsewhere

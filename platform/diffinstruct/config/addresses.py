@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 from diffinstruct.errors import UserError
 
 TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+DRIVERS = ("postgresql", "mysql", "mssql")  # the schemes that may name one: postgresql+psycopg2://
 IN_ENVIRONMENT = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or all of it in MLFLOW_TRACKING_URI"
 NO_STORES = (
     *("blockcache", "cached", "data", "dir", "filecache", "generic", "http", "https", "libarchive", "local"),
@@ -32,9 +33,33 @@ def quote_uri(uri: str) -> str:
     return uri if uri.startswith("sqlite:") else re.sub(r"\s", "%20", uri)
 
 
-def keeps_nothing(uri: str) -> bool:
-    """Whether it is an sqlite database in memory."""
-    return re.fullmatch(r"sqlite:/*(:memory:)?", uri) is not None
+def tracking_fault(uri: str) -> tuple[str, str] | None:
+    """What is wrong with the address of a tracking server and what helps, in words: what MLflow would find out only when
+    the run is under way. None where it can be asked there."""
+    scheme, mark, rest = uri.partition("://")
+    name, plus, _ = scheme.partition("+")
+    if uri == "databricks":
+        return None
+    if not mark or name not in TRACKING_SCHEMES or (plus and name not in DRIVERS):
+        return (
+            f"should begin with one of {', '.join(f'{known}://' for known in TRACKING_SCHEMES)}",
+            "; a file is sqlite:///PATH",
+        )
+    if name == "sqlite" and (not rest.startswith("/") or re.fullmatch("/*(:memory:)?", rest)):
+        return "should name a file: sqlite:///PATH", ""
+    if name == "databricks" and not rest:
+        return "should be databricks, or databricks://PROFILE", ""
+    if name in ("http", "https") and not _has_host(uri):
+        return f"should name a host, and a port below 65536 if any: {name}://HOST:PORT", ""
+    return None
+
+
+def _has_host(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number or too large, an IPv6 address without its end
+        return False
 
 
 def sqlite_uri(path: Path) -> str:
@@ -56,11 +81,9 @@ def tracking_uri(uri: str | None, runs: Path | str) -> str:
     Ask in the process the user started: Ray's workers have other folders and another environment.
     """
     uri = quote_uri(uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(Path(runs) / "mlflow.db"))
-    if uri.partition("://")[0].partition("+")[0] not in TRACKING_SCHEMES:  # a recipe's has been looked at
-        known = ", ".join(f"{scheme}://" for scheme in TRACKING_SCHEMES)
-        raise UserError(f"MLFLOW_TRACKING_URI: should begin with one of {known}, got {redact(uri)!r}; a file is sqlite:///PATH")
-    if keeps_nothing(uri):
-        raise UserError(f"tracking.uri: {uri} is in memory and keeps nothing; a file is sqlite:///PATH")
+    if fault := tracking_fault(uri):  # a recipe's has been looked at
+        what, hint = fault
+        raise UserError(f"MLFLOW_TRACKING_URI: {what}, got {redact(uri)!r}{hint}")
     if (path := sqlite_path(uri)) is None:
         return uri
     _, mark, query = uri.partition("?")
@@ -68,4 +91,6 @@ def tracking_uri(uri: str | None, runs: Path | str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    return redact(f"{type(error).__name__}: {' '.join(str(error).split())}")[:200]
+    """The error in about 300 characters. A longer one keeps its end, where clients of HTTP say what has happened."""
+    text = redact(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    return text if len(text) <= 300 else f"{text[:200]} ... {text[-95:]}"

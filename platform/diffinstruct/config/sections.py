@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from diffinstruct.config.addresses import IN_ENVIRONMENT, TRACKING_SCHEMES, keeps_nothing, quote_uri, redact
+from diffinstruct.config.addresses import IN_ENVIRONMENT, quote_uri, redact, tracking_fault
 from diffinstruct.config.fields import (
     POCKET,
     POCKET_DISTILLED,
@@ -423,12 +423,10 @@ class TrackingConfig(Section):
     @field_validator("uri")
     @classmethod
     def _known_scheme(cls, value: str | None) -> str | None:
-        if value is not None and value.partition("://")[0] not in TRACKING_SCHEMES:
-            raise broken_rule(f"should begin with one of {', '.join(f'{scheme}://' for scheme in TRACKING_SCHEMES)}")
-        if value is not None and keeps_nothing(value):
-            raise broken_rule("should name a file: sqlite:///PATH")
         if value is not None and redact(quote_uri(value)) != quote_uri(value):
             raise broken_rule(
                 f"should hold no user and password, nor a query, since recipes are shown and kept ({IN_ENVIRONMENT})"
             )
+        if value is not None and (fault := tracking_fault(value)):
+            raise broken_rule(*fault)
         return value

@@ -5,6 +5,7 @@ Each error is one line without the part's name, which `sources.read_source` adds
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,25 @@ def load_variant(kind: Any, source: str, **options: Any) -> Any:
     """`kind.from_pretrained`, of the files without a variant in their names, or of the half-precision ones where people
     have downloaded those alone."""
     first: OSError | None = None
-    for variant in VARIANTS:
-        try:
-            return kind.from_pretrained(source, variant=variant, **options)
-        except OSError as error:
-            first = first or error
-            if "file named" not in str(error):  # not what is missing, but a hub that does not answer
-                break
+    told = logging.getLogger("diffusers.models.modeling_utils")
+    told.addFilter(_is_no_attempt)
+    try:
+        for variant in VARIANTS:
+            try:
+                return kind.from_pretrained(source, variant=variant, **options)
+            except OSError as error:
+                first = first or error
+                if "file named" not in str(error):  # not what is missing, but a hub that does not answer
+                    break
+    finally:
+        told.removeFilter(_is_no_attempt)
     assert first is not None
     raise first
+
+
+def _is_no_attempt(record: logging.LogRecord) -> bool:
+    """Whether it is not diffusers' line on a name of files that is tried: the others follow, or the error itself."""
+    return not record.getMessage().startswith("An error occurred while trying to fetch")
 
 
 def read_tokenizer(kind: Any, source: str, subfolder: str, longest: int | None, **options: Any) -> Any:

@@ -46,6 +46,16 @@ MENDS = {  # what the user can do, by MLflow's code of an error that will be the
     "PERMISSION_DENIED": "the user of MLFLOW_TRACKING_USERNAME may not write there",
     "ENDPOINT_NOT_FOUND": "what answers at this address is no MLflow server; tracking.uri names another",
 }
+MENDS_BY_TEXT = {  # the same, by what is in the text of an error whose code, if any, says nothing
+    "maintenance mode": "it keeps no runs in folders any more; a file is sqlite:///PATH/mlflow.db",
+    "out-of-date database schema": "its tables are of another MLflow: `mlflow db upgrade URI` changes older ones for good, "
+    "newer ones need that MLflow here",
+    "Databricks credential": "no credentials; DATABRICKS_HOST and DATABRICKS_TOKEN, or a profile of ~/.databrickscfg, are some",
+    "file is not a database": "the file is no sqlite database; tracking.uri names another",
+    "no such table": "the database holds no tables of MLflow's; tracking.uri names another",
+    "unable to open database file": "the file cannot be opened; tracking.uri names another",
+    "readonly database": "the file cannot be written; tracking.uri names another",
+}
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 """MLflow's variable for the seconds that a request may take, an upload through the server included."""
 UPLOAD_SPEED = 5 * 2**20  # bytes a second that a server takes at least
@@ -91,7 +101,7 @@ class MlflowDelivery:
         """Finds the journal's run, or makes it, and what of the journal it has. Nothing if that is known."""
         if self._client is not None:
             return
-        with self.journal.open("r+b") as file, _refusals():
+        with self.journal.open("r+b") as file, _refusals("INVALID_PARAMETER_VALUE"):
             locked(file, wait=True)  # a run and a `sync` that reach MLflow at once would make a run each
             self._connect()
 
@@ -270,19 +280,22 @@ class MlflowDelivery:
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
-    """In the block an answer that will be the same the next time is raised as Refused, with what the user can do."""
+def _refusals(*final: str) -> Iterator[None]:
+    """In the block an answer that will be the same the next time is raised as Refused, with what the user can do. `final`:
+    codes of MLflow's errors that are such answers there."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise Refused(f"{error.filename}: {error.strerror}; tracking.uri names another place") from error
-    except MlflowException as error:
-        if mend := MENDS.get(error.error_code):
+    except ImportError as error:
+        raise Refused(f"its driver needs the package {error.name!r}, which is not installed here") from error
+    except (MlflowException, sqlite3.Error) as error:
+        code = getattr(error, "error_code", "")
+        mends = (mend for text, mend in MENDS_BY_TEXT.items() if text in str(error))
+        if mend := MENDS.get(code) or next(mends, None) or (one_line(error) if code in final else None):
             raise Refused(mend) from error
-        if "maintenance mode" in str(error):
-            raise Refused("it keeps no runs in folders any more; a file is sqlite:///PATH/mlflow.db") from error
         raise
 
 
@@ -331,7 +344,7 @@ def _prepared_database(uri: str) -> Iterator[str | None]:
         return
     database.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(Path(f"{database}.lock")):
-        if not database.exists():
+        if not database.exists() or not database.stat().st_size:
             # MLflow takes seconds to make its tables and never mends a file that it was killed over: make it aside.
             from mlflow import MlflowClient
 
