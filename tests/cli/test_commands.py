@@ -229,6 +229,9 @@ def test_a_folder_that_cannot_be_made_is_said(file, tmp_path, runners, capsys):
     (tmp_path / "taken").write_text("a file")
     said = complaint(capsys, "train", file, "-s", f"output_dir={tmp_path}/taken")
     assert re.fullmatch(rf"output_dir: cannot make {tmp_path}/taken/tiny-\S+: Not a directory", said)
+    (tmp_path / "link").symlink_to("nowhere")
+    said = complaint(capsys, "train", file, "-s", f"output_dir={tmp_path}/link")
+    assert re.fullmatch(rf"output_dir: cannot make \S+: {tmp_path}/link is a link to nowhere, which is not there", said)
     said = complaint(capsys, "train", file, "-s", "output_dir=~nobody-of-this-name/runs")
     where = "output_dir: the home directory does not exist on this machine"
     assert said == f"-s: {where}, got '~nobody-of-this-name/runs'"

@@ -597,6 +597,20 @@ def test_strange_files_are_one_line(tmp_path, text, said):
     assert errors(tmp_path, text) == [said]
 
 
+def test_a_section_may_take_over_anothers_keys(tmp_path):
+    """YAML's merge key, as people know it from other programs."""
+    file = tmp_path / "run.yaml"
+    file.write_text("generator: &adam {learning_rate: 1e-5, betas: [0.5, 0.9]}\nscore_network: {betas: [0, 0.9], <<: *adam}\n")
+    experiment = load(file)
+    assert experiment.score_network.learning_rate == 1e-5 and experiment.score_network.betas == (0, 0.9)
+    file.write_text("generator:\n  <<: [{learning_rate: 1}, {learning_rate: 2, ema: 3}]\n")
+    with pytest.raises(ConfigErrors, match=r"run\.yaml:2: generator\.ema: unknown key"):
+        load(file)
+    file.write_text("generator: {<<: 3}\n")
+    with pytest.raises(ConfigErrors, match=r"run\.yaml:1: .*<< takes a section, or a list of them"):
+        load(file)
+
+
 def test_aliases_of_aliases_end_soon(tmp_path):
     lines = ["a0: &a0 [1]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12))]
     (said,) = errors(tmp_path, "\n".join(lines))

@@ -43,7 +43,9 @@ def train(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"output_dir: cannot make {folder}: {error.strerror}") from None
+        link = next((path for path in (folder, *folder.parents) if path.is_symlink() and not path.exists()), None)
+        reason = f"{link} is a link to {link.readlink()}, which is not there" if link else error.strerror
+        raise UserError(f"output_dir: cannot make {folder}: {reason}") from None
     if allow and resume is None:
         raise UserError("--allow: goes with --resume RUN")
     with only_writer(folder, OTHER_PROCESS_WAIT_S, COMMAND):  # from here on: another command would clear this one's signals

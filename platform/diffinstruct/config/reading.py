@@ -79,6 +79,10 @@ def _now_called(old: str, new: str) -> str:
     return f"it is now {new!r}" + ", whose value is cfg_scale + 1" * (old == "reference.cfg_scale")
 
 
+MERGE = "tag:yaml.org,2002:merge"
+"""The tag of the key `<<`, which puts another section's keys into its own."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML whose `1e-4` is a number, as in YAML 1.2 and everywhere else."""
 
@@ -210,7 +214,11 @@ class _Source:
 
     def _mapping(self, node: yaml.MappingNode, loc: Loc) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
+        merged: dict[str, Any] = {}
+        for key_node, value_node in sorted(node.value, key=lambda pair: pair[0].tag != MERGE):  # a key's own place is last
+            if key_node.tag == MERGE:
+                merged |= self._merged(value_node, loc)
+                continue
             if not isinstance(key_node, yaml.ScalarNode):
                 raise _no_yaml("a key should be a word", key_node)
             key = str(key_node.value)
@@ -220,7 +228,16 @@ class _Source:
                 continue
             self.places[*loc, key] = (line, where)
             values[key] = self._value(value_node, (*loc, key))
-        return values
+        return merged | values
+
+    def _merged(self, node: yaml.Node, loc: Loc) -> dict[str, Any]:
+        """The content of `<<`: a section, or several, of which an earlier one counts before a later one."""
+        merged: dict[str, Any] = {}
+        for each in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+            if not isinstance(section := self._value(each, loc), dict):
+                raise _no_yaml("<< takes a section, or a list of them", each)
+            merged = section | merged
+        return merged
 
     def _scalar(self, node: yaml.Node) -> Any:
         if _OLD_NUMBER.match(node.value) and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
