@@ -222,6 +222,7 @@ def test_the_letters_of_a_long_front_lie_apart():
     assert plots._apart(path, 8) == [0, 40, 41]
     assert plots._apart(np.array([[0.0, 1.0], [0.5, 1.0], [1.0, 1.0]]), 8) == [0, 1, 2]  # flat
     assert plots._apart(np.array([[2.0, 3.0]]), 8) == [0]
+    assert plots._apart(np.array([[2.0, 3.0]] * 9), 8) == [0]  # all of them equal
 
 
 def test_curves_are_means_over_seeds_in_their_band(tmp_path, monkeypatch):

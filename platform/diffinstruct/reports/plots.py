@@ -217,6 +217,8 @@ def _apart(path: np.ndarray, most: int) -> list[int]:
     steps = np.diff(path, axis=0) / np.where(np.ptp(path, axis=0) > 0, np.ptp(path, axis=0), 1)
     along = np.concatenate([[0], np.hypot(*steps.T).cumsum()])
     apart, chosen = 0.999 * along[-1] / (most - 1), [0]
+    if not apart:  # all are in one place
+        return chosen
     for i in range(1, len(along)):
         if along[i] - along[chosen[-1]] >= apart:
             chosen.append(i)
