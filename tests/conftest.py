@@ -57,6 +57,14 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         sys.modules["ray"].shutdown()
 
 
+@pytest.fixture
+def nothing_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`check` counts anew, and keeps what it counts for this test alone."""
+    from diffinstruct.planning import remembered
+
+    monkeypatch.setattr(remembered, "FOLDER", tmp_path / "footprints")
+
+
 @pytest.fixture(scope="module")
 def ray_environment() -> Iterator[pytest.MonkeyPatch]:
     """The variables that Ray's processes are started with."""

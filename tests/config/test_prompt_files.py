@@ -14,6 +14,7 @@ from diffinstruct.errors import UserError
 
 PETS = ["a cat", "a dog"]
 ROWS = [{"prompt": text} for text in PETS]
+CUT = gzip.compress(b"a cat\n" * 99, mtime=0)[:-9].decode("latin-1")
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 PAGE = "<!DOCTYPE html>\n<html><head><title>Sign in</title></head>\n</html>\n"
@@ -22,10 +23,10 @@ READ: dict[str, tuple[str, str | bytes]] = {  # file -> (column, content), all o
     "big_endian.txt": ("prompt", "a cat\r\na dog\r\n".encode("utf-16-be")),
     "utf32.txt": ("prompt", "a cat\r\na dog\r\n".encode("utf-32")),
     "old_mac.csv": ("prompt", "prompt,x\ra cat,1\ra dog,2\r"),
-    "packed.txt.gz": ("prompt", gzip.compress(b"a cat\na dog\n")),
-    "packed.CSV.GZ": ("prompt", gzip.compress(b"prompt\na cat\na dog\n")),
-    "packed.jsonl.gz": ("prompt", gzip.compress(LINES.encode())),
-    "packed_all_the_same.csv": ("prompt", gzip.compress(b"prompt\na cat\na dog\n")),
+    "packed.txt.gz": ("prompt", gzip.compress(b"a cat\na dog\n", mtime=0)),
+    "packed.CSV.GZ": ("prompt", gzip.compress(b"prompt\na cat\na dog\n", mtime=0)),
+    "packed.jsonl.gz": ("prompt", gzip.compress(LINES.encode(), mtime=0)),
+    "packed_all_the_same.csv": ("prompt", gzip.compress(b"prompt\na cat\na dog\n", mtime=0)),
     "lines.ndjson": ("prompt", LINES),
     "lines.json": ("prompt", LINES),
     "strings.jsonl": ("prompt", '"a cat"\n"a dog"\n'),
@@ -67,7 +68,7 @@ def test_a_file_is_read_as_it_is_meant(tmp_path, name):
         ("empty.jsonl", "", "no prompts in it"),
         ("empty.json", " \n", "no prompts in it"),
         ("not.json", '["a cat",]', "not JSON: Expecting value: line 1 column 10 (char 9)"),
-        ("cut.txt.gz", gzip.compress(b"a cat\n" * 99)[:-9].decode("latin-1"), "Compressed file ended before the end-of-stream"),
+        ("cut.txt.gz", CUT, "Compressed file ended before the end-of-stream"),
     ],
 )  # fmt: skip
 def test_what_is_no_set_of_prompts_is_refused_by_what_it_is(tmp_path, name, content, said):

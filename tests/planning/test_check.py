@@ -21,6 +21,7 @@ from diffinstruct.planning.check import SHAPES, largest_block, make_plan, report
 from diffinstruct.planning.life import Life
 from diffinstruct.training.build import rounding_remark
 
+pytestmark = pytest.mark.usefixtures("nothing_remembered")
 VAE, CLIP_L = 83_653_863, 123_060_480
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": {"unet": 859_520_964, "vae": VAE, "text_encoder": CLIP_L},

@@ -14,6 +14,7 @@ from diffinstruct.planning import remembered as module
 from diffinstruct.planning.footprint import Footprint, Passes
 from diffinstruct.planning.remembered import remembered
 
+pytestmark = pytest.mark.usefixtures("nothing_remembered")
 COUNTED = Footprint(1, 2, 3, {"generator": Passes(2, 1, 1)}, {"generator": 5})
 
 
