@@ -72,7 +72,7 @@ PRIVATE = {
     "torch": ("torch._subclasses", "torch.utils._python_dispatch", "torch.utils._pytree", "torch._C", "torch._foreach_lerp_"),
     "diffusers": ("._no_split_modules",),
     "peft": ("._active_adapter",),
-    "ray": ("ray._private", "ray.train.v2._internal"),
+    "ray": (),  # tests/cluster/test_ray_private.py has them
 }
 """Packages whose private names are used -> the names."""
 
