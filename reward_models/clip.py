@@ -6,6 +6,7 @@ computes its features once: `reward.tower.features(images)`, then each `reward.h
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -128,7 +129,7 @@ class ClipTower(nn.Module):
         return super()._apply(fn, recurse)
 
 
-class TowerReward(nn.Module):
+class TowerReward(nn.Module, ABC):
     """A reward that sees images through a tower alone. Subclasses say `_score(features, prompts)`."""
 
     def __init__(self, tower: ClipTower) -> None:
@@ -148,8 +149,9 @@ class TowerReward(nn.Module):
             raise ValueError(f"{len(features)} images for {len(prompts)} prompts")
         return self._score(features, prompts)
 
+    @abstractmethod
     def _score(self, features: Tensor, prompts: list[str]) -> Tensor:
-        raise NotImplementedError
+        """Scores [B] from the tower's features [B, D] of as many pictures as there are prompts."""
 
 
 def load_tower(model: str | Path, processor: str | Path | None = None) -> ClipTower:

@@ -111,10 +111,10 @@ def test_read_carelessly_they_would_leave_their_mark(tmp_path: Path) -> None:
     """The one place that unpickles: bytes made by this file a line before, to show that the other tests' files are
     armed."""
     for name in ("plain", "old_protocol"):
-        pickle.loads(COSTUMES[name](tmp_path / name))  # noqa: S301
+        pickle.loads(COSTUMES[name](tmp_path / name))  # noqa: S301 - made here, nothing comes from outside
         assert (tmp_path / name).exists()
     for name in ("torch", "legacy"):
-        torch.load(io.BytesIO(COSTUMES[name](tmp_path / name)), weights_only=False)
+        torch.load(io.BytesIO(COSTUMES[name](tmp_path / name)), weights_only=False)  # made here, too
         assert (tmp_path / name).exists()
     np.load(io.BytesIO(_numpy(tmp_path / "numpy")), allow_pickle=True)
     yaml.unsafe_load(TAGS["object"].format(mark=tmp_path / "object"))

@@ -97,8 +97,10 @@ class LatentRewards:
         self, latents: Tensor, prompts: Sequence[str], weights: Mapping[str, float]
     ) -> tuple[dict[str, Tensor], Tensor]:
         """`_score`, done again where a reward's service fails in the backward pass."""
+        if not weights:
+            return self._score(latents, prompts, weights)
         title = f"the gradient of {' + '.join(weights)}"
-        attempts = min((_attempts(self.models[name]) for name in weights), default=1)
+        attempts = min(_attempts(self.models[name]) for name in weights)
         try:
             return ask_until_answered(title, attempts, lambda: self._score(latents, prompts, weights), final=RewardError)
         except RewardError:
