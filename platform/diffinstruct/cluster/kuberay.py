@@ -112,10 +112,9 @@ def _check(image: str, claim: str, mount: str, uri: str, embeddings: str | None,
         raise UserError(f"--image: should be as registry.example/diffinstruct:1, got {image!r}")
     if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", claim) or len(claim) > 253:
         raise UserError(f"--claim: should be small letters, digits, '-' and '.', got {claim!r}")
-    database = sqlite_path(uri) and str(sqlite_path(uri))
-    for key, path in {"tracking.uri": database, "prompts.embeddings": embeddings, "--resume": resume}.items():
+    for key, path in {"tracking.uri": sqlite_path(uri), "prompts.embeddings": embeddings, "--resume": resume}.items():
         if path is not None and not PurePosixPath(path).is_relative_to(mount):
-            raise UserError(f"{key}: should lie in {mount}, where the claim is mounted, got {path!r}")
+            raise UserError(f"{key}: should lie in {mount}, where the claim is mounted, got '{path}'")
 
 
 @dataclass(frozen=True)
